@@ -1,0 +1,5 @@
+"""`python -m trainfit`, for torchrun."""
+
+from trainfit.cli import main
+
+main()

@@ -1,0 +1,36 @@
+"""The command line: one small file a command."""
+
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+
+import tyro
+
+from trainfit.errors import TrainfitError
+
+
+def commands() -> Mapping[str, Callable[..., int]]:
+    """Command name -> function; its parameters are the flags, its result the exit code."""
+    from trainfit.cli.check_data import check_data
+    from trainfit.cli.detect import detect
+    from trainfit.cli.evaluate import evaluate
+    from trainfit.cli.train import train
+
+    return {"train": train, "check-data": check_data, "detect": detect, "evaluate": evaluate}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; what the user can repair ends as one line on stderr."""
+    # Upstream's imports meet torch's deprecations; a user can do nothing about them.
+    warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
+    try:
+        code = tyro.extras.subcommand_cli_from_dict(
+            dict(commands()), prog="trainfit", args=sys.argv[1:] if arguments is None else arguments
+        )
+    except TrainfitError as error:
+        print(f"trainfit: error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("trainfit: stopped", file=sys.stderr)
+        code = 130
+    raise SystemExit(code)

@@ -1,0 +1,50 @@
+"""trainfit detect."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+def detect(
+    run: tyro.conf.Positional[Path],
+    images: tyro.conf.Positional[tuple[Path, ...]],
+    /,
+    *,
+    threshold: float = 0.5,
+    draw: Path | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> int:
+    """Find objects in images with a trained run.
+
+    Args:
+        run: Run folder, or a weights file of one.
+        images: Image files.
+        threshold: Least score that is shown.
+        draw: Folder for pictures with the boxes drawn in.
+        device: Where to run.
+        as_json: Print JSON.
+    """
+    from trainfit.errors import TrainfitError
+    from trainfit.reports.detections import draw_boxes, detection_lines
+    from trainfit.training import inference
+    from trainfit.training.distributed import choose_device
+
+    if not images:
+        raise TrainfitError("name at least one image: trainfit detect RUN IMAGE")
+    detector = inference.load_detector(run, choose_device(device, 0))
+    rows: list[dict[str, object]] = []
+    for path, found in zip(images, inference.detect(detector, images), strict=True):
+        rows += (lines := detection_lines(path, found, detector.workload.classes, threshold))
+        if draw:
+            print(f"wrote {draw_boxes(path, lines, draw)}")
+    if as_json:
+        print(json.dumps({"schema": 1, "detections": rows}, indent=2))
+    else:
+        for row in rows:
+            print("{file}  {class}  {score:.3f}  {box}".format(**row))
+        if not rows:
+            print(f"nothing found with a score of {threshold} or more")
+    return 0

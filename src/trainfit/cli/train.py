@@ -1,0 +1,38 @@
+"""trainfit train."""
+
+import signal
+from types import FrameType
+from typing import Annotated
+
+import tyro
+
+from trainfit.training.recipe import Recipe
+
+
+def train(recipe: Annotated[Recipe, tyro.conf.arg(name="")]) -> int:
+    """Train a detector on your data, with the exact gradient of the effective batch.
+
+    Ctrl-C saves the state and stops; a second Ctrl-C stops at once. Go on with --resume RUN.
+    """
+    from trainfit.reports.progress import TerminalProgress
+    from trainfit.reports.run_summary import summary_text
+    from trainfit.step import ranks
+    from trainfit.training.fit import fit
+
+    received: list[int] = []
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with TerminalProgress() as progress:
+            summary = fit(recipe, progress=progress, stop=lambda: bool(received))
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if ranks.rank() == 0:
+        print(summary_text(summary))
+    return 128 + received[0] if summary.interrupted else 0

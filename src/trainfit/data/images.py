@@ -1,0 +1,152 @@
+"""Image files: what can be told without decoding, and the decoding itself."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from trainfit.data.samples import ImageRecord
+from trainfit.errors import TrainfitError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+# What Pillow raises on damaged files, found by opening and loading some 9,000 damaged files of six formats.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageHeader:
+    """What the head of an image file says."""
+
+    size: tuple[int, int]
+    """(width, height) of the pixels as stored."""
+    orientation: int
+    """EXIF orientation; 1: as stored."""
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """(width, height) as a viewer shows it: EXIF orientation applied."""
+        width, height = self.size
+        return (height, width) if self.orientation >= 5 else (width, height)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageDefect:
+    """Why an image file cannot be used."""
+
+    kind: str
+    """"missing image", "unreadable image" or "truncated image"."""
+    message: str
+
+
+def read_header(path: Path) -> ImageHeader | ImageDefect:
+    """Size and orientation of an image, or why it cannot be used; decodes nothing unless the file looks cut off.
+
+    A JPEG ends with its end mark, a PNG with its last chunk, a WebP has the length that it states; only a file that
+    does not is decoded, to know for sure (trailing bytes after the end mark are harmless). Known limits: damage in the
+    middle of a file, and cut-off files of other formats, are found by decoding alone (`check_dataset`).
+    """
+    if not path.is_file():
+        return ImageDefect(kind="missing image", message="no such file")
+    try:
+        with Image.open(path) as image:
+            if image.mode in ("I", "F"):
+                return ImageDefect(kind="unreadable image", message="32 bits a channel; convert it to 8 bits")
+            header = ImageHeader(size=image.size, orientation=_orientation(image))
+            with path.open("rb") as file:
+                complete = _ends_well(file, image.format)
+            try:
+                if not complete:
+                    image.load()
+            except UNREADABLE as error:
+                return ImageDefect(kind="truncated image", message=_reason(error, path))
+            return header
+    except UNREADABLE as error:
+        return ImageDefect(kind="unreadable image", message=_reason(error, path))
+
+
+def read_headers(paths: Sequence[Path]) -> list[ImageHeader | ImageDefect]:
+    """`read_header` of each path, in order; threads hide the latency of network disks."""
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(read_header, paths))
+
+
+def read_image(record: ImageRecord) -> Image.Image:
+    """The record's image in RGB, exactly `record.width` x `record.height`.
+
+    EXIF orientation is applied when the upright size is the annotated one (as Detectron2, mmcv and OpenCV do);
+    when only the size as stored is, the annotator ignored the orientation, and so does this. 16-bit images keep
+    their upper 8 bits, transparency is dropped.
+
+    Raises:
+        TrainfitError: the file is missing, damaged or of another size; it names the file.
+    """
+    try:
+        with Image.open(record.path) as image:
+            orientation = _orientation(image)
+            rgb = _rgb(image)
+    except UNREADABLE as error:
+        reason = _reason(error, record.path)
+        raise TrainfitError(f"{record.path}: {reason}; replace the file or take it out of the data set") from error
+    header = ImageHeader(size=rgb.size, orientation=orientation)
+    annotated = (record.width, record.height)
+    if header.upright == annotated:
+        return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+    if header.size == annotated:
+        return rgb
+    width, height = header.upright
+    raise TrainfitError(
+        f"{record.path}: is {width} x {height}, but its record says {record.width} x {record.height}; "
+        "it was replaced after the data set was read: start again"
+    )
+
+
+def _orientation(image: Image.Image) -> int:
+    # Pillow turns TIFF upright by itself; for PNG its getexif() decodes the whole image unless the chunk came first.
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1
+    orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    return orientation if orientation in _UPRIGHT else 1
+
+
+def _ends_well(file: BinaryIO, image_format: str | None) -> bool:
+    length = file.seek(0, 2)
+    if image_format == "WEBP":
+        file.seek(4)
+        return int.from_bytes(file.read(4), "little") + 8 <= length
+    file.seek(max(0, length - 12))
+    tail = file.read()
+    if image_format == "JPEG":
+        return tail.endswith(b"\xff\xd9")
+    return image_format != "PNG" or tail[4:8] == b"IEND"
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # convert() would clip every value above 255 to white
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("P", "PA", "LA"):  # a palette with transparency warns unless it goes through RGBA
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")
+
+
+def _reason(error: BaseException, path: Path) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = text.replace(repr(str(path)), "file").replace("\n", " ")
+    return text or type(error).__name__

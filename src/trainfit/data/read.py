@@ -1,0 +1,128 @@
+"""The one way in: a path to a data set of whichever format, as a `Dataset` that training can use."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from trainfit.data.coco import find_coco, read_coco
+from trainfit.data.sample_set import SAMPLE_SET_VERSION, write_sample_set
+from trainfit.data.samples import Dataset, Finding, ImageRecord
+from trainfit.data.voc import find_voc, read_voc
+from trainfit.data.yolo import find_yolo, read_yolo
+from trainfit.errors import TrainfitError
+
+_READERS = {"coco": read_coco, "yolo": read_yolo, "voc": read_voc}
+_FINDERS = {"coco": find_coco, "yolo": find_yolo, "voc": find_voc}
+FORMATS = tuple(_READERS)
+
+
+def read_dataset(path: Path | str, *, format: str | None = None, val_fraction: float = 0.1, seed: int = 0) -> Dataset:  # noqa: A002 - the flag's name
+    """Reads a data set; `"sample"` is the built-in one (a folder of that name is `./sample`).
+
+    The format is recognised by looking, unless it is given (`coco`, `yolo`, `voc`). Records are what training may
+    use, as far as it can be told without decoding (`check_dataset` decodes); findings list the rest. Without a val
+    split, max(1, round(val_fraction * n)) images of train are held out, chosen by their names and `seed`.
+
+    Raises:
+        TrainfitError: nothing there, nothing recognised, a broken file, no usable image in train.
+    """
+    if str(path) == "sample" and format in (None, "sample"):
+        sample = read_coco(_sample_folder())
+        return replace(sample, format="sample")
+    if not Path(path).exists():
+        raise TrainfitError(f"{path}: no such file or folder; give the folder of a data set, or `sample`")
+    dataset = _READERS[_format(Path(path), format)](Path(path))
+    if not dataset.splits.get("train"):
+        raise TrainfitError(_why_empty(dataset, Path(path)))
+    if not dataset.splits.get("val"):
+        dataset = _held_out(dataset, val_fraction, seed)
+    findings = dataset.findings + _between_splits(dataset.splits, dataset.root) + _without_objects(dataset)
+    return replace(dataset, findings=findings)
+
+
+def require_no_errors(dataset: Dataset) -> None:
+    """What training calls first: raises TrainfitError with the first `error` finding, and how many more there are."""
+    errors = [finding for finding in dataset.findings if finding.severity == "error"]
+    if errors:
+        first, more = errors[0], f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        repair = f"`trainfit check-data {dataset.root}` lists everything"
+        raise TrainfitError(f"{first.where}: {first.kind}: {first.message}{more}; {repair}")
+
+
+def _format(path: Path, given: str | None) -> str:
+    if given is not None:
+        if given not in FORMATS:
+            raise TrainfitError(f"--format {given}: unknown; it is one of {', '.join(FORMATS)}")
+        return given
+    found = [name for name, find in _FINDERS.items() if find(path)]
+    if len(found) > 1:
+        raise TrainfitError(f"{path}: looks like {' and '.join(found)}; choose with --format")
+    if not found:
+        raise TrainfitError(
+            f"{path}: no data set recognised; looked for COCO (train/_annotations.coco.json, annotations/*.json, "
+            "*.json), YOLO (data.yaml), Pascal VOC (Annotations/*.xml, train/*.xml); give the data set's own folder, "
+            "or say --format"
+        )
+    return found[0]
+
+
+def _sample_folder() -> Path:
+    """The built-in set in the user's cache; written at the first use."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trainfit"
+    folder = cache / f"sample-v{SAMPLE_SET_VERSION}"
+    try:
+        return folder if folder.is_dir() else write_sample_set(folder)
+    except OSError as error:
+        raise TrainfitError(f"{folder}: cannot be written ({error.strerror}); set XDG_CACHE_HOME") from error
+
+
+def _why_empty(dataset: Dataset, path: Path) -> str:
+    if "train" not in dataset.splits:
+        return f"{path}: no train split, only {', '.join(dataset.splits)}; name one train, or give its file"
+    skipped = [finding for finding in dataset.findings if finding.severity in ("skipped", "error")]
+    if not skipped:
+        return f"{path}: the train split lists no image; give a data set with images"
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(found.kind for found in skipped).items())
+    return f"{path}: the train split has no usable image: {kinds}; the first: {skipped[0].where}: {skipped[0].message}"
+
+
+def _held_out(dataset: Dataset, fraction: float, seed: int) -> Dataset:
+    train = dataset.splits["train"]
+    if not 0 < fraction < 1 or len(train) < 2:
+        raise TrainfitError(
+            f"{dataset.root}: no val split, and {fraction:g} of {len(train)} images cannot be held out; "
+            "give a val split, or at least two images and a fraction between 0 and 1"
+        )
+    # Ranked by a hash of the name: the same images, whatever order they are listed in or whatever is added to them.
+    ranked = sorted(train, key=lambda r: hashlib.sha256(f"{seed} {r.path.name} {r.id}".encode()).digest())
+    held = {record.id for record in ranked[: min(len(train) - 1, max(1, round(fraction * len(train))))]}
+    splits = dict(dataset.splits)
+    splits["train"] = tuple(record for record in train if record.id not in held)
+    splits["val"] = tuple(record for record in train if record.id in held)
+    what = f"no usable val split: {len(held)} of the {len(train)} train images are held out for it (seed {seed})"
+    what += "; test stays untouched" if "test" in splits else ""
+    finding = Finding(severity="note", kind="val held out", where="train", message=what)
+    return replace(dataset, splits=splits, findings=(*dataset.findings, finding))
+
+
+def _between_splits(splits: Mapping[str, Sequence[ImageRecord]], root: Path) -> tuple[Finding, ...]:
+    """One file in two splits: evaluation would see what was trained on."""
+    home: dict[Path, str] = {}
+    findings: list[Finding] = []
+    for split, records in splits.items():
+        for record in records:
+            first = home.setdefault(record.path, split)
+            if first != split:
+                where, what = os.path.relpath(record.path, root), f"is in {first} and in {split}"
+                findings.append(Finding(severity="note", kind="image in two splits", where=where, message=what))
+    return tuple(findings)
+
+
+def _without_objects(dataset: Dataset) -> tuple[Finding, ...]:
+    if any(len(record.classes) for record in dataset.splits["train"]):
+        return ()
+    what = "no image of train has an object; are the labels where the format wants them?"
+    return (Finding(severity="error", kind="no objects", where="train", message=what),)

@@ -1,0 +1,85 @@
+"""What every reader gives and every model family takes: images with their objects."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Segmentation = list[list[float]] | dict[str, Any]
+"""One object's mask as COCO writes it: polygons (x0, y0, x1, y1, ... in pixels), or an RLE with `size` and `counts`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ImageRecord:
+    """One image of a data set and its objects, before anything is decoded. Arrays have one row an object."""
+
+    id: int
+    """Unique in its split; COCO's image id where there is one."""
+    path: Path
+    width: int
+    """Pixels, as annotated; `read_image` gives an array of this size."""
+    height: int
+    boxes: NDArray[np.float64]
+    """(n, 4): x0, y0, x1, y1 in pixels, positive size."""
+    classes: NDArray[np.int64]
+    """(n,): index into `Dataset.classes`."""
+    crowd: NDArray[np.bool_]
+    """(n,): a region of many objects: ignored by training, "don't care" in evaluation."""
+    areas: NDArray[np.float64]
+    """(n,): pixels; the mask's area where the file states it, else the box's. COCO sorts objects into sizes by it."""
+    segmentations: tuple[Segmentation | None, ...]
+    object_ids: NDArray[np.int64]
+    """(n,): the annotation ids of the file, or a running number."""
+
+
+Severity = Literal["error", "skipped", "mended", "note"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One defect of a data set, or one choice made while reading it."""
+
+    severity: Severity
+    """`error`: training refuses; `skipped`: left out; `mended`: repaired in memory; `note`: nothing was changed."""
+    kind: str
+    """What it is, in a few words that are the same for all of a kind: "zero-size box"."""
+    where: str
+    """File and id: "BloodImage_00338.xml object 7"."""
+    message: str
+    """What was found, with the values, and what was done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A data set as read: records by split, classes, and everything that was found wrong."""
+
+    root: Path
+    format: str
+    """`coco`, `yolo`, `voc` or `sample`."""
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    """The file's own id of each class, in the order of `classes`."""
+    splits: Mapping[str, tuple[ImageRecord, ...]]
+    """Keys out of `train`, `val`, `test`; `train` is always there."""
+    findings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sample:
+    """One decoded and augmented image on the CPU, as the loader gives it."""
+
+    image: torch.Tensor
+    """uint8 (3, height, width), RGB."""
+    boxes: torch.Tensor
+    """float32 (n, 4): x0, y0, x1, y1 in pixels of `image`."""
+    classes: torch.Tensor
+    """int64 (n,)."""
+    masks: torch.Tensor | None
+    """bool (n, height, width), or None where the workload needs none."""
+    image_id: int
+    original_size: tuple[int, int]
+    """(height, width) of the image on disk."""

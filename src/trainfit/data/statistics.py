@@ -1,0 +1,71 @@
+"""What a data set asks of a training step: how many objects, how large a canvas."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from trainfit.data.samples import ImageRecord
+
+PERCENTILES = (50, 90, 95, 99)
+HISTOGRAM_EDGES = (0, 1, 2, 3, 5, 9, 17, 33, 65, 129, 257, 513)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetStatistics:
+    """Counts of a list of records. "Per image" counts what is trained on, so without crowds."""
+
+    images: int
+    empty_images: int
+    """Images without any object, crowds included."""
+    objects: int
+    """All objects, crowds included."""
+    crowds: int
+    objects_per_image_max: int
+    objects_per_image_mean: float
+    objects_per_image_percentiles: Mapping[int, float]
+    """By the percentile: 50, 90, 95, 99."""
+    objects_per_image_histogram: tuple[tuple[int, int, int], ...]
+    """(fewest, most, images) of each bin; bins double in width, up to the one of the maximum."""
+    objects_per_class: Mapping[int, int]
+    """By class index; classes without objects are missing."""
+    width_max: int
+    """Pixels."""
+    height_max: int
+    largest_canvas: tuple[int, int]
+    """(width, height) of the image with the most pixels; (0, 0) without images."""
+    canvas_sizes: tuple[tuple[tuple[int, int], int], ...]
+    """((width, height), images) of every size, the most frequent first."""
+
+
+def statistics(records: Sequence[ImageRecord]) -> DatasetStatistics:
+    """Counts objects, crowds, classes and canvas sizes; no file is read."""
+    counts = np.array([int((~record.crowd).sum()) for record in records] or [0])
+    objects = sum(len(record.classes) for record in records)
+    classes = Counter(int(index) for record in records for index in record.classes)
+    sizes = Counter((record.width, record.height) for record in records)
+    return DatasetStatistics(
+        images=len(records),
+        empty_images=sum(len(record.classes) == 0 for record in records),
+        objects=objects,
+        crowds=sum(int(record.crowd.sum()) for record in records),
+        objects_per_image_max=int(counts.max()),
+        objects_per_image_mean=float(counts.mean()),
+        objects_per_image_percentiles={p: float(np.percentile(counts, p)) for p in PERCENTILES},
+        objects_per_image_histogram=_histogram(counts.tolist() if records else []),
+        objects_per_class=dict(sorted(classes.items())),
+        width_max=max((width for width, _ in sizes), default=0),
+        height_max=max((height for _, height in sizes), default=0),
+        largest_canvas=max(sizes, key=lambda size: (size[0] * size[1], size), default=(0, 0)),
+        canvas_sizes=tuple(sorted(sizes.items(), key=lambda item: (-item[1], item[0]))),
+    )
+
+
+def _histogram(counts: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+    edges: list[int] = list(HISTOGRAM_EDGES)
+    while edges[-1] <= max(counts, default=0):
+        edges.append(2 * edges[-1] - 1)
+    bins = [(low, high - 1, sum(low <= n < high for n in counts)) for low, high in pairwise(edges)]
+    return tuple(entry for entry in bins if entry[0] <= max(counts, default=-1))

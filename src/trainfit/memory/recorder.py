@@ -1,0 +1,189 @@
+"""Records every allocation and free of a step, in order: on fake CUDA tensors, or on real ones on the CPU."""
+
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trainfit.memory.counts import Counter
+from trainfit.memory.events import TensorInfo, Trace
+from trainfit.memory.fake_cuda import PRIM_DEVICE, answer_device, on_cuda
+from trainfit.memory.shadow import Shadows, tensors_in
+
+
+class Recorder(TorchDispatchMode):
+    """Watches the operators of a step: an allocation is a storage seen for the first time, a free is its end.
+
+    Phases follow from what runs: "build"; "inputs" (a window has begun, no module has run); "forward" (from the first
+    module); "backward" (the autograd engine); "update" (after a backward: clipping, EMA, the next inputs); "optimizer".
+    """
+
+    def __init__(self, device_type: str, shadows: Shadows | None) -> None:
+        """Record tensors on `device_type`; with `shadows`, these are fake."""
+        super().__init__()
+        self._device_type, self._shadows = device_type, shadows
+        self._live: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}  # storage -> index of its tensor
+        self._tensors: list[dict[str, Any]] = []
+        self._events: list[int] = []
+        self._marks: list[tuple[int, str]] = []
+        self._names: dict[nn.Module, str] = {}
+        self._stack: list[str] = []
+        self._module_of_node: dict[int, str] = {}
+        self._hooks: list[Any] = []
+        self._recording = True
+        self._inputs_from = 0
+        self.phase = "build"
+        self.counter = Counter()
+        self.failed: torch._ops.OpOverload | None = None
+        """The operator whose call raised, if one did."""
+
+    # ---- operators
+    def __torch_dispatch__(
+        self, func: torch._ops.OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run one operator and record what it allocated."""
+        kwargs = kwargs or {}
+        if self._shadows is not None:
+            if func is PRIM_DEVICE:
+                return answer_device(args[0])
+            kwargs = on_cuda(kwargs)
+        node = torch._C._current_autograd_node()
+        self._follow_engine(node)
+        try:
+            out = func(*args, **kwargs) if self._shadows is None else self._shadows.call(func, args, kwargs)
+        except Exception:
+            self.failed = func
+            raise
+        outputs = [t for t in tensors_in(out) if self._on_device(t)]
+        inputs = [t for t in tensors_in((args, kwargs)) if self._on_device(t)]
+        if inputs or outputs:
+            module = self._module(node)
+            for tensor in outputs:
+                self._track(tensor, str(func.overloadpacket), module)
+            self.counter.add(func, args, kwargs, out, inputs, outputs, self.phase)
+        return out
+
+    def _on_device(self, tensor: Tensor) -> bool:
+        if self._shadows is None:
+            return tensor.device.type == self._device_type
+        return isinstance(tensor, FakeTensor) and tensor.fake_device.type == self._device_type
+
+    def _module(self, node: Any) -> str:
+        """The path of the running module; in backward, that of the module which made the autograd node."""
+        if self._stack:
+            path = self._stack[-1]
+        elif node is not None:
+            path = self._module_of_node.get(node._sequence_nr(), "")
+        else:
+            path = ""
+        if self.phase == "forward":  # The node that this operator belongs to was numbered just before it.
+            self._module_of_node[torch.autograd._get_sequence_nr() - 1] = path
+        return path
+
+    # ---- storages
+    def _track(self, tensor: Tensor, op: str, module: str) -> int | None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self._live.get(key)
+        if known is not None and known[1]() is not None:
+            return known[0]
+        if storage.nbytes() == 0 or not self._recording:
+            return None
+        index = len(self._tensors)
+        self._tensors.append(
+            {"nbytes": storage.nbytes(), "category": "", "op": op, "module": module, "phase": self.phase}
+        )
+        self._events.append(index + 1)
+
+        def freed(_: object) -> None:
+            if self._recording:
+                self._events.append(-(index + 1))
+            if self._live.get(key, (None,))[0] == index:
+                del self._live[key]
+
+        self._live[key] = (index, weakref.ref(storage, freed))
+        return index
+
+    def categorise(self, tensors: Iterable[Tensor | None], category: str) -> None:
+        """Say what `tensors` are, where nothing else has been said. Those unseen so far are recorded now."""
+        for tensor in tensors:
+            if tensor is not None and self._on_device(tensor):
+                index = self._track(tensor, "", "")
+                if index is not None and not self._tensors[index]["category"]:
+                    self._tensors[index]["category"] = category
+
+    def _categorise_live(self, phases: tuple[str, ...], category: str, since: int = 0) -> None:
+        for index, _ in self._live.values():
+            tensor = self._tensors[index]
+            if index >= since and tensor["phase"] in phases and not tensor["category"]:
+                tensor["category"] = category
+
+    # ---- phases
+    def enter(self, phase: str) -> None:
+        """Begin a phase."""
+        if phase == self.phase:
+            return
+        if phase == "forward" and self.phase in ("inputs", "update"):
+            self._categorise_live(("inputs", "update"), "inputs", self._inputs_from)
+        if phase == "backward":
+            self._categorise_live(("forward",), "activations")
+        if phase in ("inputs", "update"):
+            self._inputs_from = len(self._tensors)
+        self.phase = phase
+        self._marks.append((len(self._events), phase))
+
+    def _follow_engine(self, node: object) -> None:
+        if node is not None:
+            if self.phase != "backward":
+                self.enter("backward")
+        elif self.phase == "backward":
+            self.enter("update")
+
+    def begin_window(self, number: int) -> None:
+        """A window starts: operators are counted anew."""
+        self.counter = Counter()
+        self._module_of_node.clear()
+        self._marks.append((len(self._events), f"window {number}"))
+        self.enter("inputs")
+
+    def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Follow the modules and the optimizer of a step."""
+        self._names = {module: name for name, module in model.named_modules(prefix="model")}
+        self._hooks = [
+            register_module_forward_pre_hook(self._enter_module),
+            register_module_forward_hook(self._leave_module, always_call=True),
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def _enter_module(self, module: nn.Module, _: Any) -> None:
+        self._follow_engine(torch._C._current_autograd_node())
+        if self.phase in ("inputs", "update"):
+            self.enter("forward")
+        self._stack.append(self._names.get(module, type(module).__name__))
+
+    def _leave_module(self, _module: nn.Module, _args: Any, _out: Any) -> None:
+        self._stack.pop()
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        self.categorise((p.grad for group in optimizer.param_groups for p in group["params"]), "gradients")
+        self.enter("optimizer")
+
+    def _after_step(self, _optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        self.enter("update")
+
+    def finish(self) -> Trace:
+        """Stop recording and return what was recorded."""
+        self._recording = False
+        for hook in self._hooks:
+            hook.remove()
+        tensors = (
+            TensorInfo(id=index, stream=0, **{**tensor, "category": tensor["category"] or "temporary"})
+            for index, tensor in enumerate(self._tensors)
+        )
+        return Trace(tensors=tuple(tensors), events=tuple(self._events), marks=tuple(self._marks))

@@ -1,0 +1,185 @@
+"""Small real values beside fake tensors, so that code which looks at values runs: matching, sampling, NMS, `.item()`.
+
+A fake tensor whose inputs are all known keeps a real CPU tensor (its shadow); views share memory with their base as
+real ones do. An unknown value that Python asks for is made up: masks all true, NMS keeps every box, floats uniform in
+[0, 1), integers 0. Values made up never matter for memory unless a shape follows from them: then the largest shape is
+taken, and `upper_bounds` names the operator.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+_LIKE = {
+    aten.zeros_like: 0, aten.new_zeros: 0, aten.ones_like: 1, aten.new_ones: 1,
+    aten.isnan: 0, aten.isinf: 0, aten.isfinite: 1,
+}  # fmt: skip
+_FULL = {aten.full_like: 1, aten.new_full: 2}
+_KNOWN_LIMIT = 1 << 22  # elements; a detector's anchors against its boxes stay below
+_LIKE_LIMIT = 1 << 16  # elements; optimizer state (zeros_like of a parameter) needs no values
+_NAME = "trainfit_shadow"
+
+
+def tensors_in(values: object) -> Iterator[Tensor]:
+    """Every tensor in nested lists, tuples and dicts."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from tensors_in(value)
+    elif isinstance(values, dict):
+        for value in values.values():
+            yield from tensors_in(value)
+
+
+def forget(tensor: Tensor) -> None:
+    """Drop the known value of `tensor` (a parameter's, which no control flow reads)."""
+    tensor.__dict__.pop(_NAME, None)
+
+
+class Shadows:
+    """Runs operators on fake tensors and keeps the shadows. Use `call` in the place of `op(*args, **kwargs)`."""
+
+    def __init__(self) -> None:
+        self.made_up: set[str] = set()
+        """Operators that were answered with a made-up value."""
+        self.upper_bounds: set[str] = set()
+        """Those of them whose made-up value decided a shape."""
+        self._random = torch.Generator().manual_seed(0)
+
+    def value(self, tensor: Tensor) -> Tensor | None:
+        """The real value of `tensor`, or None where it is not known."""
+        if not isinstance(tensor, FakeTensor):
+            return tensor
+        shadow: Tensor | None = tensor.__dict__.get(_NAME)
+        return None if shadow is None or shadow.untyped_storage().__dict__.get("stale") else shadow
+
+    def value_or_made_up(self, tensor: Tensor, reason: str) -> Tensor:
+        """The real value of `tensor`, made up where it is not known."""
+        known = self.value(tensor)
+        if known is not None:
+            return known
+        self.made_up.add(reason)
+        with no_dispatch():
+            if tensor.dtype == torch.bool:
+                real = torch.ones(tensor.shape, dtype=torch.bool)
+            elif tensor.is_floating_point():
+                real = torch.rand(tensor.shape, generator=self._random).to(tensor.dtype)
+            else:
+                real = torch.zeros(tensor.shape, dtype=tensor.dtype)
+        tensor.__dict__[_NAME] = real
+        return real
+
+    def call(self, op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What `op` returns for fake tensors; an output whose shape depends on values is decided from the shadows."""
+        undecided = op.overloadpacket.__name__ == "nms"
+        if not undecided:
+            try:
+                out = op(*args, **kwargs)
+            except (DataDependentOutputException, DynamicOutputShapeException):
+                undecided, out = True, None
+            if not undecided:
+                self._follow(op, args, kwargs, out)
+                return out
+        return self._decide(op, args, kwargs)
+
+    def _run(self, op: torch._ops.OpOverload, args: object, kwargs: Mapping[str, Any]) -> Any:
+        """`op` on the known values, on the CPU."""
+        on_cpu = {name: x for name, x in kwargs.items() if name not in ("device", "pin_memory")}
+        if "device" in kwargs:
+            on_cpu["device"] = torch.device("cpu")
+        real_args, real_kwargs = tree_map(lambda x: self.value(x) if isinstance(x, Tensor) else x, (args, on_cpu))
+        with no_dispatch(), torch.no_grad():
+            return op(*real_args, **real_kwargs)
+
+    def _follow(self, op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+        """Give the outputs their shadows, or mark what `op` wrote as no longer known."""
+        packet = op.overloadpacket
+        if packet is aten._amp_foreach_non_finite_check_and_unscale_:
+            return  # The gradients are taken as finite: found_inf keeps its zero.
+        inputs = list(tensors_in((args, kwargs)))
+        outputs = [t for t in tensors_in(out) if isinstance(t, FakeTensor)]
+        small = all(t.numel() <= _KNOWN_LIMIT for t in outputs)
+        known = small and packet not in flop_registry and all(self.value(t) is not None for t in inputs)
+        if known and (outputs or op._schema.is_mutable):
+            real_outputs = tensors_in(self._run(op, args, kwargs))
+            for fake, real in zip(outputs, real_outputs, strict=True):
+                if fake.shape == real.shape and fake.dtype == real.dtype:
+                    fake.__dict__[_NAME] = real
+        elif op._schema.is_mutable:
+            self._mark_stale(op, args, kwargs)
+        elif (packet in _LIKE or packet in _FULL) and outputs[0].numel() <= _LIKE_LIMIT:
+            fill = _LIKE[packet] if packet in _LIKE else args[_FULL[packet]]
+            with no_dispatch():
+                outputs[0].__dict__[_NAME] = torch.full(outputs[0].shape, fill, dtype=outputs[0].dtype)
+
+    def _mark_stale(self, op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        for index, argument in enumerate(op._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written = args[index] if index < len(args) else kwargs.get(argument.name)
+                for tensor in tensors_in(written):
+                    shadow = tensor.__dict__.get(_NAME)
+                    if shadow is not None:  # Marked on the storage: every view of it is stale too.
+                        shadow.untyped_storage().stale = True
+                        forget(tensor)
+
+    def _decide(self, op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        inputs = list(tensors_in((args, kwargs)))
+        packet, unknown = op.overloadpacket, any(self.value(t) is None for t in inputs)
+        device = next((t.fake_device for t in inputs if isinstance(t, FakeTensor)), torch.device("cpu"))
+        if packet is aten.index:
+            return self._boolean_index(args[0], args[1], device)
+        if packet.__name__ == "nms" and unknown:
+            self.made_up.add(str(packet))
+            with no_dispatch():
+                real = torch.arange(len(args[0]))
+        else:
+            for tensor in inputs:
+                self.value_or_made_up(tensor, str(packet))
+            real = self._run(op, args, kwargs)
+        if unknown and isinstance(real, (Tensor, tuple, list)):
+            self.upper_bounds.add(str(packet))
+        return tree_map(lambda x: self._fake(x, device) if isinstance(x, Tensor) else x, real)
+
+    def _fake(self, real: Tensor, device: torch.device) -> Tensor:
+        fake = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device=device)
+        fake.__dict__[_NAME] = real
+        return fake
+
+    def _boolean_index(self, x: Tensor, indices: Sequence[Tensor | None], device: torch.device) -> Tensor:
+        """`x[mask]`: as CUDA does it, by the positions of the mask's true elements; `x` itself may be large."""
+        positions: list[Tensor | None] = []
+        for index in indices:
+            if index is None or index.dtype not in (torch.bool, torch.uint8):
+                positions.append(index)
+                continue
+            if self.value(index) is None:
+                self.upper_bounds.add("aten.index")
+            mask = self.value_or_made_up(index, "aten.index")
+            with no_dispatch():
+                found = mask.nonzero().unbind(1)
+            positions += [self._fake(real, device) for real in found]
+        return self.call(aten.index.Tensor, (x, positions), {})
+
+    def patch_numpy(self) -> None:
+        """Let `.numpy()`, `numpy.asarray` and `.tolist()` of a fake tensor see its value. Global."""
+
+        def numpy(tensor: FakeTensor, *_args: Any, **_kwargs: Any) -> np.ndarray[Any, Any]:
+            real = self.value_or_made_up(tensor, "numpy")
+            with no_dispatch():
+                return real.detach().numpy()
+
+        def array(tensor: FakeTensor, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+            return np.array(numpy(tensor), dtype=dtype, copy=copy)
+
+        FakeTensor.numpy = numpy
+        FakeTensor.__array__ = array
+        FakeTensor.tolist = lambda tensor: numpy(tensor).tolist()

@@ -1,0 +1,144 @@
+"""Images and objects as RF-DETR trains on them: square resize, crop and flip, normalised targets."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from faster_coco_eval import mask as rle
+from numpy.typing import NDArray
+from PIL import Image
+from rfdetr.utilities.tensors import NestedTensor
+
+from trainfit.data.images import read_image
+from trainfit.data.samples import ImageRecord, Sample, Segmentation
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+SHORT_SIDES = (400, 500, 600)
+"""The DETR recipe's intermediate sizes; crops are 384 px to the short side of it (rfdetr 1.11.2 datasets/coco.py)."""
+SMALLEST_CROP = 384
+
+Region = tuple[float, float, float, float]
+"""x0, y0, x1, y1 in pixels of the original image."""
+
+
+def make_sample(record: ImageRecord, *, size: int, augment: bool, masks: bool, generator: torch.Generator) -> Sample:
+    """Decode, crop (half of the time), resize to `size` x `size` and flip (half of the time).
+
+    The crop's distribution is upstream's (short side to 400, 500 or 600, a square of 384 px or more out of it, then the
+    target size); the pixels are resampled once, not twice. Without `augment`: the resize alone, as for evaluation.
+    Boxes are clipped to the crop; objects that are left without area are dropped; crowds are left out.
+    """
+    image = read_image(record)
+    region = (0.0, 0.0, float(record.width), float(record.height))
+    flip = False
+    if augment:
+        if torch.rand((), generator=generator).item() < 0.5:
+            region = _random_crop(record.width, record.height, generator)
+        flip = torch.rand((), generator=generator).item() < 0.5
+    resized = image.resize((size, size), Image.Resampling.BILINEAR, box=region)
+    scale = np.array([size / (region[2] - region[0]), size / (region[3] - region[1])] * 2)
+    boxes = ((record.boxes - np.array([region[0], region[1]] * 2)) * scale).clip(0, size)
+    keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]) & ~record.crowd
+    boxes = boxes[keep]
+    pixels = torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1).contiguous()
+    drawn = _masks([s for s, k in zip(record.segmentations, keep, strict=True) if k], boxes, region, size, record)
+    if flip:
+        pixels = pixels.flip(2)
+        boxes = boxes[:, [2, 1, 0, 3]] * [-1, 1, -1, 1] + [size, 0, size, 0]
+        drawn = drawn[:, :, ::-1]
+    return Sample(
+        image=pixels,
+        boxes=torch.from_numpy(boxes.astype(np.float32)),
+        classes=torch.from_numpy(record.classes[keep]),
+        masks=torch.from_numpy(drawn.copy()) if masks else None,
+        image_id=record.id,
+        original_size=(record.height, record.width),
+    )
+
+
+def _random_crop(width: int, height: int, generator: torch.Generator) -> Region:
+    """A square of upstream's random size and place, in pixels of the original image."""
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator).item())
+
+    short = SHORT_SIDES[draw(0, len(SHORT_SIDES) - 1)]
+    zoom = short / min(width, height)
+    side = draw(min(SMALLEST_CROP, short), short)
+    left = draw(0, max(0, round(width * zoom) - side)) / zoom
+    top = draw(0, max(0, round(height * zoom) - side)) / zoom
+    side = min(side / zoom, width, height)
+    left, top = min(left, width - side), min(top, height - side)
+    return left, top, left + side, top + side
+
+
+def _masks(
+    segmentations: Sequence[Segmentation | None],
+    boxes: NDArray[np.float64],
+    region: Region,
+    size: int,
+    record: ImageRecord,
+) -> NDArray[np.bool_]:
+    """bool (n, size, size). Polygons are scaled, then drawn; an RLE is decoded, cut and resized by nearest pixel.
+
+    An object without a segmentation gets its box.
+    """
+    drawn = np.zeros((len(segmentations), size, size), dtype=np.bool_)
+    x0, y0, x1, y1 = region
+    scale = np.array([size / (x1 - x0), size / (y1 - y0)])
+    for i, segmentation in enumerate(segmentations):
+        if isinstance(segmentation, list) and segmentation:
+            polygons = [((np.reshape(p, (-1, 2)) - [x0, y0]) * scale).ravel().tolist() for p in segmentation]
+            drawn[i] = rle.decode(rle.merge(rle.frPyObjects(polygons, size, size))).astype(np.bool_)
+        elif isinstance(segmentation, dict):
+            whole = decode_rle(segmentation, record.height, record.width)
+            rows = np.clip((y0 + (np.arange(size) + 0.5) / scale[1]).astype(int), 0, record.height - 1)
+            columns = np.clip((x0 + (np.arange(size) + 0.5) / scale[0]).astype(int), 0, record.width - 1)
+            drawn[i] = whole[np.ix_(rows, columns)]
+        else:
+            left, top, right, bottom = boxes[i].round().astype(int)
+            drawn[i, top : max(bottom, top + 1), left : max(right, left + 1)] = True
+    return drawn
+
+
+def decode_rle(segmentation: dict[str, Any], height: int, width: int) -> NDArray[np.bool_]:
+    """bool (height, width) of a COCO RLE, compressed or not."""
+    compressed = isinstance(segmentation["counts"], (str, bytes))
+    encoded = segmentation if compressed else rle.frPyObjects(segmentation, height, width)
+    return rle.decode(encoded).astype(np.bool_)
+
+
+def to_batch(samples: Sequence[Sample], canvas: tuple[int, int], like: torch.Tensor) -> NestedTensor:
+    """Stack, move and normalise: NestedTensor of (n, 3, height, width) in the device and dtype of `like`.
+
+    Images smaller than the window's canvas are padded at the right and bottom and masked there.
+    """
+    height, width = canvas
+    full = all(s.image.shape[1:] == (height, width) for s in samples)
+    pixels = torch.zeros((len(samples), 3, height, width), dtype=torch.uint8, pin_memory=like.is_cuda)
+    mask = torch.ones((len(samples), height, width), dtype=torch.bool)
+    for i, sample in enumerate(samples):
+        _, h, w = sample.image.shape
+        pixels[i, :, :h, :w] = sample.image
+        mask[i, :h, :w] = False
+    images = pixels.to(like.device, non_blocking=True).to(like.dtype).div_(255)
+    mean, std = (torch.tensor(v, device=like.device, dtype=like.dtype)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    images.sub_(mean).div_(std)
+    mask = torch.zeros_like(mask) if full else mask
+    return NestedTensor(images, mask.to(like.device, non_blocking=True), no_padding=full)
+
+
+def to_targets(samples: Sequence[Sample], like: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """Upstream's targets: `labels`, `boxes` as cx, cy, w, h over the image's own size, `masks` where there are any."""
+    targets: list[dict[str, torch.Tensor]] = []
+    for sample in samples:
+        _, height, width = sample.image.shape
+        x0, y0, x1, y1 = sample.boxes.to(like.dtype).unbind(1)
+        boxes = torch.stack(((x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height), 1)
+        target = {"labels": sample.classes, "boxes": boxes}
+        if sample.masks is not None:
+            target["masks"] = sample.masks
+        targets.append({key: value.to(like.device, non_blocking=True) for key, value in target.items()})
+    return targets

@@ -1,0 +1,214 @@
+"""RF-DETR, detection and segmentation: the one place that touches upstream's builders."""
+
+import dataclasses
+import json
+import logging
+import warnings
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from rfdetr import config as upstream
+from rfdetr.datasets.coco import compute_multi_scale_scales
+from rfdetr.models import build_criterion_from_config, build_model_from_config
+from rfdetr.models.lwdetr import LWDETR
+
+from trainfit.data.samples import Sample
+from trainfit.errors import TrainfitError
+from trainfit.models.rfdetr.data import make_sample, to_batch
+from trainfit.models.rfdetr.interop import export_upstream, load_weights
+from trainfit.models.rfdetr.losses import make_objective
+from trainfit.models.workload import Decoder, ImageDetections, OptimizerSettings
+
+CONFIGS: Mapping[str, type[upstream.ModelConfig]] = {
+    "rfdetr-nano": upstream.RFDETRNanoConfig,
+    "rfdetr-small": upstream.RFDETRSmallConfig,
+    "rfdetr-medium": upstream.RFDETRMediumConfig,
+    "rfdetr-large": upstream.RFDETRLargeConfig,
+    "rfdetr-seg-nano": upstream.RFDETRSegNanoConfig,
+    "rfdetr-seg-small": upstream.RFDETRSegSmallConfig,
+    "rfdetr-seg-medium": upstream.RFDETRSegMediumConfig,
+    "rfdetr-seg-large": upstream.RFDETRSegLargeConfig,
+    "rfdetr-seg-xlarge": upstream.RFDETRSegXLargeConfig,
+    "rfdetr-seg-2xlarge": upstream.RFDETRSeg2XLargeConfig,
+}
+
+Stage = Literal["single", "detector", "masks"]
+"""`single`: everything trains; `detector`: without the mask head; `masks`: the mask head alone trains."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RfDetrKnobs:
+    """What a user may change of the published model."""
+
+    resolution: int | None = None
+    """Side of the square input in pixels; None is the published one."""
+    snap: bool = True
+    """Take the nearest legal resolution where the wanted one is not legal."""
+    num_queries: int | None = None
+    groups: int | None = None
+    """Query groups in training (upstream's group_detr)."""
+    checkpointing: bool = False
+    """Recompute the encoder's layers in backward."""
+    stage: Stage = "single"
+
+
+class RfDetr:
+    """A `Workload`. See that protocol for what the methods do."""
+
+    def __init__(self, name: str, classes: tuple[str, ...], knobs: RfDetrKnobs | None = None) -> None:
+        """Make the configuration; no weights yet."""
+        knobs = knobs or RfDetrKnobs()
+        self.name = name
+        self.classes = classes
+        self.knobs = knobs
+        self.config = make_config(name, len(classes), knobs)
+        self.resolution = self.config.resolution
+        self.masks = self.config.segmentation_head
+        train_config = upstream.SegmentationTrainConfig if self.masks else upstream.TrainConfig
+        criterion, self.postprocess = build_criterion_from_config(
+            self.config, train_config(dataset_dir=".", output_dir=".")
+        )
+        criterion.train()  # it counts groups in train mode
+        self.criterion = criterion
+        self.objective = make_objective(
+            criterion, groups=self.config.group_detr, masks=self.masks, masks_only=knobs.stage == "masks"
+        )
+
+    def build(self) -> torch.nn.Module:
+        with _quiet():
+            model = build_model_from_config(self.config)
+        for name, parameter in model.named_parameters():
+            # Upstream never uses the encoder's mask token: without this it would be a parameter that gets no gradient.
+            if name.endswith("mask_token") or (
+                self.knobs.stage == "masks" and not name.startswith("segmentation_head.")
+            ):
+                parameter.requires_grad_(False)
+        return model.train()
+
+    def load(self, model: torch.nn.Module, weights: str) -> list[str]:
+        with _quiet():
+            return load_weights(cast(LWDETR, model), self.config, weights, name=self.name, classes=self.classes)
+
+    def parameter_groups(self, model: torch.nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
+        """Upstream's groups: rate by layer in the encoder, lower in the decoder; no decay of norms and biases there.
+
+        Source: rfdetr 1.11.2 training/param_groups.py `get_param_dict` (not importable without its `train` extra).
+        """
+        encoder = _encoder_groups(model, self.config, settings)
+        merged: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            lr, decay = settings.lr, settings.weight_decay
+            if name in encoder:
+                lr, decay = encoder[name]
+            elif "transformer.decoder" in name:
+                lr = settings.lr * settings.component_decay
+            merged.setdefault((lr, decay), []).append(parameter)
+        return [{"params": params, "lr": lr, "weight_decay": wd} for (lr, wd), params in merged.items()]
+
+    def sizes(self, *, multi_scale: bool) -> tuple[int, ...]:
+        if not multi_scale:
+            return (self.resolution,)
+        return tuple(
+            compute_multi_scale_scales(self.resolution, True, self.config.patch_size, self.config.num_windows)
+        )
+
+    def decoder(self) -> Decoder:
+        return partial(make_sample, masks=self.masks)
+
+    @torch.no_grad()
+    def detect(self, model: torch.nn.Module, samples: Sequence[Sample]) -> list[ImageDetections]:
+        like = next(model.parameters())
+        outputs = model(to_batch(samples, (self.resolution, self.resolution), like))
+        sizes = torch.tensor([s.original_size for s in samples], device=like.device)
+        found: list[ImageDetections] = []
+        for sample, result in zip(samples, self.postprocess(outputs, sizes), strict=True):
+            known = result["labels"] < len(self.classes)  # the last output is no class
+            masks = result["masks"][known].squeeze(1).cpu() if "masks" in result else None
+            found.append(
+                ImageDetections(
+                    image_id=sample.image_id,
+                    boxes=result["boxes"][known].float().cpu(),
+                    scores=result["scores"][known].float().cpu(),
+                    classes=result["labels"][known].cpu(),
+                    masks=masks,
+                )
+            )
+        return found
+
+    def metadata(self) -> dict[str, str]:
+        knobs = dataclasses.asdict(self.knobs) | {"resolution": self.resolution}
+        return {"model": self.name, "classes": json.dumps(self.classes), "knobs": json.dumps(knobs)}
+
+    def export(self, weights: Mapping[str, torch.Tensor], path: Path) -> None:
+        export_upstream(self.config, weights, self.classes, path)
+
+
+def make_config(name: str, classes: int, knobs: RfDetrKnobs) -> upstream.ModelConfig:
+    """Upstream's configuration of a published size with the user's changes.
+
+    Raises:
+        TrainfitError: a resolution that is not legal, with snapping off.
+    """
+    kind = CONFIGS[name]
+    changes: dict[str, Any] = {"num_classes": classes, "gradient_checkpointing": knobs.checkpointing}
+    if knobs.num_queries is not None:
+        changes |= {"num_queries": knobs.num_queries, "num_select": knobs.num_queries}
+    if knobs.groups is not None:
+        changes["group_detr"] = knobs.groups
+    if knobs.stage != "single":
+        changes["segmentation_head"] = knobs.stage == "masks"
+    if knobs.resolution is not None:
+        fields = kind.model_fields
+        block = fields["patch_size"].default * fields["num_windows"].default
+        changes["resolution"] = legal_resolution(knobs.resolution, block, snap=knobs.snap)
+    with warnings.catch_warnings():
+        # Upstream warns that random weights are worse than its checkpoint; trainfit says so in its own words.
+        warnings.simplefilter("ignore", upstream.PretrainWeightsCompatibilityWarning)
+        return kind(pretrain_weights=None, device="cpu", **changes)
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Hold back upstream's log lines below errors: what matters of them is in trainfit's own remarks."""
+    logger = logging.getLogger("rf-detr")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def legal_resolution(wanted: int, block: int, *, snap: bool) -> int:
+    """The nearest multiple of `block` (at least one block); ties go up."""
+    nearest = max(block, (wanted + block // 2) // block * block)
+    if nearest != wanted and not snap:
+        raise TrainfitError(
+            f"--resolution {wanted} is not a multiple of {block} (patch size x windows): use {nearest}, or drop --no-snap"
+        )
+    return nearest
+
+
+def _encoder_groups(
+    model: torch.nn.Module, config: upstream.ModelConfig, settings: OptimizerSettings
+) -> dict[str, tuple[float, float]]:
+    """Parameter name -> (lr, weight decay) of the encoder, by upstream's own method."""
+    from types import SimpleNamespace
+
+    arguments = SimpleNamespace(
+        out_feature_indexes=config.out_feature_indexes,
+        lr_encoder=settings.lr_encoder,
+        lr_vit_layer_decay=settings.layer_decay,
+        lr_component_decay=settings.component_decay,
+        weight_decay=settings.weight_decay,
+    )
+    backbone: Any = model.get_submodule("backbone.0")
+    pairs = backbone.get_named_param_lr_pairs(arguments, prefix="backbone.0")
+    return {name: (group["lr"], group["weight_decay"]) for name, group in pairs.items()}

@@ -1,0 +1,39 @@
+"""Number formats of the forward pass, and what each needs around it."""
+
+from contextlib import AbstractContextManager, nullcontext
+import torch
+
+from trainfit.errors import TrainfitError
+from trainfit.step.names import Precision
+
+AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
+    """`auto` becomes bf16 on CUDA capability >= 8.0, fp16 on older cards (bf16 is only emulated there), fp32 elsewhere.
+
+    Raises:
+        TrainfitError: bf16 on a card that only emulates it, or fp16 without a GPU.
+    """
+    if device.type != "cuda":
+        if precision == "fp16":
+            raise TrainfitError("--precision fp16 needs a CUDA GPU; use fp32 or bf16 on the CPU")
+        return "fp32" if precision == "auto" else precision
+    capability = torch.cuda.get_device_capability(device)
+    if precision == "auto":
+        return "bf16" if capability >= (8, 0) else "fp16"
+    if precision == "bf16" and capability < (8, 0):
+        raise TrainfitError(f"--precision bf16 needs CUDA capability 8.0, this GPU has {capability}; use fp16 or auto")
+    return precision
+
+
+def autocast(precision: Precision, device_type: str) -> AbstractContextManager[object]:
+    """The autocast context of one micro-batch's forward; nothing for fp32."""
+    if precision not in AUTOCAST_DTYPE:
+        return nullcontext()
+    return torch.autocast(device_type, dtype=AUTOCAST_DTYPE[precision])
+
+
+def grad_scaler(precision: Precision, device_type: str) -> torch.amp.GradScaler:
+    """A loss scaler that does something for fp16 only (bf16 has fp32's range)."""
+    return torch.amp.GradScaler(device_type, enabled=precision == "fp16")

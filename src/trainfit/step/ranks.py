@@ -1,0 +1,81 @@
+"""What the ranks of a data parallel run agree on. Every function is the identity in a run of one process."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+
+BUCKET_BYTES = 25 * 2**20
+"""Gradients travel in buckets of this size, as DistributedDataParallel's do (torch/nn/parallel/distributed.py)."""
+
+
+def rank() -> int:
+    """This process's number."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
+    """Sum numbers over the ranks, in float64, by one collective on the CPU (gloo), so that no GPU is waited for.
+
+    Every rank must give the same keys.
+    """
+    if world_size() == 1:
+        return dict(values)
+    total = torch.tensor([values[key] for key in sorted(values)], dtype=torch.float64)
+    dist.all_reduce(total)
+    return dict(zip(sorted(values), total.tolist(), strict=True))
+
+
+def from_first_rank(make: Callable[[], str]) -> str:
+    """What `make` gives on rank 0, on every rank; the others do not call it."""
+    value = [make() if rank() == 0 else ""]
+    if world_size() > 1:
+        dist.broadcast_object_list(value)
+    return value[0]
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Sum every parameter's gradient over the ranks, in place, once a window.
+
+    A parameter without a gradient on this rank (a rank whose share of the last window is empty) counts as zero; one
+    without a gradient on any rank keeps None, so that the optimizer skips it as it would in a run of one process.
+    """
+    if world_size() == 1:
+        return
+    parameters = list(parameters)
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=parameters[0].device)
+    dist.all_reduce(used, op=dist.ReduceOp.MAX)
+    gradients = [
+        p.grad if p.grad is not None else _zero_gradient(p)
+        for p, is_used in zip(parameters, used.tolist(), strict=True)
+        if is_used
+    ]
+    for bucket in _buckets(gradients):
+        flat = torch.cat([g.reshape(-1) for g in bucket])
+        dist.all_reduce(flat)
+        for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
+
+
+def _zero_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _buckets(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Cut a list into runs of one dtype and at most `BUCKET_BYTES` each."""
+    buckets: list[list[torch.Tensor]] = []
+    size_bytes = 0
+    for tensor in tensors:
+        fits = size_bytes + tensor.nbytes <= BUCKET_BYTES
+        if not buckets or not fits or buckets[-1][0].dtype != tensor.dtype:
+            buckets.append([])
+            size_bytes = 0
+        buckets[-1].append(tensor)
+        size_bytes += tensor.nbytes
+    return buckets

@@ -1,0 +1,110 @@
+"""A window (the samples of one effective batch on one rank) and its gradient, exact for any cut into micro-batches."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from trainfit.data.samples import Sample
+from trainfit.step import ranks
+from trainfit.step.names import Precision
+from trainfit.step.precision import autocast
+from trainfit.step.terms import LossTerm, Objective
+
+
+def cut(window: Sequence[Sample], micro_batch: int) -> list[Sequence[Sample]]:
+    """Cut a window into micro-batches of at most `micro_batch` samples; the last may be smaller."""
+    return [window[i : i + micro_batch] for i in range(0, len(window), micro_batch)]
+
+
+def canvas(window: Sequence[Sample]) -> tuple[int, int]:
+    """(height, width) that holds every image of the window; each micro-batch is padded to it, whatever the cut."""
+    return max(s.image.shape[1] for s in window), max(s.image.shape[2] for s in window)
+
+
+def accumulate(
+    model: torch.nn.Module,
+    objective: Objective,
+    micro_batches: Sequence[Sequence[Sample]],
+    *,
+    device: torch.device,
+    precision: Precision = "fp32",
+    scaler: torch.amp.GradScaler | None = None,
+) -> dict[str, torch.Tensor]:
+    """Add the window's gradient to `.grad`, equal to that of one big batch (reference R1) on all ranks together.
+
+    Every term is a sum S over the window divided by a count N of the window: backward of S_j / N for each micro-batch j
+    adds up to the gradient of S / N exactly, as long as N is final before the first backward. Counts that targets give
+    are; `sampled` ones are made so by a pass without gradients whose random numbers the real pass draws again.
+    Call `ranks.sum_gradients` afterwards: gradients are summed over ranks, not averaged.
+
+    Returns:
+        The window's loss by term (scalars on `device`, this rank's share: they sum over ranks to the window's loss).
+    """
+    window = [sample for micro_batch in micro_batches for sample in micro_batch]
+    size = canvas(window) if window else (0, 0)
+    counts = window_counts(model, objective, micro_batches, size, device=device, precision=precision)
+    losses: dict[str, torch.Tensor] = {name: torch.zeros((), device=device) for name in counts}
+    for micro_batch in micro_batches:
+        with autocast(precision, device.type):
+            terms = objective.terms(model, micro_batch, size)
+        shares = {name: share(name, term, counts, len(micro_batch)) for name, term in terms.items()}
+        loss = torch.stack(list(shares.values())).sum()
+        (scaler.scale(loss) if scaler is not None else loss).backward()
+        for name, value in shares.items():
+            losses[name] = losses[name] + value.detach()
+    return losses
+
+
+def share(name: str, term: LossTerm, counts: Mapping[str, float], images: int) -> torch.Tensor:
+    """One micro-batch's part of the window's normalised loss term.
+
+    A count of zero (a window without a single target) divides by one, as one big batch does.
+    """
+    if term.kind == "mean":
+        return term.total * (images / counts[name])
+    return term.total / max(counts[name], 1.0)
+
+
+def window_counts(
+    model: torch.nn.Module,
+    objective: Objective,
+    micro_batches: Sequence[Sequence[Sample]],
+    size: tuple[int, int],
+    *,
+    device: torch.device,
+    precision: Precision,
+) -> dict[str, float]:
+    """What normalises each term, over the whole window and all ranks: one collective a window."""
+    window = [sample for micro_batch in micro_batches for sample in micro_batch]
+    counts = dict(objective.counts(window))
+    if objective.samples_counts:
+        sampled = _count_sampled(model, objective, micro_batches, size, device=device, precision=precision)
+        counts |= {name: sampled.get(name, 0.0) for name in objective.samples_counts}
+    return ranks.sum_over_ranks(counts)
+
+
+@torch.no_grad()
+def _count_sampled(
+    model: torch.nn.Module,
+    objective: Objective,
+    micro_batches: Sequence[Sequence[Sample]],
+    size: tuple[int, int],
+    *,
+    device: torch.device,
+    precision: Precision,
+) -> dict[str, float]:
+    """Counts that only a forward knows. Random numbers and buffers (BatchNorm's running statistics) are put back, so
+    that the pass with gradients draws the same numbers and the statistics move once."""
+    totals: dict[str, float] = defaultdict(float)
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for micro_batch in micro_batches:
+            with autocast(precision, device.type):
+                terms = objective.terms(model, micro_batch, size)
+            for name, term in terms.items():
+                if term.count is not None:
+                    totals[name] += float(term.count)
+    for buffer, before in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    return totals

@@ -1,0 +1,72 @@
+"""Evaluation of a detector on the validation images."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from trainfit.data.samples import ImageRecord, Sample
+from trainfit.models.workload import ImageDetections, Workload
+from trainfit.step import ranks
+from trainfit.step.names import Precision
+from trainfit.step.precision import autocast
+from trainfit.training.coco_ap import ApResult, Detections, encode_masks, evaluate, gather_detections
+from trainfit.training.loader import evaluation_loader
+
+
+def evaluate_model(
+    model: torch.nn.Module,
+    workload: Workload,
+    records: Sequence[ImageRecord],
+    *,
+    micro_batch: int,
+    precision: Precision,
+    device: torch.device,
+    workers: int = 0,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> dict[str, ApResult]:
+    """AP of boxes ("bbox"), and of masks ("segm") for a segmentation model, over all ranks.
+
+    One micro-batch is on the device at a time; masks are kept run-length encoded. The model comes back in the mode that
+    it was in. Images that cannot be decoded count as images without detections.
+    """
+    loader = evaluation_loader(
+        records,
+        workload.decoder(),
+        size=workload.resolution,
+        micro_batch=micro_batch,
+        workers=workers,
+        rank=ranks.rank(),
+        world_size=ranks.world_size(),
+    )
+
+    def found() -> Iterator[Detections]:
+        done = 0
+        for batch in loader:
+            samples = [s for s in batch if isinstance(s, Sample)]
+            if samples:
+                with autocast(precision, device.type):
+                    detections = workload.detect(model, samples)
+                yield from map(compact, detections)
+            done += len(batch)
+            progress(min(len(records), done * ranks.world_size()), len(records))
+
+    training = model.training
+    model.eval()
+    try:
+        own = list(found())
+    finally:
+        model.train(training)
+    every = gather_detections(own)
+    kinds = ["bbox", "segm"] if any(d.masks is not None for d in every) else ["bbox"]
+    return {kind: evaluate(records, every, workload.classes, iou=kind) for kind in kinds}
+
+
+def compact(found: ImageDetections) -> Detections:
+    """Detections as evaluation keeps them: arrays, and masks run-length encoded."""
+    return Detections(
+        image_id=found.image_id,
+        boxes=found.boxes.numpy(),
+        scores=found.scores.numpy(),
+        classes=found.classes.numpy(),
+        masks=None if found.masks is None else encode_masks(found.masks),
+    )

@@ -1,0 +1,403 @@
+"""Training, top to bottom: recipe -> data, model, step -> windows, evaluation, checkpoints -> summary."""
+
+import copy
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainfit.data.read import read_dataset, require_no_errors
+from trainfit.data.samples import Dataset, Sample
+from trainfit.errors import TrainfitError
+from trainfit.models.registry import make_workload, model_name
+from trainfit.models.workload import OptimizerSettings, Workload
+from trainfit.step import ranks
+from trainfit.step.precision import resolve_precision
+from trainfit.step.training_step import StepResult, TrainingStep
+from trainfit.training import run_folder
+from trainfit.training.coco_ap import ApResult
+from trainfit.training.distributed import process_group
+from trainfit.training.evaluation import evaluate_model
+from trainfit.training.loader import STEP, Unreadable, WindowPlan, default_workers, training_loader
+from trainfit.training.recipe import Batching, Recipe, encode, resolve_batching, resume_recipe
+from trainfit.training.schedule import lr_factor, mix, set_lr
+from trainfit.training.telemetry import Clock, Progress, Silent, StepUpdate, memory_bytes
+from trainfit.training.tensorboard import event_writer
+
+FLUSH_STEPS = 10
+"""On a GPU losses are read this often: reading waits for the GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """How a training ended."""
+
+    folder: Path
+    model: str
+    steps: int
+    """Optimizer steps done, those before a resume included."""
+    total_steps: int
+    images_per_s: float
+    """While training; evaluation and saving left out."""
+    train_s: float
+    wait_share: float
+    """Share of the training time spent waiting for the loader."""
+    memory_bytes: int
+    """See `telemetry.memory_bytes`."""
+    ap: dict[str, ApResult]
+    """The last evaluation: "bbox", and "segm" with masks."""
+    best_ap: float | None
+    best_step: int | None
+    skipped_images: tuple[str, ...]
+    """Images that could not be decoded while training."""
+    interrupted: bool
+    """Stopped by the user before the end; the state is saved."""
+
+
+def fit(
+    recipe: Recipe, *, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False
+) -> RunSummary:
+    """Train. `stop` is asked after every window: when it says so the state is saved and training ends.
+
+    Raises:
+        TrainfitError: whatever the user can repair, before the first step wherever possible.
+    """
+    with process_group(recipe.device) as device:
+        show = progress if progress is not None and ranks.rank() == 0 else Silent()
+        return _Run(resume_recipe(recipe) if recipe.resume else recipe, device, show).train(stop)
+
+
+class _Run:
+    """One training on one rank: what `fit` sets up, and the loop."""
+
+    def __init__(self, recipe: Recipe, device: torch.device, show: Progress) -> None:
+        self.recipe, self.device, self.show = recipe, device, show
+        self.batching = resolve_batching(recipe, ranks.world_size())
+        name = model_name(recipe.model)
+        self.folder = Path(ranks.from_first_rank(lambda: str(self._prepare_folder(name))))
+        self.dataset = load_data(recipe, show)
+        self.workload = workload_of(recipe, self.dataset.classes)
+        self.precision = resolve_precision(recipe.precision, device)
+        self.workers = default_workers() if recipe.workers is None else recipe.workers
+        self.plan = WindowPlan(
+            images=len(self.dataset.splits["train"]),
+            effective_batch=self.batching.effective_batch,
+            sizes=self.workload.sizes(multi_scale=recipe.multi_scale),
+            seed=recipe.seed,
+            rank=ranks.rank(),
+            world_size=ranks.world_size(),
+        )
+        self.steps_per_epoch = self.plan.windows_per_epoch
+        self.total_steps = min(recipe.epochs * self.steps_per_epoch, recipe.max_steps or 10**12)
+        self.skipped: list[str] = []
+        self.ap: dict[str, ApResult] = {}
+        self.best: dict[str, Any] = {"ap": None, "step": None}
+        self.step, self.done = make_step(self.workload, recipe, device, self.precision, show), 0
+        if recipe.resume:
+            self._resume(self.folder / run_folder.STATE)
+        else:
+            _on_first_rank(lambda: run_folder.write_atomically(self.folder / run_folder.RECIPE, self._write_recipe))
+        self.metrics = run_folder.Metrics(self.folder / run_folder.METRICS, keep_through=self.done) if _first() else None
+        self.events = event_writer(self.folder) if recipe.tensorboard and _first() else None
+        self._announce(self.batching)
+
+    def _prepare_folder(self, name: str) -> Path:
+        out = self.recipe.out or run_folder.next_folder(name)
+        return run_folder.prepare(out, resume=self.recipe.resume is not None)
+
+    def _write_recipe(self, path: Path) -> None:
+        path.write_text(encode(dataclasses.replace(self.recipe, out=self.folder)))
+
+    def _announce(self, batching: Batching) -> None:
+        sizes = self.plan.sizes
+        scale = f"{min(sizes)}-{max(sizes)} px, one size a window" if len(sizes) > 1 else f"{sizes[0]} px"
+        wanted = self.recipe.resolution
+        if wanted is not None and wanted != self.workload.resolution:
+            self.show.note(f"resolution {wanted} is not legal for {self.workload.name}: using {self.workload.resolution}")
+        images = {split: len(records) for split, records in self.dataset.splits.items()}
+        self.show.note(f"data: {images}, {len(self.dataset.classes)} classes ({self.dataset.format})")
+        self.show.note(f"{self.workload.name} at {scale}, {self.precision} on {self.device}; {batching.reason}")
+        self.show.note(f"{self.steps_per_epoch} steps an epoch, {self.total_steps} in all; run folder {self.folder}")
+
+    def train(self, stop: Callable[[], bool]) -> RunSummary:
+        """The loop: a window, its numbers, and what is due after it."""
+        clock, pending, interrupted, saved_at = Clock(), list[dict[str, Any]](), False, time.monotonic()
+        loader = training_loader(
+            self.dataset.splits["train"],
+            self.workload.decoder(),
+            self.plan,
+            steps=range(self.done, self.total_steps),
+            augment=self.recipe.augment,
+            workers=self.workers,
+        )
+        for items in clock.fetch(loader):
+            result = self._window([self._readable(item) for item in items])
+            clock.images += result.images
+            self.done += 1
+            pending.append(self._row(result))
+            due = self._due()
+            interrupted = bool(ranks.sum_over_ranks({"stop": float(stop())})["stop"])
+            last = interrupted or self.done == self.total_steps
+            if due or last or self.device.type == "cpu" or self.done % FLUSH_STEPS == 0:
+                self._flush(pending, clock)
+            if due:
+                self._evaluate()
+            if due or last or self._minutes_passed(saved_at):
+                self._save()
+                saved_at = time.monotonic()
+                clock.restart()
+            if last:
+                break
+        return self._finish(clock, interrupted)
+
+    def _window(self, window: Sequence[Sample | None]) -> StepResult:
+        factor = lr_factor(
+            self.done, recipe=self.recipe, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps
+        )
+        set_lr(self.step.optimizer, factor)
+        torch.manual_seed(mix(self.recipe.seed, STEP, self.done, ranks.rank()))
+        readable = [sample for sample in window if sample is not None]
+        return self.step.run(readable, micro_batch=self.batching.micro_batch, step=self.done)
+
+    def _readable(self, item: Sample | Unreadable) -> Sample | None:
+        if isinstance(item, Sample):
+            return item
+        if item.message not in self.skipped:
+            self.skipped.append(item.message)
+            self.show.note(f"left out: {item.message}")
+        return None
+
+    def _row(self, result: StepResult) -> dict[str, Any]:
+        return {
+            "step": self.done,
+            "epoch": (self.done - 1) // self.steps_per_epoch,
+            "losses": result.losses,
+            "gradient_norm": result.gradient_norm,
+            "lr": max(group["lr"] for group in self.step.optimizer.param_groups),
+            "size": self.plan.size(self.done - 1),
+            "images": result.images,
+        }
+
+    def _flush(self, pending: list[dict[str, Any]], clock: Clock) -> None:
+        """Read the losses of the last windows from the device, write them, show the last one."""
+        if not pending:
+            return
+        rows = [self._read_row(row) for row in pending]
+        pending.clear()
+        elapsed, waited, _ = clock.read()
+        images = sum(row["images"] for row in rows)
+        last = rows[-1]
+        if self.metrics:
+            self.metrics.write(rows)
+        if self.events:
+            self.events(last, self.done)
+        rate = images / elapsed
+        self._telemetry(images_per_s=rate, wait_share=waited / elapsed)
+        left = (self.total_steps - self.done) * elapsed / len(rows)
+        self.show.step(
+            StepUpdate(
+                step=self.done,
+                total_steps=self.total_steps,
+                epoch=last["epoch"],
+                epochs=-(-self.total_steps // self.steps_per_epoch),
+                loss=math.nan if last["loss"] is None else last["loss"],
+                images_per_s=rate,
+                remaining_s=left,
+                memory_bytes=memory_bytes(self.device),
+                wait_share=waited / elapsed,
+            )
+        )
+        if self.precision != "fp16" and any(row["loss"] is None or row["gradient_norm"] is None for row in rows):
+            raise TrainfitError(
+                f"the loss or its gradient is no longer finite at step {self.done}: go on from {self.folder} with a lower "
+                "--lr, or --precision fp32"
+            )
+
+    def _read_row(self, row: dict[str, Any]) -> dict[str, Any]:
+        shares = {name: float(value) for name, value in row["losses"].items()} | {"images": float(row["images"])}
+        summed = ranks.sum_over_ranks(shares)
+        images = int(summed.pop("images"))
+        values = {"loss": sum(summed.values()), **summed, "gradient_norm": float(row["gradient_norm"])}
+        return {
+            "step": row["step"],
+            "epoch": row["epoch"],
+            **{key: value if math.isfinite(value) else None for key, value in values.items()},
+            "lr": row["lr"],
+            "size": row["size"],
+            "images": images,
+        }
+
+    def _telemetry(self, **values: float) -> None:
+        if _first():
+            with (self.folder / run_folder.TELEMETRY).open("a") as file:
+                row = {"step": self.done, "time": time.time(), "memory_bytes": memory_bytes(self.device), **values}
+                file.write(json.dumps(row) + "\n")
+
+    def _due(self) -> bool:
+        """Whether the window just done is followed by an evaluation."""
+        if self.done == self.total_steps:
+            return True
+        epoch, rest = divmod(self.done, self.steps_per_epoch)
+        return rest == 0 and self.recipe.eval_every > 0 and epoch % self.recipe.eval_every == 0
+
+    def _minutes_passed(self, since: float) -> bool:
+        late = time.monotonic() - since > 60 * self.recipe.save_minutes
+        return bool(ranks.sum_over_ranks({"late": float(late)})["late"]) if ranks.world_size() > 1 else late
+
+    def _evaluate(self) -> None:
+        self.ap = evaluate_model(
+            self.step.ema or self.step.model,
+            self.workload,
+            self.dataset.splits["val"],
+            micro_batch=self.recipe.eval_micro_batch or self.batching.micro_batch,
+            precision=self.precision,
+            device=self.device,
+            workers=self.workers,
+            progress=self.show.evaluated,
+        )
+        row: dict[str, Any] = {"step": self.done, "epoch": (self.done - 1) // self.steps_per_epoch}
+        for kind, result in self.ap.items():
+            row |= {f"{kind}_ap": result.ap, f"{kind}_ap50": result.ap50, f"{kind}_ap75": result.ap75}
+            row[f"{kind}_per_class"] = {c.name: c.ap for c in result.per_class}
+        if self.metrics:
+            self.metrics.write([row])
+        if self.events:
+            self.events(row, self.done)
+        score = self.ap.get("segm", self.ap["bbox"]).ap
+        figures = ", ".join(f"{kind} AP {_percent(r.ap)} AP50 {_percent(r.ap50)}" for kind, r in self.ap.items())
+        better = score is not None and (self.best["ap"] is None or score > self.best["ap"])
+        self.show.note(f"epoch {row['epoch']} step {self.done}: {figures}{' (best so far)' if better else ''}")
+        if better or self.best["step"] is None:
+            self.best = {"ap": score, "step": self.done}
+            self._save_weights(run_folder.BEST)
+
+    def _save_weights(self, name: str) -> None:
+        metadata = self.workload.metadata() | {"step": str(self.done), "ap": json.dumps(self.best["ap"])}
+        weights = (self.step.ema or self.step.model).state_dict()
+        _on_first_rank(lambda: run_folder.save_weights(self.folder / name, weights, metadata))
+
+    def _save(self) -> None:
+        """Everything that a resume needs, and the weights as they stand."""
+        state = {
+            "step": self.done,
+            "model": self.step.model.state_dict(),
+            "ema": self.step.ema.state_dict() if self.step.ema else None,
+            "optimizer": self.step.optimizer.state_dict(),
+            "scaler": self.step.scaler.state_dict(),
+            "best": self.best,
+            "skipped": self.skipped,
+        }
+        self._save_weights(run_folder.LAST)
+        _on_first_rank(lambda: run_folder.save_state(self.folder / run_folder.STATE, state))
+
+    def _resume(self, path: Path) -> None:
+        if not path.exists():
+            self.show.note(f"{path.parent} has no saved state yet: starting from its beginning")
+            return
+        state = run_folder.load_state(path)
+        self.step.model.load_state_dict(state["model"])
+        if self.step.ema:
+            self.step.ema.load_state_dict(state["ema"])
+        self.step.optimizer.load_state_dict(state["optimizer"])
+        self.step.scaler.load_state_dict(state["scaler"])
+        self.done, self.best, self.skipped = state["step"], state["best"], state["skipped"]
+        self.show.note(f"going on after step {self.done}")
+
+    def _finish(self, clock: Clock, interrupted: bool) -> RunSummary:
+        if not interrupted and _first():
+            weights, _ = run_folder.load_weights(self.folder / run_folder.BEST)
+            path = self.folder / run_folder.UPSTREAM
+            run_folder.write_atomically(path, lambda p: self.workload.export(weights, p))
+        if self.metrics:
+            self.metrics.close()
+        seconds = clock.total_s or float("inf")
+        return RunSummary(
+            folder=self.folder,
+            model=self.workload.name,
+            steps=self.done,
+            total_steps=self.total_steps,
+            images_per_s=clock.total_images * ranks.world_size() / seconds,
+            train_s=clock.total_s,
+            wait_share=clock.total_waited_s / seconds,
+            memory_bytes=memory_bytes(self.device),
+            ap=self.ap,
+            best_ap=self.best["ap"],
+            best_step=self.best["step"],
+            skipped_images=tuple(self.skipped),
+            interrupted=interrupted,
+        )
+
+
+def load_data(recipe: Recipe, show: Progress) -> Dataset:
+    """Read the data set; say what was left out or mended; refuse what cannot be trained on.
+
+    Raises:
+        TrainfitError: the data set has an error, or no image can be used.
+    """
+    chosen = None if recipe.format == "auto" else recipe.format
+    dataset = read_dataset(recipe.data, format=chosen, val_fraction=recipe.val_fraction, seed=recipe.seed)
+    require_no_errors(dataset)
+    for finding in dataset.findings:
+        if finding.severity in ("skipped", "mended"):
+            show.note(f"{finding.severity}: {finding.where}: {finding.kind}: {finding.message}")
+        elif finding.kind == "val held out":
+            show.note(finding.message)
+    return dataset
+
+
+def workload_of(recipe: Recipe, classes: tuple[str, ...]) -> Workload:
+    """The recipe's model for these classes."""
+    knobs = {
+        "resolution": recipe.resolution,
+        "snap": recipe.snap,
+        "num_queries": recipe.num_queries,
+        "groups": recipe.groups,
+        "checkpointing": recipe.checkpointing,
+    }
+    return make_workload(recipe.model, classes, knobs)
+
+
+def make_step(
+    workload: Workload, recipe: Recipe, device: torch.device, precision: Any, show: Progress
+) -> TrainingStep:
+    """Model, optimizer and EMA on the device, from the recipe's seed and weights."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as upstream trains
+    torch.manual_seed(recipe.seed)
+    model = workload.build()
+    if recipe.weights:
+        for remark in workload.load(model, recipe.weights):
+            show.note(remark)
+    else:
+        show.note("weights: random; --weights pretrained starts from upstream's COCO weights")
+    model.to(device)
+    settings = OptimizerSettings(lr=recipe.lr, lr_encoder=recipe.lr_encoder, weight_decay=recipe.weight_decay)
+    groups = workload.parameter_groups(model, settings)
+    return TrainingStep(
+        model=model,
+        objective=workload.objective,
+        optimizer=torch.optim.AdamW(groups, fused=True),
+        device=device,
+        precision=precision,
+        clip_norm=recipe.clip_norm,
+        ema=copy.deepcopy(model).eval().requires_grad_(False) if recipe.ema else None,
+    )
+
+
+def _first() -> bool:
+    return ranks.rank() == 0
+
+
+def _on_first_rank(action: Callable[[], None]) -> None:
+    if _first():
+        action()
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"

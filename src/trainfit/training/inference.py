@@ -1,0 +1,82 @@
+"""A trained run as a detector."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from trainfit.data.images import ImageDefect, read_header
+from trainfit.data.samples import ImageRecord
+from trainfit.errors import TrainfitError
+from trainfit.models.registry import from_metadata
+from trainfit.models.workload import ImageDetections, Workload
+from trainfit.step.names import Precision
+from trainfit.step.precision import autocast
+from trainfit.training.run_folder import BEST, LAST, load_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detector:
+    """A model in eval mode with the weights of a run."""
+
+    workload: Workload
+    model: torch.nn.Module
+    device: torch.device
+    precision: Precision
+
+
+def load_detector(run: Path, device: torch.device, precision: Precision = "fp32") -> Detector:
+    """The best weights of a run folder (the last ones where there was no evaluation yet), or a weights file of one.
+
+    Raises:
+        TrainfitError: neither a run folder with weights nor a weights file of trainfit.
+    """
+    candidates = [run] if run.is_file() else [run / BEST, run / LAST]
+    path = next((p for p in candidates if p.is_file()), None)
+    if path is None:
+        raise TrainfitError(f"{run} is no run folder with weights, and no weights file: give the folder that `train` named")
+    weights, metadata = load_weights(path)
+    workload = from_metadata(metadata)
+    model = workload.build()
+    model.load_state_dict(weights)
+    return Detector(workload=workload, model=model.to(device).eval(), device=device, precision=precision)
+
+
+def detect(detector: Detector, images: Sequence[Path], *, micro_batch: int = 4) -> Iterator[ImageDetections]:
+    """Detections of image files, in order; `image_id` is the position in `images`.
+
+    Raises:
+        TrainfitError: an image that cannot be read.
+    """
+    decode = detector.workload.decoder()
+    size = detector.workload.resolution
+    for first in range(0, len(images), micro_batch):
+        batch = [
+            decode(_record(first + i, path), size=size, augment=False, generator=torch.Generator())
+            for i, path in enumerate(images[first : first + micro_batch])
+        ]
+        with autocast(detector.precision, detector.device.type):
+            yield from detector.workload.detect(detector.model, batch)
+
+
+def _record(number: int, path: Path) -> ImageRecord:
+    """An image file without objects."""
+    header = read_header(path)
+    if isinstance(header, ImageDefect):
+        raise TrainfitError(f"{path}: {header.kind}: {header.message}")
+    width, height = header.upright
+    nothing = np.zeros(0)
+    return ImageRecord(
+        id=number,
+        path=path,
+        width=width,
+        height=height,
+        boxes=np.zeros((0, 4)),
+        classes=nothing.astype(np.int64),
+        crowd=nothing.astype(np.bool_),
+        areas=nothing,
+        segmentations=(),
+        object_ids=nothing.astype(np.int64),
+    )

@@ -1,0 +1,155 @@
+"""Windows of CPU samples: which images, at which size, in which order, all functions of the optimizer step."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from trainfit.data.samples import ImageRecord, Sample
+from trainfit.errors import TrainfitError
+from trainfit.models.workload import Decoder
+from trainfit.training.schedule import mix
+
+ORDER, SIZE, SAMPLE, STEP = range(4)
+"""Purposes of `mix`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unreadable:
+    """An image that failed to decode in the middle of training: left out of its window, named in the summary."""
+
+    image_id: int
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowPlan:
+    """The order of data of a whole run."""
+
+    images: int
+    effective_batch: int
+    sizes: tuple[int, ...]
+    """Side lengths to draw from, one a window."""
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """The last window of an epoch may be short; every image is seen once an epoch."""
+        return -(-self.images // self.effective_batch)
+
+    def size(self, step: int) -> int:
+        """Side length of window `step`, the same on every rank and in every micro-batch."""
+        generator = torch.Generator().manual_seed(mix(self.seed, SIZE, step))
+        return self.sizes[int(torch.randint(len(self.sizes), (), generator=generator).item())]
+
+    def indices(self, step: int) -> list[int]:
+        """This rank's image numbers in window `step`; the ranks' shares are disjoint and cover the window."""
+        epoch, window = divmod(step, self.windows_per_epoch)
+        generator = torch.Generator().manual_seed(mix(self.seed, ORDER, epoch))
+        order = torch.randperm(self.images, generator=generator)
+        first = window * self.effective_batch
+        return order[first : first + self.effective_batch][self.rank :: self.world_size].tolist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Key:
+    """What a loader process needs to make one sample."""
+
+    index: int
+    size: int
+    seed: int
+
+
+class _Windows(Sampler[list[_Key]]):
+    """The windows of steps [first, last)."""
+
+    def __init__(self, plan: WindowPlan, first: int, last: int) -> None:
+        self.plan, self.first, self.last = plan, first, last
+
+    def __iter__(self) -> Iterator[list[_Key]]:
+        for step in range(self.first, self.last):
+            size = self.plan.size(step)
+            epoch = step // self.plan.windows_per_epoch
+            yield [
+                _Key(index=i, size=size, seed=mix(self.plan.seed, SAMPLE, epoch, i)) for i in self.plan.indices(step)
+            ]
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+
+class _Samples(Dataset[Sample | Unreadable]):
+    """Decodes one key at a time. An image that cannot be decoded comes back as `Unreadable`, not as an exception."""
+
+    def __init__(self, records: Sequence[ImageRecord], decode: Decoder, *, augment: bool) -> None:
+        self.records, self.decode, self.augment = records, decode, augment
+
+    def __getitem__(self, key: _Key) -> Sample | Unreadable:
+        generator = torch.Generator().manual_seed(key.seed)
+        record = self.records[key.index]
+        try:
+            return self.decode(record, size=key.size, augment=self.augment, generator=generator)
+        except TrainfitError as error:
+            return Unreadable(image_id=record.id, message=str(error))
+
+
+class _Fixed(Sampler[list[_Key]]):
+    """Evaluation's micro-batches: the records in order, this rank's share."""
+
+    def __init__(self, images: int, size: int, micro_batch: int, rank: int, world_size: int) -> None:
+        keys = [_Key(index=i, size=size, seed=0) for i in range(rank, images, world_size)]
+        self.batches = [keys[i : i + micro_batch] for i in range(0, len(keys), micro_batch)]
+
+    def __iter__(self) -> Iterator[list[_Key]]:
+        yield from self.batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def _as_list(samples: list[Sample | Unreadable]) -> list[Sample | Unreadable]:
+    return samples
+
+
+def default_workers() -> int:
+    """Loader processes: one per core that this process may use and its rank's share of them, less one for the trainer."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+
+
+Loader = DataLoader[Sample | Unreadable]
+
+
+def training_loader(
+    records: Sequence[ImageRecord], decode: Decoder, plan: WindowPlan, *, steps: range, augment: bool, workers: int
+) -> Loader:
+    """A loader whose items are whole windows (lists of samples) of the given steps, in order."""
+    return DataLoader(
+        _Samples(records, decode, augment=augment),
+        batch_sampler=_Windows(plan, steps.start, steps.stop),  # pyright: ignore[reportArgumentType]
+        collate_fn=_as_list,
+        num_workers=workers,
+    )
+
+
+def evaluation_loader(
+    records: Sequence[ImageRecord],
+    decode: Decoder,
+    *,
+    size: int,
+    micro_batch: int,
+    workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Loader:
+    """A loader whose items are micro-batches of this rank's share of the records, not augmented."""
+    return DataLoader(
+        _Samples(records, decode, augment=False),
+        batch_sampler=_Fixed(len(records), size, micro_batch, rank, world_size),  # pyright: ignore[reportArgumentType]
+        collate_fn=_as_list,
+        num_workers=workers,
+    )

@@ -1,0 +1,194 @@
+"""The recipe: what the user wants trained."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from trainfit.errors import TrainfitError
+from trainfit.step.names import Precision
+
+DEFAULT_EFFECTIVE_BATCH = 16
+DEFAULT_MICRO_BATCH = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to train, on what, for how long."""
+
+    model: tyro.conf.Positional[str] = ""
+    """Model: rfdetr-nano, -small, -medium, -large (and rfdetr-seg-...)."""
+    data: str = ""
+    """Data set: a folder (COCO, Roboflow export, YOLO, Pascal VOC), a COCO JSON file, or `sample`."""
+    format: Literal["auto", "coco", "yolo", "voc"] = "auto"
+    """Format of the data set; found by looking unless given."""
+    weights: str | None = None
+    """Start from a file of trainfit or upstream, or `pretrained` (downloads upstream's); random without it."""
+    resolution: int | None = None
+    """Side of the square input in pixels; the model's published one by default."""
+    snap: bool = True
+    """Take the nearest legal resolution where the wanted one is not legal."""
+    effective_batch: int | None = None
+    """Images per optimizer step over all GPUs (default 16)."""
+    micro_batch: int | None = None
+    """Images per forward and backward on one GPU; changes memory and speed, not the result."""
+    accumulation: int | None = None
+    """Micro-batches per optimizer step and GPU."""
+    epochs: int = 100
+    """Passes over the training images."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps."""
+    out: Path | None = None
+    """Run folder; runs/MODEL-N by default."""
+    resume: Path | None = None
+    """Run folder to go on with; its own recipe is used, and --epochs, --max-steps, --micro-batch may be given anew."""
+    seed: int = 0
+    """Weights, order of data and augmentation follow from it."""
+    tensorboard: bool = False
+    """Write TensorBoard logs too (needs trainfit[tensorboard])."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    precision: Precision = "auto"
+    """auto: bf16 on CUDA capability 8.0 and later, fp16 on older GPUs, fp32 on the CPU."""
+    lr: float = 1e-4
+    """Learning rate of the heads; it follows the effective batch, not the micro-batch."""
+    lr_encoder: float = 1.5e-4
+    """Learning rate of the encoder's last layer, before component decay."""
+    weight_decay: float = 1e-4
+    """AdamW's decay."""
+    schedule: Literal["step", "cosine"] = "step"
+    """step: a tenth of the rate from epoch --lr-drop on; cosine: to zero at the end."""
+    lr_drop: int = 100
+    """Epoch of the step schedule's drop."""
+    warmup_epochs: float = 0.0
+    """Length of the linear warm-up."""
+    clip_norm: float = 0.1
+    """Largest gradient norm of a window; 0 turns clipping off."""
+    ema: bool = True
+    """Average the weights; evaluation and the saved best use the average."""
+    multi_scale: bool = True
+    """Draw the training size anew for every window; the largest is up to 1.4 times the resolution."""
+    augment: bool = True
+    """Random crops and flips."""
+    num_queries: int | None = None
+    """Object queries; the published number by default."""
+    groups: int | None = None
+    """Query groups in training (upstream's group_detr, 13)."""
+    checkpointing: bool = False
+    """Activation checkpointing of the encoder: less memory, more time."""
+    workers: int | None = None
+    """Loader processes per GPU; by the machine's cores unless given."""
+    eval_every: int = 1
+    """Evaluate every so many epochs, and at the end; 0: at the end alone."""
+    eval_micro_batch: int | None = None
+    """Images per forward in evaluation; the micro-batch by default."""
+    val_fraction: float = 0.1
+    """Share of the training images held out where the data set has no validation split."""
+    save_minutes: float = 10.0
+    """Save the state this often besides after every evaluation."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if self.resume is None and not self.model:
+            raise TrainfitError("name a model, for instance: trainfit train rfdetr-nano --data DIR")
+        if self.resume is None and not self.data:
+            raise TrainfitError("--data is missing: a folder, a COCO JSON file, or `sample`")
+        for name in ("effective_batch", "micro_batch", "accumulation", "max_steps", "eval_micro_batch", "resolution"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise TrainfitError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.epochs < 1:
+            raise TrainfitError(f"--epochs must be at least 1, not {self.epochs}")
+        if not 0 < self.val_fraction < 1:
+            raise TrainfitError(f"--val-fraction must lie between 0 and 1, not {self.val_fraction}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batching:
+    """How an effective batch is divided."""
+
+    effective_batch: int
+    """Images per optimizer step over all ranks: held exactly."""
+    micro_batch: int
+    """Images per forward and backward."""
+    accumulation: int
+    """Micro-batches per optimizer step on the fullest rank."""
+    world_size: int
+    reason: str
+    """The arithmetic, for the user."""
+
+
+def resolve_batching(recipe: Recipe, world_size: int) -> Batching:
+    """Micro-batch, accumulation and effective batch from what was given of them.
+
+    Raises:
+        TrainfitError: all three are given and disagree, or there are fewer images in a batch than ranks.
+    """
+    micro, accumulation, effective = recipe.micro_batch, recipe.accumulation, recipe.effective_batch
+    if accumulation is not None:
+        micro = micro or max(1, (effective or DEFAULT_EFFECTIVE_BATCH) // (accumulation * world_size))
+        product = micro * accumulation * world_size
+        if effective is not None and effective != product:
+            raise TrainfitError(
+                f"--effective-batch {effective} is not --micro-batch {micro} x --accumulation {accumulation} "
+                f"x {world_size} GPUs = {product}: leave one of the three out"
+            )
+        effective = product
+    effective = effective or DEFAULT_EFFECTIVE_BATCH
+    if effective < world_size:
+        raise TrainfitError(f"--effective-batch {effective} is less than the {world_size} GPUs: give at least {world_size}")
+    share = -(-effective // world_size)
+    micro = min(micro or DEFAULT_MICRO_BATCH, share)
+    steps = -(-share // micro)
+    reason = f"effective batch {effective} = micro-batch {micro} x accumulation {steps} x {world_size} GPU(s)"
+    if micro * steps * world_size != effective:
+        reason = (
+            f"effective batch {effective} over {world_size} GPU(s): {share} images each in {steps} micro-batches of {micro} "
+            "(the last one smaller; weighted exactly)"
+        )
+    return Batching(
+        effective_batch=effective, micro_batch=micro, accumulation=steps, world_size=world_size, reason=reason
+    )
+
+
+RESUMABLE = frozenset({"epochs", "max_steps", "micro_batch", "accumulation", "workers", "tensorboard", "eval_every"})
+"""What may change when a run goes on: none of it changes what a step computes."""
+
+
+def resume_recipe(given: Recipe) -> Recipe:
+    """The saved recipe of the run folder `given.resume`, with the flags that were given anew.
+
+    Raises:
+        TrainfitError: not a run folder, or a flag that would make it another run.
+    """
+    assert given.resume is not None
+    path = given.resume / "recipe.json"
+    try:
+        saved = Recipe(**_decode(json.loads(path.read_text())))
+    except OSError as error:
+        raise TrainfitError(f"--resume: {given.resume} is not a run folder of trainfit (no recipe.json)") from error
+    except (ValueError, TypeError) as error:
+        raise TrainfitError(f"{path} is damaged ({error}); start a new run") from error
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(Recipe):
+        value, before = getattr(given, field.name), getattr(saved, field.name)
+        if field.name in ("resume", "out") or value == field.default or value == before:
+            continue
+        if field.name not in RESUMABLE:
+            flag = field.name.replace("_", "-")
+            raise TrainfitError(f"--{flag} {value} differs from the resumed run's {before}: drop it, or start a new run")
+        changes[field.name] = value
+    return dataclasses.replace(saved, **changes, resume=given.resume, out=given.resume)
+
+
+def encode(recipe: Recipe) -> str:
+    """JSON of a recipe."""
+    values = dataclasses.asdict(recipe) | {"resume": None}
+    return json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in values.items()}, indent=2) + "\n"
+
+
+def _decode(values: dict[str, Any]) -> dict[str, Any]:
+    return values | {"out": Path(values["out"]) if values["out"] else None}

@@ -1,0 +1,143 @@
+"""What a run leaves on disk. Every file is replaced whole: a kill or a full disk leaves the previous one."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+from trainfit.errors import TrainfitError
+
+RECIPE = "recipe.json"
+METRICS = "metrics.jsonl"
+"""Losses, rates, AP: the same bit for bit in a resumed run."""
+TELEMETRY = "telemetry.jsonl"
+"""Times, memory, waiting for data: never the same twice."""
+STATE = "state.pt"
+LAST = "last.safetensors"
+BEST = "best.safetensors"
+UPSTREAM = "best-rfdetr.pth"
+
+
+def prepare(out: Path, *, resume: bool) -> Path:
+    """Make the run folder, and prove that it can be written.
+
+    Raises:
+        TrainfitError: it holds another run, or cannot be written.
+    """
+    if not resume and (out / RECIPE).exists():
+        raise TrainfitError(f"{out} already holds a run: go on with --resume {out}, or choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise TrainfitError(f"--out {out} cannot be written ({error.strerror}): choose another folder") from error
+    return out
+
+
+def next_folder(model: str, root: Path = Path("runs")) -> Path:
+    """runs/MODEL-1, or the next number that is free."""
+    number = 1
+    while (root / f"{model}-{number}").exists():
+        number += 1
+    return root / f"{model}-{number}"
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Write beside the file, flush it to the disk, then take its name.
+
+    Raises:
+        TrainfitError: the disk is full or cannot be written; the previous file is as it was.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the operating system's error
+        temporary.unlink(missing_ok=True)
+        kept = "the previous one is intact" if path.exists() else "there is no previous one"
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise TrainfitError(f"could not save {path} ({reason}); {kept}: free space and go on with --resume") from error
+
+
+def save_weights(path: Path, weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file with what `models.registry.from_metadata` needs."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+    write_atomically(path, lambda p: safetensors.torch.save_file(tensors, p, metadata=dict(metadata)))
+
+
+def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a file that `save_weights` wrote.
+
+    Raises:
+        TrainfitError: the file cannot be read as safetensors.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise TrainfitError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Training state: tensors and plain values only, so that it loads with `weights_only`."""
+
+    def write(target: Path) -> None:
+        with target.open("wb") as file:
+            torch.save(dict(state), file)
+
+    write_atomically(path, write)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read what `save_state` wrote.
+
+    Raises:
+        TrainfitError: the file is damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise TrainfitError(f"{path} is damaged ({reason}): start anew with --weights {path.parent / LAST}") from error
+
+
+class Metrics:
+    """An append-only JSON-lines file that can be cut back to a step."""
+
+    def __init__(self, path: Path, *, keep_through: int) -> None:
+        """Open `path`, without the lines of steps after `keep_through` (a resumed run writes them again)."""
+        self.path = path
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= keep_through]
+        if kept != lines:
+            write_atomically(path, lambda p: _write_text(p, "".join(kept)))
+        self._file = path.open("a")
+
+    def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows; each has a `step`.
+
+        Raises:
+            TrainfitError: the disk is full.
+        """
+        try:
+            self._file.writelines(json.dumps(row) + "\n" for row in rows)
+            self._file.flush()
+        except OSError as error:
+            raise TrainfitError(f"could not write {self.path} ({error.strerror}): free space and go on with --resume") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)

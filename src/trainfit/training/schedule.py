@@ -1,0 +1,33 @@
+"""Learning rate and randomness as functions of the optimizer step: nothing to save, nothing to drift."""
+
+import math
+
+import numpy as np
+import torch
+
+from trainfit.training.recipe import Recipe
+
+
+def lr_factor(step: int, *, recipe: Recipe, steps_per_epoch: int, total_steps: int) -> float:
+    """What every group's rate is multiplied by in optimizer step `step` (0 for the first).
+
+    Source: rfdetr 1.11.2 training/module_model.py `_build_managed_scheduler`'s `lr_lambda` (min_factor 0).
+    """
+    warmup = int(recipe.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return step / max(1, warmup)
+    if recipe.schedule == "cosine":
+        progress = (step - warmup) / max(1, total_steps - warmup)
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0 if step < recipe.lr_drop * steps_per_epoch else 0.1
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's rate to its first one times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+
+
+def mix(seed: int, *numbers: int) -> int:
+    """A seed of its own for each purpose: (run's seed, purpose, step or image, ...) -> 63 bits."""
+    return int(np.random.SeedSequence([seed, *numbers]).generate_state(1, np.uint64)[0] >> np.uint64(1))
