@@ -67,6 +67,7 @@ def images(*entries: tuple[int, str, int, int]) -> list[dict[str, Any]]:
         ({"bbox": [50, 6, 4, 8]}, "skipped", "box outside the image", None),
         ({"bbox": [30, 20, 15, 30]}, "mended", "box overhangs the image", [30, 20, 40, 30]),
         ({"bbox": [-0.5, 20, 41.5, 11]}, None, None, [-0.5, 20, 41, 31]),
+        ({"bbox": [-1.5, 20, 10, 5]}, "mended", "box overhangs the image", [0, 20, 8.5, 25]),
         ({"bbox": [1, 2, 3]}, "skipped", "malformed annotation", None),
         ({"bbox": [1, 2, 3, "4"]}, "skipped", "malformed annotation", None),
         ({"segmentation": [1, 2, 3]}, "skipped", "malformed annotation", None),
@@ -201,7 +202,7 @@ def test_missing_and_damaged_images_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "train" / "a.png").write_text("no image")
     dataset = coco_again(tmp_path)
     assert found(dataset, "unreadable image").severity == "skipped"
-    assert str(tmp_path) not in found(dataset, "unreadable image").message
+    assert found(dataset, "unreadable image").message.startswith("train/a.png: cannot identify image file; its 1 obj")
     NOISE.save(tmp_path / "train" / "a.png")
     whole = (tmp_path / "train" / "a.png").read_bytes()
     (tmp_path / "train" / "a.png").write_bytes(whole[: len(whole) // 2])

@@ -108,6 +108,7 @@ def test_fruits_nuts_is_one_json_whose_val_is_held_out() -> None:
     assert paths[0] == paths[1]
     assert len({tuple(names) for names in paths}) > 1
     assert len(read_dataset(root, val_fraction=0.5).splits["val"]) == 9
+    assert len(read_dataset(root, val_fraction=0.01).splits["val"]) == 1
     alone = read_dataset(root / "trainval.json")
     assert [r.path for r in alone.splits["train"]] == [r.path for r in dataset.splits["train"]]
 

@@ -54,9 +54,8 @@ def test_masks_cover_what_is_painted(folder: Path) -> None:
             (encoded,) = coco_mask.frPyObjects(cast(Any, polygons), record.height, record.width)
             masks[n] = coco_mask.decode(encoded)
             x, y, width, height = coco_mask.toBbox(encoded)
-            np.testing.assert_allclose(
-                record.boxes[n], [x, y, x + width, y + height], atol=2
-            )  # a sharp tip covers no pixel's middle
+            # 2 px: a sharp tip covers no pixel's middle
+            np.testing.assert_allclose(record.boxes[n], [x, y, x + width, y + height], atol=2)
             assert record.areas[n] == pytest.approx(masks[n].sum(), rel=0.1, abs=8)
         assert (masks.sum(axis=0) <= 1).all()
         union = masks.any(axis=0)

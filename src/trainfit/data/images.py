@@ -57,9 +57,9 @@ class ImageDefect:
 def read_header(path: Path) -> ImageHeader | ImageDefect:
     """Size and orientation of an image, or why it cannot be used; decodes nothing unless the file looks cut off.
 
-    A JPEG ends with its end mark, a PNG with its last chunk, a WebP has the length that it states; only a file that
-    does not is decoded, to know for sure (trailing bytes after the end mark are harmless). Known limits: damage in the
-    middle of a file, and cut-off files of other formats, are found by decoding alone (`check_dataset`).
+    A JPEG ends with its end mark, a PNG with its last chunk; only a file that does not is decoded, to know for sure
+    (trailing bytes after the end mark are harmless). Pillow itself refuses to open a WebP that is cut off. Known
+    limits: damage in the middle of a file, and other formats cut off, are found by decoding alone (`check_dataset`).
     """
     if not path.is_file():
         return ImageDefect(kind="missing image", message="no such file")
@@ -125,13 +125,9 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _ends_well(file: BinaryIO, image_format: str | None) -> bool:
-    length = file.seek(0, 2)
-    if image_format == "WEBP":
-        file.seek(4)
-        return int.from_bytes(file.read(4), "little") + 8 <= length
-    file.seek(max(0, length - 12))
+    file.seek(max(0, file.seek(0, 2) - 12))
     tail = file.read()
-    if image_format == "JPEG":
+    if image_format in ("JPEG", "MPO"):
         return tail.endswith(b"\xff\xd9")
     return image_format != "PNG" or tail[4:8] == b"IEND"
 
@@ -148,5 +144,5 @@ def _reason(error: BaseException, path: Path) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    text = text.replace(repr(str(path)), "file").replace("\n", " ")
+    text = text.replace(f" {str(path)!r}", "").replace("\n", " ")
     return text or type(error).__name__

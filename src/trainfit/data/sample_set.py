@@ -16,7 +16,7 @@ SAMPLE_SET_VERSION = 1
 """Part of the cache folder's name; to be raised when the drawings change."""
 
 SHAPES = ("circle", "square", "triangle", "star")
-_COLOURS = np.array([(214, 48, 49), (41, 98, 214), (38, 166, 91), (241, 196, 15)], np.float64)
+_COLOURS = np.array([(214, 48, 49), (41, 98, 214), (38, 166, 60), (241, 196, 15)], np.float64)
 _CANVASES = ((128, 128), (160, 120), (120, 160), (192, 128), (128, 192), (192, 192), (256, 192))
 # The first images: few objects and large, so that a small model learns them by heart within minutes.
 _FIRST_COUNTS = (2, 1, 4, 0, 3, 6, 2, 5)

@@ -133,16 +133,16 @@ def trace_step(
             shadows = Shadows()
             shadows.patch_numpy()
             fake, recorder = FakeTensorMode(allow_non_fake_inputs=True), Recorder("cuda", shadows)
-            building: Any = fakeify.FakeCuda(fake, recorder)
-            running.enter_context(fake)
+            building, modes = fakeify.FakeCuda(fake, recorder), (fake, recorder)
         else:
             shadows, recorder = None, Recorder("cpu", None)
-            building = recorder
+            building, modes = recorder, (recorder,)
         try:
             with building:
                 step = build(torch.device(device))
             fake_cuda.register_torchvision()
-            running.enter_context(recorder)
+            for mode in modes:
+                running.enter_context(mode)
             _run(step, recorder, steps)
         except Exception as error:
             raise _explained(error, recorder) from error

@@ -1,0 +1,169 @@
+"""The cards people train on: published rates and the memory their driver reports, looked up by the name as typed."""
+
+import difflib
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from trainfit.errors import TrainfitError
+
+MIB = 2**20
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One device as torch sees it (one die of an MI250X, one of the four GPUs of an A16).
+
+    Rates are peaks without sparsity; None where no document states one, and `note` says why.
+    """
+
+    name: str
+    """Canonical name, unique in the catalogue."""
+    aliases: tuple[str, ...] = ()
+    """Other names, the driver's among them."""
+    architecture: str | None = None
+    """Turing, Ampere, CDNA 3, ..."""
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability; None for AMD, or when only the memory is known."""
+    gfx: str | None = None
+    """AMD's name of the instruction set, such as gfx90a."""
+    memory_bytes: int
+    """Total the driver offers to programs; the nominal size when `memory_is_nominal`."""
+    nominal_memory_bytes: int
+    """Memory on the board, less ECC where that is on by default and taken from it."""
+    memory_is_nominal: bool
+    """True: no total was measured, so `driver_reserved_bytes` still goes off `memory_bytes`."""
+    bandwidth_bytes_per_s: float | None = None
+    """Peak rate of the device memory."""
+    fp32_flops_per_s: float | None = None
+    """Multiply-adds of the ordinary units, counted as two."""
+    tf32_flops_per_s: float | None = None
+    """Matrix units on fp32 input rounded to TF32; None where they have no TF32."""
+    fp16_flops_per_s: float | None = None
+    """Matrix units, fp32 accumulation (half rate on GeForce from Turing on); None where there are none."""
+    bf16_flops_per_s: float | None = None
+    """Matrix units on bfloat16; None where they have none."""
+    sm_count: int | None = None
+    """Streaming multiprocessors, or AMD's compute units."""
+    boost_hz: float | None = None
+    """Clock that the fp32 rate is stated at."""
+    has_bf16: bool | None = None
+    """bfloat16 in hardware: capability 8.0 and above, AMD CDNA; None when unknown."""
+    has_flash_attention: bool | None = None
+    """torch's flash kernel runs: capability 8.0 and above, gfx90a and gfx942; None when unknown."""
+    sources: tuple[str, ...] = ()
+    """Documents that the numbers are from."""
+    note: str = ""
+    """What a reader of the numbers must know; why a rate is missing."""
+
+
+def scaled(rate: float | None, factor: float | None) -> float | None:
+    """The product; None where either is unknown."""
+    return None if rate is None or factor is None else rate * factor
+
+
+def _gpu(row: dict[str, Any], documents: dict[str, str]) -> Gpu:
+    return Gpu(
+        name=row["name"],
+        aliases=tuple(row["aliases"]),
+        architecture=row["architecture"],
+        capability=None if row["capability"] is None else (row["capability"][0], row["capability"][1]),
+        gfx=row["gfx"],
+        memory_bytes=row["memory_mib"] * MIB,
+        nominal_memory_bytes=row["nominal_memory_mib"] * MIB,
+        memory_is_nominal=row["memory_is_nominal"],
+        bandwidth_bytes_per_s=scaled(row["bandwidth_gb_per_s"], 1e9),
+        fp32_flops_per_s=scaled(row["fp32_tflops"], 1e12),
+        tf32_flops_per_s=scaled(row["tf32_tflops"], 1e12),
+        fp16_flops_per_s=scaled(row["fp16_tflops"], 1e12),
+        bf16_flops_per_s=scaled(row["bf16_tflops"], 1e12),
+        sm_count=row["sm_count"],
+        boost_hz=scaled(row["boost_mhz"], 1e6),
+        has_bf16=row["bf16"],
+        has_flash_attention=row["flash_attention"],
+        sources=tuple(documents[code] for code in row["sources"]),
+        note=row["note"],
+    )
+
+
+@cache
+def all_gpus() -> tuple[Gpu, ...]:
+    """Every row of `catalogue.json`, in its order. Rates the documents give sparse are halved there."""
+    table = json.loads(resources.files("trainfit.gpus").joinpath("catalogue.json").read_text("utf-8"))
+    return tuple(_gpu(row, table["sources"]) for row in table["gpus"])
+
+
+def name_key(name: str) -> str:
+    """A name without vendor, series and punctuation: "NVIDIA GeForce RTX-4090" and "4090" give the same key."""
+    text = re.sub(r"\bmig \d.*|\b(graphics|gpu|generation|edition|design|with)\b", "", name.lower().replace("_", " "))
+    text = re.sub(r"\b(\d+) ?(gib|g)\b", r"\1gb", text)
+    text = re.sub(r"mobile|notebook", "laptop", re.sub(r"[^a-z0-9]", "", text))
+    return re.sub(r"^(nvidia|amd|geforce|instinct|tesla|rtx|gtx)+", "", text)
+
+
+def _keys(gpu: Gpu) -> set[str]:
+    """The keys of a card's names, also with its memory at the end, and with that memory's GB left off."""
+    keys = {name_key(name) for name in (gpu.name, *gpu.aliases)}
+    memory = f"{gpu.nominal_memory_bytes // GIB}gb"
+    keys |= {key + memory for key in keys if "gb" not in key}
+    return keys | {key.removesuffix("gb") for key in keys}
+
+
+def _candidates(key: str) -> tuple[Gpu, ...]:
+    """Cards whose key is `key`, or `key` and then only a memory size or a bus."""
+    variant = re.compile(re.escape(key) + r"([1-9]\d*gb|pcie|sxm\d?|nvl)*")
+    return tuple(gpu for gpu in all_gpus() if any(variant.fullmatch(each) for each in _keys(gpu)))
+
+
+def find_gpu(name: str) -> Gpu:
+    """The card that `name` means, in any usual spelling: "1650 ti", "rtx-4090", "A100-SXM4-80GB".
+
+    A name of several cards is refused with their list, except where one is what people mean: "a100" is the 40 GB part,
+    "v100" the 16 GB one, "1060" the 6 GB one, "3080" the 10 GB one, "h100" the SXM one and "gh200" the 96 GB one (each
+    an alias in the catalogue). A bare Turing Quadro is typed "quadro rtx 6000"; "rtx 6000" alone is refused.
+    """
+    key = name_key(name)
+    exact = [gpu for gpu in all_gpus() if key in _keys(gpu)]
+    found = exact or list(_candidates(key)) if key else []
+    if len(found) == 1:
+        return found[0]
+    if found:
+        listed = ", ".join(f"{gpu.name} ({gpu.memory_bytes / GIB:.1f} GiB)" for gpu in found)
+        raise TrainfitError(f"GPU {name!r} names several cards: {listed}; give one of these to --gpu")
+    raise TrainfitError(f"GPU {name!r} is not in the catalogue{_nearest(key)}; --memory 8GiB works for any card")
+
+
+def _nearest(key: str) -> str:
+    """Cards whose name has the typed one in it, else those spelled most alike."""
+    by_key = {each: gpu.name for gpu in all_gpus() for each in _keys(gpu)}
+    inside = [each for each in by_key if key in each] if len(key) >= 4 else []
+    close = inside or difflib.get_close_matches(key, sorted(by_key), n=3)
+    names = sorted({by_key[each] for each in close})
+    return f". Perhaps you meant {' or '.join(names[:5])}" if names else ""
+
+
+def match_driver_name(name: str, total_bytes: int) -> Gpu | None:
+    """The row for a name as the driver gives it, the nearest in memory where several cards share the name, or None."""
+    return min(_candidates(name_key(name)), key=lambda gpu: abs(gpu.nominal_memory_bytes - total_bytes), default=None)
+
+
+def gpu_with_memory(text: str) -> Gpu:
+    """A card of which only the memory is known: "8GiB", "8 GB", "8192MiB".
+
+    GB and MB are read as GiB and MiB, because an "8 GB" card carries 8 GiB. The size is nominal.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GM])(?:I?B)?\s*", text, re.IGNORECASE)
+    size_bytes = int(float(match[1]) * (GIB if match[2] in "gG" else MIB)) if match else 0
+    if not size_bytes:
+        raise TrainfitError(f"--memory {text!r} is no size of memory: write it as 8GiB or 8192MiB")
+    return Gpu(
+        name=f"{size_bytes / GIB:g} GiB card",
+        memory_bytes=size_bytes,
+        nominal_memory_bytes=size_bytes,
+        memory_is_nominal=True,
+        note="Only the memory was given.",
+    )

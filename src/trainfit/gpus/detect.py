@@ -1,0 +1,201 @@
+"""The GPUs of this machine as the driver reports them, through NVML."""
+# ruff: noqa: N802, N815 - the members of Nvml have NVML's own names
+
+import contextlib
+import importlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast
+
+from trainfit.errors import TrainfitError
+from trainfit.gpus.catalogue import Gpu, match_driver_name, scaled
+
+Handle = Any
+"""NVML's device handle; opaque here."""
+
+
+class Nvml(Protocol):
+    """The part of nvidia-ml-py that is used here, so that a recorded machine can stand in for it."""
+
+    NVMLError: type[Exception]
+    NVMLError_DriverNotLoaded: type[Exception]
+    NVMLError_LibraryNotFound: type[Exception]
+    NVMLError_NotFound: type[Exception]
+    NVMLError_NotSupported: type[Exception]
+    nvmlMemory_v2: int
+
+    def nvmlInit(self) -> None: ...
+    def nvmlShutdown(self) -> None: ...
+    def nvmlSystemGetDriverVersion(self) -> str: ...
+    def nvmlSystemGetProcessName(self, pid: int) -> str: ...
+    def nvmlDeviceGetCount(self) -> int: ...
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> Handle: ...
+    def nvmlDeviceGetName(self, handle: Handle) -> str: ...
+    def nvmlDeviceGetUUID(self, handle: Handle) -> str: ...
+    def nvmlDeviceGetMemoryInfo(self, handle: Handle, version: int) -> Any: ...
+    def nvmlDeviceGetCudaComputeCapability(self, handle: Handle) -> tuple[int, int]: ...
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: Handle) -> Sequence[Any]: ...
+    def nvmlDeviceGetGraphicsRunningProcesses(self, handle: Handle) -> Sequence[Any]: ...
+    def nvmlDeviceGetMigMode(self, handle: Handle) -> Sequence[int]: ...
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle: Handle) -> int: ...
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: Handle, index: int) -> Handle: ...
+    def nvmlDeviceGetAttributes(self, handle: Handle) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuProcess:
+    """Another process that holds memory of the card."""
+
+    pid: int
+    """Process id as the driver counts, so in a container the process that asks may be among the others."""
+    name: str | None
+    """Program, or None where the process is of another container."""
+    used_bytes: int | None
+    """Memory it holds; None where the driver does not tell (Windows)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectedGpu:
+    """One device that a training can be put on: a card, or a MIG slice of one."""
+
+    index: int
+    """NVML's index of the card. CUDA may number cards otherwise; `uuid` is safe for CUDA_VISIBLE_DEVICES."""
+    uuid: str
+    """GPU-... or MIG-..."""
+    driver_name: str
+    """Name that the driver gives."""
+    driver_version: str
+    """Such as 580.65.06."""
+    mig: bool
+    """True for a slice."""
+    gpu: Gpu
+    """Catalogue row with the memory measured here; without rates where the catalogue has no such card."""
+    free_bytes: int
+    """Free now, with this process's own use counted as used."""
+    processes: tuple[GpuProcess, ...]
+    """Other processes on the card, largest first."""
+
+    @property
+    def total_bytes(self) -> int:
+        """What programs can have in all: the card's memory less what the driver keeps."""
+        return self.gpu.memory_bytes
+
+
+def detect_gpus(nvml: Nvml | None = None) -> tuple[DetectedGpu, ...]:
+    """All NVIDIA devices of this machine, in NVML's order; nothing where there is no driver, as on a CPU machine.
+
+    A card in MIG mode is given as its slices. TrainfitError: nvidia-ml-py is missing, or the driver does not answer
+    (the memory query needs driver 510 or later, and Jetson has none).
+    """
+    nvml = nvml or _import_nvml()
+    try:
+        nvml.nvmlInit()
+    except (nvml.NVMLError_LibraryNotFound, nvml.NVMLError_DriverNotLoaded):
+        return ()
+    try:
+        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+        return tuple(found for index, handle in enumerate(handles) for found in _devices(nvml, index, handle))
+    except nvml.NVMLError as error:
+        raise TrainfitError(f"the NVIDIA driver did not answer ({error}): name the card with --gpu") from error
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _import_nvml() -> Nvml:
+    try:
+        return cast(Nvml, importlib.import_module("pynvml"))
+    except ModuleNotFoundError as error:
+        raise TrainfitError("finding GPUs needs nvidia-ml-py: pip install 'trainfit[gpu]'") from error
+
+
+def _devices(nvml: Nvml, index: int, card: Handle) -> list[DetectedGpu]:
+    """The card, or its slices where it is in MIG mode (none of them: CUDA cannot use the card)."""
+    gpu = _card(nvml, card)
+    slices = _mig_slices(nvml, card)
+    devices = [(card, gpu)] if slices is None else [(handle, _slice(nvml, handle, gpu)) for handle in slices]
+    return [
+        DetectedGpu(
+            index=index,
+            uuid=nvml.nvmlDeviceGetUUID(handle),
+            driver_name=nvml.nvmlDeviceGetName(handle),
+            driver_version=nvml.nvmlSystemGetDriverVersion(),
+            mig=handle is not card,
+            gpu=device,
+            free_bytes=_memory(nvml, handle).free,
+            processes=_other_processes(nvml, handle),
+        )
+        for handle, device in devices
+    ]
+
+
+def _memory(nvml: Nvml, handle: Handle) -> Any:
+    """Version 2, because version 1 counts what the driver keeps as part of what a program may have."""
+    return nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
+
+
+def _card(nvml: Nvml, handle: Handle) -> Gpu:
+    """The catalogue's row with the memory measured here, or what the driver tells of a card that has none."""
+    name, memory = nvml.nvmlDeviceGetName(handle), _memory(nvml, handle)
+    capability = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+    row = match_driver_name(name, memory.total) or Gpu(
+        name=name,
+        capability=capability,
+        memory_bytes=memory.total,
+        nominal_memory_bytes=memory.total,
+        memory_is_nominal=True,
+        has_bf16=capability >= (8, 0),
+        has_flash_attention=capability >= (8, 0),
+        note="Not in the catalogue: no rates.",
+    )
+    return replace(row, memory_bytes=memory.total - memory.reserved, memory_is_nominal=False)
+
+
+def _mig_slices(nvml: Nvml, card: Handle) -> list[Handle] | None:
+    try:
+        if not nvml.nvmlDeviceGetMigMode(card)[0]:
+            return None
+    except nvml.NVMLError_NotSupported:  # most cards have no MIG
+        return None
+    slices: list[Handle] = []
+    for index in range(nvml.nvmlDeviceGetMaxMigDeviceCount(card)):
+        with contextlib.suppress(nvml.NVMLError_NotFound):  # NVML numbers the places, taken or not
+            slices.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(card, index))
+    return slices
+
+
+def _slice(nvml: Nvml, handle: Handle, card: Gpu) -> Gpu:
+    """A slice's rates: those of the card by its share of SMs, the bandwidth by its share of memory."""
+    memory = _memory(nvml, handle)
+    usable_bytes, sm_count = memory.total - memory.reserved, nvml.nvmlDeviceGetAttributes(handle).multiprocessorCount
+    compute = sm_count / card.sm_count if card.sm_count else None
+    return replace(
+        card,
+        name=nvml.nvmlDeviceGetName(handle),
+        memory_bytes=usable_bytes,
+        nominal_memory_bytes=memory.total,
+        sm_count=sm_count,
+        bandwidth_bytes_per_s=scaled(card.bandwidth_bytes_per_s, usable_bytes / card.memory_bytes),
+        fp32_flops_per_s=scaled(card.fp32_flops_per_s, compute),
+        tf32_flops_per_s=scaled(card.tf32_flops_per_s, compute),
+        fp16_flops_per_s=scaled(card.fp16_flops_per_s, compute),
+        bf16_flops_per_s=scaled(card.bf16_flops_per_s, compute),
+    )
+
+
+def _other_processes(nvml: Nvml, handle: Handle) -> tuple[GpuProcess, ...]:
+    """A process that draws and computes is in both of NVML's lists, with the same use."""
+    running = [
+        *nvml.nvmlDeviceGetComputeRunningProcesses(handle),
+        *nvml.nvmlDeviceGetGraphicsRunningProcesses(handle),
+    ]
+    used = {process.pid: process.usedGpuMemory for process in running if process.pid != os.getpid()}
+    found = [GpuProcess(pid=pid, name=_process_name(nvml, pid), used_bytes=size) for pid, size in used.items()]
+    return tuple(sorted(found, key=lambda process: -(process.used_bytes or 0)))
+
+
+def _process_name(nvml: Nvml, pid: int) -> str | None:
+    try:
+        return nvml.nvmlSystemGetProcessName(pid)
+    except nvml.NVMLError_NotFound:  # the pid is of another container
+        return None
