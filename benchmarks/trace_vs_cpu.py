@@ -95,7 +95,7 @@ def _targets(device: torch.device, batch: int, size: int, boxes: int, absolute: 
 
 
 def maskrcnn(device: torch.device, size: int, batch: int) -> PlainStep:
-    """torchvision's Mask R-CNN v2 at its configured region counts."""
+    """Torchvision's Mask R-CNN v2 at its configured region counts."""
     import torchvision
 
     from trainfit.models.maskrcnn.caps import cap_training_samples
@@ -103,7 +103,8 @@ def maskrcnn(device: torch.device, size: int, batch: int) -> PlainStep:
     model = torchvision.models.detection.maskrcnn_resnet50_fpn_v2(
         weights=None, weights_backbone=None, min_size=size, max_size=size
     )
-    cap_training_samples(model.roi_heads)
+    heads: Any = model.roi_heads
+    cap_training_samples(heads)
     model = model.to(device).train()
 
     def loss(device: torch.device) -> Tensor:
@@ -166,7 +167,9 @@ def main(wanted: list[str]) -> None:
             result = trace_in_subprocess(spec)
             times.append(time.perf_counter() - start)
             peaks.append(result.peak_bytes / MIB)
-            made_up = made_up or ", ".join(result.upper_bounds and (f"SHAPES {result.upper_bounds}",) + result.made_up)
+            made_up = made_up or ", ".join(
+                [f"SHAPES {result.upper_bounds}", *result.made_up] if result.upper_bounds else []
+            )
         fake, cpu = peaks
         print(f"{name:26}{fake:10.1f}{cpu:10.1f}{fake / cpu - 1:9.2%}{fake - cpu:7.2f}", end="")
         print(f"{times[0]:8.1f}{times[1]:8.1f}  {made_up}", flush=True)

@@ -243,6 +243,9 @@ def test_garbage_collection_frees_what_was_unused_for_longer_than_average() -> N
     steps = (30, 12, -1, -2, 12, -3, 40)  # at the end the 30 have been passed over twice, the 12 once
     assert reserved_mib(run(*steps, capacity_mib=90)) == [30, 42, 42, 42, 42, 42, 82]
     assert reserved_mib(run(*steps, capacity_mib=90, config=config)) == [30, 42, 42, 42, 42, 42, 52]
+    # small requests pass nothing over: both are of one age and go
+    result = run(0.5, 30, 12, -2, 0.5, -3, 40, capacity_mib=90, config=config)
+    assert reserved_mib(result) == [2, 32, 44, 44, 44, 44, 42]
 
 
 def test_expandable_segments_grow_by_pages_and_split_finely() -> None:
@@ -251,6 +254,8 @@ def test_expandable_segments_grow_by_pages_and_split_finely() -> None:
     assert result.addresses[2] - result.addresses[1] == 5 * MIB
     assert result.addresses[3] == result.addresses[2]  # grew in place
     assert result.allocated_bytes == int(36.5 * MIB)  # no slack
+    assert run(0.5, 5, capacity_mib=22, config=EXPANDABLE).oom is None
+    assert run(0.5, 5, capacity_mib=21.9, config=EXPANDABLE).oom is not None
 
 
 def test_expandable_segments_give_whole_free_pages_back_and_fill_the_gap_first() -> None:

@@ -143,7 +143,11 @@ def toy_objective(kind: CountKind) -> Objective:
         return {"loss": LossTerm(total=(per_image * chosen).sum(), kind=kind, count=chosen.sum())}
 
     def counts(samples: Sequence[Sample]) -> Mapping[str, float]:
-        known = {"mean": float(len(samples)), "images": float(len(samples)), "targets": float(sum(len(s.classes) for s in samples))}
+        known = {
+            "mean": float(len(samples)),
+            "images": float(len(samples)),
+            "targets": float(sum(len(s.classes) for s in samples)),
+        }
         return {"loss": known[kind]} if kind in known else {}
 
     return Objective(terms=terms, counts=counts, samples_counts=("loss",) if kind == "sampled" else ())

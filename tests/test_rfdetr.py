@@ -58,9 +58,7 @@ def test_parameter_groups_are_upstreams(nano: tuple[RfDetr, torch.nn.Module]) ->
     theirs = upstream_file("param_groups").get_param_dict(arguments, model)
     expected = {id(p): (g["lr"], g.get("weight_decay", 3e-2)) for g in theirs for p in g["params"]}
     ours = {
-        id(p): (g["lr"], g["weight_decay"])
-        for g in workload.parameter_groups(model, settings)
-        for p in g["params"]
+        id(p): (g["lr"], g["weight_decay"]) for g in workload.parameter_groups(model, settings) for p in g["params"]
     }
     assert ours == expected
     assert len(set(ours.values())) > 10
@@ -114,7 +112,7 @@ def test_published_resolutions(name: str) -> None:
 def test_resolution_snaps_or_refuses() -> None:
     assert legal_resolution(100, 32, snap=True) == 96
     assert legal_resolution(1, 32, snap=True) == 32
-    with pytest.raises(TrainfitError, match="--resolution 100 is not a multiple of 32.*use 96"):
+    with pytest.raises(TrainfitError, match=r"--resolution 100 is not a multiple of 32.*use 96"):
         legal_resolution(100, 32, snap=False)
 
 
@@ -177,12 +175,20 @@ def test_weights_of_a_run_load_upstream_and_predict_the_same(
     path = tmp_path / "run.pth"
     workload.export(model.state_dict(), path)
     torch.load(path, weights_only=True)
-    theirs = RFDETRNano(pretrain_weights=str(path), num_classes=2, resolution=64, num_queries=20, num_select=20, group_detr=2, device="cpu")
+    theirs = RFDETRNano(
+        pretrain_weights=str(path),
+        num_classes=2,
+        resolution=64,
+        num_queries=20,
+        num_select=20,
+        group_detr=2,
+        device="cpu",
+    )
     sample = make_sample(record, size=64, augment=False, masks=False, generator=torch.Generator())
     ours = workload.detect(model.eval(), [sample])[0]
     model.train()
     # Upstream resizes a picture by another filter than its training does: give it one that needs no resizing.
-    found = theirs.predict(Image.fromarray(sample.image.permute(1, 2, 0).numpy()), threshold=0.0)
+    found: Any = theirs.predict(Image.fromarray(sample.image.permute(1, 2, 0).numpy()), threshold=0.0)
     known = np.asarray(found.class_id) < 2
     scale = np.array([90 / 64, 60 / 64] * 2)
     np.testing.assert_allclose(np.asarray(found.xyxy)[known] * scale, ours.boxes.numpy(), atol=1e-2)

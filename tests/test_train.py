@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import shared_data
 from PIL import Image
 
+from conftest import shared_data
 from trainfit.cli import main
 from trainfit.data.sample_set import write_sample_set
 from trainfit.errors import TrainfitError
@@ -136,7 +136,16 @@ def test_two_ranks_train_as_one(sample_set: Path, tmp_path: Path) -> None:
     common += ["--effective-batch", 7, "--micro-batch", 2, "--no-ema", "--save-minutes", 1000]
     one, two = tmp_path / "one", tmp_path / "two"
     assert run("train", *common, "--out", one) == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trainfit"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "trainfit",
+    ]
     done = subprocess.run(
         [*launcher, "train", *map(str, common), "--out", str(two)],
         capture_output=True,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import tyro
 
+from trainfit.cli.guide import translate
 from trainfit.errors import TrainfitError
 
 
@@ -25,11 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
     try:
         code = tyro.extras.subcommand_cli_from_dict(
-            dict(commands()), prog="trainfit", args=sys.argv[1:] if arguments is None else arguments
+            dict(commands()), prog="trainfit", args=translate(sys.argv[1:] if arguments is None else arguments)
         )
     except TrainfitError as error:
         print(f"trainfit: error: {error}", file=sys.stderr)
         code = error.exit_code
+    except OSError as error:
+        print(f"trainfit: error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt:
         print("trainfit: stopped", file=sys.stderr)
         code = 130

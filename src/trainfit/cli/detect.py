@@ -28,7 +28,7 @@ def detect(
         as_json: Print JSON.
     """
     from trainfit.errors import TrainfitError
-    from trainfit.reports.detections import draw_boxes, detection_lines
+    from trainfit.reports.detections import detection_lines, draw_boxes
     from trainfit.training import inference
     from trainfit.training.distributed import choose_device
 

@@ -39,7 +39,9 @@ def evaluate(
     dataset = read_dataset(data)
     require_no_errors(dataset)
     if dataset.classes != detector.workload.classes:
-        raise TrainfitError(f"{data} has the classes {dataset.classes}, {run} was trained on {detector.workload.classes}")
+        raise TrainfitError(
+            f"{data} has the classes {dataset.classes}, {run} was trained on {detector.workload.classes}"
+        )
     if split not in dataset.splits:
         raise TrainfitError(f"{data} has no split {split!r}: --split is one of {', '.join(dataset.splits)}")
     results = evaluate_model(

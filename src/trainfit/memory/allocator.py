@@ -76,8 +76,8 @@ def replay(
     """Replay a trace through the allocator.
 
     `capacity_bytes` is what the driver can give to this process in all, so without context and other processes; None:
-    no end. `device_bytes` is the card's whole memory, of which `per_process_memory_fraction` takes its share (default:
-    the capacity). `timeline` keeps allocated and reserved bytes after each event.
+    no end, whatever fraction is set. `device_bytes` is the card's whole memory, of which `per_process_memory_fraction`
+    takes its share (default: the capacity). `timeline` keeps allocated and reserved bytes after each event.
 
     A step that fits need not fit a slightly larger capacity: there the cache is emptied later, and a segment that would
     have been given back may by then be partly in use. So replay at the real capacity; do not interpolate.

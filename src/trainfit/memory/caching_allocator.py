@@ -103,7 +103,7 @@ class CachingAllocator:
         fraction = config.per_process_memory_fraction
         self.allowed_bytes = _UNLIMITED if fraction is None or total is None else int(fraction * total)
         self.range_bytes = MIB * MIB if total is None else total + total // 8
-        self.collects = self.allowed_bytes < _UNLIMITED and config.garbage_collection_threshold > 0
+        self.collects = config.garbage_collection_threshold > 0
         self.max_split_bytes = config.max_split_size_bytes or _UNLIMITED
 
         self.allocated_bytes = self.requested_bytes = self.reserved_bytes = self.peak_reserved_bytes = 0

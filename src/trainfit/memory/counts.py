@@ -1,4 +1,5 @@
 """What a step asks of a GPU besides memory: kernels, FLOPs and bytes by operator, for the timing model."""
+# pyright: reportPrivateUsage=false
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
@@ -42,7 +44,7 @@ class Counter:
 
     def add(
         self,
-        op: torch._ops.OpOverload,
+        op: OpOverload,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         out: Any,
@@ -52,7 +54,7 @@ class Counter:
     ) -> None:
         """Count one call of `op`, whose tensors on the device are `inputs` and `outputs`."""
         packet = op.overloadpacket
-        if packet in _NO_KERNEL or not outputs and not op._schema.is_mutable or _is_view(op):
+        if packet in _NO_KERNEL or (not outputs and not op._schema.is_mutable) or _is_view(op):
             return
         floating = next((t for t in (*inputs, *outputs) if t.is_floating_point()), (*inputs, *outputs)[0])
         name = str(packet)
@@ -77,7 +79,7 @@ class Counter:
         return tuple(sorted(rows, key=lambda row: -row.bytes))
 
 
-def _is_view(op: torch._ops.OpOverload) -> bool:
+def _is_view(op: OpOverload) -> bool:
     returns = [result.alias_info for result in op._schema.returns]
     return bool(returns) and all(alias is not None and not alias.is_write for alias in returns)
 

@@ -5,12 +5,13 @@ A FakeTensor has shapes and strides but no bytes. Python sees it on `cuda`, but 
 attention, batch norm and dropout for their CUDA kernels. Here C++ is told "meta" (`answer_device`), so that it wants
 nothing, and what it would have decided for CUDA is registered again from Python.
 
-Everything private that the tracer touches in torch is in this file and in `fakeify`; all of it is global and
-installed once: use a process of its own (`trace_in_subprocess`), behind `selftest`. Seen working on torch 2.15.
+What the tracer replaces in torch is replaced in this file, in `fakeify` and in `Shadows.patch_numpy`, global and for
+good: use a process of its own (`trace_in_subprocess`), behind `selftest`. Seen working on torch 2.15.
 
 Known limits: recurrent layers are traced as unrolled loops instead of cuDNN's; a norm under autocast keeps its input's
 dtype; what a kernel allocates within itself (workspaces, contiguous copies) is not a tensor and is not seen here.
 """
+# pyright: reportPrivateUsage=false
 
 import re
 import sys
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import torch.cuda.amp.common
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import _foreach_supported_types as optimizer_foreach_types
 from torch.utils._foreach_utils import _foreach_supported_types as foreach_types
@@ -186,7 +188,7 @@ def _batch_norm(
     eps: float,
     cudnn: bool,
 ) -> Tensor:
-    """cuDNN or native, by the conditions of pytorch `native/Normalization.cpp`, _select_batch_norm_backend."""
+    """CuDNN or native, by the conditions of pytorch `native/Normalization.cpp`, _select_batch_norm_backend."""
     if (
         cudnn
         and torch.bfloat16 not in (x.dtype, None if weight is None else weight.dtype)
@@ -258,7 +260,7 @@ def _widest(x: Any) -> bool:
     return _castable(x) and x.dtype == torch.float32
 
 
-def _autocasting(op: torch._ops.OpOverload, policy: str) -> Callable[..., Any]:
+def _autocasting(op: OpOverload, policy: str) -> Callable[..., Any]:
     names = [argument.name for argument in op._schema.arguments]
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -300,7 +302,7 @@ def _register_autocast() -> None:
             library.impl(qualified, _autocasting(getattr(packet, which), policy), allow_override=True)
 
 
-def _in_fp32(op: torch._ops.OpOverload) -> Callable[..., Any]:
+def _in_fp32(op: OpOverload) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEY):
             out = op(*_cast(args, torch.float32))
@@ -310,7 +312,7 @@ def _in_fp32(op: torch._ops.OpOverload) -> Callable[..., Any]:
 
 
 def register_torchvision() -> None:
-    """torchvision's autocast kernels (float32 inside), if the traced code has imported torchvision."""
+    """Torchvision's autocast kernels (float32 inside), if the traced code has imported torchvision."""
     if "torchvision" not in sys.modules or any(library.ns == "torchvision" for library in _libraries):
         return
     library = torch.library.Library("torchvision", "IMPL", "AutocastCUDA")
@@ -330,17 +332,37 @@ def _patch_python(target: Target) -> None:
     torch._C._group_tensors_by_device_and_dtype = group_by_device
     for supported in (optimizer_foreach_types, foreach_types):
         supported.append(FakeTensor)
-    FakeTensor.is_cuda = property(lambda self: self.fake_device.type == "cuda")
-    FakeTensor.is_cpu = property(lambda self: self.fake_device.type == "cpu")
-    torch._shape_as_tensor = lambda tensor: torch.tensor(list(tensor.shape))
-    torch.clear_autocast_cache = _casts.clear
-    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
-    torch.cuda.is_bf16_supported = lambda including_emulation=True: including_emulation or target.capability >= (8, 0)
-    torch.cuda.get_device_capability = lambda device=None: target.capability
-    torch.cuda.current_device = lambda: 0
-    torch.cuda.synchronize = lambda device=None: None
-    torch.cuda.get_rng_state = lambda device="cuda": torch.zeros(16, dtype=torch.uint8)
-    torch.cuda.set_rng_state = lambda new_state, device="cuda": None
+    replace(torch._C, _group_tensors_by_device_and_dtype=group_by_device)
+    replace(FakeTensor, is_cuda=property(_is_on("cuda")), is_cpu=property(_is_on("cpu")))
+    replace(torch, _shape_as_tensor=_shape_as_tensor, clear_autocast_cache=_casts.clear)
+    replace(torch.cuda.amp.common, amp_definitely_not_available=_answer(False))
+    replace(
+        torch.cuda,
+        is_bf16_supported=lambda including_emulation=True: including_emulation or target.capability >= (8, 0),
+        get_device_capability=_answer(target.capability),
+        current_device=_answer(0),
+        synchronize=_answer(None),
+        get_rng_state=_answer(torch.zeros(16, dtype=torch.uint8)),
+        set_rng_state=_answer(None),
+    )
+
+
+def _answer(value: object) -> Callable[..., object]:
+    return lambda *_args, **_kwargs: value
+
+
+def _is_on(device_type: str) -> Callable[[FakeTensor], bool]:
+    return lambda tensor: tensor.fake_device.type == device_type
+
+
+def _shape_as_tensor(tensor: Tensor) -> Tensor:
+    return torch.tensor(list(tensor.shape))
+
+
+def replace(owner: object, **members: Any) -> None:
+    """Set attributes of a module or class of torch."""
+    for name, member in members.items():
+        setattr(owner, name, member)
 
 
 def install(target: Target) -> None:

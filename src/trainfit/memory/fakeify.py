@@ -4,6 +4,7 @@ Inside `FakeCuda`, everything made on or moved to `cuda` becomes a fake tensor, 
 code that builds a model, its optimizer and its EMA copy for training builds them for a trace. As in a real run, a
 plain tensor attribute that `Module.to` does not move stays on the CPU.
 """
+# pyright: reportPrivateUsage=false
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -16,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from trainfit.memory.fake_cuda import replace
 from trainfit.memory.shadow import forget
 
 
@@ -67,10 +69,9 @@ def patch_modules() -> None:
     def apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         for child in module.children() if recurse else ():
             child._apply(fn)
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    tensors[name] = move(tensor, fn)
+        stores: list[Any] = [module._parameters, module._buffers]
+        for tensors in stores:
+            tensors.update({name: move(tensor, fn) for name, tensor in tensors.items() if tensor is not None})
         return module
 
     def deepcopy(tensor: FakeTensor, memo: dict[int, Any]) -> Tensor:
@@ -82,5 +83,5 @@ def patch_modules() -> None:
             memo[id(tensor)] = new
         return memo[id(tensor)]
 
-    nn.Module._apply = apply
-    FakeTensor.__deepcopy__ = deepcopy
+    replace(nn.Module, _apply=apply)
+    replace(FakeTensor, __deepcopy__=deepcopy)

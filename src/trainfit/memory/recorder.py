@@ -1,19 +1,30 @@
 """Records every allocation and free of a step, in order: on fake CUDA tensors, or on real ones on the CPU."""
+# pyright: reportPrivateUsage=false
 
 import weakref
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainfit.memory.counts import Counter
-from trainfit.memory.events import TensorInfo, Trace
+from trainfit.memory.events import Category, TensorInfo, Trace
 from trainfit.memory.fake_cuda import PRIM_DEVICE, answer_device, on_cuda
 from trainfit.memory.shadow import Shadows, tensors_in
+
+aten = torch.ops.aten
+# In these backward formulas C++ writes out of place, into a second full-size tensor, when a dispatch mode watches; a
+# real run writes into the fresh zeros (pytorch `FunctionsManual.cpp`: index_backward, gather_backward).
+_IN_PLACE = {
+    aten.index_put.default: ("IndexBackward0", aten.index_put_.default),
+    aten.scatter_add.default: ("GatherBackward0", aten.scatter_add_.default),
+}
 
 
 class Recorder(TorchDispatchMode):
@@ -28,7 +39,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self._device_type, self._shadows = device_type, shadows
         self._live: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}  # storage -> index of its tensor
-        self._tensors: list[dict[str, Any]] = []
+        self._tensors: list[TensorInfo] = []  # category "other": nothing said yet
         self._events: list[int] = []
         self._marks: list[tuple[int, str]] = []
         self._names: dict[nn.Module, str] = {}
@@ -39,12 +50,16 @@ class Recorder(TorchDispatchMode):
         self._inputs_from = 0
         self.phase = "build"
         self.counter = Counter()
-        self.failed: torch._ops.OpOverload | None = None
+        self.failed: OpOverload | None = None
         """The operator whose call raised, if one did."""
 
     # ---- operators
     def __torch_dispatch__(
-        self, func: torch._ops.OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: OpOverload,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Run one operator and record what it allocated."""
         kwargs = kwargs or {}
@@ -52,8 +67,10 @@ class Recorder(TorchDispatchMode):
             if func is PRIM_DEVICE:
                 return answer_device(args[0])
             kwargs = on_cuda(kwargs)
-        node = torch._C._current_autograd_node()
+        node = _running_node()
         self._follow_engine(node)
+        if node is not None and func in _IN_PLACE and node.name() == _IN_PLACE[func][0]:
+            func = _IN_PLACE[func][1]
         try:
             out = func(*args, **kwargs) if self._shadows is None else self._shadows.call(func, args, kwargs)
         except Exception:
@@ -95,9 +112,7 @@ class Recorder(TorchDispatchMode):
         if storage.nbytes() == 0 or not self._recording:
             return None
         index = len(self._tensors)
-        self._tensors.append(
-            {"nbytes": storage.nbytes(), "category": "", "op": op, "module": module, "phase": self.phase}
-        )
+        self._tensors.append(TensorInfo(id=index, nbytes=storage.nbytes(), op=op, module=module, phase=self.phase))
         self._events.append(index + 1)
 
         def freed(_: object) -> None:
@@ -109,19 +124,22 @@ class Recorder(TorchDispatchMode):
         self._live[key] = (index, weakref.ref(storage, freed))
         return index
 
-    def categorise(self, tensors: Iterable[Tensor | None], category: str) -> None:
+    def categorise(self, tensors: Iterable[Tensor | None], category: Category) -> None:
         """Say what `tensors` are, where nothing else has been said. Those unseen so far are recorded now."""
         for tensor in tensors:
             if tensor is not None and self._on_device(tensor):
                 index = self._track(tensor, "", "")
-                if index is not None and not self._tensors[index]["category"]:
-                    self._tensors[index]["category"] = category
+                if index is not None:
+                    self._say(index, category)
 
-    def _categorise_live(self, phases: tuple[str, ...], category: str, since: int = 0) -> None:
+    def _say(self, index: int, category: Category) -> None:
+        if self._tensors[index].category == "other":
+            self._tensors[index] = replace(self._tensors[index], category=category)
+
+    def _categorise_live(self, phases: tuple[str, ...], category: Category, since: int = 0) -> None:
         for index, _ in self._live.values():
-            tensor = self._tensors[index]
-            if index >= since and tensor["phase"] in phases and not tensor["category"]:
-                tensor["category"] = category
+            if index >= since and self._tensors[index].phase in phases:
+                self._say(index, category)
 
     # ---- phases
     def enter(self, phase: str) -> None:
@@ -162,7 +180,7 @@ class Recorder(TorchDispatchMode):
         ]
 
     def _enter_module(self, module: nn.Module, _: Any) -> None:
-        self._follow_engine(torch._C._current_autograd_node())
+        self._follow_engine(_running_node())
         if self.phase in ("inputs", "update"):
             self.enter("forward")
         self._stack.append(self._names.get(module, type(module).__name__))
@@ -182,8 +200,11 @@ class Recorder(TorchDispatchMode):
         self._recording = False
         for hook in self._hooks:
             hook.remove()
-        tensors = (
-            TensorInfo(id=index, stream=0, **{**tensor, "category": tensor["category"] or "temporary"})
-            for index, tensor in enumerate(self._tensors)
-        )
-        return Trace(tensors=tuple(tensors), events=tuple(self._events), marks=tuple(self._marks))
+        for index in range(len(self._tensors)):
+            self._say(index, "temporary")
+        return Trace(tensors=tuple(self._tensors), events=tuple(self._events), marks=tuple(self._marks))
+
+
+def _running_node() -> Any:
+    """The autograd node that is computing its gradient, or None."""
+    return torch._C._current_autograd_node()

@@ -49,7 +49,7 @@ def selftest(target: Target) -> None:
         result = trace_step(_Step, target=target)
     except Exception as error:
         raise TrainfitError(f"self-test: {advice} ({type(error).__name__}: {error})") from error
-    found = {category: 0 for category in ("parameters", "optimizer state", "gradients", "activations")}
+    found = dict.fromkeys(("parameters", "optimizer state", "gradients", "activations"), 0)
     last = next(index for index, name in result.trace.marks if name == "window 1")
     for index, (allocated, tensor) in enumerate(result.trace):
         each_window = tensor.category in ("gradients", "activations")

@@ -5,17 +5,22 @@ real ones do. An unknown value that Python asks for is made up: masks all true, 
 [0, 1), integers 0. Values made up never matter for memory unless a shape follows from them: then the largest shape is
 taken, and `upper_bounds` names the operator.
 """
+# pyright: reportPrivateUsage=false
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
+
+from trainfit.memory.fake_cuda import replace
 
 aten = torch.ops.aten
 _LIKE = {
@@ -42,7 +47,7 @@ def tensors_in(values: object) -> Iterator[Tensor]:
 
 def forget(tensor: Tensor) -> None:
     """Drop the known value of `tensor` (a parameter's, which no control flow reads)."""
-    tensor.__dict__.pop(_NAME, None)
+    vars(tensor).pop(_NAME, None)
 
 
 class Shadows:
@@ -59,8 +64,8 @@ class Shadows:
         """The real value of `tensor`, or None where it is not known."""
         if not isinstance(tensor, FakeTensor):
             return tensor
-        shadow: Tensor | None = tensor.__dict__.get(_NAME)
-        return None if shadow is None or shadow.untyped_storage().__dict__.get("stale") else shadow
+        shadow: Tensor | None = vars(tensor).get(_NAME)
+        return None if shadow is None or vars(shadow.untyped_storage()).get("stale") else shadow
 
     def value_or_made_up(self, tensor: Tensor, reason: str) -> Tensor:
         """The real value of `tensor`, made up where it is not known."""
@@ -75,10 +80,10 @@ class Shadows:
                 real = torch.rand(tensor.shape, generator=self._random).to(tensor.dtype)
             else:
                 real = torch.zeros(tensor.shape, dtype=tensor.dtype)
-        tensor.__dict__[_NAME] = real
+        vars(tensor)[_NAME] = real
         return real
 
-    def call(self, op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def call(self, op: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What `op` returns for fake tensors; an output whose shape depends on values is decided from the shadows."""
         undecided = op.overloadpacket.__name__ == "nms"
         if not undecided:
@@ -91,16 +96,16 @@ class Shadows:
                 return out
         return self._decide(op, args, kwargs)
 
-    def _run(self, op: torch._ops.OpOverload, args: object, kwargs: Mapping[str, Any]) -> Any:
+    def _run(self, op: OpOverload, args: object, kwargs: Mapping[str, Any]) -> Any:
         """`op` on the known values, on the CPU."""
         on_cpu = {name: x for name, x in kwargs.items() if name not in ("device", "pin_memory")}
         if "device" in kwargs:
             on_cpu["device"] = torch.device("cpu")
-        real_args, real_kwargs = tree_map(lambda x: self.value(x) if isinstance(x, Tensor) else x, (args, on_cpu))
+        real_args, real_kwargs = tree_map_only(Tensor, self.value, (args, on_cpu))
         with no_dispatch(), torch.no_grad():
             return op(*real_args, **real_kwargs)
 
-    def _follow(self, op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+    def _follow(self, op: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         """Give the outputs their shadows, or mark what `op` wrote as no longer known."""
         packet = op.overloadpacket
         if packet is aten._amp_foreach_non_finite_check_and_unscale_:
@@ -113,25 +118,25 @@ class Shadows:
             real_outputs = tensors_in(self._run(op, args, kwargs))
             for fake, real in zip(outputs, real_outputs, strict=True):
                 if fake.shape == real.shape and fake.dtype == real.dtype:
-                    fake.__dict__[_NAME] = real
+                    vars(fake)[_NAME] = real
         elif op._schema.is_mutable:
             self._mark_stale(op, args, kwargs)
         elif (packet in _LIKE or packet in _FULL) and outputs[0].numel() <= _LIKE_LIMIT:
             fill = _LIKE[packet] if packet in _LIKE else args[_FULL[packet]]
             with no_dispatch():
-                outputs[0].__dict__[_NAME] = torch.full(outputs[0].shape, fill, dtype=outputs[0].dtype)
+                vars(outputs[0])[_NAME] = torch.full(outputs[0].shape, fill, dtype=outputs[0].dtype)
 
-    def _mark_stale(self, op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def _mark_stale(self, op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         for index, argument in enumerate(op._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 written = args[index] if index < len(args) else kwargs.get(argument.name)
                 for tensor in tensors_in(written):
-                    shadow = tensor.__dict__.get(_NAME)
+                    shadow = vars(tensor).get(_NAME)
                     if shadow is not None:  # Marked on the storage: every view of it is stale too.
-                        shadow.untyped_storage().stale = True
+                        vars(shadow.untyped_storage())["stale"] = True
                         forget(tensor)
 
-    def _decide(self, op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _decide(self, op: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         inputs = list(tensors_in((args, kwargs)))
         packet, unknown = op.overloadpacket, any(self.value(t) is None for t in inputs)
         device = next((t.fake_device for t in inputs if isinstance(t, FakeTensor)), torch.device("cpu"))
@@ -147,11 +152,11 @@ class Shadows:
             real = self._run(op, args, kwargs)
         if unknown and isinstance(real, (Tensor, tuple, list)):
             self.upper_bounds.add(str(packet))
-        return tree_map(lambda x: self._fake(x, device) if isinstance(x, Tensor) else x, real)
+        return tree_map_only(Tensor, partial(self._fake, device=device), real)
 
     def _fake(self, real: Tensor, device: torch.device) -> Tensor:
         fake = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device=device)
-        fake.__dict__[_NAME] = real
+        vars(fake)[_NAME] = real
         return fake
 
     def _boolean_index(self, x: Tensor, indices: Sequence[Tensor | None], device: torch.device) -> Tensor:
@@ -180,6 +185,7 @@ class Shadows:
         def array(tensor: FakeTensor, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
             return np.array(numpy(tensor), dtype=dtype, copy=copy)
 
-        FakeTensor.numpy = numpy
-        FakeTensor.__array__ = array
-        FakeTensor.tolist = lambda tensor: numpy(tensor).tolist()
+        def tolist(tensor: FakeTensor) -> Any:
+            return numpy(tensor).tolist()
+
+        replace(FakeTensor, numpy=numpy, __array__=array, tolist=tolist)

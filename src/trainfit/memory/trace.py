@@ -35,10 +35,20 @@ Device = Literal["cuda", "cpu"]
 class Step(Protocol):
     """A training step: the object that trains. Nothing in it knows that it is traced."""
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    ema: nn.Module | None
-    """The averaged copy of the model, if one is kept on the device."""
+    @property
+    def model(self) -> nn.Module:
+        """What trains."""
+        ...
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Its optimizer."""
+        ...
+
+    @property
+    def ema(self) -> nn.Module | None:
+        """The averaged copy of the model, if one is kept on the device."""
+        ...
 
     def run(self) -> object:
         """One full window: inputs, forward and backward of every micro-batch, clip, optimizer step, EMA."""

@@ -15,7 +15,9 @@ def main(request: Path, answer: Path) -> None:
     from trainfit.memory.selftest import selftest
     from trainfit.memory.trace import load_factory, trace_step
 
-    target = Target(capability=tuple(record["target"]["capability"]), fused_attention=record["target"]["fused_attention"])
+    target = Target(
+        capability=tuple(record["target"]["capability"]), fused_attention=record["target"]["fused_attention"]
+    )
     try:
         if record["device"] == "cuda":
             selftest(target)

@@ -10,9 +10,12 @@ from trainfit.models.workload import Workload
 
 RFDETR_SIZES = ("nano", "small", "medium", "large")
 RFDETR_SEG_SIZES = ("nano", "small", "medium", "large", "xlarge", "2xlarge")
+GUIDE_SIZES = ("nano", "small", "base", "medium", "large")
+"""Detection sizes with a mask head, as the RT-DETR-Seg guide names them."""
 MODELS: tuple[str, ...] = (
     *(f"rfdetr-{size}" for size in RFDETR_SIZES),
     *(f"rfdetr-seg-{size}" for size in RFDETR_SEG_SIZES),
+    *(f"rtdetr-seg-{size}" for size in GUIDE_SIZES),
 )
 
 
@@ -22,7 +25,7 @@ def model_name(typed: str) -> str:
     Raises:
         TrainfitError: no such model; the message names the nearest.
     """
-    name = typed.strip().lower().replace("_", "-").replace(" ", "-").replace("rf-detr", "rfdetr")
+    name = typed.strip().lower().replace("_", "-").replace(" ", "-").replace("rf-detr", "rfdetr").replace("rt-detr", "rtdetr")
     if name in MODELS:
         return name
     near = get_close_matches(name, MODELS, n=1, cutoff=0.6)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from trainfit.data.masks import Rle
 from trainfit.data.samples import ImageRecord, Sample
 from trainfit.step.terms import Objective
 
@@ -35,8 +36,8 @@ class ImageDetections:
     """float32 (n,)."""
     classes: torch.Tensor
     """int64 (n,): index into the data set's classes."""
-    masks: torch.Tensor | None = None
-    """bool (n, height, width) at the original image's size."""
+    masks: Sequence[Rle] | None = None
+    """n masks at the original image's size, run-length encoded: all of them as arrays would be gigabytes."""
 
 
 class Decoder(Protocol):
@@ -55,6 +56,8 @@ class Workload(Protocol):
     classes: tuple[str, ...]
     resolution: int
     """Side of the square input in pixels."""
+    masks: bool
+    """Whether it trains on masks and finds them."""
     objective: Objective
 
     def build(self) -> torch.nn.Module:

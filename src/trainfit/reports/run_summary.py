@@ -14,7 +14,9 @@ def summary_text(summary: RunSummary) -> str:
             f"Stopped after step {summary.steps} of {summary.total_steps}; the state is saved.\n"
             f"Go on:      trainfit train --resume {folder}"
         )
-    best = f"best AP {_percent(summary.best_ap)} at step {summary.best_step}" if summary.best_ap is not None else "no AP"
+    best = (
+        f"best AP {_percent(summary.best_ap)} at step {summary.best_step}" if summary.best_ap is not None else "no AP"
+    )
     lines = [
         f"Trained {summary.model} for {summary.steps} steps in {duration(summary.train_s)}: {best}.",
         f"speed       {summary.images_per_s:.3g} images/s, {summary.wait_share:.0%} of the time waiting for data",

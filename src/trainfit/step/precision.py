@@ -1,6 +1,7 @@
 """Number formats of the forward pass, and what each needs around it."""
 
 from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from trainfit.errors import TrainfitError

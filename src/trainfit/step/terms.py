@@ -2,11 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-
-from trainfit.data.samples import Sample
 
 CountKind = Literal["images", "targets", "sampled", "mean"]
 """What normalises a term: `images` and `targets` are known from the samples, before any forward; `sampled` is known only
@@ -24,14 +22,24 @@ class LossTerm:
     """Scalar: the micro-batch's count, for kind `sampled` alone; the others come from `Objective.counts`."""
 
 
+def largest_image(window: Sequence[Any]) -> tuple[int, int]:
+    """(height, width) that holds every `image` (3, height, width) of the window."""
+    return max(s.image.shape[1] for s in window), max(s.image.shape[2] for s in window)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """How a model's losses are computed: the part of a workload that the step needs."""
+    """How a model's losses are computed: the part of a workload that the step needs. Samples are the family's own.
 
-    terms: Callable[[torch.nn.Module, Sequence[Sample], tuple[int, int]], Mapping[str, LossTerm]]
+    A loss in which every pair of samples counts is a `step.contrastive.Contrastive` instead.
+    """
+
+    terms: Callable[[torch.nn.Module, Sequence[Any], tuple[int, int]], Mapping[str, LossTerm]]
     """(model, micro-batch, window's canvas (height, width)) -> loss terms by name; moves the samples to the device."""
-    counts: Callable[[Sequence[Sample]], Mapping[str, float]]
+    counts: Callable[[Sequence[Any]], Mapping[str, float]]
     """Samples -> the count of every term but the `sampled` ones, by the term's name; for kind `mean` the number of
     images. Additive over samples, and it names every term even for no samples."""
     samples_counts: tuple[str, ...] = ()
     """Names of the terms of kind `sampled`; where there are any, a window costs one forward without gradients more."""
+    canvas: Callable[[Sequence[Any]], tuple[int, int]] = largest_image
+    """Window -> (height, width) that each of its micro-batches is padded to, whatever the cut."""

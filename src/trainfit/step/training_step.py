@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from trainfit.data.samples import Sample
 from trainfit.step import ranks
+from trainfit.step.contrastive import Contrastive, accumulate_contrastive
 from trainfit.step.ema import ema_decay, update_ema
 from trainfit.step.names import Precision
 from trainfit.step.precision import grad_scaler
@@ -32,7 +33,7 @@ class TrainingStep:
     """Everything that one optimizer step of one rank touches."""
 
     model: torch.nn.Module
-    objective: Objective
+    objective: Objective | Contrastive
     optimizer: torch.optim.Optimizer
     device: torch.device
     precision: Precision = "fp32"
@@ -47,7 +48,7 @@ class TrainingStep:
         self.scaler = grad_scaler(self.precision, self.device.type)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def run(self, window: Sequence[Sample], *, micro_batch: int, step: int) -> StepResult:
+    def run(self, window: Sequence[Any], *, micro_batch: int, step: int) -> StepResult:
         """Train on one window: exact gradient, one unscale, one clip, one optimizer step, one EMA update.
 
         Args:
@@ -56,15 +57,10 @@ class TrainingStep:
             step: Optimizer steps done so far; the EMA's decay depends on it.
         """
         micro_batches = cut(window, micro_batch)
-        losses = accumulate(
-            self.model,
-            self.objective,
-            micro_batches,
-            device=self.device,
-            precision=self.precision,
-            scaler=self.scaler,
-        )
+        losses = self._accumulate(micro_batches)
         ranks.sum_gradients(self.parameters)
+        if all(p.grad is None for p in self.parameters):  # not one image of the window could be read
+            return StepResult(losses=losses, gradient_norm=torch.zeros(()), images=0, micro_batches=0)
         self.scaler.unscale_(self.optimizer)
         limit = self.clip_norm if self.clip_norm > 0 else float("inf")
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
@@ -76,4 +72,23 @@ class TrainingStep:
             update_ema(self.ema, self.model, ema_decay(step, decay=decay, tau=tau))
         return StepResult(
             losses=losses, gradient_norm=gradient_norm, images=len(window), micro_batches=len(micro_batches)
+        )
+
+    def _accumulate(self, micro_batches: Sequence[Sequence[Any]]) -> dict[str, torch.Tensor]:
+        if isinstance(self.objective, Contrastive):
+            return accumulate_contrastive(
+                self.model,
+                self.objective,
+                micro_batches,
+                device=self.device,
+                precision=self.precision,
+                scaler=self.scaler,
+            )
+        return accumulate(
+            self.model,
+            self.objective,
+            micro_batches,
+            device=self.device,
+            precision=self.precision,
+            scaler=self.scaler,
         )

@@ -2,30 +2,25 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
-from trainfit.data.samples import Sample
 from trainfit.step import ranks
 from trainfit.step.names import Precision
 from trainfit.step.precision import autocast
 from trainfit.step.terms import LossTerm, Objective
 
 
-def cut(window: Sequence[Sample], micro_batch: int) -> list[Sequence[Sample]]:
+def cut(window: Sequence[Any], micro_batch: int) -> list[Sequence[Any]]:
     """Cut a window into micro-batches of at most `micro_batch` samples; the last may be smaller."""
     return [window[i : i + micro_batch] for i in range(0, len(window), micro_batch)]
-
-
-def canvas(window: Sequence[Sample]) -> tuple[int, int]:
-    """(height, width) that holds every image of the window; each micro-batch is padded to it, whatever the cut."""
-    return max(s.image.shape[1] for s in window), max(s.image.shape[2] for s in window)
 
 
 def accumulate(
     model: torch.nn.Module,
     objective: Objective,
-    micro_batches: Sequence[Sequence[Sample]],
+    micro_batches: Sequence[Sequence[Any]],
     *,
     device: torch.device,
     precision: Precision = "fp32",
@@ -42,7 +37,7 @@ def accumulate(
         The window's loss by term (scalars on `device`, this rank's share: they sum over ranks to the window's loss).
     """
     window = [sample for micro_batch in micro_batches for sample in micro_batch]
-    size = canvas(window) if window else (0, 0)
+    size = objective.canvas(window) if window else (0, 0)
     counts = window_counts(model, objective, micro_batches, size, device=device, precision=precision)
     losses: dict[str, torch.Tensor] = {name: torch.zeros((), device=device) for name in counts}
     for micro_batch in micro_batches:
@@ -69,7 +64,7 @@ def share(name: str, term: LossTerm, counts: Mapping[str, float], images: int) -
 def window_counts(
     model: torch.nn.Module,
     objective: Objective,
-    micro_batches: Sequence[Sequence[Sample]],
+    micro_batches: Sequence[Sequence[Any]],
     size: tuple[int, int],
     *,
     device: torch.device,
@@ -88,14 +83,15 @@ def window_counts(
 def _count_sampled(
     model: torch.nn.Module,
     objective: Objective,
-    micro_batches: Sequence[Sequence[Sample]],
+    micro_batches: Sequence[Sequence[Any]],
     size: tuple[int, int],
     *,
     device: torch.device,
     precision: Precision,
 ) -> dict[str, float]:
     """Counts that only a forward knows. Random numbers and buffers (BatchNorm's running statistics) are put back, so
-    that the pass with gradients draws the same numbers and the statistics move once."""
+    that the pass with gradients draws the same numbers and the statistics move once.
+    """
     totals: dict[str, float] = defaultdict(float)
     buffers = [buffer.clone() for buffer in model.buffers()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -6,18 +6,16 @@ from itertools import chain
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval import mask as mask_api
 from numpy.typing import NDArray
 
+from trainfit.data.masks import Rle
 from trainfit.data.samples import ImageRecord
 from trainfit.errors import TrainfitError
 
 IouKind = Literal["bbox", "segm"]
-Rle = dict[str, Any]
-"""One mask as COCO compresses it: `size` [height, width] and `counts` (bytes)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -32,7 +30,7 @@ class Detections:
     classes: NDArray[np.integer[Any]]
     """(n,): index into the class names given to `evaluate`; others are left out, as COCO leaves them out."""
     masks: Sequence[Rle] | None = None
-    """n masks from `encode_masks`, or None from a model that gives boxes only."""
+    """n masks (see `trainfit.data.masks`), or None from a model that gives boxes only."""
 
 
 _Image = TypeVar("_Image", ImageRecord, Detections)
@@ -144,12 +142,6 @@ def evaluate(
         crowds=sum(int(record.crowd.sum()) for record in records),
         detections=sum(row.detections for row in per_class),
     )
-
-
-def encode_masks(masks: torch.Tensor) -> list[Rle]:
-    """COCO's compressed form of bool (n, height, width) masks on any device; the host holds one mask at a time."""
-    # The mask API reads columns first: a transposed, contiguous mask is that without another copy.
-    return [mask_api.encode(mask.T.contiguous().cpu().numpy().view(np.uint8).T) for mask in masks]
 
 
 def gather_detections(detections: Iterable[Detections]) -> list[Detections]:

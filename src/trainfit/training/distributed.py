@@ -40,5 +40,7 @@ def choose_device(device: str, local_rank: int) -> torch.device:
     if device == "cpu" or (device == "auto" and gpus == 0):
         return torch.device("cpu")
     if local_rank >= gpus:
-        raise TrainfitError(f"process {local_rank} has no GPU ({gpus} found): use --nproc-per-node {gpus} or --device cpu")
+        raise TrainfitError(
+            f"process {local_rank} has no GPU ({gpus} found): use --nproc-per-node {gpus} or --device cpu"
+        )
     return torch.device("cuda", local_rank)

@@ -9,7 +9,7 @@ from trainfit.models.workload import ImageDetections, Workload
 from trainfit.step import ranks
 from trainfit.step.names import Precision
 from trainfit.step.precision import autocast
-from trainfit.training.coco_ap import ApResult, Detections, encode_masks, evaluate, gather_detections
+from trainfit.training.coco_ap import ApResult, Detections, IouKind, evaluate, gather_detections
 from trainfit.training.loader import evaluation_loader
 
 
@@ -57,16 +57,16 @@ def evaluate_model(
     finally:
         model.train(training)
     every = gather_detections(own)
-    kinds = ["bbox", "segm"] if any(d.masks is not None for d in every) else ["bbox"]
+    kinds: list[IouKind] = ["bbox", "segm"] if any(d.masks is not None for d in every) else ["bbox"]
     return {kind: evaluate(records, every, workload.classes, iou=kind) for kind in kinds}
 
 
 def compact(found: ImageDetections) -> Detections:
-    """Detections as evaluation keeps them: arrays, and masks run-length encoded."""
+    """Detections as evaluation keeps them: arrays."""
     return Detections(
         image_id=found.image_id,
         boxes=found.boxes.numpy(),
         scores=found.scores.numpy(),
         classes=found.classes.numpy(),
-        masks=None if found.masks is None else encode_masks(found.masks),
+        masks=found.masks,
     )

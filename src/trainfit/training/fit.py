@@ -1,9 +1,7 @@
 """Training, top to bottom: recipe -> data, model, step -> windows, evaluation, checkpoints -> summary."""
 
-import copy
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,26 +10,27 @@ from typing import Any
 
 import torch
 
+from trainfit.data.masks import require_masks
 from trainfit.data.read import read_dataset, require_no_errors
 from trainfit.data.samples import Dataset, Sample
 from trainfit.errors import TrainfitError
 from trainfit.models.registry import make_workload, model_name
 from trainfit.models.workload import OptimizerSettings, Workload
 from trainfit.step import ranks
+from trainfit.step.ema import averaged_copy
+from trainfit.step.names import Precision
 from trainfit.step.precision import resolve_precision
 from trainfit.step.training_step import StepResult, TrainingStep
 from trainfit.training import run_folder
 from trainfit.training.coco_ap import ApResult
 from trainfit.training.distributed import process_group
 from trainfit.training.evaluation import evaluate_model
+from trainfit.training.journal import Journal
 from trainfit.training.loader import STEP, Unreadable, WindowPlan, default_workers, training_loader
+from trainfit.training.mask_stage import evaluated_weights, on_detector_run
 from trainfit.training.recipe import Batching, Recipe, encode, resolve_batching, resume_recipe
 from trainfit.training.schedule import lr_factor, mix, set_lr
-from trainfit.training.telemetry import Clock, Progress, Silent, StepUpdate, memory_bytes
-from trainfit.training.tensorboard import event_writer
-
-FLUSH_STEPS = 10
-"""On a GPU losses are read this often: reading waits for the GPU."""
+from trainfit.training.telemetry import Progress, Silent, memory_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +59,7 @@ class RunSummary:
     """Stopped by the user before the end; the state is saved."""
 
 
-def fit(
-    recipe: Recipe, *, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False
-) -> RunSummary:
+def fit(recipe: Recipe, *, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False) -> RunSummary:
     """Train. `stop` is asked after every window: when it says so the state is saved and training ends.
 
     Raises:
@@ -70,7 +67,7 @@ def fit(
     """
     with process_group(recipe.device) as device:
         show = progress if progress is not None and ranks.rank() == 0 else Silent()
-        return _Run(resume_recipe(recipe) if recipe.resume else recipe, device, show).train(stop)
+        return _Run(resume_recipe(recipe) if recipe.resume else on_detector_run(recipe), device, show).train(stop)
 
 
 class _Run:
@@ -83,7 +80,9 @@ class _Run:
         self.folder = Path(ranks.from_first_rank(lambda: str(self._prepare_folder(name))))
         self.dataset = load_data(recipe, show)
         self.workload = workload_of(recipe, self.dataset.classes)
-        self.precision = resolve_precision(recipe.precision, device)
+        if self.workload.masks:
+            require_masks([record for split in ("train", "val") for record in self.dataset.splits[split]])
+        self.precision: Precision = resolve_precision(recipe.precision, device)
         self.workers = default_workers() if recipe.workers is None else recipe.workers
         self.plan = WindowPlan(
             images=len(self.dataset.splits["train"]),
@@ -103,8 +102,15 @@ class _Run:
             self._resume(self.folder / run_folder.STATE)
         else:
             _on_first_rank(lambda: run_folder.write_atomically(self.folder / run_folder.RECIPE, self._write_recipe))
-        self.metrics = run_folder.Metrics(self.folder / run_folder.METRICS, keep_through=self.done) if _first() else None
-        self.events = event_writer(self.folder) if recipe.tensorboard and _first() else None
+        self.journal = Journal(
+            self.folder,
+            after_step=self.done,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
+            device=device,
+            tensorboard=recipe.tensorboard,
+            show=show,
+        )
         self._announce(self.batching)
 
     def _prepare_folder(self, name: str) -> Path:
@@ -116,10 +122,12 @@ class _Run:
 
     def _announce(self, batching: Batching) -> None:
         sizes = self.plan.sizes
-        scale = f"{min(sizes)}-{max(sizes)} px, one size a window" if len(sizes) > 1 else f"{sizes[0]} px"
+        scale = f"{sizes[-1]} px" if len(sizes) == 1 else f"{min(sizes)}-{max(sizes)} px, one size a window"
         wanted = self.recipe.resolution
         if wanted is not None and wanted != self.workload.resolution:
-            self.show.note(f"resolution {wanted} is not legal for {self.workload.name}: using {self.workload.resolution}")
+            self.show.note(
+                f"resolution {wanted} is not legal for {self.workload.name}: using {self.workload.resolution}"
+            )
         images = {split: len(records) for split, records in self.dataset.splits.items()}
         self.show.note(f"data: {images}, {len(self.dataset.classes)} classes ({self.dataset.format})")
         self.show.note(f"{self.workload.name} at {scale}, {self.precision} on {self.device}; {batching.reason}")
@@ -127,7 +135,7 @@ class _Run:
 
     def train(self, stop: Callable[[], bool]) -> RunSummary:
         """The loop: a window, its numbers, and what is due after it."""
-        clock, pending, interrupted, saved_at = Clock(), list[dict[str, Any]](), False, time.monotonic()
+        interrupted, saved_at, clock = False, time.monotonic(), self.journal.clock
         loader = training_loader(
             self.dataset.splits["train"],
             self.workload.decoder(),
@@ -138,23 +146,33 @@ class _Run:
         )
         for items in clock.fetch(loader):
             result = self._window([self._readable(item) for item in items])
-            clock.images += result.images
             self.done += 1
-            pending.append(self._row(result))
+            lr = max(group["lr"] for group in self.step.optimizer.param_groups)
+            self.journal.window(result, step=self.done, lr=lr, size=self.plan.size(self.done - 1))
             due = self._due()
-            interrupted = bool(ranks.sum_over_ranks({"stop": float(stop())})["stop"])
+            wishes = {"stop": float(stop()), "save": float(time.monotonic() - saved_at > 60 * self.recipe.save_minutes)}
+            agreed = ranks.sum_over_ranks(wishes)
+            interrupted = agreed["stop"] > 0
             last = interrupted or self.done == self.total_steps
-            if due or last or self.device.type == "cpu" or self.done % FLUSH_STEPS == 0:
-                self._flush(pending, clock)
+            if due or last or agreed["save"]:
+                self.journal.flush()
+            self._check_finite()
             if due:
                 self._evaluate()
-            if due or last or self._minutes_passed(saved_at):
+            if due or last or agreed["save"]:
                 self._save()
                 saved_at = time.monotonic()
                 clock.restart()
             if last:
                 break
-        return self._finish(clock, interrupted)
+        return self._finish(interrupted)
+
+    def _check_finite(self) -> None:
+        if not self.journal.finite and self.precision != "fp16":  # the loss scaler skips such windows in fp16
+            raise TrainfitError(
+                f"the loss or its gradient is no longer finite at step {self.done}: go on from {self.folder} with a lower "
+                "--lr, or --precision fp32"
+            )
 
     def _window(self, window: Sequence[Sample | None]) -> StepResult:
         factor = lr_factor(
@@ -173,82 +191,12 @@ class _Run:
             self.show.note(f"left out: {item.message}")
         return None
 
-    def _row(self, result: StepResult) -> dict[str, Any]:
-        return {
-            "step": self.done,
-            "epoch": (self.done - 1) // self.steps_per_epoch,
-            "losses": result.losses,
-            "gradient_norm": result.gradient_norm,
-            "lr": max(group["lr"] for group in self.step.optimizer.param_groups),
-            "size": self.plan.size(self.done - 1),
-            "images": result.images,
-        }
-
-    def _flush(self, pending: list[dict[str, Any]], clock: Clock) -> None:
-        """Read the losses of the last windows from the device, write them, show the last one."""
-        if not pending:
-            return
-        rows = [self._read_row(row) for row in pending]
-        pending.clear()
-        elapsed, waited, _ = clock.read()
-        images = sum(row["images"] for row in rows)
-        last = rows[-1]
-        if self.metrics:
-            self.metrics.write(rows)
-        if self.events:
-            self.events(last, self.done)
-        rate = images / elapsed
-        self._telemetry(images_per_s=rate, wait_share=waited / elapsed)
-        left = (self.total_steps - self.done) * elapsed / len(rows)
-        self.show.step(
-            StepUpdate(
-                step=self.done,
-                total_steps=self.total_steps,
-                epoch=last["epoch"],
-                epochs=-(-self.total_steps // self.steps_per_epoch),
-                loss=math.nan if last["loss"] is None else last["loss"],
-                images_per_s=rate,
-                remaining_s=left,
-                memory_bytes=memory_bytes(self.device),
-                wait_share=waited / elapsed,
-            )
-        )
-        if self.precision != "fp16" and any(row["loss"] is None or row["gradient_norm"] is None for row in rows):
-            raise TrainfitError(
-                f"the loss or its gradient is no longer finite at step {self.done}: go on from {self.folder} with a lower "
-                "--lr, or --precision fp32"
-            )
-
-    def _read_row(self, row: dict[str, Any]) -> dict[str, Any]:
-        shares = {name: float(value) for name, value in row["losses"].items()} | {"images": float(row["images"])}
-        summed = ranks.sum_over_ranks(shares)
-        images = int(summed.pop("images"))
-        values = {"loss": sum(summed.values()), **summed, "gradient_norm": float(row["gradient_norm"])}
-        return {
-            "step": row["step"],
-            "epoch": row["epoch"],
-            **{key: value if math.isfinite(value) else None for key, value in values.items()},
-            "lr": row["lr"],
-            "size": row["size"],
-            "images": images,
-        }
-
-    def _telemetry(self, **values: float) -> None:
-        if _first():
-            with (self.folder / run_folder.TELEMETRY).open("a") as file:
-                row = {"step": self.done, "time": time.time(), "memory_bytes": memory_bytes(self.device), **values}
-                file.write(json.dumps(row) + "\n")
-
     def _due(self) -> bool:
         """Whether the window just done is followed by an evaluation."""
         if self.done == self.total_steps:
             return True
         epoch, rest = divmod(self.done, self.steps_per_epoch)
         return rest == 0 and self.recipe.eval_every > 0 and epoch % self.recipe.eval_every == 0
-
-    def _minutes_passed(self, since: float) -> bool:
-        late = time.monotonic() - since > 60 * self.recipe.save_minutes
-        return bool(ranks.sum_over_ranks({"late": float(late)})["late"]) if ranks.world_size() > 1 else late
 
     def _evaluate(self) -> None:
         self.ap = evaluate_model(
@@ -265,10 +213,7 @@ class _Run:
         for kind, result in self.ap.items():
             row |= {f"{kind}_ap": result.ap, f"{kind}_ap50": result.ap50, f"{kind}_ap75": result.ap75}
             row[f"{kind}_per_class"] = {c.name: c.ap for c in result.per_class}
-        if self.metrics:
-            self.metrics.write([row])
-        if self.events:
-            self.events(row, self.done)
+        self.journal.evaluation(row)
         score = self.ap.get("segm", self.ap["bbox"]).ap
         figures = ", ".join(f"{kind} AP {_percent(r.ap)} AP50 {_percent(r.ap50)}" for kind, r in self.ap.items())
         better = score is not None and (self.best["ap"] is None or score > self.best["ap"])
@@ -309,20 +254,20 @@ class _Run:
         self.done, self.best, self.skipped = state["step"], state["best"], state["skipped"]
         self.show.note(f"going on after step {self.done}")
 
-    def _finish(self, clock: Clock, interrupted: bool) -> RunSummary:
+    def _finish(self, interrupted: bool) -> RunSummary:
         if not interrupted and _first():
             weights, _ = run_folder.load_weights(self.folder / run_folder.BEST)
             path = self.folder / run_folder.UPSTREAM
             run_folder.write_atomically(path, lambda p: self.workload.export(weights, p))
-        if self.metrics:
-            self.metrics.close()
+        self.journal.close()
+        clock = self.journal.clock
         seconds = clock.total_s or float("inf")
         return RunSummary(
             folder=self.folder,
             model=self.workload.name,
             steps=self.done,
             total_steps=self.total_steps,
-            images_per_s=clock.total_images * ranks.world_size() / seconds,
+            images_per_s=clock.images * ranks.world_size() / seconds,
             train_s=clock.total_s,
             wait_share=clock.total_waited_s / seconds,
             memory_bytes=memory_bytes(self.device),
@@ -359,20 +304,22 @@ def workload_of(recipe: Recipe, classes: tuple[str, ...]) -> Workload:
         "num_queries": recipe.num_queries,
         "groups": recipe.groups,
         "checkpointing": recipe.checkpointing,
+        "stage": recipe.recipe,
     }
     return make_workload(recipe.model, classes, knobs)
 
 
 def make_step(
-    workload: Workload, recipe: Recipe, device: torch.device, precision: Any, show: Progress
+    workload: Workload, recipe: Recipe, device: torch.device, precision: Precision, show: Progress
 ) -> TrainingStep:
     """Model, optimizer and EMA on the device, from the recipe's seed and weights."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as upstream trains
     torch.manual_seed(recipe.seed)
     model = workload.build()
-    if recipe.weights:
-        for remark in workload.load(model, recipe.weights):
+    weights = str(evaluated_weights(recipe.from_run)) if recipe.from_run else recipe.weights
+    if weights:
+        for remark in workload.load(model, weights):
             show.note(remark)
     else:
         show.note("weights: random; --weights pretrained starts from upstream's COCO weights")
@@ -386,7 +333,7 @@ def make_step(
         device=device,
         precision=precision,
         clip_norm=recipe.clip_norm,
-        ema=copy.deepcopy(model).eval().requires_grad_(False) if recipe.ema else None,
+        ema=averaged_copy(model) if recipe.ema else None,
     )
 
 

@@ -36,7 +36,9 @@ def load_detector(run: Path, device: torch.device, precision: Precision = "fp32"
     candidates = [run] if run.is_file() else [run / BEST, run / LAST]
     path = next((p for p in candidates if p.is_file()), None)
     if path is None:
-        raise TrainfitError(f"{run} is no run folder with weights, and no weights file: give the folder that `train` named")
+        raise TrainfitError(
+            f"{run} is no run folder with weights, and no weights file: give the folder that `train` named"
+        )
     weights, metadata = load_weights(path)
     workload = from_metadata(metadata)
     model = workload.build()

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -20,13 +20,18 @@ class Recipe:
     """What to train, on what, for how long."""
 
     model: tyro.conf.Positional[str] = ""
-    """Model: rfdetr-nano, -small, -medium, -large (and rfdetr-seg-...)."""
+    """Model: rfdetr-nano, -small, -medium, -large; with masks: rfdetr-seg-nano to -2xlarge. Of the run with --from."""
     data: str = ""
     """Data set: a folder (COCO, Roboflow export, YOLO, Pascal VOC), a COCO JSON file, or `sample`."""
     format: Literal["auto", "coco", "yolo", "voc"] = "auto"
     """Format of the data set; found by looking unless given."""
     weights: str | None = None
     """Start from a file of trainfit or upstream, or `pretrained` (downloads upstream's); random without it."""
+    recipe: Literal["single", "detector", "masks"] = "single"
+    """For models with masks. single: everything trains at once; detector: stage 1, without the mask head; masks: stage 2,
+    the mask head alone, on the frozen detector of --from."""
+    from_run: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """Run folder of the detector that --recipe masks adds its mask head to; its evaluated (best) weights are taken."""
     resolution: int | None = None
     """Side of the square input in pixels; the model's published one by default."""
     snap: bool = True
@@ -92,10 +97,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
-        if self.resume is None and not self.model:
+        if self.resume is None and not self.model and self.from_run is None:
             raise TrainfitError("name a model, for instance: trainfit train rfdetr-nano --data DIR")
         if self.resume is None and not self.data:
             raise TrainfitError("--data is missing: a folder, a COCO JSON file, or `sample`")
+        if (self.recipe == "masks") != (self.from_run is not None):
+            raise TrainfitError("--recipe masks and --from RUN (the run of a detector) go together")
+        if self.from_run is not None and self.weights is not None:
+            raise TrainfitError("--weights and --from cannot both say where to start: leave --weights out")
         for name in ("effective_batch", "micro_batch", "accumulation", "max_steps", "eval_micro_batch", "resolution"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -139,7 +148,9 @@ def resolve_batching(recipe: Recipe, world_size: int) -> Batching:
         effective = product
     effective = effective or DEFAULT_EFFECTIVE_BATCH
     if effective < world_size:
-        raise TrainfitError(f"--effective-batch {effective} is less than the {world_size} GPUs: give at least {world_size}")
+        raise TrainfitError(
+            f"--effective-batch {effective} is less than the {world_size} GPUs: give at least {world_size}"
+        )
     share = -(-effective // world_size)
     micro = min(micro or DEFAULT_MICRO_BATCH, share)
     steps = -(-share // micro)
@@ -178,8 +189,10 @@ def resume_recipe(given: Recipe) -> Recipe:
         if field.name in ("resume", "out") or value == field.default or value == before:
             continue
         if field.name not in RESUMABLE:
-            flag = field.name.replace("_", "-")
-            raise TrainfitError(f"--{flag} {value} differs from the resumed run's {before}: drop it, or start a new run")
+            flag = "from" if field.name == "from_run" else field.name.replace("_", "-")
+            raise TrainfitError(
+                f"--{flag} {value} differs from the resumed run's {before}: drop it, or start a new run"
+            )
         changes[field.name] = value
     return dataclasses.replace(saved, **changes, resume=given.resume, out=given.resume)
 
@@ -191,4 +204,4 @@ def encode(recipe: Recipe) -> str:
 
 
 def _decode(values: dict[str, Any]) -> dict[str, Any]:
-    return values | {"out": Path(values["out"]) if values["out"] else None}
+    return values | {name: Path(values[name]) for name in ("out", "from_run") if values.get(name)}

@@ -87,6 +87,19 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise TrainfitError(f"{path}: not a readable safetensors file ({error})") from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata alone of a file that `save_weights` wrote.
+
+    Raises:
+        TrainfitError: the file cannot be read as safetensors.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise TrainfitError(f"{path}: not a readable safetensors file ({error})") from error
+
+
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Training state: tensors and plain values only, so that it loads with `weights_only`."""
 
@@ -132,7 +145,9 @@ class Metrics:
             self._file.writelines(json.dumps(row) + "\n" for row in rows)
             self._file.flush()
         except OSError as error:
-            raise TrainfitError(f"could not write {self.path} ({error.strerror}): free space and go on with --resume") from error
+            raise TrainfitError(
+                f"could not write {self.path} ({error.strerror}): free space and go on with --resume"
+            ) from error
 
     def close(self) -> None:
         """Close the file."""

@@ -68,10 +68,10 @@ class Clock:
     started: float = field(default_factory=time.perf_counter)
     waited_s: float = 0.0
     images: int = 0
+    """This rank's images in all."""
     total_s: float = 0.0
     """Training time of all readings."""
     total_waited_s: float = 0.0
-    total_images: int = 0
 
     def fetch(self, items: Iterable[Item]) -> Iterator[Item]:
         """Pass items on; the time until each arrives is waiting for data."""
@@ -85,17 +85,17 @@ class Clock:
             self.waited_s += time.perf_counter() - asked
             yield item
 
-    def read(self) -> tuple[float, float, int]:
-        """Seconds, seconds waited and images since the last reading; then start anew."""
-        elapsed, waited, images = time.perf_counter() - self.started, self.waited_s, self.images
-        self.total_s, self.total_waited_s = self.total_s + elapsed, self.total_waited_s + waited
-        self.total_images += images
+    def read(self) -> tuple[float, float]:
+        """Seconds, and seconds waited, since the last reading; then start anew."""
+        elapsed_s, waited_s = time.perf_counter() - self.started, self.waited_s
+        self.total_s += elapsed_s
+        self.total_waited_s += waited_s
         self.restart()
-        return elapsed, waited, images
+        return elapsed_s, waited_s
 
     def restart(self) -> None:
         """Forget the time since the last reading (an evaluation, a save)."""
-        self.started, self.waited_s, self.images = time.perf_counter(), 0.0, 0
+        self.started, self.waited_s = time.perf_counter(), 0.0
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.roi_heads import RoIHeads
 
-type Samples = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+Samples = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
 def cap_training_samples(heads: RoIHeads) -> None:
@@ -35,4 +35,4 @@ def cap_training_samples(heads: RoIHeads) -> None:
         matched_boxes = [boxes[image][matched[image]] for image in range(len(proposals))]
         return proposals, matched, labels, list(heads.box_coder.encode(matched_boxes, proposals))
 
-    heads.select_training_samples = select
+    vars(heads)["select_training_samples"] = select  # before the class's own

@@ -1,7 +1,7 @@
 """Images and objects as RF-DETR trains on them: square resize, crop and flip, normalised targets."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from PIL import Image
 from rfdetr.utilities.tensors import NestedTensor
 
 from trainfit.data.images import read_image
+from trainfit.data.masks import decode_rle
 from trainfit.data.samples import ImageRecord, Sample, Segmentation
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -81,7 +82,7 @@ def _masks(
     size: int,
     record: ImageRecord,
 ) -> NDArray[np.bool_]:
-    """bool (n, size, size). Polygons are scaled, then drawn; an RLE is decoded, cut and resized by nearest pixel.
+    """Bool (n, size, size). Polygons are scaled, then drawn; an RLE is decoded, cut and resized by nearest pixel.
 
     An object without a segmentation gets its box.
     """
@@ -91,7 +92,9 @@ def _masks(
     for i, segmentation in enumerate(segmentations):
         if isinstance(segmentation, list) and segmentation:
             polygons = [((np.reshape(p, (-1, 2)) - [x0, y0]) * scale).ravel().tolist() for p in segmentation]
-            drawn[i] = rle.decode(rle.merge(rle.frPyObjects(polygons, size, size))).astype(np.bool_)
+            drawn[i] = rle.decode(rle.merge(cast(list[dict[str, Any]], rle.frPyObjects(polygons, size, size)))).astype(
+                np.bool_
+            )
         elif isinstance(segmentation, dict):
             whole = decode_rle(segmentation, record.height, record.width)
             rows = np.clip((y0 + (np.arange(size) + 0.5) / scale[1]).astype(int), 0, record.height - 1)
@@ -101,13 +104,6 @@ def _masks(
             left, top, right, bottom = boxes[i].round().astype(int)
             drawn[i, top : max(bottom, top + 1), left : max(right, left + 1)] = True
     return drawn
-
-
-def decode_rle(segmentation: dict[str, Any], height: int, width: int) -> NDArray[np.bool_]:
-    """bool (height, width) of a COCO RLE, compressed or not."""
-    compressed = isinstance(segmentation["counts"], (str, bytes))
-    encoded = segmentation if compressed else rle.frPyObjects(segmentation, height, width)
-    return rle.decode(encoded).astype(np.bool_)
 
 
 def to_batch(samples: Sequence[Sample], canvas: tuple[int, int], like: torch.Tensor) -> NestedTensor:
@@ -124,7 +120,9 @@ def to_batch(samples: Sequence[Sample], canvas: tuple[int, int], like: torch.Ten
         pixels[i, :, :h, :w] = sample.image
         mask[i, :h, :w] = False
     images = pixels.to(like.device, non_blocking=True).to(like.dtype).div_(255)
-    mean, std = (torch.tensor(v, device=like.device, dtype=like.dtype)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (
+        torch.tensor(v, device=like.device, dtype=like.dtype)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD)
+    )
     images.sub_(mean).div_(std)
     mask = torch.zeros_like(mask) if full else mask
     return NestedTensor(images, mask.to(like.device, non_blocking=True), no_padding=full)

@@ -10,7 +10,13 @@ from trainfit.data.samples import Sample
 from trainfit.models.rfdetr.data import to_batch, to_targets
 from trainfit.step.terms import LossTerm, Objective
 
-TERMS = {"loss_ce": "class", "loss_bbox": "box", "loss_giou": "giou", "loss_mask_ce": "mask_ce", "loss_mask_dice": "dice"}
+TERMS = {
+    "loss_ce": "class",
+    "loss_bbox": "box",
+    "loss_giou": "giou",
+    "loss_mask_ce": "mask_ce",
+    "loss_mask_dice": "dice",
+}
 """Upstream's loss names, and ours; those of auxiliary layers (`_0`, `_enc`) are added to their base's."""
 
 

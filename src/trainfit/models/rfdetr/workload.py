@@ -17,10 +17,11 @@ from rfdetr.datasets.coco import compute_multi_scale_scales
 from rfdetr.models import build_criterion_from_config, build_model_from_config
 from rfdetr.models.lwdetr import LWDETR
 
+from trainfit.data.masks import Rle, encode_masks
 from trainfit.data.samples import Sample
 from trainfit.errors import TrainfitError
 from trainfit.models.rfdetr.data import make_sample, to_batch
-from trainfit.models.rfdetr.interop import export_upstream, load_weights
+from trainfit.models.rfdetr.interop import MASK_HEAD, attach_mask_head, export_upstream, load_weights
 from trainfit.models.rfdetr.losses import make_objective
 from trainfit.models.workload import Decoder, ImageDetections, OptimizerSettings
 
@@ -36,6 +37,15 @@ CONFIGS: Mapping[str, type[upstream.ModelConfig]] = {
     "rfdetr-seg-xlarge": upstream.RFDETRSegXLargeConfig,
     "rfdetr-seg-2xlarge": upstream.RFDETRSeg2XLargeConfig,
 }
+
+WITH_MASKS: Mapping[str, type[upstream.ModelConfig]] = {
+    "rtdetr-seg-nano": upstream.RFDETRNanoConfig,
+    "rtdetr-seg-small": upstream.RFDETRSmallConfig,
+    "rtdetr-seg-base": upstream.RFDETRBaseConfig,
+    "rtdetr-seg-medium": upstream.RFDETRMediumConfig,
+    "rtdetr-seg-large": upstream.RFDETRLargeDeprecatedConfig,
+}
+"""Detection sizes with upstream's mask head added, by the names of the RT-DETR-Seg guide; see docs/segmentation.md."""
 
 Stage = Literal["single", "detector", "masks"]
 """`single`: everything trains; `detector`: without the mask head; `masks`: the mask head alone trains."""
@@ -74,6 +84,8 @@ class RfDetr:
             self.config, train_config(dataset_dir=".", output_dir=".")
         )
         criterion.train()  # it counts groups in train mode
+        if knobs.stage == "masks":
+            criterion.losses = ["masks"]  # the others are constants of a frozen detector
         self.criterion = criterion
         self.objective = make_objective(
             criterion, groups=self.config.group_detr, masks=self.masks, masks_only=knobs.stage == "masks"
@@ -81,16 +93,19 @@ class RfDetr:
 
     def build(self) -> torch.nn.Module:
         with _quiet():
-            model = build_model_from_config(self.config)
+            # With a name here, upstream leaves out the download of DINOv2's weights (base and large would try it).
+            model = build_model_from_config(self.config.model_copy(update={"pretrain_weights": "later"}))
         for name, parameter in model.named_parameters():
             # Upstream never uses the encoder's mask token: without this it would be a parameter that gets no gradient.
             if name.endswith("mask_token") or (
-                self.knobs.stage == "masks" and not name.startswith("segmentation_head.")
+                self.knobs.stage == "masks" and not name.startswith(MASK_HEAD)
             ):
                 parameter.requires_grad_(False)
         return model.train()
 
     def load(self, model: torch.nn.Module, weights: str) -> list[str]:
+        if self.knobs.stage == "masks":
+            return attach_mask_head(cast(LWDETR, model), Path(weights), classes=self.classes)
         with _quiet():
             return load_weights(cast(LWDETR, model), self.config, weights, name=self.name, classes=self.classes)
 
@@ -115,9 +130,7 @@ class RfDetr:
     def sizes(self, *, multi_scale: bool) -> tuple[int, ...]:
         if not multi_scale:
             return (self.resolution,)
-        return tuple(
-            compute_multi_scale_scales(self.resolution, True, self.config.patch_size, self.config.num_windows)
-        )
+        return tuple(compute_multi_scale_scales(self.resolution, True, self.config.patch_size, self.config.num_windows))
 
     def decoder(self) -> Decoder:
         return partial(make_sample, masks=self.masks)
@@ -127,17 +140,18 @@ class RfDetr:
         like = next(model.parameters())
         outputs = model(to_batch(samples, (self.resolution, self.resolution), like))
         sizes = torch.tensor([s.original_size for s in samples], device=like.device)
+        logits = outputs.pop("pred_masks", None)  # upstream would make all masks of all images at image size at once
+        _, _, queries = self.postprocess._select_topk(outputs["pred_logits"])  # pyright: ignore[reportPrivateUsage]
         found: list[ImageDetections] = []
-        for sample, result in zip(samples, self.postprocess(outputs, sizes), strict=True):
+        for i, (sample, result) in enumerate(zip(samples, self.postprocess(outputs, sizes), strict=True)):
             known = result["labels"] < len(self.classes)  # the last output is no class
-            masks = result["masks"][known].squeeze(1).cpu() if "masks" in result else None
             found.append(
                 ImageDetections(
                     image_id=sample.image_id,
                     boxes=result["boxes"][known].float().cpu(),
                     scores=result["scores"][known].float().cpu(),
                     classes=result["labels"][known].cpu(),
-                    masks=masks,
+                    masks=None if logits is None else masks_of(logits[i], queries[i][known], sample.original_size),
                 )
             )
         return found
@@ -150,20 +164,37 @@ class RfDetr:
         export_upstream(self.config, weights, self.classes, path)
 
 
+MASK_PIXELS_AT_ONCE = 2**24
+"""Pixels of masks that are upsampled in one go: 64 MiB in float32 and 16 MiB as bool, at any number of queries."""
+
+
+def masks_of(logits: torch.Tensor, queries: torch.Tensor, size: tuple[int, int]) -> list[Rle]:
+    """The masks of the chosen `queries` at an image's size, some at a time and run-length encoded at once.
+
+    `logits` is (queries, height / 4, width / 4) of one image. The same masks as upstream's (rfdetr 1.11.2
+    models/postprocess.py `_postprocess_masks`): bilinear, then positive.
+    """
+    masks: list[Rle] = []
+    for some in queries.split(max(1, MASK_PIXELS_AT_ONCE // (size[0] * size[1]))):
+        grown = torch.nn.functional.interpolate(logits[some][:, None], size=size, mode="bilinear", align_corners=False)
+        masks += encode_masks(grown[:, 0] > 0)
+    return masks
+
+
 def make_config(name: str, classes: int, knobs: RfDetrKnobs) -> upstream.ModelConfig:
     """Upstream's configuration of a published size with the user's changes.
 
     Raises:
         TrainfitError: a resolution that is not legal, with snapping off.
     """
-    kind = CONFIGS[name]
+    kind = (CONFIGS | WITH_MASKS)[name]
     changes: dict[str, Any] = {"num_classes": classes, "gradient_checkpointing": knobs.checkpointing}
     if knobs.num_queries is not None:
         changes |= {"num_queries": knobs.num_queries, "num_select": knobs.num_queries}
     if knobs.groups is not None:
         changes["group_detr"] = knobs.groups
-    if knobs.stage != "single":
-        changes["segmentation_head"] = knobs.stage == "masks"
+    if name in WITH_MASKS or knobs.stage != "single":
+        changes["segmentation_head"] = knobs.stage != "detector"
     if knobs.resolution is not None:
         fields = kind.model_fields
         block = fields["patch_size"].default * fields["num_windows"].default

@@ -1,0 +1,126 @@
+"""Steps on one fixed window: what is traced and measured. Training runs the same `TrainingStep` on data."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from trainfit.models.setting import Setting
+from trainfit.step.contrastive import Contrastive
+from trainfit.step.precision import autocast, resolve_precision
+from trainfit.step.terms import Objective
+from trainfit.step.training_step import StepResult, TrainingStep
+
+
+@dataclass(kw_only=True)
+class FixedStep:
+    """A training step with its worst window; a `memory.trace.Step`."""
+
+    training: TrainingStep
+    window: Sequence[Any]
+    """Samples on the CPU."""
+    micro_batch: int
+    model: torch.nn.Module = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
+    ema: torch.nn.Module | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Show what a trace looks at."""
+        self.model, self.optimizer, self.ema = self.training.model, self.training.optimizer, self.training.ema
+
+    def run(self) -> StepResult:
+        """One window."""
+        return self.training.run(self.window, micro_batch=self.micro_batch, step=0)
+
+
+@dataclass(kw_only=True)
+class FixedEvaluation:
+    """Evaluation as it comes within a training: the first `run` trains one window, every later one evaluates.
+
+    So optimizer state and averaged weights are there, and the allocator holds what training left to it.
+    """
+
+    training: FixedStep
+    detect: Callable[[torch.nn.Module, Sequence[Any]], object]
+    """(model in eval mode, micro-batch) -> what is found; runs without gradients under the setting's precision."""
+    samples: Sequence[Any]
+    """One evaluation micro-batch on the CPU."""
+    trained: bool = False
+    model: torch.nn.Module = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
+    ema: torch.nn.Module | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Show what a trace looks at."""
+        self.model, self.optimizer, self.ema = self.training.model, self.training.optimizer, self.training.ema
+
+    @torch.no_grad()
+    def run(self) -> object:
+        """Train one window, or evaluate one micro-batch with the averaged weights, where there are any."""
+        if not self.trained:
+            self.trained = True
+            with torch.enable_grad():
+                return self.training.run()
+        step = self.training.training
+        model = step.ema or step.model
+        was_training = model.training
+        model.eval()
+        with autocast(step.precision, step.device.type):
+            found = self.detect(model, self.samples)
+        model.train(was_training)
+        return found
+
+
+def fixed_step(
+    setting: Setting,
+    device: torch.device,
+    *,
+    model: torch.nn.Module,
+    objective: Objective | Contrastive,
+    window: Sequence[Any],
+    ema: bool = False,
+    groups: Callable[[torch.nn.Module], list[dict[str, Any]]] | None = None,
+) -> FixedStep:
+    """Move a model that was built on the CPU, and give it optimizer and EMA copy as training does.
+
+    Args:
+        setting: Precision, optimizer, EMA and micro-batch are taken from it.
+        device: Where the step runs.
+        model: In train mode, on the CPU.
+        objective: Its losses.
+        window: CPU samples of one effective batch.
+        ema: The family's own choice, where the setting leaves it open.
+        groups: Model on the device -> optimizer groups; by default all trainable parameters in one.
+    """
+    if setting.channels_last:
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    model.to(device)
+    own = groups(model) if groups else [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    averaged = ema if setting.ema is None else setting.ema
+    training = TrainingStep(
+        model=model,
+        objective=objective,
+        optimizer=_optimizer(setting, own),
+        device=device,
+        precision=resolve_precision(setting.precision, device),
+        ema=copy.deepcopy(model).eval().requires_grad_(False) if averaged else None,
+    )
+    return FixedStep(training=training, window=window, micro_batch=setting.micro_batch)
+
+
+def _optimizer(setting: Setting, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if setting.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=1e-3, momentum=0.9, foreach=True)
+    fused = setting.optimizer == "adamw-fused"
+    return torch.optim.AdamW(groups, lr=1e-4, fused=fused, foreach=not fused)
+
+
+def fixed_evaluation(
+    setting: Setting, training: FixedStep, detect: Callable[[torch.nn.Module, Sequence[Any]], object], sample: Any
+) -> FixedEvaluation:
+    """Evaluation of `sample`, repeated to the setting's evaluation micro-batch, after a window of `training`."""
+    return FixedEvaluation(
+        training=training, detect=detect, samples=[sample] * (setting.eval_micro_batch or setting.micro_batch)
+    )
