@@ -117,9 +117,17 @@ def maskrcnn(device: torch.device, size: int, batch: int) -> PlainStep:
 def rfdetr(device: torch.device, kind: str, batch: int) -> PlainStep:
     """RF-DETR with its own criterion and 10 boxes an image."""
     from rfdetr import config
-    from rfdetr.models import build_criterion_from_config, build_model_from_config
+    from rfdetr.models import (
+        _assignment,  # pyright: ignore[reportPrivateUsage]
+        build_criterion_from_config,
+        build_model_from_config,
+    )
     from rfdetr.utilities.tensors import NestedTensor
 
+    from trainfit.models.rfdetr import step
+
+    # On CUDA upstream solves the matching with a Triton kernel, which a trace cannot run.
+    _assignment._solve_to_indices = step._solve_on_host  # pyright: ignore[reportPrivateUsage]
     settings = getattr(config, kind)(pretrain_weights=None, device="cpu")
     training = config.SegmentationTrainConfig if "Seg" in kind else config.TrainConfig
     model = build_model_from_config(settings).to(device).train()

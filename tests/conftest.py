@@ -1,5 +1,6 @@
 """What several tests need."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -27,3 +28,4 @@ def _home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+    gc.freeze()  # the imports' many objects: surviving an error collects garbage, which would go through them each time

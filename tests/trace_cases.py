@@ -1,6 +1,6 @@
 """Training steps that test_trace.py traces, all in one process that it starts: tracing changes torch for good.
 
-    python tests/trace_cases.py    prints one JSON object: case -> what was traced, or the error.
+python tests/trace_cases.py    prints one JSON object: case -> what was traced, or the error.
 """
 
 import json
@@ -36,10 +36,8 @@ class Blocks(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            if self.checkpointing == "none":
-                x = block(x)
-            else:
-                x = checkpoint(block, x, use_reentrant=self.checkpointing == "reentrant")
+            reentrant = self.checkpointing == "reentrant"
+            x = block(x) if self.checkpointing == "none" else checkpoint(block, x, use_reentrant=reentrant)
         return x
 
 
@@ -49,15 +47,21 @@ class TinyViT(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.patch = nn.Conv2d(3, 64, 8, 8)
-        self.blocks = nn.ModuleList(nn.ModuleList([nn.LayerNorm(64), nn.Linear(64, 192)]) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(64) for _ in range(2))
+        self.projections = nn.ModuleList(nn.Linear(64, 192) for _ in range(2))
         self.head = nn.Linear(64, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.patch(images).flatten(2).transpose(1, 2)
-        for norm, qkv in self.blocks:
+        for norm, qkv in zip(self.norms, self.projections, strict=True):
             query, key, value = qkv(norm(x)).unflatten(-1, (3, 4, 16)).permute(2, 0, 3, 1, 4)
             x = x + nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         return self.head(x.mean(1))
+
+
+def resnet() -> nn.Module:
+    """A ResNet of four blocks."""
+    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
 
 
 def swin() -> nn.Module:
@@ -80,8 +84,9 @@ class Step:
     optimizer_settings: dict[str, Any] = field(default_factory=lambda: {"foreach": True})
 
     def __post_init__(self) -> None:
-        layout = torch.channels_last if self.channels_last else torch.preserve_format
-        self.model = self.net().to(self.device, memory_format=layout).train()
+        self.model = self.net().to(self.device).train()
+        if self.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.ema = torch.optim.swa_utils.AveragedModel(self.model) if self.averaged else None
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, **self.optimizer_settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
@@ -194,11 +199,10 @@ def _detector(loss: Callable[[nn.Module, torch.device], Tensor]) -> Callable[[to
     return lambda device: Step(device, Blocks, loss)
 
 
-resnet18 = torchvision.models.resnet18
 SAME_ON_CPU: dict[str, Callable[[torch.device], Step]] = {
-    "resnet18": _image(resnet18, 64),
-    "resnet18 channels_last": _image(resnet18, 64, channels_last=True),
-    "resnet18 clip, 2 micro-batches, EMA": _image(resnet18, 64, clip=True, micro_batches=2, averaged=True),
+    "resnet": _image(resnet, 64),
+    "resnet channels_last": _image(resnet, 64, channels_last=True),
+    "resnet clip, 2 micro-batches, EMA": _image(resnet, 64, clip=True, micro_batches=2, averaged=True),
     "vit": _image(TinyViT, 64),
     "swin": _image(swin, 64),
     "tied": lambda device: Step(device, tied, rows()),
@@ -260,7 +264,7 @@ def summary(result: TraceResult) -> dict[str, Any]:
     }
 
 
-@hypothesis.settings(max_examples=8, deadline=None, database=None, derandomize=True)
+@hypothesis.settings(max_examples=6, deadline=None, database=None, derandomize=True)
 @hypothesis.given(
     depth=strategies.integers(1, 3),
     width=strategies.sampled_from([8, 33]),
@@ -291,15 +295,15 @@ def main() -> None:
             found[name] = summary(trace_step(build, target=TARGET))
         except TrainfitError as error:
             found[name] = {"error": str(error)}
-    again = [trace_step(SAME_ON_CPU["resnet18"], target=TARGET) for _ in range(2)]
-    found["repeatable"] = again[0] == again[1] == TraceResult.from_json(again[0].to_json())
+    once, again = (trace_step(SAME_ON_CPU["vit"], target=TARGET) for _ in range(2))
+    found["repeatable"] = once == again == TraceResult.from_json(once.to_json())
     try:
         laws()
         found["laws"] = "hold"
     except AssertionError as error:
         found["laws"] = str(error)
     selftest.selftest(TARGET)
-    selftest.known_bytes = lambda target: {"parameters": 0}
+    selftest.known_bytes = lambda _: {"parameters": 0}
     try:
         selftest.selftest(TARGET)
     except TrainfitError as error:

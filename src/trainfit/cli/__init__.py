@@ -15,9 +15,10 @@ def commands() -> Mapping[str, Callable[..., int]]:
     from trainfit.cli.check_data import check_data
     from trainfit.cli.detect import detect
     from trainfit.cli.evaluate import evaluate
+    from trainfit.cli.predict import predict
     from trainfit.cli.train import train
 
-    return {"train": train, "check-data": check_data, "detect": detect, "evaluate": evaluate}
+    return {"predict": predict, "train": train, "check-data": check_data, "detect": detect, "evaluate": evaluate}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,10 +7,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from trainfit.data.check import check_dataset
-from trainfit.data.read import read_dataset
-from trainfit.reports.check_data import check_data_json, check_data_text
-
 
 @dataclass(frozen=True, kw_only=True)
 class CheckData:
@@ -27,7 +23,11 @@ class CheckData:
 
 
 def check_data(arguments: CheckData) -> int:
-    """Prints the report; returns the exit code: 1 if training would refuse the data set, else 0."""
+    """Say what a data set holds, and every defect with file and id; exit code 1 where training would refuse it."""
+    from trainfit.data.check import check_dataset
+    from trainfit.data.read import read_dataset
+    from trainfit.reports.check_data import check_data_json, check_data_text
+
     dataset = read_dataset(arguments.data, format=arguments.format)
     if arguments.decode:
         dataset = check_dataset(dataset, progress=_progress if sys.stderr.isatty() else None)

@@ -1,6 +1,8 @@
 """trainfit train."""
 
+import os
 import signal
+import sys
 from types import FrameType
 from typing import Annotated
 
@@ -21,10 +23,15 @@ def train(recipe: Annotated[Recipe, tyro.conf.arg(name="")]) -> int:
 
     received: list[int] = []
 
+    trainer = os.getpid()
+
     def on_signal(number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != trainer:  # a loader process, which inherits this handler: the trainer decides
+            return
         if received:
             raise KeyboardInterrupt
         received.append(number)
+        print("\nstopping: the state is saved after this step (once more: stop at once)", file=sys.stderr)
 
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,8 +1,8 @@
 """What a step asks of a GPU besides memory: kernels, FLOPs and bytes by operator, for the timing model."""
 # pyright: reportPrivateUsage=false
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,37 +10,31 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 
+from trainfit.timing.counts import OpCount
+
 aten = torch.ops.aten
-_NO_KERNEL = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
+_NO_KERNEL = {
+    aten.empty,
+    aten.empty_like,
+    aten.empty_strided,
+    aten.new_empty,
+    aten.new_empty_strided,
+    aten._unsafe_view,
+    aten.as_strided_,
+}
 # These read from (or write to) their first argument only as much as they return (or are given).
 _SPARSE = {aten.index, aten.index_select, aten.gather, aten.embedding, aten.take, aten.index_put_, aten.scatter_}
 # pytorch native/cuda/MultiTensorApply.cuh: chunks of 65536 elements, 320 of them a launch.
 _CHUNK, _CHUNKS_PER_LAUNCH = 1 << 16, 320
 
 
-@dataclass(frozen=True, kw_only=True)
-class OpCount:
-    """All calls of one operator in one phase of a step, with one data type."""
-
-    op: str
-    """E.g. "aten.convolution", "aten.convolution.grouped"."""
-    phase: str
-    """"inputs", "forward", "backward", "update" or "optimizer"."""
-    dtype: str
-    """Of its first floating point tensor (else of its first tensor), e.g. "bfloat16"."""
-    count: int
-    """Kernels launched."""
-    flops: float
-    """By the formulas of torch.utils.flop_counter; 0 for an operator without one."""
-    bytes: float
-    """Read and written, if every operand passes the memory bus once."""
-
-
 class Counter:
-    """Sums up operators."""
+    """Sums up operators. Calls that differ in FLOPs per byte by more than a factor of two have rows of their own, so
+    that what bounds a row (arithmetic or memory) is what bounds its calls.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[tuple[str, str, str], list[float]] = {}
+        self._sums: dict[tuple[str, str, str, int], list[float]] = {}
 
     def add(
         self,
@@ -57,26 +51,44 @@ class Counter:
         if packet in _NO_KERNEL or (not outputs and not op._schema.is_mutable) or _is_view(op):
             return
         floating = next((t for t in (*inputs, *outputs) if t.is_floating_point()), (*inputs, *outputs)[0])
-        name = str(packet)
-        if packet in (aten.convolution, aten.convolution_backward) and args[-1 if len(args) == 9 else -2] != 1:
-            name += ".grouped"
-        flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
+        name = str(packet) + _grouping(packet, args)
+        flops = _flops(packet, args, kwargs, out)
         launches = 1
         if packet.__name__.startswith(("_foreach", "_fused", "_amp_foreach")):
             first = max((x for x in args if isinstance(x, (list, tuple))), key=len)
             chunks = sum(-(-t.numel() // _CHUNK) for t in first if isinstance(t, Tensor))
             launches = max(1, -(-chunks // _CHUNKS_PER_LAUNCH))
-        sums = self._sums.setdefault((name, phase, str(floating.dtype).removeprefix("torch.")), [0, 0, 0])
-        for index, value in enumerate((launches, flops, _traffic(packet, inputs, outputs))):
+        traffic = _traffic(packet, inputs, outputs)
+        intensity = math.frexp(flops / traffic)[1] if traffic else 0
+        key = (name, phase, str(floating.dtype).removeprefix("torch."), intensity)
+        sums = self._sums.setdefault(key, [0, 0, 0])
+        for index, value in enumerate((launches, flops, traffic)):
             sums[index] += value
 
     def counts(self) -> tuple[OpCount, ...]:
         """The sums, largest traffic first."""
         rows = [
             OpCount(op=op, phase=phase, dtype=dtype, count=int(count), flops=flops, bytes=traffic)
-            for (op, phase, dtype), (count, flops, traffic) in self._sums.items()
+            for (op, phase, dtype, _), (count, flops, traffic) in self._sums.items()
         ]
         return tuple(sorted(rows, key=lambda row: -row.bytes))
+
+
+def _grouping(packet: Any, args: Sequence[Any]) -> str:
+    """The input channels of a convolution's groups, if it has groups: kernels for some widths are far slower."""
+    if packet not in (aten.convolution, aten.convolution_backward) or args[-1 if len(args) == 9 else -2] == 1:
+        return ""
+    weight = args[1 if packet is aten.convolution else 2]
+    return f".grouped{weight.shape[1]}"
+
+
+def _flops(packet: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> float:
+    if packet is aten.convolution_backward:
+        # As many as forward for each of the two gradients; torch's formula (2.15) is groups times that for the weight's.
+        gradient, images, weight, transposed, wanted = args[0], args[1], args[2], args[7], args[-1]
+        pixels = images.numel() // images.shape[1] if transposed else gradient.numel() // gradient.shape[1]
+        return 2 * pixels * weight.numel() * sum(wanted[:2])
+    return flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
 
 
 def _is_view(op: OpOverload) -> bool:

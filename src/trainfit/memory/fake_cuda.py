@@ -56,15 +56,24 @@ def on_cuda(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     return kwargs if device is None or torch.device(device).type != "meta" else {**kwargs, "device": CUDA}
 
 
+_CONTIGUOUS = {
+    aten.native_layer_norm.default, aten.native_layer_norm_backward.default,
+    aten.native_group_norm.default, aten.native_group_norm_backward.default,
+}  # fmt: skip
+
+
+def laid_out(op: OpOverload, out: Any) -> Any:
+    """`out` with the strides that the CUDA kernel gives it, where torch's shape function says otherwise.
+
+    Layer and group norm return contiguous tensors for any input (pytorch `native/cuda/layer_norm_kernel.cu`).
+    """
+    if op not in _CONTIGUOUS or out[0] is None or out[0].is_contiguous():
+        return out
+    return (torch.empty(out[0].shape, dtype=out[0].dtype, device=out[0].device), *out[1:])
+
+
 def attention_kernel(
-    target: Target,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    mask: Tensor | None,
-    dropout: float,
-    causal: bool,
+    target: Target, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, dropout: float, causal: bool
 ) -> str:
     """The kernel that torch picks for scaled_dot_product_attention: "cudnn", "flash", "efficient" or "math".
 
@@ -213,8 +222,11 @@ def _dropout(x: Tensor, p: float, train: bool) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As pytorch `native/Linear.cpp` on CUDA; under a dispatch mode it would add the bias out of place."""
-    if bias is not None and x.dim() >= 2 and x.is_contiguous():
-        return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.t()).reshape(*x.shape[:-1], len(weight))
+    if bias is not None and x.dim() == 2:
+        return torch.addmm(bias, x, weight.t())
+    if bias is not None and x.dim() > 2 and x.is_contiguous():
+        flat = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.t())
+        return aten._unsafe_view(flat, [*x.shape[:-1], len(weight)])
     out = torch.matmul(x, weight.t())
     return out if bias is None else out.add_(bias)
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainfit.memory.counts import Counter
 from trainfit.memory.events import Category, TensorInfo, Trace
-from trainfit.memory.fake_cuda import PRIM_DEVICE, answer_device, on_cuda
+from trainfit.memory.fake_cuda import PRIM_DEVICE, answer_device, laid_out, on_cuda
 from trainfit.memory.shadow import Shadows, tensors_in
 
 aten = torch.ops.aten
@@ -72,10 +72,11 @@ class Recorder(TorchDispatchMode):
         if node is not None and func in _IN_PLACE and node.name() == _IN_PLACE[func][0]:
             func = _IN_PLACE[func][1]
         try:
-            out = func(*args, **kwargs) if self._shadows is None else self._shadows.call(func, args, kwargs)
+            out = self._shadows.call(func, args, kwargs) if self._shadows else func(*args, **kwargs)
         except Exception:
             self.failed = func
             raise
+        out = laid_out(func, out) if self._shadows else out
         outputs = [t for t in tensors_in(out) if self._on_device(t)]
         inputs = [t for t in tensors_in((args, kwargs)) if self._on_device(t)]
         if inputs or outputs:

@@ -22,11 +22,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trainfit.errors import TrainfitError
 from trainfit.memory import fake_cuda, fakeify
-from trainfit.memory.counts import OpCount
 from trainfit.memory.events import Trace
 from trainfit.memory.fake_cuda import Target
 from trainfit.memory.recorder import Recorder
 from trainfit.memory.shadow import Shadows, tensors_in
+from trainfit.timing.counts import OpCount
 
 SCHEMA = 1
 Device = Literal["cuda", "cpu"]

@@ -1,12 +1,19 @@
-"""Model names, and the family that each belongs to. Families are imported when one of their models is asked for."""
+"""Model names, and the family that each belongs to. Families, and torch, are imported when a model is asked for."""
 
+import importlib
 import json
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainfit.errors import TrainfitError
-from trainfit.models.workload import Workload
+from trainfit.models.setting import Setting
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainfit.models.fixed_step import FixedEvaluation, FixedStep
+    from trainfit.models.workload import Workload
 
 RFDETR_SIZES = ("nano", "small", "medium", "large")
 RFDETR_SEG_SIZES = ("nano", "small", "medium", "large", "xlarge", "2xlarge")
@@ -16,32 +23,74 @@ MODELS: tuple[str, ...] = (
     *(f"rfdetr-{size}" for size in RFDETR_SIZES),
     *(f"rfdetr-seg-{size}" for size in RFDETR_SEG_SIZES),
     *(f"rtdetr-seg-{size}" for size in GUIDE_SIZES),
+    "maskrcnn-r50-v1",
+    "maskrcnn-r50-v2",
 )
 
 
 def model_name(typed: str) -> str:
     """The canonical name of a model as people type it: "RF-DETR Nano", "rfdetr_nano", "rf-detr-nano".
 
+    "clip:ARCH" is any architecture of open_clip, "timm:NAME" any classifier of timm, "module:function" the user's own
+    (`models/custom`): they are looked up when they are built.
+
     Raises:
         TrainfitError: no such model; the message names the nearest.
     """
-    name = typed.strip().lower().replace("_", "-").replace(" ", "-").replace("rf-detr", "rfdetr").replace("rt-detr", "rtdetr")
+    if ":" in typed:
+        return typed.strip()
+    name = (
+        typed.strip()
+        .lower()
+        .replace("_", "-")
+        .replace(" ", "-")
+        .replace("rf-detr", "rfdetr")
+        .replace("rt-detr", "rtdetr")
+    )
     if name in MODELS:
         return name
     near = get_close_matches(name, MODELS, n=1, cutoff=0.6)
     hint = f" Perhaps you meant {near[0]}." if near else ""
-    raise TrainfitError(f"no model named {typed!r}.{hint} Models: {', '.join(MODELS)}")
+    raise TrainfitError(
+        f"no model named {typed!r}.{hint} Models: {', '.join(MODELS)}, clip:ARCH, timm:NAME, module:function"
+    )
 
 
-def make_workload(name: str, classes: tuple[str, ...], knobs: Mapping[str, Any]) -> Workload:
-    """The workload of a model; `knobs` are the family's own (see `models/rfdetr/workload.py`), None where not chosen."""
+def family(name: str) -> str:
+    """The folder of a canonical name's family."""
+    if ":" in name:
+        return {"clip": "clip", "timm": "classifier"}.get(name.partition(":")[0], "custom")
+    return name.partition("-")[0].replace("rtdetr", "rfdetr")
+
+
+def build_step(*, setting: Mapping[str, Any], device: "torch.device") -> "FixedStep":
+    """The training step of a setting (`Setting.to_json`) with its worst window: what `memory.trace.TraceSpec` names."""
+    chosen = Setting.from_json(setting)
+    return importlib.import_module(f"trainfit.models.{family(chosen.model)}.step").build_step(chosen, device)
+
+
+def build_eval_step(*, setting: Mapping[str, Any], device: "torch.device") -> "FixedEvaluation":
+    """The same for evaluation: the first `run` trains a window, every later one evaluates."""
+    chosen = Setting.from_json(setting)
+    return importlib.import_module(f"trainfit.models.{family(chosen.model)}.step").build_eval_step(chosen, device)
+
+
+def make_workload(name: str, classes: tuple[str, ...], knobs: Mapping[str, Any]) -> "Workload":
+    """The workload of a model; `knobs` are the family's own (see `models/rfdetr/workload.py`), None where not chosen.
+
+    Raises:
+        TrainfitError: the family can be predicted but not yet trained.
+    """
+    name = model_name(name)
+    if family(name) != "rfdetr":
+        raise TrainfitError(f"training of {name} is not there yet; `trainfit predict {name}` works")
     from trainfit.models.rfdetr.workload import RfDetr, RfDetrKnobs
 
     chosen = {key: value for key, value in knobs.items() if value is not None}
-    return RfDetr(model_name(name), classes, RfDetrKnobs(**chosen))
+    return RfDetr(name, classes, RfDetrKnobs(**chosen))
 
 
-def from_metadata(metadata: Mapping[str, str]) -> Workload:
+def from_metadata(metadata: Mapping[str, str]) -> "Workload":
     """The workload that a weights file was made by; see `Workload.metadata`.
 
     Raises:

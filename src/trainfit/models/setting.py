@@ -69,5 +69,7 @@ class Setting:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Setting":
         """What `to_json` gave, after any trip through JSON (which has no tuples)."""
-        canvas = record.get("canvas")
-        return cls(**{**record, "canvas": None if canvas is None else tuple(canvas)})
+        values = dict(record)
+        if values.get("canvas") is not None:
+            values["canvas"] = tuple(values["canvas"])
+        return cls(**values)

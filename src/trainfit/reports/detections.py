@@ -7,13 +7,14 @@ from typing import Any, cast
 import torch
 from PIL import Image, ImageDraw
 
+from trainfit.data.masks import Rle
 from trainfit.models.workload import ImageDetections
 
 
 def detection_lines(
     path: Path, found: ImageDetections, classes: Sequence[str], threshold: float
 ) -> list[dict[str, object]]:
-    """One row a detection with a score of at least `threshold`, best first; `box` is x0, y0, x1, y1 in pixels."""
+    """One row a detection with a score of at least `threshold`, best first. `box`: x0, y0, x1, y1 in pixels; `mask`: RLE."""
     order = torch.argsort(found.scores, descending=True, stable=True)
     return [
         {
@@ -21,10 +22,16 @@ def detection_lines(
             "class": classes[int(found.classes[i])],
             "score": round(float(found.scores[i]), 6),
             "box": [round(v, 2) for v in cast(list[float], found.boxes[i].tolist())],
+            **({"mask": _plain(found.masks[i])} if found.masks is not None else {}),
         }
         for i in order.tolist()
         if found.scores[i] >= threshold
     ]
+
+
+def _plain(mask: Rle) -> dict[str, object]:
+    """COCO's compressed mask as JSON takes it."""
+    return {"size": mask["size"], "counts": mask["counts"].decode()}
 
 
 def draw_boxes(path: Path, rows: Sequence[dict[str, Any]], folder: Path) -> Path:

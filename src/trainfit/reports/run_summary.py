@@ -3,6 +3,7 @@
 from trainfit.reports.ap_table import ap_table
 from trainfit.reports.progress import GIB, duration
 from trainfit.training.fit import RunSummary
+from trainfit.training.oom import survival_line
 from trainfit.training.run_folder import BEST, UPSTREAM
 
 
@@ -25,6 +26,7 @@ def summary_text(summary: RunSummary) -> str:
     lines += [ap_table(result) for result in summary.ap.values()]
     if summary.skipped_images:
         lines.append(f"left out    {len(summary.skipped_images)} images: {'; '.join(summary.skipped_images)}")
+    lines += [survival_line(event) for event in summary.survived]
     lines += [
         f"weights     {folder / BEST} (for upstream's pretrain_weights=: {folder / UPSTREAM})",
         f"Next:       trainfit detect {folder} IMAGE",

@@ -22,15 +22,14 @@ def averaged_copy(model: torch.nn.Module) -> torch.nn.Module:
 
 @torch.no_grad()
 def update_ema(averaged: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
-    """Averaged = decay x averaged + (1 - decay) x model, in place and without temporaries. Buffers that are no floats
-    are copied; frozen parameters are left alone, since rounding would move even an average of equals.
+    """Average in place: averaged += (1 - decay) x (model - averaged); buffers that are no floats are copied.
+
+    Without temporaries, and by one operator that comes last, so that a failure before it has changed nothing.
     """
-    old, new = averaged.state_dict(), model.state_dict()
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    floating = [name for name, value in new.items() if value.is_floating_point() and name not in frozen]
-    targets, sources = [old[name] for name in floating], [new[name] for name in floating]
-    torch._foreach_mul_(targets, decay)  # pyright: ignore[reportPrivateUsage]
-    torch._foreach_add_(targets, sources, alpha=1.0 - decay)  # pyright: ignore[reportPrivateUsage]
-    for name, value in new.items():
-        if not value.is_floating_point():
-            old[name].copy_(value)
+    pairs = list(zip(averaged.state_dict().values(), model.state_dict().values(), strict=True))
+    for old, new in pairs:
+        if not old.is_floating_point():
+            old.copy_(new)
+    floating = [(old, new) for old, new in pairs if old.is_floating_point()]
+    targets, sources = [old for old, _ in floating], [new for _, new in floating]
+    torch._foreach_lerp_(targets, sources, 1.0 - decay)  # pyright: ignore[reportPrivateUsage]

@@ -31,6 +31,11 @@ def sum_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(sorted(values), total.tolist(), strict=True))
 
 
+def any_rank(condition: bool) -> bool:
+    """Whether a condition holds on one of the ranks at least."""
+    return sum_over_ranks({"true": float(condition)})["true"] > 0
+
+
 def from_first_rank(make: Callable[[], str]) -> str:
     """What `make` gives on rank 0, on every rank; the others do not call it."""
     value = [make() if rank() == 0 else ""]

@@ -1,7 +1,8 @@
 """The training step: one window's gradient, clip, optimizer step, EMA. Predicted, measured and trained with alike."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,6 +48,8 @@ class TrainingStep:
         """Make the loss scaler; fp16 alone needs it."""
         self.scaler = grad_scaler(self.precision, self.device.type)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._norm = torch.zeros(())
+        self._phases: list[Callable[[], None]] = []
 
     def run(self, window: Sequence[Any], *, micro_batch: int, step: int) -> StepResult:
         """Train on one window: exact gradient, one unscale, one clip, one optimizer step, one EMA update.
@@ -56,23 +59,65 @@ class TrainingStep:
             micro_batch: Images in one forward and backward; the cut does not change the gradient.
             step: Optimizer steps done so far; the EMA's decay depends on it.
         """
-        micro_batches = cut(window, micro_batch)
-        losses = self._accumulate(micro_batches)
+        losses = self.gradient(window, micro_batch=micro_batch)
+        gradient_norm = self.update(step)
+        parts = -(-len(window) // micro_batch)
+        return StepResult(losses=losses, gradient_norm=gradient_norm, images=len(window), micro_batches=parts)
+
+    def gradient(self, window: Sequence[Any], *, micro_batch: int) -> dict[str, torch.Tensor]:
+        """This rank's gradient of the window, in `.grad`; returns its share of the losses. Changes no parameter."""
+        return self._accumulate(cut(window, micro_batch))
+
+    def update(self, step: int) -> torch.Tensor:
+        """Sum the gradient over the ranks, clip it, step, average, clear it; returns its norm before clipping.
+
+        Each phase happens as a whole or not at all, so after a failure `update` may be called again: it goes on with
+        the phases that are left, and the parameters end up as if nothing had failed.
+        """
+        if not self._phases:
+            groups = [partial(self._step_group, group) for group in self.optimizer.param_groups]
+            self._phases = [self._sum, self._clip, *groups, partial(self._average, step), self._clear]
+        while self._phases:
+            self._phases[0]()
+            del self._phases[0]
+        return self._norm
+
+    def _sum(self) -> None:
         ranks.sum_gradients(self.parameters)
-        if all(p.grad is None for p in self.parameters):  # not one image of the window could be read
-            return StepResult(losses=losses, gradient_norm=torch.zeros(()), images=0, micro_batches=0)
-        self.scaler.unscale_(self.optimizer)
-        limit = self.clip_norm if self.clip_norm > 0 else float("inf")
-        gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+
+    def _clip(self) -> None:
+        self._norm = torch.zeros(())
+        if any(p.grad is not None for p in self.parameters):  # else not one image of the window could be read
+            self.scaler.unscale_(self.optimizer)
+            limit = self.clip_norm if self.clip_norm > 0 else float("inf")
+            self._norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        """Step one parameter group; fp16's overflow (a norm that is no number) skips it, as `GradScaler.step` would."""
+        if self.scaler.is_enabled() and not torch.isfinite(self._norm):
+            return
+        counters = [c for p in group["params"] if isinstance(c := self.optimizer.state[p].get("step"), torch.Tensor)]
+        before = torch.stack(counters) if counters else None
+        every, self.optimizer.param_groups = self.optimizer.param_groups, [group]
+        try:
+            self.optimizer.step()
+        except BaseException:
+            # The fused kernel updates a group (of one device and dtype) or fails, but torch counts the step before.
+            if before is not None:
+                torch._foreach_copy_(counters, list(before))  # pyright: ignore[reportPrivateUsage]
+            raise
+        finally:
+            self.optimizer.param_groups = every
+
+    def _average(self, step: int) -> None:
         if self.ema is not None:
             decay, tau = self.ema_settings
             update_ema(self.ema, self.model, ema_decay(step, decay=decay, tau=tau))
-        return StepResult(
-            losses=losses, gradient_norm=gradient_norm, images=len(window), micro_batches=len(micro_batches)
-        )
+
+    def _clear(self) -> None:
+        if self.scaler.is_enabled() and any(p.grad is not None for p in self.parameters):
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _accumulate(self, micro_batches: Sequence[Sequence[Any]]) -> dict[str, torch.Tensor]:
         if isinstance(self.objective, Contrastive):

@@ -73,10 +73,19 @@ def window_counts(
     """What normalises each term, over the whole window and all ranks: one collective a window."""
     window = [sample for micro_batch in micro_batches for sample in micro_batch]
     counts = dict(objective.counts(window))
-    if objective.samples_counts:
+    if not objective.samples_counts:
+        return ranks.sum_over_ranks(counts)
+    sampled: dict[str, float] = {}
+    failed = False
+    try:
         sampled = _count_sampled(model, objective, micro_batches, size, device=device, precision=precision)
-        counts |= {name: sampled.get(name, 0.0) for name in objective.samples_counts}
-    return ranks.sum_over_ranks(counts)
+    except torch.OutOfMemoryError:
+        failed = True  # raised below on every rank, so that none waits for this one in the collective
+    counts |= {name: sampled.get(name, 0.0) for name in objective.samples_counts}
+    summed = ranks.sum_over_ranks(counts | {"failed": float(failed)})
+    if summed.pop("failed"):
+        raise torch.OutOfMemoryError("out of memory while counting the window's samples, here or on another rank")
+    return summed
 
 
 @torch.no_grad()

@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from trainfit.data.samples import ImageRecord, Sample
+from trainfit.errors import OutOfMemory
 from trainfit.models.workload import ImageDetections, Workload
 from trainfit.step import ranks
 from trainfit.step.names import Precision
 from trainfit.step.precision import autocast
 from trainfit.training.coco_ap import ApResult, Detections, IouKind, evaluate, gather_detections
 from trainfit.training.loader import evaluation_loader
+from trainfit.training.oom import attempt, free_cached
 
 
 def evaluate_model(
@@ -44,9 +46,7 @@ def evaluate_model(
         for batch in loader:
             samples = [s for s in batch if isinstance(s, Sample)]
             if samples:
-                with autocast(precision, device.type):
-                    detections = workload.detect(model, samples)
-                yield from map(compact, detections)
+                yield from map(compact, _detect(model, workload, samples, precision=precision, device=device))
             done += len(batch)
             progress(min(len(records), done * ranks.world_size()), len(records))
 
@@ -59,6 +59,38 @@ def evaluate_model(
     every = gather_detections(own)
     kinds: list[IouKind] = ["bbox", "segm"] if any(d.masks is not None for d in every) else ["bbox"]
     return {kind: evaluate(records, every, workload.classes, iou=kind) for kind in kinds}
+
+
+def _detect(
+    model: torch.nn.Module,
+    workload: Workload,
+    samples: Sequence[Sample],
+    *,
+    precision: Precision,
+    device: torch.device,
+) -> list[ImageDetections]:
+    """Detections of a micro-batch, in halves where memory runs out.
+
+    Raises:
+        OutOfMemory: one image alone does not fit.
+    """
+
+    def detections() -> list[ImageDetections]:
+        with autocast(precision, device.type):
+            return workload.detect(model, samples)
+
+    found, failure = attempt(detections)
+    if found is not None:
+        return found
+    free_cached(device)
+    if len(samples) == 1:
+        raise OutOfMemory(f"evaluation of one image does not fit the memory ({failure}): lower --resolution")
+    half = len(samples) // 2
+    return [
+        detection
+        for part in (samples[:half], samples[half:])
+        for detection in _detect(model, workload, part, precision=precision, device=device)
+    ]
 
 
 def compact(found: ImageDetections) -> Detections:

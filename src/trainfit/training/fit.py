@@ -13,12 +13,13 @@ import torch
 from trainfit.data.masks import require_masks
 from trainfit.data.read import read_dataset, require_no_errors
 from trainfit.data.samples import Dataset, Sample
-from trainfit.errors import TrainfitError
+from trainfit.errors import OutOfMemory, TrainfitError
 from trainfit.models.registry import make_workload, model_name
 from trainfit.models.workload import OptimizerSettings, Workload
 from trainfit.step import ranks
 from trainfit.step.ema import averaged_copy
 from trainfit.step.names import Precision
+from trainfit.step.optimizer import make_adamw
 from trainfit.step.precision import resolve_precision
 from trainfit.step.training_step import StepResult, TrainingStep
 from trainfit.training import run_folder
@@ -28,6 +29,7 @@ from trainfit.training.evaluation import evaluate_model
 from trainfit.training.journal import Journal
 from trainfit.training.loader import STEP, Unreadable, WindowPlan, default_workers, training_loader
 from trainfit.training.mask_stage import evaluated_weights, on_detector_run
+from trainfit.training.oom import Survival, Survivor, survival_line
 from trainfit.training.recipe import Batching, Recipe, encode, resolve_batching, resume_recipe
 from trainfit.training.schedule import lr_factor, mix, set_lr
 from trainfit.training.telemetry import Progress, Silent, memory_bytes
@@ -55,6 +57,8 @@ class RunSummary:
     best_step: int | None
     skipped_images: tuple[str, ...]
     """Images that could not be decoded while training."""
+    survived: tuple[Survival, ...]
+    """Out-of-memory errors, and what was done; since the last resume."""
     interrupted: bool
     """Stopped by the user before the end; the state is saved."""
 
@@ -96,6 +100,7 @@ class _Run:
         self.total_steps = min(recipe.epochs * self.steps_per_epoch, recipe.max_steps or 10**12)
         self.skipped: list[str] = []
         self.ap: dict[str, ApResult] = {}
+        self.survivor = Survivor(self.batching.micro_batch)
         self.best: dict[str, Any] = {"ap": None, "step": None}
         self.step, self.done = make_step(self.workload, recipe, device, self.precision, show), 0
         if recipe.resume:
@@ -181,7 +186,18 @@ class _Run:
         set_lr(self.step.optimizer, factor)
         torch.manual_seed(mix(self.recipe.seed, STEP, self.done, ranks.rank()))
         readable = [sample for sample in window if sample is not None]
-        return self.step.run(readable, micro_batch=self.batching.micro_batch, step=self.done)
+        told = len(self.survivor.survived)
+        try:
+            return self.survivor.run(self.step, readable, number=self.done)
+        except OutOfMemory as error:
+            self.journal.flush()
+            self._save()
+            raise OutOfMemory(
+                f"{error}; the state is saved, this run goes on with trainfit train --resume {self.folder}"
+            ) from None
+        finally:
+            for event in self.survivor.survived[told:]:
+                self.show.note(survival_line(event))
 
     def _readable(self, item: Sample | Unreadable) -> Sample | None:
         if isinstance(item, Sample):
@@ -275,6 +291,7 @@ class _Run:
             best_ap=self.best["ap"],
             best_step=self.best["step"],
             skipped_images=tuple(self.skipped),
+            survived=tuple(self.survivor.survived),
             interrupted=interrupted,
         )
 
@@ -329,7 +346,7 @@ def make_step(
     return TrainingStep(
         model=model,
         objective=workload.objective,
-        optimizer=torch.optim.AdamW(groups, fused=True),
+        optimizer=make_adamw(groups),
         device=device,
         precision=precision,
         clip_norm=recipe.clip_norm,

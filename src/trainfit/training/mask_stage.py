@@ -17,7 +17,9 @@ def evaluated_weights(run: Path) -> Path:
     """
     path = run / BEST
     if not path.is_file():
-        raise TrainfitError(f"--from: {run} is no run folder with evaluated weights (no {BEST}): train a detector first")
+        raise TrainfitError(
+            f"--from: {run} is no run folder with evaluated weights (no {BEST}): train a detector first"
+        )
     return path
 
 

@@ -36,3 +36,25 @@ def cap_training_samples(heads: RoIHeads) -> None:
         return proposals, matched, labels, list(heads.box_coder.encode(matched_boxes, proposals))
 
     vars(heads)["select_training_samples"] = select  # before the class's own
+
+
+def cap_detections(heads: RoIHeads) -> None:
+    """Let `heads` in eval mode find its configured number of objects in every image (100), each over the whole image.
+
+    So as many masks are pasted, and as large, as there can be. For traces and memory measurements.
+    """
+    found = heads.postprocess_detections
+    limit = heads.detections_per_img
+
+    def select(
+        class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        boxes, scores, labels = found(class_logits, box_regression, proposals, image_shapes)
+        for image, (height, width) in enumerate(image_shapes):
+            whole = torch.tensor([[0.0, 0.0, width, height]], device=class_logits.device, dtype=boxes[image].dtype)
+            boxes[image] = whole.repeat(limit, 1)
+            scores[image] = torch.ones(limit, device=class_logits.device, dtype=scores[image].dtype)
+            labels[image] = torch.ones(limit, device=class_logits.device, dtype=torch.int64)
+        return boxes, scores, labels
+
+    heads.postprocess_detections = select

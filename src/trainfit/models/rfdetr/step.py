@@ -3,6 +3,9 @@
 from functools import partial
 
 import torch
+from rfdetr.models import _assignment  # pyright: ignore[reportPrivateUsage]
+from scipy.optimize import linear_sum_assignment
+from torch._subclasses.fake_tensor import FakeTensor
 
 from trainfit.models.fixed_step import FixedEvaluation, FixedStep, fixed_evaluation, fixed_step
 from trainfit.models.images import crowded_sample
@@ -40,7 +43,7 @@ def _step(workload: RfDetr, setting: Setting, device: torch.device) -> FixedStep
     sample = crowded_sample(
         side, side, objects=setting.objects_per_image, classes=setting.classes, masks=workload.masks
     )
-    return fixed_step(
+    step = fixed_step(
         setting,
         device,
         model=workload.build(),
@@ -49,3 +52,16 @@ def _step(workload: RfDetr, setting: Setting, device: torch.device) -> FixedStep
         ema=True,
         groups=partial(workload.parameter_groups, settings=OptimizerSettings()),
     )
+    if isinstance(next(step.model.parameters()), FakeTensor):
+        _assignment._solve_to_indices = _solve_on_host  # pyright: ignore[reportPrivateUsage]
+    return step
+
+
+def _solve_on_host(costs: torch.Tensor, _matches: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Upstream's solver without its Triton kernel, which a trace cannot run: row and column of every match.
+
+    `costs` is (problems, queries, targets) with fewer targets than queries; both results are (problems, targets).
+    """
+    solved = [linear_sum_assignment(cost) for cost in costs.cpu().numpy()]
+    rows, columns = (torch.stack([torch.as_tensor(pair[side]) for pair in solved]) for side in (0, 1))
+    return rows, columns

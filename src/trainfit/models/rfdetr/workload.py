@@ -97,9 +97,7 @@ class RfDetr:
             model = build_model_from_config(self.config.model_copy(update={"pretrain_weights": "later"}))
         for name, parameter in model.named_parameters():
             # Upstream never uses the encoder's mask token: without this it would be a parameter that gets no gradient.
-            if name.endswith("mask_token") or (
-                self.knobs.stage == "masks" and not name.startswith(MASK_HEAD)
-            ):
+            if name.endswith("mask_token") or (self.knobs.stage == "masks" and not name.startswith(MASK_HEAD)):
                 parameter.requires_grad_(False)
         return model.train()
 
@@ -187,7 +185,7 @@ def make_config(name: str, classes: int, knobs: RfDetrKnobs) -> upstream.ModelCo
     Raises:
         TrainfitError: a resolution that is not legal, with snapping off.
     """
-    kind = (CONFIGS | WITH_MASKS)[name]
+    kind = {**CONFIGS, **WITH_MASKS}[name]
     changes: dict[str, Any] = {"num_classes": classes, "gradient_checkpointing": knobs.checkpointing}
     if knobs.num_queries is not None:
         changes |= {"num_queries": knobs.num_queries, "num_select": knobs.num_queries}

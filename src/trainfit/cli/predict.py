@@ -1,0 +1,104 @@
+"""trainfit predict."""
+
+import json
+import pickle
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from trainfit.errors import TrainfitError
+from trainfit.gpus.catalogue import Gpu, find_gpu, gpu_with_memory
+from trainfit.memory.alloc_conf import AllocatorConfig
+from trainfit.memory.predict import predict_traced, snapshot, trace_requests
+from trainfit.memory.trace_cache import get_traces, is_stored
+from trainfit.models.registry import family, model_name
+from trainfit.models.setting import Setting
+from trainfit.reports.profile import profile_json, profile_text
+from trainfit.reports.profile_html import profile_html
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict:
+    """Whether a setting fits a GPU that need not be there: memory of a training step and of evaluation."""
+
+    setting: tyro.conf.OmitArgPrefixes[tyro.conf.PositionalRequiredArgs[Setting]]
+    """The model, and every knob of its step."""
+    gpu: str | None = None
+    """Name of the card, for instance "RTX 3060"."""
+    memory: str | None = None
+    """Memory of the card, for instance 8GiB: instead of --gpu, or of what that card has."""
+    data: str | None = None
+    """Data set that tells --classes, --objects-per-image and --canvas; it overrides them."""
+    alloc_conf: str = ""
+    """As PYTORCH_ALLOC_CONF, for instance expandable_segments:True."""
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Print JSON (schema 1) instead of text."""
+    html: Path | None = None
+    """Write the report as one HTML page."""
+    snapshot: Path | None = None
+    """Write the step for PyTorch's memory viewer."""
+    force: bool = False
+    """Overwrite files."""
+    cache: bool = True
+    """Store the traces, and use stored ones."""
+
+
+def predict(arguments: Annotated[Predict, tyro.conf.arg(name="")]) -> int:
+    """Predict whether a setting fits a GPU, without the GPU; the exit code is 0, whatever the verdict."""
+    files = [path for path in (arguments.html, arguments.snapshot) if path is not None]
+    for path in files:
+        if path.exists() and not arguments.force:
+            raise TrainfitError(f"{path} exists; choose another name or use --force")
+    gpu, config = _gpu(arguments), AllocatorConfig.from_env_string(arguments.alloc_conf)
+    setting = replace(arguments.setting, model=model_name(arguments.setting.model))
+    if arguments.data is not None:
+        setting = _for_data(setting, arguments.data)
+    requests = trace_requests(setting, gpu)
+    if sys.stderr.isatty() and not (arguments.cache and all(map(is_stored, requests))):
+        print(f"tracing {setting.model}, some 20 s; the next time it is stored", file=sys.stderr)
+    training, evaluation = get_traces(requests, cache=arguments.cache)
+    prediction = predict_traced(setting, gpu, training=training, evaluation=evaluation, config=config)
+    print(json.dumps(profile_json(prediction)) if arguments.as_json else profile_text(prediction))
+    if arguments.html is not None:
+        arguments.html.write_text(profile_html(prediction), encoding="utf-8")
+    if arguments.snapshot is not None:
+        arguments.snapshot.write_bytes(pickle.dumps(snapshot(training, gpu, config)))
+    for path in files:
+        print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+def _gpu(arguments: Predict) -> Gpu:
+    if arguments.memory is None:
+        if arguments.gpu is None:
+            raise TrainfitError("which card? give --gpu NAME or --memory 8GiB")
+        return find_gpu(arguments.gpu)
+    given = gpu_with_memory(arguments.memory)
+    if arguments.gpu is None:
+        return given
+    gpu = find_gpu(arguments.gpu)
+    memory = {"memory_bytes": given.memory_bytes, "nominal_memory_bytes": given.memory_bytes}
+    return replace(gpu, name=f"{gpu.name} with {arguments.memory}", memory_is_nominal=True, **memory)
+
+
+def _for_data(setting: Setting, path: str) -> Setting:
+    """Classes, most objects in an image, and Mask R-CNN's canvas: as high and as wide as any image after the resize."""
+    from trainfit.data.read import read_dataset
+    from trainfit.data.statistics import statistics
+
+    dataset = read_dataset(path)
+    found = statistics(dataset.splits["train"])
+    canvas = setting.canvas
+    if family(setting.model) == "maskrcnn":
+        from trainfit.models.maskrcnn.losses import resized
+        from trainfit.models.maskrcnn.step import MAX_SIZE, MIN_SIZE
+
+        low = setting.resolution or MIN_SIZE
+        high = round(low * MAX_SIZE / MIN_SIZE)
+        sizes = [resized(h, w, min_size=low, max_size=high) for (w, h), _ in found.canvas_sizes]
+        canvas = max(h for h, _ in sizes), max(w for _, w in sizes)
+    objects = max(1, found.objects_per_image_max)
+    return replace(setting, classes=len(dataset.classes), objects_per_image=objects, canvas=canvas)

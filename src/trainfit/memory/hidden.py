@@ -1,0 +1,188 @@
+"""Memory that no operator's output shows: context, library workspaces, and what kernels allocate within themselves.
+
+Kernels are modelled by the bytes of their outputs, because a trace holds no shapes. Factors marked "from the source" are
+read from pytorch's; the others are limits that follow from the algorithm. None is measured yet.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from trainfit.gpus.catalogue import Gpu
+from trainfit.gpus.context import (
+    ByteRange,
+    cublas_workspace_bytes,
+    cuda_context_bytes,
+    desktop_bytes,
+    driver_reserved_bytes,
+)
+from trainfit.memory.events import TensorInfo, Trace
+
+Within = Literal["reserved", "process", "card"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenRow:
+    """Memory that the traced operators do not show."""
+
+    name: str
+    low_bytes: int
+    high_bytes: int
+    within: Within
+    """reserved: a part of what the caching allocator reserves; process: beside that; card: not this process's."""
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Temporary:
+    """What one operator takes from the caching allocator while it runs, in bytes for each byte of an output."""
+
+    low: float
+    high: float
+    source: str
+
+
+_SORT = Temporary(low=0, high=2, source="cub radix sort: second buffers of keys and indices, and their histograms")
+_FUSED_ATTENTION = Temporary(
+    low=0, high=2, source="gradient of the query summed up in float32 (pytorch mem_eff_attention/kernel_backward.h)"
+)
+TEMPORARIES: Mapping[str, Temporary] = {
+    "aten._scaled_dot_product_flash_attention_backward": Temporary(
+        low=2,
+        high=4,
+        source="float32 dq_accum, length rounded up to 128 (pytorch flash_attn/flash_api.cpp, mha_bwd); from the source",
+    ),
+    "aten._scaled_dot_product_cudnn_attention_backward": Temporary(
+        low=2, high=4, source="float32 gradient of the query in the plan's workspace, as flash attention"
+    ),
+    "aten._scaled_dot_product_efficient_attention_backward": _FUSED_ATTENTION,
+    "aten._efficient_attention_backward": _FUSED_ATTENTION,
+    "aten.native_layer_norm_backward": Temporary(
+        low=0, high=1 / 16, source="partial sums of the weight's and bias's gradients (layer_norm_kernel.cu)"
+    ),
+    "aten.sort": _SORT,
+    "aten.topk": _SORT,
+    "aten.argsort": _SORT,
+    "aten.unique2": _SORT,
+    "aten._unique2": _SORT,
+    "aten.nonzero": Temporary(low=0, high=1, source="cub select: flags and block sums"),
+    "aten.cumsum": Temporary(low=0, high=1 / 16, source="cub scan: block sums"),
+    "aten.index_put": _SORT,
+    "aten.embedding_dense_backward": Temporary(low=0, high=1, source="sorted indices (EmbeddingBackwardKernel.cu)"),
+}
+_CONVOLUTIONS = ("aten.convolution", "aten.convolution_backward")
+"""cuDNN's workspace and contiguous copies: nothing, or at most input and output in another layout."""
+WINOGRAD = 36 / 16
+"""float32 convolutions: bytes of transformed tiles for each byte of image; F(4x4, 3x3) makes 6 x 6 numbers of 4 x 4."""
+MODEL_ERROR = 0.049
+"""Mean error of replayed reserved memory against 173 public A100 measurements of 66 timm models (older torch, one fitted
+constant); to be replaced by the errors of our own measurements."""
+MATMULS = frozenset(
+    f"aten.{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "_scaled_mm", "_int_mm")
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completed:
+    """A trace with the hidden part of what the caching allocator gives."""
+
+    trace: Trace
+    begins: tuple[int, ...]
+    """Index into its events of each event of the trace that it was made from, and of the end."""
+    cublas_bytes: int
+    """All cuBLAS workspaces in it."""
+    kernels: tuple[str, ...]
+    """Operators with temporaries in it."""
+
+
+def complete(trace: Trace, gpu: Gpu, *, upper: bool, half_precision: bool) -> Completed:
+    """Insert cuBLAS workspaces and kernels' temporaries into a trace; `upper`: the largest that they may be.
+
+    `half_precision`: convolutions run in fp16 or bf16. A workspace comes with the first matrix
+    product of the main thread and with that of the autograd thread (a handle each) and stays; a temporary is freed as
+    soon as it is there.
+    """
+    layout_factor = 1 if half_precision else WINOGRAD
+    partners = _partners(trace)
+    workspace_bytes = cublas_workspace_bytes(gpu)
+    tensors, events = list(trace.tensors), list[int]()
+    threads: set[bool] = set()
+    kernels: dict[str, None] = {}
+    begins: list[int] = []
+
+    def add(tensor: TensorInfo, nbytes: int, name: str) -> int:
+        tensors.append(replace(tensor, id=len(tensors), nbytes=nbytes, category="workspace", op=name))
+        return len(tensors)
+
+    for event in trace.events:
+        begins.append(len(events))
+        events.append(event)
+        if event < 0:
+            continue
+        tensor = trace.tensors[event - 1]
+        if tensor.op in MATMULS and (tensor.phase == "backward") not in threads:
+            threads.add(tensor.phase == "backward")
+            events.append(add(replace(tensor, module=""), workspace_bytes, "cuBLAS workspace"))
+        if tensor.op in _CONVOLUTIONS:
+            other = partners.get((tensor.op, tensor.module), tensor.nbytes)
+            nbytes = upper * layout_factor * (tensor.nbytes + other)
+        elif kernel := TEMPORARIES.get(tensor.op):
+            nbytes = (kernel.high if upper else kernel.low) * tensor.nbytes
+        else:
+            continue
+        if nbytes:
+            kernels[tensor.op.removeprefix("aten.")] = None
+            number = add(tensor, int(nbytes), f"within {tensor.op}")
+            events += (number, -number)
+    begins.append(len(events))
+    marks = tuple((begins[index], name) for index, name in trace.marks)
+    completed = Trace(tensors=tuple(tensors), events=tuple(events), marks=marks)
+    return Completed(
+        trace=completed,
+        begins=tuple(begins),
+        cublas_bytes=len(threads) * workspace_bytes,
+        kernels=tuple(sorted(kernels)),
+    )
+
+
+def _partners(trace: Trace) -> dict[tuple[str, str], int]:
+    """(convolution's operator, module) -> bytes of its other image: forward's output for backward, and the reverse.
+
+    What backward returns is the gradient of the input, which is as large as the input.
+    """
+    forward, backward = _CONVOLUTIONS
+    sizes: dict[tuple[str, str], int] = defaultdict(int)
+    for tensor in trace.tensors:
+        if tensor.op in _CONVOLUTIONS:
+            key = (forward if tensor.op == backward else backward, tensor.module)
+            sizes[key] = max(sizes[key], tensor.nbytes)
+    return sizes
+
+
+def hidden_rows(gpu: Gpu) -> tuple[HiddenRow, ...]:
+    """What the caching allocator never gets: the process's own, and what others hold of the card."""
+    context, driver = cuda_context_bytes(), driver_reserved_bytes(gpu)
+    rows = [_row("CUDA context", context, "process", "300 to 600 MiB seen with torch >= 2, lazy loading")]
+    if gpu.memory_is_nominal:
+        desktop = ByteRange(low_bytes=0, high_bytes=desktop_bytes().high_bytes)
+        rows.append(_row("driver", driver, "card", "nominal memory less the driver's total, over the catalogue"))
+        rows.append(_row("desktop", desktop, "card", "none on a server; up to 1152 MiB seen on Windows"))
+    return tuple(rows)
+
+
+def reserved_rows(low: Completed, high: Completed, *, low_bytes: int, high_bytes: int) -> tuple[HiddenRow, ...]:
+    """What the allocator gives besides tensors. It reserves `low_bytes` and `high_bytes` for the two traces."""
+    workspaces = ByteRange(low_bytes=low.cublas_bytes, high_bytes=high.cublas_bytes)
+    temporaries = ByteRange(low_bytes=0, high_bytes=max(0, high_bytes - low_bytes))
+    error = ByteRange(low_bytes=0, high_bytes=int(MODEL_ERROR * low_bytes))
+    default = "torch 2.15's default CUBLAS_WORKSPACE_CONFIG: one each for forward and backward"
+    return (
+        _row("cuBLAS workspaces", workspaces, "reserved", default),
+        _row("kernel temporaries", temporaries, "reserved", f"bounds for {', '.join(high.kernels) or 'no operator'}"),
+        _row("model error", error, "reserved", f"{MODEL_ERROR:.1%}: mean over 173 public A100 measurements"),
+    )
+
+
+def _row(name: str, size: ByteRange, within: Within, source: str) -> HiddenRow:
+    return HiddenRow(name=name, low_bytes=size.low_bytes, high_bytes=size.high_bytes, within=within, source=source)

@@ -1,0 +1,200 @@
+"""Whether a setting fits a card, and what it will need. Nothing is measured and no torch is imported here."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from trainfit.gpus.catalogue import Gpu
+from trainfit.gpus.context import ByteRange, cuda_context_bytes
+from trainfit.memory.allocator import AllocatorConfig, OutOfMemoryAt, Replay, replay
+from trainfit.memory.events import Trace
+from trainfit.memory.hidden import Completed, HiddenRow, complete, hidden_rows, reserved_rows
+from trainfit.memory.profile import Profile, last_window, make_profile
+from trainfit.memory.snapshot import to_snapshot
+from trainfit.memory.trace_cache import StoredTrace, TraceRequest, get_traces
+from trainfit.models.registry import family
+from trainfit.models.setting import Setting
+from trainfit.timing.roofline import TimeEstimate, step_seconds
+
+Verdict = Literal["fits", "tight", "does not fit"]
+_VERDICTS: tuple[Verdict, ...] = ("fits", "tight", "does not fit")
+_UNKNOWN_CAPABILITY = (8, 0)
+_DEFAULTS = AllocatorConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPrediction:
+    """What one process needs, and whether it gets it."""
+
+    low_bytes: int
+    """CUDA context and reserved memory with every unknown at its smallest. If the card has less than the allocator would
+    like to keep, this is what it lives with after giving cached blocks back."""
+    high_bytes: int
+    """The same with every unknown at its largest, and nothing given back."""
+    verdict: Verdict
+    """fits: `high_bytes` are there; does not fit: out of memory at the lowest; tight: anything between."""
+    retries: int
+    """How often the cache has to be emptied at `low_bytes`; each stalls the GPU."""
+    oom: OutOfMemoryAt | None
+    """Where it runs out of memory at the lowest, if it does."""
+    profile: Profile
+    """At the lowest; of a card with memory enough, if it does not fit."""
+    hidden: tuple[HiddenRow, ...]
+    time: TimeEstimate | None
+    """Of the last window; None for a card whose rates are not known."""
+    made_up: tuple[str, ...]
+    """Operators that needed a value which no trace knows."""
+    upper_bounds: tuple[str, ...]
+    """Those of them that got the largest shape: a real step may need less."""
+
+    @property
+    def upper_bound(self) -> bool:
+        """Whether a real step may need less than `low_bytes`."""
+        return bool(self.upper_bounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """A setting on a card."""
+
+    setting: Setting
+    gpu: Gpu
+    config: AllocatorConfig
+    verdict: Verdict
+    """The worse one of training and evaluation."""
+    budget: ByteRange
+    """What the process may have: the card's memory less the driver's and a desktop's share, or its set fraction."""
+    training: MemoryPrediction
+    evaluation: MemoryPrediction
+    """Its profile is that of the evaluation; its needs include the training before it, in the same process."""
+    assumptions: tuple[str, ...]
+    """Sentences for the user."""
+
+    @property
+    def needs(self) -> ByteRange:
+        """Of training and evaluation."""
+        parts = (self.training, self.evaluation)
+        return ByteRange(low_bytes=max(p.low_bytes for p in parts), high_bytes=max(p.high_bytes for p in parts))
+
+
+def trace_requests(setting: Setting, gpu: Gpu) -> tuple[TraceRequest, TraceRequest]:
+    """The traces that a prediction wants: training, evaluation."""
+    capability = gpu.capability or _UNKNOWN_CAPABILITY
+    alone = replace(setting, eval_micro_batch=None)
+    return (
+        TraceRequest(setting=alone, part="training", capability=capability),
+        TraceRequest(setting=setting, part="evaluation", capability=capability),
+    )
+
+
+def predict(setting: Setting, gpu: Gpu, *, config: AllocatorConfig = _DEFAULTS, cache: bool = True) -> Prediction:
+    """Predict training and evaluation; two processes trace what is not stored (seconds).
+
+    Raises:
+        TrainfitError: the step cannot be built or traced; the message says why.
+    """
+    training, evaluation = get_traces(trace_requests(setting, gpu), cache=cache)
+    return predict_traced(setting, gpu, training=training, evaluation=evaluation, config=config)
+
+
+def predict_traced(
+    setting: Setting, gpu: Gpu, *, training: StoredTrace, evaluation: StoredTrace, config: AllocatorConfig
+) -> Prediction:
+    """Predict from the traces that `trace_requests` names. A pure function."""
+    trained = assess(training, gpu, config)
+    evaluated = assess(evaluation, gpu, config, since=last_window(evaluation.trace))
+    room, context = allocator_room(gpu, config), cuda_context_bytes()
+    return Prediction(
+        setting=setting,
+        gpu=gpu,
+        config=config,
+        verdict=_VERDICTS[max(_VERDICTS.index(part.verdict) for part in (trained, evaluated))],
+        budget=ByteRange(low_bytes=room.low_bytes + context.high_bytes, high_bytes=room.high_bytes + context.low_bytes),
+        training=trained,
+        evaluation=evaluated,
+        assumptions=_assumptions(setting, gpu),
+    )
+
+
+def allocator_room(gpu: Gpu, config: AllocatorConfig) -> ByteRange:
+    """What the driver can give to the caching allocator, at worst and at best."""
+    rows = hidden_rows(gpu)
+    taken_low = sum(row.low_bytes for row in rows if row.within != "reserved")
+    taken_high = sum(row.high_bytes for row in rows if row.within != "reserved")
+    share = config.per_process_memory_fraction
+    limit = gpu.memory_bytes if share is None else int(gpu.memory_bytes * share)
+    return ByteRange(
+        low_bytes=max(0, min(limit, gpu.memory_bytes - taken_high)),
+        high_bytes=max(0, min(limit, gpu.memory_bytes - taken_low)),
+    )
+
+
+def assess(stored: StoredTrace, gpu: Gpu, config: AllocatorConfig, *, since: int = 0) -> MemoryPrediction:
+    """Replay a trace at the card's real capacity, unknowns at their lowest and at their highest.
+
+    `since`: event of the stored trace from which the profile seeks its peak.
+    """
+    low, high = _completed(stored, gpu, upper=False), _completed(stored, gpu, upper=True)
+    tried = _replay(low.trace, gpu, config)
+    likely = tried if tried.oom is None else replay(low.trace, capacity_bytes=None, config=config, timeline=True)
+    worst = replay(high.trace, capacity_bytes=None, config=config)
+    low_reserved = likely.peak_reserved_bytes
+    inserted = reserved_rows(low, high, low_bytes=low_reserved, high_bytes=worst.peak_reserved_bytes)
+    high_reserved = low_reserved + sum(row.high_bytes - row.low_bytes for row in inserted)
+    verdict: Verdict = "tight"
+    if high_reserved <= allocator_room(gpu, config).low_bytes:
+        verdict = "fits"
+    elif tried.oom is not None:
+        verdict = "does not fit"
+    context = cuda_context_bytes()
+    return MemoryPrediction(
+        low_bytes=low_reserved + context.low_bytes,
+        high_bytes=high_reserved + context.high_bytes,
+        verdict=verdict,
+        retries=tried.retries,
+        oom=tried.oom,
+        profile=make_profile(low.trace, likely, since=low.begins[since]),
+        hidden=(*hidden_rows(gpu), *inserted),
+        time=step_seconds(stored.ops, gpu) if gpu.bandwidth_bytes_per_s and gpu.fp32_flops_per_s else None,
+        made_up=stored.made_up,
+        upper_bounds=stored.upper_bounds,
+    )
+
+
+def snapshot(stored: StoredTrace, gpu: Gpu, config: AllocatorConfig) -> dict[str, Any]:
+    """A trace replayed on the card, as PyTorch's memory viewer reads it; see `memory.snapshot.to_snapshot`."""
+    trace = _completed(stored, gpu, upper=False).trace
+    return to_snapshot(trace, _replay(trace, gpu, config))
+
+
+def _completed(stored: StoredTrace, gpu: Gpu, *, upper: bool) -> Completed:
+    dtypes = {row.dtype for row in stored.ops if row.op.startswith("aten.convolution")}
+    return complete(stored.trace, gpu, upper=upper, half_precision="float32" not in dtypes)
+
+
+def _replay(trace: Trace, gpu: Gpu, config: AllocatorConfig) -> Replay:
+    """With all the memory that the process may get."""
+    return replay(
+        trace,
+        capacity_bytes=allocator_room(gpu, config).high_bytes,
+        config=config,
+        device_bytes=gpu.memory_bytes,
+        timeline=True,
+    )
+
+
+def _assumptions(setting: Setting, gpu: Gpu) -> tuple[str, ...]:
+    kind = family(setting.model)
+    lines = ["One process on one GPU with the memory to itself; evaluation follows training in the same process."]
+    if kind in ("rfdetr", "maskrcnn"):
+        lines.append(f"The fullest image has {setting.objects_per_image} objects (--objects-per-image, or --data).")
+    if kind == "rfdetr" and setting.multi_scale:
+        lines.append("Multi-scale training: the largest of its sizes.")
+    if kind == "maskrcnn":
+        canvas = "x".join(map(str, setting.canvas)) if setting.canvas else "the worst there is"
+        lines.append(f"All region samplers are full; the canvas is {canvas} (--data narrows it).")
+    if gpu.capability is None:
+        major, minor = _UNKNOWN_CAPABILITY
+        lines.append(f"Compute capability unknown: kernels are those of capability {major}.{minor}.")
+    if gpu.memory_is_nominal:
+        lines.append("The card's memory is nominal: the driver's share and a desktop's are not known.")
+    return tuple(lines)

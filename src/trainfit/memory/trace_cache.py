@@ -1,0 +1,149 @@
+"""Traces of settings: from the disk, or from a process that makes one. Imports no torch, so a stored one comes at once."""
+
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import trainfit
+from trainfit.errors import TrainfitError
+from trainfit.memory.events import Trace
+from trainfit.models.registry import family
+from trainfit.models.setting import Setting
+from trainfit.timing.counts import OpCount
+
+SCHEMA = 1
+PACKAGES = ("torch", "torchvision", "rfdetr", "timm", "open_clip_torch")
+_FACTORY = {
+    "training": "trainfit.models.registry:build_step",
+    "evaluation": "trainfit.models.registry:build_eval_step",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceRequest:
+    """What a trace depends on, besides installed software."""
+
+    setting: Setting
+    part: Literal["training", "evaluation"]
+    """evaluation: one training window, then an evaluation micro-batch."""
+    capability: tuple[int, int]
+    """CUDA compute capability of the card."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As the tracing process reads it (`memory.trace.TraceSpec`)."""
+        return {
+            "factory": _FACTORY[self.part],
+            "kwargs": {"setting": self.setting.to_json()},
+            "target": {"capability": self.capability, "fused_attention": True},
+            "device": "cuda",
+            "steps": 2,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTrace:
+    """A `memory.trace.TraceResult`, read without torch."""
+
+    trace: Trace
+    ops: tuple[OpCount, ...]
+    """Operators of the last window."""
+    made_up: tuple[str, ...] = ()
+    """Operators that were given a made-up value, because a trace does not know it."""
+    upper_bounds: tuple[str, ...] = ()
+    """Those of them that got the largest possible shape."""
+
+
+def get_trace(request: TraceRequest, *, cache: bool = True) -> StoredTrace:
+    """The trace of a request, from the disk if it is there and `cache` is set, else traced (seconds) and stored.
+
+    Raises:
+        TrainfitError: the step cannot be built or traced, or the trace cannot be stored.
+    """
+    # The code of a user's own model may have changed, and nothing here would notice.
+    if not cache or family(request.setting.model) == "custom":
+        return _read(_traced(request))
+    path = cache_path(request)
+    if not path.exists():
+        _write(path, _traced(request))
+    return _read(gzip.decompress(path.read_bytes()).decode())
+
+
+def get_traces(requests: Iterable[TraceRequest], *, cache: bool = True) -> tuple[StoredTrace, ...]:
+    """`get_trace` of each; those that are missing are traced two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return tuple(pool.map(partial(get_trace, cache=cache), requests))
+
+
+def is_stored(request: TraceRequest) -> bool:
+    """Whether its trace need not be made."""
+    return cache_path(request).exists()
+
+
+def cache_path(request: TraceRequest) -> Path:
+    """Where the request's trace is stored."""
+    text = json.dumps([SCHEMA, request.to_json(), versions()], sort_keys=True)
+    name = hashlib.sha256(text.encode()).hexdigest()[:32]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trainfit" / "traces"
+    return folder / f"{name}.json.gz"
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of what a step is made from; of trainfit, a digest of the code that builds and traces it."""
+    found = {dist.name: dist.version for name in PACKAGES for dist in metadata.distributions(name=name)}
+    source = Path(trainfit.__file__).parent
+    files = sorted(file for room in ("models", "step", "memory", "data") for file in (source / room).rglob("*.py"))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return {**found, "trainfit": digest}
+
+
+def _traced(request: TraceRequest) -> str:
+    """The answer of a tracing process, as `TraceResult.to_json` wrote it."""
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
+        asked.write_text(json.dumps({**request.to_json(), "path": sys.path}))
+        command = [sys.executable, "-m", "trainfit.memory.worker", str(asked), str(answer)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not answer.exists():
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise TrainfitError(f"tracing {request.setting.model} ended with exit status {done.returncode}: {last}")
+        text = answer.read_text()
+    if text.startswith('{"error"'):
+        raise TrainfitError(json.loads(text)["error"])
+    return text
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: several processes may trace the same setting."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(gzip.compress(text.encode(), compresslevel=1))
+        Path(name).replace(path)
+    except OSError as error:
+        raise TrainfitError(
+            f"{path.parent}: cannot be written ({error.strerror}); set XDG_CACHE_HOME or use --no-cache"
+        ) from error
+
+
+def _read(text: str) -> StoredTrace:
+    record = json.loads(text)
+    names = ("op", "phase", "dtype", "count", "flops", "bytes")
+    return StoredTrace(
+        trace=Trace.from_json(json.dumps(record["trace"])),
+        ops=tuple(OpCount(**dict(zip(names, row, strict=True))) for row in record["ops"]),
+        made_up=tuple(record["made_up"]),
+        upper_bounds=tuple(record["upper_bounds"]),
+    )

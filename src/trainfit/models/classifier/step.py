@@ -1,0 +1,86 @@
+"""Any classifier of timm, and its step on a fixed window."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from trainfit.errors import TrainfitError
+from trainfit.models.fixed_step import FixedEvaluation, FixedStep, fixed_evaluation, fixed_step
+from trainfit.models.images import IMAGENET_MEAN, IMAGENET_STD, stack_images
+from trainfit.models.setting import Setting
+from trainfit.step.terms import LossTerm, Objective
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LabelledImage:
+    """One image and its class, on the CPU."""
+
+    image: torch.Tensor
+    """uint8 (3, height, width)."""
+    label: int
+
+
+def build_model(name: str, *, classes: int, resolution: int | None = None, checkpointing: bool = False) -> Any:
+    """A model of timm with random weights, in train mode; `resolution` reaches those that must know it (ViTs).
+
+    Raises:
+        TrainfitError: timm is not installed, no such model, or one without activation checkpointing.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise TrainfitError("timm: models need timm: pip install 'trainfit[timm]'") from error
+    if not timm.is_model(name):
+        near = get_close_matches(name, timm.list_models(), n=1)
+        hint = f" Perhaps you meant timm:{near[0]}." if near else ""
+        raise TrainfitError(f"timm has no model {name!r}.{hint}")
+    published = timm.get_pretrained_cfg(name)
+    must_know = resolution is not None and published is not None and published.fixed_input_size
+    size: dict[str, Any] = {"img_size": resolution} if must_know else {}
+    model: Any = timm.create_model(name, pretrained=False, num_classes=classes, **size)
+    if checkpointing:
+        try:
+            model.set_grad_checkpointing(True)
+        except AssertionError as error:
+            raise TrainfitError(f"timm:{name} has no activation checkpointing; leave --checkpointing out") from error
+    return model.train()
+
+
+def logits(model: torch.nn.Module, images: Sequence[LabelledImage]) -> torch.Tensor:
+    """(n, classes); images take the memory format of the weights."""
+    like = next(p for p in model.parameters() if p.dim() == 4)
+    batch = stack_images([i.image for i in images], like, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    last = not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
+    return model(batch.contiguous(memory_format=torch.channels_last) if last else batch)
+
+
+def _terms(model: torch.nn.Module, images: Sequence[LabelledImage], _canvas: tuple[int, int]) -> Mapping[str, LossTerm]:
+    found = logits(model, images)
+    labels = torch.tensor([i.label for i in images]).to(found.device, non_blocking=True)
+    return {"class": LossTerm(total=functional.cross_entropy(found, labels, reduction="sum"), kind="images")}
+
+
+OBJECTIVE = Objective(terms=_terms, counts=lambda images: {"class": float(len(images))})
+
+
+def build_step(setting: Setting, device: torch.device) -> FixedStep:
+    """Training by cross entropy."""
+    name = setting.model.removeprefix("timm:")
+    model = build_model(
+        name, classes=setting.classes, resolution=setting.resolution, checkpointing=setting.checkpointing
+    )
+    side = setting.resolution or model.default_cfg["input_size"][-1]
+    g = torch.Generator().manual_seed(0)
+    sample = LabelledImage(image=torch.randint(0, 256, (3, side, side), generator=g, dtype=torch.uint8), label=0)
+    window = [sample] * (setting.micro_batch * setting.accumulation)
+    return fixed_step(setting, device, model=model, objective=OBJECTIVE, window=window)
+
+
+def build_eval_step(setting: Setting, device: torch.device) -> FixedEvaluation:
+    """Classification of a micro-batch."""
+    training = build_step(setting, device)
+    return fixed_evaluation(setting, training, logits, training.window[0])

@@ -1,0 +1,98 @@
+"""A user's own model and loss as a step: predicted, planned and accumulated like the built-in families."""
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+from torch.utils.data import default_collate
+
+from trainfit.errors import TrainfitError
+from trainfit.models.fixed_step import FixedEvaluation, FixedStep, fixed_evaluation, fixed_step
+from trainfit.models.setting import Setting
+from trainfit.step.terms import LossTerm, Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomTask:
+    """What a user's function returns: `def task(setting: Setting) -> CustomTask`."""
+
+    build_model: Callable[[], torch.nn.Module]
+    """Makes the model on the CPU."""
+    make_sample: Callable[[int], Any]
+    """Number -> one item as the user's `Dataset` gives it, on the CPU; the largest that the data set has."""
+    loss: Callable[[torch.nn.Module, Any], torch.Tensor]
+    """(model, batch on the device) -> the batch's mean loss, a scalar."""
+    make_batch: Callable[[list[Any]], Any] = default_collate
+    """Items -> batch, as the `DataLoader`'s `collate_fn`."""
+
+
+def objective_of(task: CustomTask) -> Objective:
+    """The loss as one term of kind `mean`, named "mean of means".
+
+    Micro-batches are weighted by their items. That is the big batch's gradient where the loss is a mean over items; one
+    that divides by anything else (boxes, valid pixels) has to give sums and counts: an `Objective` of its own.
+    """
+
+    def terms(model: torch.nn.Module, items: Sequence[Any], _canvas: tuple[int, int]) -> Mapping[str, LossTerm]:
+        return {"mean of means": LossTerm(total=_loss(task, model, items), kind="mean")}
+
+    return Objective(terms=terms, counts=lambda items: {"mean of means": float(len(items))}, canvas=lambda _: (0, 0))
+
+
+def _loss(task: CustomTask, model: torch.nn.Module, items: Sequence[Any]) -> torch.Tensor:
+    device = next(model.parameters()).device
+
+    def moved(x: Any) -> Any:
+        return x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
+
+    return task.loss(model, tree_map(moved, task.make_batch(list(items))))
+
+
+def custom_step(task: CustomTask, setting: Setting, device: torch.device) -> FixedStep:
+    """The task's training step on `micro_batch` x `accumulation` of its samples."""
+    model = task.build_model()
+    if setting.checkpointing:
+        raise TrainfitError("--checkpointing: a model of your own switches it on itself, in build_model")
+    window = [task.make_sample(number) for number in range(setting.micro_batch * setting.accumulation)]
+    return fixed_step(setting, device, model=model.train(), objective=objective_of(task), window=window)
+
+
+def build_step(setting: Setting, device: torch.device) -> FixedStep:
+    """Training of the task that the setting's model, "module:function", names."""
+    return custom_step(load_task(setting), setting, device)
+
+
+def build_eval_step(setting: Setting, device: torch.device) -> FixedEvaluation:
+    """The loss without gradients on a micro-batch."""
+    task = load_task(setting)
+    training = custom_step(task, setting, device)
+
+    def detect(model: torch.nn.Module, items: Sequence[Any]) -> torch.Tensor:
+        return _loss(task, model, items)
+
+    return fixed_evaluation(setting, training, detect, training.window[0])
+
+
+def load_task(setting: Setting) -> CustomTask:
+    """Call the user's function; its module may lie in the working directory.
+
+    Raises:
+        TrainfitError: no such module or function, or it returns something else.
+    """
+    module, _, function = setting.model.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        task = getattr(importlib.import_module(module), function)(setting)
+    except ModuleNotFoundError as error:
+        raise TrainfitError(f"{setting.model}: {error}; run in the folder that holds {module}.py") from error
+    except AttributeError as error:
+        raise TrainfitError(f"{setting.model}: {error}") from error
+    if not isinstance(task, CustomTask):
+        raise TrainfitError(f"{setting.model} returned {type(task).__name__}; it must return a CustomTask")
+    return task

@@ -1,0 +1,189 @@
+"""A prediction as text and as JSON."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby, pairwise
+from typing import Any
+
+from trainfit.gpus.catalogue import GIB, MIB
+from trainfit.memory.events import CATEGORIES
+from trainfit.memory.hidden import HiddenRow
+from trainfit.memory.predict import MemoryPrediction, Prediction
+from trainfit.memory.profile import ModuleRow, Profile, Sample
+
+SCHEMA = 1
+_WIDTH, _HEIGHT = 72, 12
+_EIGHTHS = " ▁▂▃▄▅▆▇█"
+_MODULES_SHOWN = 8
+
+
+def profile_json(prediction: Prediction) -> dict[str, Any]:
+    """All of it as values: `schema` 1; a sample's `category_bytes` are in the order of `categories`."""
+    return {"schema": SCHEMA, "categories": CATEGORIES, **asdict(prediction)}
+
+
+def profile_text(prediction: Prediction) -> str:
+    """One sentence, what the memory is for, what no operator shows, and the last window as a picture."""
+    training, evaluation = prediction.training, prediction.evaluation
+    profile = training.profile
+    sections = [
+        [sentence(prediction)],
+        ["At the peak of training", *_rows(category_rows(profile))],
+        [f"By module, the largest {_MODULES_SHOWN}", *_rows(_pairs(profile.modules[:_MODULES_SHOWN]))],
+        ["What no operator shows", *hidden_lines(training.hidden)],
+        ["One window of training, GiB: █ allocated, ░ reserved", *timeline_lines(profile, limit_bytes(prediction))],
+        [
+            f"Evaluation, micro-batch {_eval_micro_batch(prediction)}: {evaluation.verdict}, "
+            f"{interval(evaluation.low_bytes, evaluation.high_bytes)}; "
+            f"it allocates {gib(evaluation.profile.peak_allocated_bytes)} GiB at most"
+        ],
+        ["Assumptions", *(f"  {line}" for line in (*prediction.assumptions, *doubts(prediction)))],
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def sentence(prediction: Prediction) -> str:
+    """Model, card, verdict, needs, and what dominates."""
+    setting, training = prediction.setting, prediction.training
+    what = f"{setting.model}, micro-batch {setting.micro_batch}, on {prediction.gpu.name}: {prediction.verdict}."
+    needs, budget = prediction.needs, prediction.budget
+    bound = ", an upper bound," if training.upper_bound else ""
+    have = f"of {interval(budget.low_bytes, budget.high_bytes)} that it may have"
+    numbers = f"It needs {interval(needs.low_bytes, needs.high_bytes)}{bound} {have}."
+    return f"{what} {numbers} {_peak(training)}{_trouble(prediction)}{_speed(prediction)}"
+
+
+def _speed(prediction: Prediction) -> str:
+    time, setting = prediction.training.time, prediction.setting
+    if time is None:
+        return ""
+    images = setting.micro_batch * setting.accumulation
+    return f" A step takes about {time.seconds:.2g} s, {images / time.seconds:.3g} images/s, bound by {time.bound}."
+
+
+def _peak(memory: MemoryPrediction) -> str:
+    profile = memory.profile
+    largest = max(zip(profile.peak.category_bytes, CATEGORIES, strict=True))
+    share = largest[0] / profile.peak_requested_bytes
+    where = f"in {profile.peak.phase} at {profile.peak_module}, {profile.peak_op}"
+    return f"The peak is {where}; {share:.0%} of it is {largest[1]}."
+
+
+def _trouble(prediction: Prediction) -> str:
+    """Of training; of the evaluation, which comes after a training window, only what training has not got."""
+    for name, memory in (("training", prediction.training), ("evaluation", prediction.evaluation)):
+        if memory.oom is not None:
+            wanted, held = memory.oom.wanted_bytes / MIB, gib(memory.oom.reserved_bytes)
+            return f" At best {name} dies asking for {wanted:.1f} MiB while {held} GiB are reserved."
+        if memory.retries:
+            return f" At best {name} empties the allocator's cache {memory.retries} times, which stalls the GPU."
+    return ""
+
+
+def gib(nbytes: float) -> str:
+    """GiB with two decimals."""
+    return f"{nbytes / GIB:.2f}"
+
+
+def interval(low_bytes: int, high_bytes: int) -> str:
+    """`1.20 to 1.50 GiB`."""
+    return f"{gib(low_bytes)} GiB" if low_bytes == high_bytes else f"{gib(low_bytes)} to {gib(high_bytes)} GiB"
+
+
+def limit_bytes(prediction: Prediction) -> int:
+    """What tensors and the allocator's cache may take for sure: the line in pictures."""
+    context = next(row for row in prediction.training.hidden if row.within == "process")
+    return max(0, prediction.budget.low_bytes - context.high_bytes)
+
+
+def category_rows(profile: Profile) -> list[tuple[str, int]]:
+    """(name, bytes): categories at the peak, largest first, and what the allocator adds; the sum is what is reserved."""
+    rows = [(name, n) for n, name in zip(profile.peak.category_bytes, CATEGORIES, strict=True) if n]
+    rows.sort(key=lambda row: -row[1])
+    return [
+        *rows,
+        ("allocator: rounding", profile.peak_allocated_bytes - profile.peak_requested_bytes),
+        ("allocator: cached, fragmented", profile.peak_reserved_bytes - profile.peak_allocated_bytes),
+        ("reserved, at most", profile.peak_reserved_bytes),
+    ]
+
+
+def _pairs(rows: Sequence[ModuleRow]) -> list[tuple[str, int]]:
+    return [(row.module, row.bytes) for row in rows]
+
+
+def _rows(rows: Sequence[tuple[str, int]]) -> list[str]:
+    width = max(len(name) for name, _ in rows)
+    return [f"  {name:<{width}}  {nbytes / MIB:>9.1f} MiB" for name, nbytes in rows]
+
+
+def hidden_lines(rows: Sequence[HiddenRow]) -> list[str]:
+    """A line a row: name, MiB from and to, what it is a part of, where the numbers are from."""
+    width = max(len(row.name) for row in rows)
+    return [
+        f"  {row.name:<{width}}  {row.low_bytes / MIB:>7.1f} to {row.high_bytes / MIB:>7.1f} MiB  {row.within:<8}  {row.source}"
+        for row in rows
+    ]
+
+
+def _eval_micro_batch(prediction: Prediction) -> int:
+    return prediction.setting.eval_micro_batch or prediction.setting.micro_batch
+
+
+def doubts(prediction: Prediction) -> list[str]:
+    """Sentences on operators whose values or shapes the trace does not know."""
+    training = prediction.training
+    made_up = [op for op in training.made_up if op not in training.upper_bounds]
+    return [
+        *([f"Largest shape assumed, an upper bound: {', '.join(training.upper_bounds)}."] * training.upper_bound),
+        *([f"Values made up: {', '.join(made_up)}."] * bool(made_up)),
+    ]
+
+
+def scale_bytes(profile: Profile, limit: int) -> tuple[int, bool]:
+    """(top of a picture, is the limit in it?): a limit far above the curve would flatten it."""
+    highest = max(sample.reserved_bytes for sample in profile.timeline)
+    return (max(highest, limit), True) if limit <= 1.6 * highest else (highest, False)
+
+
+def timeline_lines(profile: Profile, limit: int) -> list[str]:
+    """The last window in block characters, 12 lines and the phases; `limit` is drawn where it is near."""
+    top, in_picture = scale_bytes(profile, limit)
+    columns = _columns(profile.timeline)
+    allocated = [max(s.allocated_bytes for s in column) / top * _HEIGHT for column in columns]
+    reserved = [max(s.reserved_bytes for s in column) / top * _HEIGHT for column in columns]
+    limit_line = min(_HEIGHT - 1, int(limit / top * _HEIGHT)) if in_picture else -1
+    lines: list[str] = []
+    for line in reversed(range(_HEIGHT)):
+        empty = "─" if line == limit_line else " "
+        cells = [_cell(a - line, r - line, empty) for a, r in zip(allocated, reserved, strict=True)]
+        note = " limit" if line == limit_line else ""
+        lines.append(f"{gib(top * (line + 1) / _HEIGHT):>8} ┤{''.join(cells)}{note}")
+    lines.append(" " * 9 + "└" + _phase_axis(columns))
+    if not in_picture:
+        lines.append(f"         the limit, {gib(limit)} GiB, is above the picture")
+    return lines
+
+
+def _columns(timeline: Sequence[Sample]) -> list[Sequence[Sample]]:
+    """At most `_WIDTH` groups of samples, equal in number."""
+    count = min(_WIDTH, len(timeline))
+    edges = [i * len(timeline) // count for i in range(count + 1)]
+    return [timeline[a:b] for a, b in pairwise(edges)]
+
+
+def _cell(allocated: float, reserved: float, empty: str) -> str:
+    if allocated >= 1:
+        return "█"
+    if allocated > 0:
+        return _EIGHTHS[max(1, int(allocated * 8))]
+    return "░" if reserved > 0 else empty
+
+
+def _phase_axis(columns: Sequence[Sequence[Sample]]) -> str:
+    """Each phase's name under its columns, where they have room for it."""
+    axis = ""
+    for phase, stretch in groupby(column[0].phase for column in columns):
+        width = len(list(stretch))
+        axis += (phase + "─" if len(phase) < width else "").ljust(width, "─")
+    return axis

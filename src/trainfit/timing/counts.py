@@ -1,0 +1,21 @@
+"""The record that a trace hands to the timing model: what a step asks of a GPU besides memory."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpCount:
+    """All calls of one operator in one phase of a step, with one data type and about the same FLOPs per byte."""
+
+    op: str
+    """E.g. "aten.mm"; of a convolution with groups also their input channels: "aten.convolution.grouped1" (depthwise)."""
+    phase: str
+    """"inputs", "forward", "backward", "update" or "optimizer"."""
+    dtype: str
+    """Of its first floating point tensor (else of its first tensor), e.g. "bfloat16"."""
+    count: int
+    """Kernels launched."""
+    flops: float
+    """By the formulas of torch.utils.flop_counter; 0 for an operator without one."""
+    bytes: float
+    """Read and written, if every operand passes the memory bus once."""

@@ -1,0 +1,121 @@
+"""Seconds that a traced step takes on a card: to rank settings, not to promise milliseconds.
+
+Every row of the counts is limited by its arithmetic or by its memory traffic, whichever takes longer at the card's
+published rates times an efficiency; every kernel costs a little besides; and no step is faster than Python starts it.
+
+Known limits: one device, so nothing about communication; the data loader keeps up; the efficiencies are of one card,
+one year and large micro-batches, and carry over to other cards by their rates alone.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from trainfit.errors import TrainfitError
+from trainfit.gpus.catalogue import Gpu
+from trainfit.timing.counts import OpCount
+
+Kind = Literal["tensor cores", "plain arithmetic", "memory", "launches", "optimizer"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+WIDE_GROUP = 33
+"""Input channels a group from which a convolution with groups is slow. On an RTX 3090 (cuDNN 8.3, float16, channels_last)
+swsl_resnext101_32x4d (4 to 32) runs at the speed of its bytes, regnetv_040 (64) at a hundredth of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Efficiency:
+    """How much longer than at a card's published rates each class of work takes, measured once."""
+
+    gpu: str
+    """Catalogue name of the card it was measured on."""
+    flops: float
+    """Matrix products and convolutions, over their FLOPs at the rate of their data type."""
+    memory: float
+    """All operators, over their bytes at the card's bandwidth."""
+    narrow_groups: float
+    """Convolutions with groups narrower than `WIDE_GROUP`, depthwise ones too: over their bytes."""
+    wide_groups: float
+    """Other convolutions with groups: over their bytes."""
+    kernel_s: float
+    """Seconds that the GPU loses between two kernels."""
+    host_s: float
+    """Seconds that the CPU takes to start a kernel; they pass while the GPU works."""
+
+
+RTX_3090 = Efficiency(
+    gpu="RTX 3090", flops=0.95, memory=1.6, narrow_groups=3.1, wide_groups=100, kernel_s=2.2e-6, host_s=8e-6
+)
+"""All but `host_s`: fitted by `benchmarks/timm_fit.py`. `host_s`: not measured; the middle of the usual 5 to 10
+microseconds an operator of eager PyTorch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeEstimate:
+    """How long a step takes and why. The parts add up to `seconds`."""
+
+    seconds: float
+    """The whole step."""
+    parts_s: dict[Kind, float]
+    """"tensor cores": matrix products at a matrix unit's rate; "plain arithmetic": those without one; "memory": what
+    waits for the memory bus; "launches": between kernels, or waiting for Python; "optimizer": all after backward."""
+    bound: Kind
+    """The largest part."""
+    calibrated: bool
+    """Whether the efficiencies were measured on this card; otherwise they carry over from another."""
+
+
+def step_seconds(ops: Iterable[OpCount], gpu: Gpu, *, efficiency: Efficiency = RTX_3090) -> TimeEstimate:
+    """Estimate the time of a step from the counts of its trace. Raises TrainfitError for a card without rates."""
+    if gpu.bandwidth_bytes_per_s is None or gpu.fp32_flops_per_s is None:
+        raise TrainfitError(f"the rates of {gpu.name} are not known, so time cannot be told; name a card with --gpu")
+    parts: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
+    kernels = 0
+    for row in ops:
+        kind, seconds = _row_seconds(row, gpu, efficiency)
+        parts[kind] += seconds
+        kernels += row.count
+    parts["launches"] = kernels * efficiency.kernel_s
+    parts["launches"] += max(0.0, kernels * efficiency.host_s - sum(parts.values()))
+    return TimeEstimate(
+        seconds=sum(parts.values()),
+        parts_s=parts,
+        bound=max(parts, key=lambda kind: parts[kind]),
+        calibrated=gpu.name == efficiency.gpu,
+    )
+
+
+def _row_seconds(row: OpCount, gpu: Gpu, efficiency: Efficiency) -> tuple[Kind, float]:
+    """What a row waits for, and how long."""
+    rate, tensor_cores = matrix_rate(row, gpu)
+    arithmetic = efficiency.flops * row.flops / rate
+    assert gpu.bandwidth_bytes_per_s is not None
+    memory = _memory_factor(row, efficiency) * row.bytes / gpu.bandwidth_bytes_per_s
+    kind: Kind = "memory"
+    if row.phase in ("update", "optimizer"):
+        kind = "optimizer"
+    elif arithmetic > memory:
+        kind = "tensor cores" if tensor_cores else "plain arithmetic"
+    return kind, max(arithmetic, memory)
+
+
+def _memory_factor(row: OpCount, efficiency: Efficiency) -> float:
+    _, grouped, width = row.op.partition(".grouped")
+    if not grouped:
+        return efficiency.memory
+    return efficiency.narrow_groups if int(width) < WIDE_GROUP else efficiency.wide_groups
+
+
+def matrix_rate(row: OpCount, gpu: Gpu) -> tuple[float, bool]:
+    """FLOP/s for a row's data type, and whether matrix units give them.
+
+    float32 convolutions use TF32 and float32 matrix products do not: torch's defaults. Without a unit for the type it
+    is the float32 rate.
+    """
+    assert gpu.fp32_flops_per_s is not None
+    if row.dtype == "float16":
+        rate = gpu.fp16_flops_per_s
+    elif row.dtype == "bfloat16":
+        rate = gpu.bf16_flops_per_s
+    else:
+        rate = gpu.tf32_flops_per_s if row.op.startswith("aten.convolution") else None
+    return (gpu.fp32_flops_per_s, False) if rate is None else (rate, True)

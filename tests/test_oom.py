@@ -1,0 +1,184 @@
+"""Out-of-memory errors injected anywhere: the parameters come out as if nothing had happened."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from test_exact_gradient import Toy, make_sample, nano, toy_objective
+from trainfit.errors import OutOfMemory
+from trainfit.models.workload import OptimizerSettings
+from trainfit.step.optimizer import make_adamw
+from trainfit.step.terms import CountKind, Objective
+from trainfit.step.training_step import TrainingStep
+from trainfit.training.oom import Survivor, attempt, is_out_of_memory
+
+CPU = torch.device("cpu")
+
+
+class FailAt(TorchDispatchMode):
+    """Raises out-of-memory instead of running the operators with these numbers; counts all operators."""
+
+    def __init__(self, *numbers: int) -> None:
+        super().__init__()
+        self.numbers, self.seen, self.failed = set(numbers), 0, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        if func.namespace == "profiler":  # allocates nothing
+            return func(*args, **(kwargs or {}))
+        self.seen += 1
+        if self.seen in self.numbers:
+            self.failed += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB (injected)")
+        return func(*args, **(kwargs or {}))
+
+
+def make_step(model: torch.nn.Module, objective: Objective, groups: Any = None) -> TrainingStep:
+    optimizer = make_adamw(groups or [{"params": [p], "lr": 1e-2} for p in model.parameters()])
+    ema = copy.deepcopy(model).requires_grad_(False)
+    return TrainingStep(model=model, objective=objective, optimizer=optimizer, device=CPU, ema=ema)
+
+
+def toy_step(kind: CountKind) -> TrainingStep:
+    return make_step(Toy(), toy_objective(kind))
+
+
+def rfdetr_step() -> TrainingStep:
+    workload, model = nano(groups=2)
+    return make_step(model, workload.objective, workload.parameter_groups(model, OptimizerSettings(lr=1e-2)))
+
+
+def everything(step: TrainingStep) -> list[torch.Tensor]:
+    assert step.ema is not None
+    state = [v for slots in step.optimizer.state.values() for v in slots.values()]
+    return [*step.model.state_dict().values(), *step.ema.state_dict().values(), *state]
+
+
+def train(step: TrainingStep, survivor: Survivor, *fail_at: int) -> FailAt:
+    mode = FailAt(*fail_at)
+    window = [make_sample(n, i) for i, n in enumerate((0, 3, 6, 2))]
+    torch.manual_seed(5)
+    for number in range(2):
+        if number == 1:
+            with mode:
+                survivor.run(step, window, number=number)
+        else:
+            survivor.run(step, window, number=number)
+    return mode
+
+
+def assert_same(one: TrainingStep, other: TrainingStep, tolerance: float = 0.0) -> None:
+    for ours, theirs in zip(everything(one), everything(other), strict=True):
+        if tolerance:
+            assert (ours - theirs).norm() <= tolerance * max(theirs.norm().item(), 1e-12)
+        else:
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["images", "targets", "sampled"])
+def test_an_error_at_any_operator_of_a_step_changes_nothing(kind: CountKind) -> None:
+    undisturbed = toy_step(kind)
+    operators = train(undisturbed, Survivor(2)).seen
+    assert operators > 60
+    for number in range(1, operators + 1):
+        step, survivor = toy_step(kind), Survivor(2)
+        assert train(step, survivor, number).failed == 1, number
+        assert_same(step, undisturbed)
+        assert len(survivor.survived) == 1
+        assert survivor.micro_batch == 2
+
+
+@pytest.mark.parametrize("build", [rfdetr_step])
+def test_errors_in_rfdetr(build: Callable[[], TrainingStep]) -> None:
+    undisturbed = build()
+    operators = train(undisturbed, Survivor(2)).seen
+    generator = torch.Generator().manual_seed(0)
+    for number in torch.randint(1, operators + 1, (6,), generator=generator).tolist():
+        step = build()
+        assert train(step, Survivor(2), number).failed == 1
+        assert_same(step, undisturbed)
+
+
+def test_a_second_error_halves_the_micro_batch_and_keeps_the_result() -> None:
+    undisturbed = toy_step("targets")
+    train(undisturbed, Survivor(4))
+    step, survivor = toy_step("targets"), Survivor(4)
+    train(step, survivor, 3, 6)
+    assert survivor.micro_batch == 2
+    assert [(s.micro_batch, s.next_micro_batch) for s in survivor.survived] == [(4, 4), (4, 2)]
+    assert_same(step, undisturbed, 1e-12)
+
+
+def test_the_end_of_the_ladder_changes_nothing_and_says_what_to_do() -> None:
+    step, survivor = toy_step("targets"), Survivor(2)
+    before = [t.clone() for t in everything(step)]
+    with FailAt(*range(1, 10_000)), pytest.raises(OutOfMemory, match=r"one image does not fit.*--resolution"):
+        survivor.run(step, [make_sample(2, 0), make_sample(1, 1)], number=0)
+    assert survivor.micro_batch == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(step), strict=True))
+    assert all(p.grad is None for p in step.model.parameters())
+
+
+def test_recognition() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError("x"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_out_of_memory(ValueError("CUDA error: out of memory"))
+
+
+def test_other_errors_pass_and_nothing_is_kept_alive() -> None:
+    def wrong() -> None:
+        raise RuntimeError("shape mismatch")
+
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        attempt(wrong)
+
+    import gc
+    import weakref
+
+    kept: list[weakref.ref[torch.Tensor]] = []
+
+    def fails() -> None:
+        big = torch.zeros(10)
+        kept.append(weakref.ref(big))
+        raise torch.OutOfMemoryError("full")
+
+    assert attempt(fails) == (None, "full")
+    gc.collect()
+    assert kept[0]() is None
+
+
+def rank_trains(rank: int, rendezvous: str, result: str, where: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    window = [make_sample(n, i) for i, n in enumerate((0, 3, 6, 2))][rank::2]
+    step, survivor = toy_step("sampled" if where == "count" else "targets"), Survivor(1)
+    torch.manual_seed(5)
+    for number in range(2):
+        numbers = {"count": (2,), "forward": (3,), "backward": (30,), "none": ()}[where]
+        with FailAt(*(numbers if rank == 1 and number == 0 else ())):
+            survivor.run(step, window, number=number)
+    torch.save(step.model.state_dict(), f"{result}-{where}-{rank}")
+    assert bool(survivor.survived) == (where != "none")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("where", ["count", "forward", "backward"])
+def test_one_of_two_ranks_runs_out(tmp_path: Path, where: str) -> None:
+    for run in (where, "none"):
+        rendezvous = str(tmp_path / f"rendezvous-{run}")
+        mp.start_processes(rank_trains, (rendezvous, str(tmp_path / "m"), run), nprocs=2, start_method="spawn")
+    loaded = [torch.load(tmp_path / f"m-{where}-{rank}", weights_only=True) for rank in range(2)]
+    assert all(torch.equal(loaded[0][key], loaded[1][key]) for key in loaded[0])
+    if where != "count":  # the other run has another objective
+        undisturbed = torch.load(tmp_path / "m-none-0", weights_only=True)
+        assert all(torch.equal(loaded[0][key], undisturbed[key]) for key in undisturbed)
