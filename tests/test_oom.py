@@ -121,8 +121,9 @@ def test_a_second_error_halves_the_micro_batch_and_keeps_the_result() -> None:
 def test_the_end_of_the_ladder_changes_nothing_and_says_what_to_do() -> None:
     step, survivor = toy_step("targets"), Survivor(2)
     before = [t.clone() for t in everything(step)]
+    window = [make_sample(2, 0), make_sample(1, 1)]
     with FailAt(*range(1, 10_000)), pytest.raises(OutOfMemory, match=r"one image does not fit.*--resolution"):
-        survivor.run(step, [make_sample(2, 0), make_sample(1, 1)], number=0)
+        survivor.run(step, window, number=0)
     assert survivor.micro_batch == 1
     assert all(torch.equal(a, b) for a, b in zip(before, everything(step), strict=True))
     assert all(p.grad is None for p in step.model.parameters())

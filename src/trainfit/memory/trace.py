@@ -6,6 +6,7 @@
 import gc
 import importlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -197,7 +198,9 @@ def trace_in_subprocess(spec: TraceSpec) -> TraceResult:
         request, answer = Path(folder) / "spec.json", Path(folder) / "result.json"
         request.write_text(json.dumps({**asdict(spec), "path": sys.path}))
         command = [sys.executable, "-m", "trainfit.memory.worker", str(request), str(answer)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # One thread: a trace computes next to nothing, and spinning threads slow a busy machine many times over.
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if not answer.exists():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise TrainfitError(f"tracing {spec.factory} ended with exit status {done.returncode}: {last}")

@@ -114,7 +114,9 @@ def _traced(request: TraceRequest) -> str:
         asked, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
         asked.write_text(json.dumps({**request.to_json(), "path": sys.path}))
         command = [sys.executable, "-m", "trainfit.memory.worker", str(asked), str(answer)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # One thread: a trace computes next to nothing, and spinning threads slow a busy machine many times over.
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if not answer.exists():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise TrainfitError(f"tracing {request.setting.model} ended with exit status {done.returncode}: {last}")

@@ -1,6 +1,5 @@
 """Steps on one fixed window: what is traced and measured. Training runs the same `TrainingStep` on data."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 
 from trainfit.models.setting import Setting
 from trainfit.step.contrastive import Contrastive
+from trainfit.step.ema import averaged_copy
 from trainfit.step.precision import autocast, resolve_precision
 from trainfit.step.terms import Objective
 from trainfit.step.training_step import StepResult, TrainingStep
@@ -105,7 +105,7 @@ def fixed_step(
         optimizer=_optimizer(setting, own),
         device=device,
         precision=resolve_precision(setting.precision, device),
-        ema=copy.deepcopy(model).eval().requires_grad_(False) if averaged else None,
+        ema=averaged_copy(model) if averaged else None,
     )
     return FixedStep(training=training, window=window, micro_batch=setting.micro_batch)
 

@@ -18,7 +18,7 @@ class Setting:
     """
 
     model: str
-    """The canonical name, see `registry.model_name`."""
+    """rfdetr-nano, maskrcnn-r50-v2, clip:ARCH, timm:NAME, or module:function of your own."""
     micro_batch: int = 1
     """Images (or pairs) in one forward and backward."""
     accumulation: int = 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from trainfit.training.coco_ap import ApResult
 from trainfit.training.distributed import process_group
 from trainfit.training.evaluation import evaluate_model
 from trainfit.training.journal import Journal
-from trainfit.training.loader import STEP, Unreadable, WindowPlan, default_workers, training_loader
+from trainfit.training.loader import STEP, Unreadable, WindowPlan, default_workers, training_loader, usable_cores
 from trainfit.training.mask_stage import evaluated_weights, on_detector_run
 from trainfit.training.oom import Survival, Survivor, survival_line
 from trainfit.training.recipe import Batching, Recipe, encode, resolve_batching, resume_recipe
@@ -330,6 +331,9 @@ def make_step(
     workload: Workload, recipe: Recipe, device: torch.device, precision: Precision, show: Progress
 ) -> TrainingStep:
     """Model, optimizer and EMA on the device, from the recipe's seed and weights."""
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # A core for the loader: threads that spin for a core that is taken make a step up to 30 times slower.
+        torch.set_num_threads(max(1, usable_cores() - 1))
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as upstream trains
     torch.manual_seed(recipe.seed)

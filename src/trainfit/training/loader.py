@@ -115,10 +115,15 @@ def _as_list(samples: list[Sample | Unreadable]) -> list[Sample | Unreadable]:
     return samples
 
 
-def default_workers() -> int:
-    """Loader processes: one per core that this process may use and its rank's share of them, less one for the trainer."""
+def usable_cores() -> int:
+    """Cores that this process may use: its rank's share of the machine's."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def default_workers() -> int:
+    """Loader processes: one per usable core less one for the trainer, eight at most."""
+    return min(8, usable_cores() - 1)
 
 
 Loader = DataLoader[Sample | Unreadable]
