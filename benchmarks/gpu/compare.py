@@ -161,10 +161,8 @@ def _line(name: str, rows: Sequence[Compared]) -> str:
         return f"{name:12}{len(rows):6}{'':60}{right:>10}{len(rows):5}"
     errors, high = [row.error for row in ran], [row.high_error for row in ran]
     worst = max(errors, key=abs)
-    surely, most = (
-        _share([row.needed_bytes > row.limit_bytes for row in ran]),
-        _share([row.held_bytes > row.limit_bytes for row in ran]),
-    )
+    surely = _share([row.needed_bytes > row.limit_bytes for row in ran])
+    most = _share([row.held_bytes > row.limit_bytes for row in ran])
     times = [row.time_ratio for row in ran if row.time_ratio is not None]
     return (
         f"{name:12}{len(rows):6}{median(map(abs, errors)):8.1%}{worst:+8.1%}{min(errors):+8.1%}"

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,16 +135,20 @@ def _context(free_before: int, reading: dict[str, Any] | None) -> int | None:
 
 def records(out: Path) -> dict[str, dict[str, Any]]:
     """What was measured, by name; of a case that was measured again, the last. A line that was cut off is left out."""
+    found: dict[str, dict[str, Any]] = {}
     file = out / "cases.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return {record["name"]: record for record in map(json.loads, (line for line in lines if line.endswith("}\n")))}
+    for line in file.read_text().splitlines() if file.exists() else []:
+        with suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            found[record["name"]] = record
+    return found
 
 
 def keep(out: Path, record: dict[str, Any]) -> None:
     """Append in one write, then renew the file of the whole run."""
     handle = os.open(out / "cases.jsonl", os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o644)
     try:
-        os.write(handle, f"{json.dumps(record)}\n".encode())
+        os.write(handle, f"\n{json.dumps(record)}\n".encode())  # the last line may have been cut off
         os.fsync(handle)
     finally:
         os.close(handle)
@@ -221,8 +225,10 @@ def main(argv: list[str]) -> int:
     there = {name for name, record in records(out).items() if record["outcome"] != "error"}
     wanted = [name for name in known if name not in there and (not arguments.only or name in arguments.only)]
     logs = [(name, path) for name in arguments.snapshot if not (path := out / f"{name}.pickle.gz").exists()]
-    done = run([*logs, *((name, None) for name in wanted)], arguments.device, card, out, arguments.seconds)
-    print(f"{done} measured now, {len(records(out))} in all: {out / 'measured.json'}")
+    todo = [*logs, *((name, None) for name in wanted)]
+    done = run(todo, arguments.device, card, out, arguments.seconds)
+    left = f"{len(todo) - done} left for the same command again" if done < len(todo) else "none left"
+    print(f"{done} measured now, {left}: {out / 'measured.json'}")
     return 0
 
 

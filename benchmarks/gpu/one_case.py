@@ -33,6 +33,8 @@ HISTORY_WINDOWS = 2
 def measure(case: Case, device: torch.device, history: Path | None) -> dict[str, Any]:
     """Build the step, run windows, and tell what they took. With `history` the allocator's log is written to it."""
     cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.init()
     begin = _reading(0.0) if cuda else None
     if case.limit_bytes is not None and cuda:
         torch.cuda.set_per_process_memory_fraction(case.limit_bytes / torch.cuda.mem_get_info()[1])

@@ -141,7 +141,7 @@ CLASSIFIERS = chain(
     _cases("timm:resnet10t", _b(2, precision="fp32", resolution=64)),
 )
 CUSTOM = chain(
-    _cases("custom_tasks:unet", _b(8, precision="bf16"), FP32, _b(16, card_gib=8), _b(4, accumulation=4)),
+    _cases("custom_tasks:deeplab", _b(8, precision="bf16"), FP32, _b(16, card_gib=8), _b(4, accumulation=4)),
     _cases("custom_tasks:encoder", _b(32, precision="bf16"), FP32, EXPANDABLE, {"optimizer": "adamw-foreach"}),
 )
 

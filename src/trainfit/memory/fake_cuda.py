@@ -15,6 +15,7 @@ dtype; what a kernel allocates within itself (workspaces, contiguous copies) is 
 
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -301,6 +302,13 @@ def _autocast_lists() -> dict[str, list[list[str]]]:
     return lists
 
 
+def _override(library: torch.library.Library, name: str, kernel: Callable[..., Any]) -> None:
+    with warnings.catch_warnings():
+        # Up to torch 2.11 an override warns, though it is asked for.
+        warnings.filterwarnings("ignore", message="Warning only once for all operators", category=UserWarning)
+        library.impl(name, kernel, allow_override=True)
+
+
 def _register_autocast() -> None:
     library = torch.library.Library("aten", "IMPL", "AutocastCUDA")
     _libraries.append(library)
@@ -311,7 +319,7 @@ def _register_autocast() -> None:
             if packet is None or which not in packet.overloads():
                 continue  # The header names a few functions (e.g. deprecated ones) that are no operators.
             qualified = name if which == "default" else f"{name}.{which}"
-            library.impl(qualified, _autocasting(getattr(packet, which), policy), allow_override=True)
+            _override(library, qualified, _autocasting(getattr(packet, which), policy))
 
 
 def _in_fp32(op: OpOverload) -> Callable[..., Any]:
@@ -330,7 +338,7 @@ def register_torchvision() -> None:
     library = torch.library.Library("torchvision", "IMPL", "AutocastCUDA")
     _libraries.append(library)
     for name in ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d", "nms"):
-        library.impl(name, _in_fp32(getattr(torch.ops.torchvision, name).default), allow_override=True)
+        _override(library, name, _in_fp32(getattr(torch.ops.torchvision, name).default))
 
 
 # ---- installation ---------------------------------------------------------------------------------------------------
