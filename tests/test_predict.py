@@ -193,3 +193,25 @@ def test_own_models_are_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", refuse)
     with pytest.raises(AssertionError, match="traced again"):
         trace_cache.get_trace(request)
+
+
+def test_optimizer_state_bytes() -> None:
+    """AdamW keeps two float32 a parameter; bitsandbytes' 8-bit one two bytes and two scales for every 256 values.
+
+    Tensors of fewer than 4096 values stay in 32 bits (bitsandbytes optim/optimizer.py, `min_8bit_size`).
+    """
+    import timm
+
+    model = timm.create_model("resnet10t", num_classes=Setting(model="timm:resnet10t").classes)
+    sizes = [p.numel() for p in model.parameters()]
+    expected = {
+        "adamw-fused": sum(8 * n for n in sizes),
+        "adamw-8bit": sum(8 * n if n < 4096 else 2 * n + 8 * -(-n // 256) for n in sizes),
+    }
+    for optimizer, state_bytes in expected.items():
+        setting = Setting(model="timm:resnet10t", resolution=64, micro_batch=2, precision="fp32", ema=False)
+        request = trace_requests(replace(setting, optimizer=optimizer), find_gpu("RTX 3060"))[0]  # pyright: ignore[reportArgumentType]
+        tensors = trace_cache.get_trace(request, cache=False).trace.tensors
+        traced = sum(t.nbytes for t in tensors if t.category == "optimizer state")
+        # Besides: a step count of four bytes a tensor, or 8-bit's two tables of 256 float32.
+        assert state_bytes <= traced <= state_bytes + max(4 * len(sizes), 2 * 1024 * 2)

@@ -6,19 +6,15 @@ attention, batch norm and dropout for their CUDA kernels. Here C++ is told "meta
 nothing, and what it would have decided for CUDA is registered again from Python.
 
 What the tracer replaces in torch is replaced in this file, in `fakeify` and in `Shadows.patch_numpy`, global and for
-good: use a process of its own (`trace_in_subprocess`), behind `selftest`. Seen working on torch 2.15.
+good: use a process of its own (`trace_in_subprocess`), behind `selftest`. Seen working on torch 2.11 and 2.15.
 
 Known limits: recurrent layers are traced as unrolled loops instead of cuDNN's; a norm under autocast keeps its input's
 dtype; what a kernel allocates within itself (workspaces, contiguous copies) is not a tensor and is not seen here.
 """
 # pyright: reportPrivateUsage=false
 
-import re
-import sys
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,11 +25,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import _foreach_supported_types as optimizer_foreach_types
 from torch.utils._foreach_utils import _foreach_supported_types as foreach_types
 
+from trainfit.memory.fake_autocast import HALF, forget_casts, libraries, register_autocast
+
 aten = torch.ops.aten
 PRIM_DEVICE = torch.ops.prim.device.default
 CUDA = torch.device("cuda", 0)
 META = torch.device("meta")
-HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,103 +239,7 @@ def _softmax(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return softmax
 
 
-# ---- autocast -------------------------------------------------------------------------------------------------------
-_AUTOCAST_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
-_casts: dict[int, tuple[Tensor, Tensor]] = {}
-_libraries: list[torch.library.Library] = []  # a registration lives as long as its Library
 _installed: list[Target] = []
-
-
-def _castable(x: object) -> bool:
-    return isinstance(x, FakeTensor) and x.fake_device.type == "cuda" and x.is_floating_point()
-
-
-def _cast(x: Any, dtype: torch.dtype) -> Any:
-    """`x` with every eligible tensor in it cast; a parameter's cast is kept until autocast is left, as C++ does."""
-    if isinstance(x, (list, tuple)):
-        return type(x)(_cast(each, dtype) for each in x)
-    if not _castable(x) or x.dtype in (torch.float64, dtype):
-        return x
-    keep = dtype in HALF and x.dtype == torch.float32 and x.requires_grad and x.is_leaf and x._base is None
-    if not (keep and torch.is_autocast_cache_enabled()):
-        return x.to(dtype)
-    if id(x) not in _casts:
-        _casts[id(x)] = (x, x.to(dtype))
-    return _casts[id(x)][1]
-
-
-def _widest(x: Any) -> bool:
-    if isinstance(x, (list, tuple)):
-        return any(_widest(each) for each in x)
-    return _castable(x) and x.dtype == torch.float32
-
-
-def _autocasting(op: OpOverload, policy: str) -> Callable[..., Any]:
-    names = [argument.name for argument in op._schema.arguments]
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEY):
-            if policy == "FP32_SET_OPT_DTYPE":
-                given = dict(zip(names, args, strict=False)) | kwargs
-                if _castable(args[0]) and args[0].dtype in HALF and given.get("dtype") is None:
-                    args, kwargs = args[: names.index("dtype")], {**kwargs, "dtype": torch.float32}
-                return op(*args, **kwargs)
-            low = torch.get_autocast_dtype("cuda")
-            wide = policy == "FP32" or (policy == "PROMOTE" and _widest([*args, *kwargs.values()]))
-            dtype = torch.float32 if wide else low
-            return op(*_cast(args, dtype), **{name: _cast(x, dtype) for name, x in kwargs.items()})
-
-    return call
-
-
-def _autocast_lists() -> dict[str, list[list[str]]]:
-    """Operators by autocast policy, from the header that ships with torch: it is the list C++ itself compiles."""
-    header = (Path(torch.__file__).parent / "include/ATen/autocast_mode.h").read_text()
-    lists: dict[str, list[list[str]]] = {}
-    for policy in ("LOWER_PRECISION_FP", "FP32", "FP32_SET_OPT_DTYPE", "PROMOTE"):
-        macro = re.search(rf"#define AT_FORALL_{policy}\(_\)(.*?)\n\n", header, re.S)
-        assert macro is not None, f"AT_FORALL_{policy} is gone from torch's autocast_mode.h"
-        lists[policy] = [re.split(r"\s*,\s*", entry) for entry in re.findall(r"_\(([^()]*)\)", macro[1])]
-    return lists
-
-
-def _override(library: torch.library.Library, name: str, kernel: Callable[..., Any]) -> None:
-    with warnings.catch_warnings():
-        # Up to torch 2.11 an override warns, though it is asked for.
-        warnings.filterwarnings("ignore", message="Warning only once for all operators", category=UserWarning)
-        library.impl(name, kernel, allow_override=True)
-
-
-def _register_autocast() -> None:
-    library = torch.library.Library("aten", "IMPL", "AutocastCUDA")
-    _libraries.append(library)
-    for policy, entries in _autocast_lists().items():
-        for name, *overload in entries:
-            packet = getattr(aten, name, None)
-            which = overload[0] if overload else "default"
-            if packet is None or which not in packet.overloads():
-                continue  # The header names a few functions (e.g. deprecated ones) that are no operators.
-            qualified = name if which == "default" else f"{name}.{which}"
-            _override(library, qualified, _autocasting(getattr(packet, which), policy))
-
-
-def _in_fp32(op: OpOverload) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEY):
-            out = op(*_cast(args, torch.float32))
-            return _cast(out, args[0].dtype) if args[0].is_floating_point() else out
-
-    return call
-
-
-def register_torchvision() -> None:
-    """Torchvision's autocast kernels (float32 inside), if the traced code has imported torchvision."""
-    if "torchvision" not in sys.modules or any(library.ns == "torchvision" for library in _libraries):
-        return
-    library = torch.library.Library("torchvision", "IMPL", "AutocastCUDA")
-    _libraries.append(library)
-    for name in ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d", "nms"):
-        _override(library, name, _in_fp32(getattr(torch.ops.torchvision, name).default))
 
 
 # ---- installation ---------------------------------------------------------------------------------------------------
@@ -354,7 +255,8 @@ def _patch_python(target: Target) -> None:
         supported.append(FakeTensor)
     replace(torch._C, _group_tensors_by_device_and_dtype=group_by_device)
     replace(FakeTensor, is_cuda=property(_is_on("cuda")), is_cpu=property(_is_on("cpu")))
-    replace(torch, _shape_as_tensor=_shape_as_tensor, clear_autocast_cache=_casts.clear)
+    replace(FakeTensor, to=_to, cuda=_cuda)
+    replace(torch, _shape_as_tensor=_shape_as_tensor, clear_autocast_cache=forget_casts)
     replace(torch.cuda.amp.common, amp_definitely_not_available=_answer(False))
     replace(
         torch.cuda,
@@ -369,6 +271,21 @@ def _patch_python(target: Target) -> None:
 
 def _answer(value: object) -> Callable[..., object]:
     return lambda *_args, **_kwargs: value
+
+
+def _to(tensor: FakeTensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`Tensor.to`, which gives the tensor itself where nothing changes: C++ would compare CUDA with "meta", and copy."""
+    if not kwargs.get("copy"):
+        asked = {name: value for name, value in kwargs.items() if name != "copy"}
+        device, dtype, _, layout = torch._C._nn._parse_to(*args, **asked)  # pyright: ignore[reportAttributeAccessIssue]
+        here = device is None or (device.type == tensor.device.type and device.index in (None, tensor.device.index))
+        if here and dtype in (None, tensor.dtype) and layout is None:
+            return tensor
+    return Tensor.to(tensor, *args, **kwargs)
+
+
+def _cuda(tensor: FakeTensor, *_args: Any, **_kwargs: Any) -> Tensor:
+    return _to(tensor, CUDA)
 
 
 def _is_on(device_type: str) -> Callable[[FakeTensor], bool]:
@@ -391,9 +308,9 @@ def install(target: Target) -> None:
         assert _installed == [target], f"this process traces for {_installed[0]}, not for {target}"
         return
     _installed.append(target)
-    _register_autocast()
+    register_autocast()
     library = torch.library.Library("aten", "IMPL", "AutogradCUDA")
-    _libraries.append(library)
+    libraries.append(library)
     attention = _fused_attention(target) if target.fused_attention else _unfused_attention
     library.impl("scaled_dot_product_attention", attention, allow_override=True)
     library.impl("batch_norm", _batch_norm, allow_override=True)
@@ -402,5 +319,5 @@ def install(target: Target) -> None:
     library.impl("softmax.int", _softmax(aten._softmax), allow_override=True)
     library.impl("log_softmax.int", _softmax(aten._log_softmax), allow_override=True)
     if not target.fused_attention:  # Its parts are cast one by one: softmax in float32, products in half precision.
-        _libraries[0].impl("scaled_dot_product_attention", attention, allow_override=True)
+        libraries[0].impl("scaled_dot_product_attention", attention, allow_override=True)
     _patch_python(target)

@@ -22,7 +22,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trainfit.errors import TrainfitError
-from trainfit.memory import fake_cuda, fakeify
+from trainfit.memory import fake_autocast, fake_cuda, fakeify
 from trainfit.memory.events import Trace
 from trainfit.memory.fake_cuda import Target
 from trainfit.memory.recorder import Recorder
@@ -151,7 +151,7 @@ def trace_step(
         try:
             with building:
                 step = build(torch.device(device))
-            fake_cuda.register_torchvision()
+            fake_autocast.register_torchvision()
             for mode in modes:
                 running.enter_context(mode)
             _run(step, recorder, steps)

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
+from trainfit.errors import TrainfitError
 from trainfit.models.setting import Setting
 from trainfit.step.contrastive import Contrastive
 from trainfit.step.ema import averaged_copy
+from trainfit.step.optimizer import make_adamw
 from trainfit.step.precision import autocast, resolve_precision
 from trainfit.step.terms import Objective
 from trainfit.step.training_step import StepResult, TrainingStep
@@ -113,8 +115,15 @@ def fixed_step(
 def _optimizer(setting: Setting, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     if setting.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=1e-3, momentum=0.9, foreach=True)
-    fused = setting.optimizer == "adamw-fused"
-    return torch.optim.AdamW(groups, lr=1e-4, fused=fused, foreach=not fused)
+    if setting.optimizer == "adamw-8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise TrainfitError("--optimizer adamw-8bit needs bitsandbytes: pip install 'trainfit[8bit]'") from error
+        return AdamW8bit(groups, lr=1e-4)
+    if setting.optimizer == "adamw-foreach":
+        return torch.optim.AdamW(groups, lr=1e-4, foreach=True)
+    return make_adamw([{"lr": 1e-4, **group} for group in groups])
 
 
 def fixed_evaluation(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from trainfit.errors import TrainfitError
 from trainfit.step.names import Precision
 
-Optimizer = Literal["adamw-fused", "adamw-foreach", "sgd"]
+Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-8bit", "sgd"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Setting:
     checkpointing: bool = False
     """Activation checkpointing: parts of the forward are computed again in backward."""
     optimizer: Optimizer = "adamw-fused"
-    """sgd has momentum."""
+    """sgd has momentum; adamw-8bit is bitsandbytes' (extra `8bit`)."""
     ema: bool | None = None
     """Keep an averaged copy of the weights on the device. None: as the family is trained: RF-DETR yes, others no."""
     multi_scale: bool = True
