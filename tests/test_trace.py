@@ -124,7 +124,7 @@ def test_laws(traced: dict[str, Any]) -> None:
 
 def test_self_test_says_what_to_do(traced: dict[str, Any]) -> None:
     assert torch.__version__ in traced["self-test"]
-    assert 'device="cpu"' in traced["self-test"]
+    assert "--trace-on cpu" in traced["self-test"]
 
 
 def test_trace_in_a_process_of_its_own(traced: dict[str, Any]) -> None:

@@ -261,6 +261,7 @@ def test_full_disk_leaves_the_previous_file(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, text=True)
     assert "TrainfitError: could not save" in done.stderr.splitlines()[-1]
+    assert "File too large" in done.stderr.splitlines()[-1]
     assert "the previous one is intact" in done.stderr.splitlines()[-1]
     assert run_folder.load_state(path)["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]

@@ -5,7 +5,7 @@ import pickle
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -44,6 +44,9 @@ class Predict:
     """Overwrite files."""
     cache: bool = True
     """Store the traces, and use stored ones."""
+    trace_on: Literal["cuda", "cpu"] = "cuda"
+    """cuda: fake tensors of the card. cpu: really run the step here, where a new torch cannot be traced otherwise: slow,
+    needs the memory, in float32 and with the CPU's kernels."""
 
 
 def predict(arguments: Annotated[Predict, tyro.conf.arg(name="")]) -> int:
@@ -56,7 +59,7 @@ def predict(arguments: Annotated[Predict, tyro.conf.arg(name="")]) -> int:
     setting = replace(arguments.setting, model=model_name(arguments.setting.model))
     if arguments.data is not None:
         setting = _for_data(setting, arguments.data)
-    requests = trace_requests(setting, gpu)
+    requests = trace_requests(setting, gpu, device=arguments.trace_on)
     if sys.stderr.isatty() and not (arguments.cache and all(map(is_stored, requests))):
         print(f"tracing {setting.model}, some 20 s; the next time it is stored", file=sys.stderr)
     training, evaluation = get_traces(requests, cache=arguments.cache)

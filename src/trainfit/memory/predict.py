@@ -76,13 +76,15 @@ class Prediction:
         return ByteRange(low_bytes=max(p.low_bytes for p in parts), high_bytes=max(p.high_bytes for p in parts))
 
 
-def trace_requests(setting: Setting, gpu: Gpu) -> tuple[TraceRequest, TraceRequest]:
+def trace_requests(
+    setting: Setting, gpu: Gpu, *, device: Literal["cuda", "cpu"] = "cuda"
+) -> tuple[TraceRequest, TraceRequest]:
     """The traces that a prediction wants: training, evaluation."""
     capability = gpu.capability or _UNKNOWN_CAPABILITY
     alone = replace(setting, eval_micro_batch=None)
     return (
-        TraceRequest(setting=alone, part="training", capability=capability),
-        TraceRequest(setting=setting, part="evaluation", capability=capability),
+        TraceRequest(setting=alone, part="training", capability=capability, device=device),
+        TraceRequest(setting=setting, part="evaluation", capability=capability, device=device),
     )
 
 

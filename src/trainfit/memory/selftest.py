@@ -44,7 +44,7 @@ class _Step:
 
 def selftest(target: Target) -> None:
     """Trace a tiny step for `target` and compare with its known bytes. Raises TrainfitError if torch has moved on."""
-    advice = f'this torch ({torch.__version__}) cannot be traced without a GPU; trace on the CPU with device="cpu"'
+    advice = f"this torch ({torch.__version__}) cannot be traced without a GPU; run the step on the CPU instead: --trace-on cpu"
     try:
         result = trace_step(_Step, target=target)
     except Exception as error:

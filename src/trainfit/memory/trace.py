@@ -188,7 +188,7 @@ def _explained(error: Exception, recorder: Recorder) -> Exception:
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     return TrainfitError(
         f"operator {recorder.failed} cannot be traced, called at {where}: {reason}. Give it a shape function with "
-        'torch.library.register_fake, or trace on the CPU with device="cpu"'
+        "torch.library.register_fake, or run it on the CPU: --trace-on cpu"
     )
 
 

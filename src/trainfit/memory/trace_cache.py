@@ -39,6 +39,8 @@ class TraceRequest:
     """evaluation: one training window, then an evaluation micro-batch."""
     capability: tuple[int, int]
     """CUDA compute capability of the card."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """cuda: fake tensors; cpu: the step really runs here, with the CPU's kernels: slow, and needs the memory."""
 
     def to_json(self) -> dict[str, Any]:
         """As the tracing process reads it (`memory.trace.TraceSpec`)."""
@@ -46,7 +48,7 @@ class TraceRequest:
             "factory": _FACTORY[self.part],
             "kwargs": {"setting": self.setting.to_json()},
             "target": {"capability": self.capability, "fused_attention": True},
-            "device": "cuda",
+            "device": self.device,
             "steps": 2,
         }
 

@@ -234,8 +234,8 @@ class _Run:
         score = self.ap.get("segm", self.ap["bbox"]).ap
         figures = ", ".join(f"{kind} AP {_percent(r.ap)} AP50 {_percent(r.ap50)}" for kind, r in self.ap.items())
         better = score is not None and (self.best["ap"] is None or score > self.best["ap"])
-        self.show.note(f"epoch {row['epoch']} step {self.done}: {figures}{' (best so far)' if better else ''}")
-        if better or self.best["step"] is None:
+        self.show.note(f"epoch {row['epoch'] + 1} step {self.done}: {figures}{' (best so far)' if better else ''}")
+        if better or score is None or self.best["step"] is None:  # without an AP the last weights are the best
             self.best = {"ap": score, "step": self.done}
             self._save_weights(run_folder.BEST)
 

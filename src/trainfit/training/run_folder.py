@@ -64,8 +64,18 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the operating system's error
         temporary.unlink(missing_ok=True)
         kept = "the previous one is intact" if path.exists() else "there is no previous one"
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = _system_reason(error)
         raise TrainfitError(f"could not save {path} ({reason}); {kept}: free space and go on with --resume") from error
+
+
+def _system_reason(error: BaseException) -> str:
+    """The operating system's words, which torch and safetensors bury under their own; else the first line of theirs."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, OSError) and inner.strerror:
+            return inner.strerror
+        inner = inner.__cause__ or inner.__context__
+    return str(error).splitlines()[0]
 
 
 def save_weights(path: Path, weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
