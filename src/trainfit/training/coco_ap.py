@@ -1,9 +1,9 @@
-"""COCO average precision of boxes and masks, one class at a time so that host memory stays bounded."""
+"""COCO average precision of boxes and masks, one image at a time so that host memory stays bounded."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from trainfit.data.samples import ImageRecord
 from trainfit.errors import TrainfitError
 
 IouKind = Literal["bbox", "segm"]
+SIZES = 4
+"""COCO's object sizes: all, small, medium, large."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -31,9 +33,6 @@ class Detections:
     """(n,): index into the class names given to `evaluate`; others are left out, as COCO leaves them out."""
     masks: Sequence[Rle] | None = None
     """n masks (see `trainfit.data.masks`), or None from a model that gives boxes only."""
-
-
-_Image = TypeVar("_Image", ImageRecord, Detections)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,54 +93,105 @@ def evaluate(
 
     `max_detections` is COCO's 100 unless told (upstream RF-DETR evaluates with 500). `detections` is read once.
     Equal to pycocotools' COCOeval for detections in the same order (held by tests); crowds are "don't care" regions.
-    Host memory: about 1.1 kB for each detection of the most frequent class (measured: 1.5 million took 1.6 GB).
+    Host memory: `Evaluator`'s.
     Raises TrainfitError for `segm` where an object has no mask, ValueError for an image that is unknown or comes twice
     and for a NaN score.
     """
-    images = [{"id": record.id, "height": record.height, "width": record.width} for record in records]
-    limits = sorted({1, 10, max_detections})
-    last = limits.index(max_detections)
-    kept = _checked(detections, {record.id for record in records})
-    rows = list(zip(_by_class(records, len(classes)), _by_class(kept, len(classes)), strict=True))
-    precision = np.full((len(classes), 10, 101, 4, len(limits)), -1.0)  # -1 is COCO's "no objects"
-    recall = np.full((len(classes), 10, 4, len(limits)), -1.0)
-    objects = [sum(not record.crowd[row] for record, row in truth) for truth, _ in rows]
-    for c, (truth, found) in enumerate(rows):
-        if objects[c]:
-            truth, found = [_true(*row, iou) for row in truth], [_found(*row, iou) for row in found]
-            precision[c], recall[c] = _curves(truth, found, images, iou, limits)
-    per_class = tuple(
-        ClassAp(
-            name=name,
-            ap=_mean(precision[c, :, :, 0, last]),
-            ap50=_mean(precision[c, 0, :, 0, last]),
-            ar=_mean(recall[c, :, 0, last]),
-            objects=objects[c],
-            detections=len(rows[c][1]),
+    evaluator = Evaluator(records, classes, iou=iou, max_detections=max_detections)
+    for found in detections:
+        evaluator.add(found)
+    return evaluator.result()
+
+
+class Evaluator:
+    """Compares one image after the other with its objects, and keeps what matched; masks are dropped at once.
+
+    See `evaluate` for what it computes and raises. Host memory: 40 flags and a score for each detection.
+    """
+
+    def __init__(
+        self, records: Sequence[ImageRecord], classes: Sequence[str], *, iou: IouKind, max_detections: int = 100
+    ) -> None:
+        """Start without detections."""
+        self.records = {record.id: record for record in records}
+        self.iou: IouKind = iou
+        self.classes, self.max_detections = classes, max_detections
+        self.limits = sorted({1, 10, max_detections})
+        self.detections = [0] * len(classes)
+        self._added: set[int] = set()
+        self._matches: list[dict[int, list[Any]]] = [{} for _ in classes]  # by class and image: one a size
+
+    def add(self, found: Detections) -> None:
+        """Compare one image's detections."""
+        if found.image_id in self._added or found.image_id not in self.records:
+            fault = "twice" if found.image_id in self._added else "but no record"
+            raise ValueError(f"image {found.image_id} has detections {fault}")
+        self._added.add(found.image_id)
+        rows = [row for row, c in enumerate(found.classes.tolist()) if 0 <= c < len(self.classes)]
+        for row in rows:
+            self.detections[int(found.classes[row])] += 1
+        self._compare(self.records[found.image_id], found, rows)
+
+    def _compare(self, record: ImageRecord, detections: Detections | None, rows: Sequence[int]) -> None:
+        truth = [_true(record, row, self.iou) for row in range(len(record.classes))]
+        found = [_found(detections, row, self.iou) for row in rows] if detections else []
+        present = sorted({annotation["category_id"] for annotation in (*truth, *found)})
+        if present:
+            matches = _matches(truth, found, [_image(record)], present, self.iou, self.limits)
+            for number, category in enumerate(present):
+                self._matches[category][record.id] = matches[number * SIZES : (number + 1) * SIZES]
+
+    def result(self) -> ApResult:
+        """The figures over all records."""
+        for record in self.records.values():
+            if record.id not in self._added:
+                self._compare(record, None, [])
+        records, limits, last = list(self.records.values()), self.limits, self.limits.index(self.max_detections)
+        max_detections, classes, iou = self.max_detections, self.classes, self.iou
+        precision = np.full((len(classes), 10, 101, SIZES, len(limits)), -1.0)  # -1 is COCO's "no objects"
+        recall = np.full((len(classes), 10, SIZES, len(limits)), -1.0)
+        objects = [0] * len(classes)
+        for record in records:
+            for c, crowd in zip(record.classes.tolist(), record.crowd.tolist(), strict=True):
+                objects[c] += not crowd
+        images = [_image(record) for record in sorted(records, key=lambda record: record.id)]
+        nothing = _matches([], [], images[:1], [0], iou, limits)
+        for c in range(len(classes)):
+            if objects[c]:
+                of_class = [self._matches[c].get(image["id"], nothing) for image in images]
+                precision[c], recall[c] = _curves(of_class, images, iou, limits)
+        per_class = tuple(
+            ClassAp(
+                name=name,
+                ap=_mean(precision[c, :, :, 0, last]),
+                ap50=_mean(precision[c, 0, :, 0, last]),
+                ar=_mean(recall[c, :, 0, last]),
+                objects=objects[c],
+                detections=self.detections[c],
+            )
+            for c, name in enumerate(classes)
         )
-        for c, name in enumerate(classes)
-    )
-    return ApResult(
-        iou=iou,
-        max_detections=max_detections,
-        ap=_mean(precision[..., 0, last]),
-        ap50=_mean(precision[:, 0, :, 0, last]),
-        ap75=_mean(precision[:, 5, :, 0, last]),
-        ap_small=_mean(precision[..., 1, last]),
-        ap_medium=_mean(precision[..., 2, last]),
-        ap_large=_mean(precision[..., 3, last]),
-        ar_1=_mean(recall[..., 0, limits.index(1)]),
-        ar_10=_mean(recall[..., 0, limits.index(10)]),
-        ar_max=_mean(recall[..., 0, last]),
-        ar_small=_mean(recall[..., 1, last]),
-        ar_medium=_mean(recall[..., 2, last]),
-        ar_large=_mean(recall[..., 3, last]),
-        per_class=per_class,
-        images=len(records),
-        objects=sum(objects),
-        crowds=sum(int(record.crowd.sum()) for record in records),
-        detections=sum(row.detections for row in per_class),
-    )
+        return ApResult(
+            iou=iou,
+            max_detections=max_detections,
+            ap=_mean(precision[..., 0, last]),
+            ap50=_mean(precision[:, 0, :, 0, last]),
+            ap75=_mean(precision[:, 5, :, 0, last]),
+            ap_small=_mean(precision[..., 1, last]),
+            ap_medium=_mean(precision[..., 2, last]),
+            ap_large=_mean(precision[..., 3, last]),
+            ar_1=_mean(recall[..., 0, limits.index(1)]),
+            ar_10=_mean(recall[..., 0, limits.index(10)]),
+            ar_max=_mean(recall[..., 0, last]),
+            ar_small=_mean(recall[..., 1, last]),
+            ar_medium=_mean(recall[..., 2, last]),
+            ar_large=_mean(recall[..., 3, last]),
+            per_class=per_class,
+            images=len(records),
+            objects=sum(objects),
+            crowds=sum(int(record.crowd.sum()) for record in records),
+            detections=sum(row.detections for row in per_class),
+        )
 
 
 def gather_detections(detections: Iterable[Detections]) -> list[Detections]:
@@ -160,37 +210,18 @@ def gather_detections(detections: Iterable[Detections]) -> list[Detections]:
     return list(first.values())
 
 
-def _checked(detections: Iterable[Detections], known: set[int]) -> list[Detections]:
-    kept: dict[int, Detections] = {}
-    for found in detections:
-        if found.image_id in kept or found.image_id not in known:
-            fault = "twice" if found.image_id in kept else "but no record"
-            raise ValueError(f"image {found.image_id} has detections {fault}")
-        kept[found.image_id] = found
-    return list(kept.values())
-
-
-def _by_class(images: Sequence[_Image], classes: int) -> list[list[tuple[_Image, int]]]:
-    """The objects of each class as (image, row): COCO's dictionaries, far larger, exist for one class at a time."""
-    rows: list[list[tuple[_Image, int]]] = [[] for _ in range(classes)]
-    for image in images:
-        for row, index in enumerate(image.classes.tolist()):
-            if 0 <= index < classes:
-                rows[index].append((image, row))
-    return rows
-
-
 def _true(record: ImageRecord, row: int, iou: IouKind) -> dict[str, Any]:
     if iou == "segm" and record.segmentations[row] is None:
         raise TrainfitError(f"{record.path.name} object {row} has no mask: evaluate boxes, or add its mask")
-    annotation = {"image_id": record.id, "category_id": 1, "bbox": _box(record.boxes[row])}
+    annotation = {"image_id": record.id, "category_id": int(record.classes[row]), "bbox": _box(record.boxes[row])}
     figures = {"area": float(record.areas[row]), "iscrowd": int(record.crowd[row])}
     return annotation | figures | {"segmentation": record.segmentations[row]}
 
 
 def _found(image: Detections, row: int, iou: IouKind) -> dict[str, Any]:
     box = _box(image.boxes[row])
-    annotation = {"image_id": image.image_id, "category_id": 1, "bbox": box, "score": float(image.scores[row])}
+    annotation: dict[str, Any] = {"image_id": image.image_id, "category_id": int(image.classes[row]), "bbox": box}
+    annotation |= {"score": float(image.scores[row])}
     if iou == "bbox":  # COCO sizes a detection by what is compared: its box or its mask
         return annotation | {"area": box[2] * box[3]}
     assert image.masks is not None, "evaluating masks takes detections with masks"
@@ -202,25 +233,46 @@ def _box(corners: NDArray[Any]) -> list[float]:
     return [x0, y0, x1 - x0, y1 - y0]
 
 
-def _curves(
+def _image(record: ImageRecord) -> dict[str, int]:
+    return {"id": record.id, "height": record.height, "width": record.width}
+
+
+def _matches(
     truth: list[dict[str, Any]],
     found: list[dict[str, Any]],
     images: list[dict[str, int]],
+    categories: list[int],
     iou: IouKind,
     limits: list[int],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Precision (10 IoUs, 101 recalls, 4 sizes, limits) and recall (10, 4, limits) of one class; -1 is "no objects"."""
-    run = COCOeval_faster(_coco(truth, images), _coco(found, images), iou, print_function=_silent)
+) -> list[Any]:
+    """The library's record of which detection met which object: by category, then by size, then by image."""
+    truth_set, found_set = _coco(truth, images, categories), _coco(found, images, categories)
+    run = COCOeval_faster(truth_set, found_set, iou, print_function=_silent, separate_eval=True)
     run.params.maxDets = limits
     run.evaluate()
+    return run._evalImgs_cpp  # pyright: ignore[reportPrivateUsage]
+
+
+def _curves(
+    matches: list[list[Any]], images: list[dict[str, int]], iou: IouKind, limits: list[int]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Precision (10 IoUs, 101 recalls, 4 sizes, limits) and recall (10, 4, limits) of one class; -1 is "no objects".
+
+    `matches` has a row an image, in the order of `images`, with a match record a size.
+    """
+    empty = _coco([], images, [0])
+    run = COCOeval_faster(empty, empty, iou, print_function=_silent, separate_eval=True)
+    run.params.maxDets = limits
+    run._paramsEval = run.params  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    run._evalImgs_cpp = [row[size] for size in range(SIZES) for row in matches]  # pyright: ignore[reportPrivateUsage]
     run.accumulate()
     return run.eval["precision"][:, :, 0], run.eval["recall"][:, 0]
 
 
-def _coco(annotations: list[dict[str, Any]], images: list[dict[str, int]]) -> COCO:
+def _coco(annotations: list[dict[str, Any]], images: list[dict[str, int]], categories: list[int]) -> COCO:
     for number, annotation in enumerate(annotations, 1):  # COCO's matching takes id 0 for "not matched"
         annotation["id"] = number
-    dataset = {"images": images, "annotations": annotations, "categories": [{"id": 1}]}
+    dataset = {"images": images, "annotations": annotations, "categories": [{"id": c} for c in categories]}
     return COCO(dataset, print_function=_silent)
 
 

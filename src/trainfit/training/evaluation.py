@@ -10,7 +10,7 @@ from trainfit.models.workload import ImageDetections, Workload
 from trainfit.step import ranks
 from trainfit.step.names import Precision
 from trainfit.step.precision import autocast
-from trainfit.training.coco_ap import ApResult, Detections, IouKind, evaluate, gather_detections
+from trainfit.training.coco_ap import ApResult, Detections, Evaluator, IouKind, gather_detections
 from trainfit.training.loader import evaluation_loader
 from trainfit.training.oom import attempt, free_cached
 
@@ -28,8 +28,9 @@ def evaluate_model(
 ) -> dict[str, ApResult]:
     """AP of boxes ("bbox"), and of masks ("segm") for a segmentation model, over all ranks.
 
-    One micro-batch is on the device at a time; masks are kept run-length encoded. The model comes back in the mode that
-    it was in. Images that cannot be decoded count as images without detections.
+    One micro-batch is on the device at a time. In one process masks are compared and dropped image by image; over several
+    ranks they are kept, run-length encoded, until all ranks are done. The model comes back in the mode that it was in.
+    Images that cannot be decoded count as images without detections.
     """
     loader = evaluation_loader(
         records,
@@ -50,15 +51,17 @@ def evaluate_model(
             done += len(batch)
             progress(min(len(records), done * ranks.world_size()), len(records))
 
+    kinds: list[IouKind] = ["bbox", "segm"] if workload.masks else ["bbox"]
+    evaluators = {kind: Evaluator(records, workload.classes, iou=kind) for kind in kinds}
     training = model.training
     model.eval()
     try:
-        own = list(found())
+        for one in found() if ranks.world_size() == 1 else gather_detections(found()):
+            for evaluator in evaluators.values():
+                evaluator.add(one)
     finally:
         model.train(training)
-    every = gather_detections(own)
-    kinds: list[IouKind] = ["bbox", "segm"] if any(d.masks is not None for d in every) else ["bbox"]
-    return {kind: evaluate(records, every, workload.classes, iou=kind) for kind in kinds}
+    return {kind: evaluator.result() for kind, evaluator in evaluators.items()}
 
 
 def _detect(
