@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,8 @@ def _home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _threads() -> None:
+def _threads() -> Iterator[None]:
     torch.set_num_threads(1)
     gc.freeze()  # the imports' many objects: surviving an error collects garbage, which would go through them each time
+    yield
+    gc.unfreeze()

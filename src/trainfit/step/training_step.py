@@ -49,6 +49,7 @@ class TrainingStep:
         self.scaler = grad_scaler(self.precision, self.device.type)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._norm = torch.zeros(())
+        self._overflow = False
         self._phases: list[Callable[[], None]] = []
 
     def run(self, window: Sequence[Any], *, micro_batch: int, step: int) -> StepResult:
@@ -91,10 +92,11 @@ class TrainingStep:
             self.scaler.unscale_(self.optimizer)
             limit = self.clip_norm if self.clip_norm > 0 else float("inf")
             self._norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        self._overflow = self.scaler.is_enabled() and not bool(torch.isfinite(self._norm))
 
     def _step_group(self, group: dict[str, Any]) -> None:
         """Step one parameter group; fp16's overflow (a norm that is no number) skips it, as `GradScaler.step` would."""
-        if self.scaler.is_enabled() and not torch.isfinite(self._norm):
+        if self._overflow:
             return
         counters = [c for p in group["params"] if isinstance(c := self.optimizer.state[p].get("step"), torch.Tensor)]
         before = torch.stack(counters) if counters else None
