@@ -6,10 +6,6 @@
 import gc
 import importlib
 import json
-import os
-import subprocess
-import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -22,7 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trainfit.errors import TrainfitError
-from trainfit.memory import fake_autocast, fake_cuda, fakeify
+from trainfit.memory import fake_autocast, fake_cuda, fakeify, worker
 from trainfit.memory.events import Trace
 from trainfit.memory.fake_cuda import Target
 from trainfit.memory.recorder import Recorder
@@ -194,21 +190,7 @@ def _explained(error: Exception, recorder: Recorder) -> Exception:
 
 def trace_in_subprocess(spec: TraceSpec) -> TraceResult:
     """Trace in a process of its own, after a self-test. Raises TrainfitError with the message of what went wrong."""
-    with tempfile.TemporaryDirectory() as folder:
-        request, answer = Path(folder) / "spec.json", Path(folder) / "result.json"
-        request.write_text(json.dumps({**asdict(spec), "path": sys.path}))
-        command = [sys.executable, "-m", "trainfit.memory.worker", str(request), str(answer)]
-        # One thread: a trace computes next to nothing, and spinning threads slow a busy machine many times over.
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if not answer.exists():
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise TrainfitError(f"tracing {spec.factory} ended with exit status {done.returncode}: {last}")
-        text = answer.read_text()
-    failure: str | None = json.loads(text).get("error") if text.startswith('{"error"') else None
-    if failure is not None:
-        raise TrainfitError(failure)
-    return TraceResult.from_json(text)
+    return TraceResult.from_json(worker.run(asdict(spec), spec.factory))
 
 
 def load_factory(name: str) -> Callable[..., Step]:

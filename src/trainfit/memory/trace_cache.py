@@ -4,8 +4,6 @@ import gzip
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +15,7 @@ from typing import Any, Literal
 
 import trainfit
 from trainfit.errors import TrainfitError
+from trainfit.memory import worker
 from trainfit.memory.events import Trace
 from trainfit.models.registry import family
 from trainfit.models.setting import Setting
@@ -112,20 +111,7 @@ def versions() -> dict[str, str]:
 
 def _traced(request: TraceRequest) -> str:
     """The answer of a tracing process, as `TraceResult.to_json` wrote it."""
-    with tempfile.TemporaryDirectory() as folder:
-        asked, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
-        asked.write_text(json.dumps({**request.to_json(), "path": sys.path}))
-        command = [sys.executable, "-m", "trainfit.memory.worker", str(asked), str(answer)]
-        # One thread: a trace computes next to nothing, and spinning threads slow a busy machine many times over.
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if not answer.exists():
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise TrainfitError(f"tracing {request.setting.model} ended with exit status {done.returncode}: {last}")
-        text = answer.read_text()
-    if text.startswith('{"error"'):
-        raise TrainfitError(json.loads(text)["error"])
-    return text
+    return worker.run(request.to_json(), request.setting.model)
 
 
 def _write(path: Path, text: str) -> None:
