@@ -1,12 +1,17 @@
 """What several tests need."""
 
 import gc
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from trainfit.cli import main
+from trainfit.training.run_folder import METRICS
 
 # Threads that wait for each other by spinning make a busy machine up to 30 times slower: one here and in subprocesses.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -20,6 +25,19 @@ def shared_data(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"the data set {name} is not beside this checkout")
     return folder
+
+
+def run(*arguments: object) -> int:
+    """The exit code of a command of the command line."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(a) for a in arguments])
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics."""
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,7 @@ from rfdetr.models.heads.segmentation import point_sample
 from rfdetr.models.postprocess import PostProcess
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import shared_data
-from trainfit.cli import main
+from conftest import rows, run, shared_data
 from trainfit.cli.guide import translate
 from trainfit.data.masks import decode_rle
 from trainfit.data.samples import ImageRecord, Sample
@@ -340,17 +339,6 @@ def test_masks_stay_on_their_objects_at_every_size_crop_and_flip(tmp_path: Path,
             rows, columns = sample.masks[0].nonzero().unbind(1)
             seen = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
             assert (sample.boxes[0] - seen).abs().max() <= 2
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main([str(a) for a in arguments])
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / run_folder.METRICS).read_text().splitlines()]
 
 
 def changed(before: Path, after: Path) -> set[str]:

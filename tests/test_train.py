@@ -8,14 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from conftest import shared_data
-from trainfit.cli import main
+from conftest import rows, run, shared_data
 from trainfit.data.sample_set import write_sample_set
 from trainfit.errors import TrainfitError
 from trainfit.training import run_folder
@@ -24,17 +22,6 @@ from trainfit.training.recipe import Recipe, resolve_batching
 
 TINY = ["--resolution", "64", "--groups", "1", "--num-queries", "20", "--no-multi-scale", "--workers", "0"]
 FAST = [*TINY, "--effective-batch", "8", "--micro-batch", "3"]
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main([str(a) for a in arguments])
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / run_folder.METRICS).read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -123,19 +123,7 @@ class TrainingStep:
 
     def _accumulate(self, micro_batches: Sequence[Sequence[Any]]) -> dict[str, torch.Tensor]:
         if isinstance(self.objective, Contrastive):
-            return accumulate_contrastive(
-                self.model,
-                self.objective,
-                micro_batches,
-                device=self.device,
-                precision=self.precision,
-                scaler=self.scaler,
-            )
-        return accumulate(
-            self.model,
-            self.objective,
-            micro_batches,
-            device=self.device,
-            precision=self.precision,
-            scaler=self.scaler,
-        )
+            window_gradient = partial(accumulate_contrastive, self.model, self.objective)
+        else:
+            window_gradient = partial(accumulate, self.model, self.objective)
+        return window_gradient(micro_batches, device=self.device, precision=self.precision, scaler=self.scaler)
