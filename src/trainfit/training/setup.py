@@ -1,0 +1,79 @@
+"""What a training starts from: the recipe's data, workload, and step on the device."""
+
+import os
+
+import torch
+
+from trainfit.data.read import read_dataset, require_no_errors
+from trainfit.data.samples import Dataset
+from trainfit.models.registry import make_workload
+from trainfit.models.workload import OptimizerSettings, Workload
+from trainfit.step.ema import averaged_copy
+from trainfit.step.names import Precision
+from trainfit.step.optimizer import make_adamw
+from trainfit.step.training_step import TrainingStep
+from trainfit.training.loader import usable_cores
+from trainfit.training.mask_stage import evaluated_weights
+from trainfit.training.recipe import Recipe
+from trainfit.training.telemetry import Progress
+
+
+def load_data(recipe: Recipe, show: Progress) -> Dataset:
+    """Read the data set; say what was left out or mended; refuse what cannot be trained on.
+
+    Raises:
+        TrainfitError: the data set has an error, or no image can be used.
+    """
+    chosen = None if recipe.format == "auto" else recipe.format
+    dataset = read_dataset(recipe.data, format=chosen, val_fraction=recipe.val_fraction, seed=recipe.seed)
+    require_no_errors(dataset)
+    for finding in dataset.findings:
+        if finding.severity in ("skipped", "mended"):
+            show.note(f"{finding.severity}: {finding.where}: {finding.kind}: {finding.message}")
+        elif finding.kind == "val held out":
+            show.note(finding.message)
+    return dataset
+
+
+def workload_of(recipe: Recipe, classes: tuple[str, ...]) -> Workload:
+    """The recipe's model for these classes."""
+    knobs = {
+        "resolution": recipe.resolution,
+        "snap": recipe.snap,
+        "num_queries": recipe.num_queries,
+        "groups": recipe.groups,
+        "checkpointing": recipe.checkpointing,
+        "stage": recipe.recipe,
+    }
+    return make_workload(recipe.model, classes, knobs)
+
+
+def make_step(
+    workload: Workload, recipe: Recipe, device: torch.device, precision: Precision, show: Progress
+) -> TrainingStep:
+    """Model, optimizer and EMA on the device, from the recipe's seed and weights."""
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # A core for the loader: threads that spin for a core that is taken make a step up to 30 times slower.
+        torch.set_num_threads(max(1, usable_cores() - 1))
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as upstream trains
+    torch.manual_seed(recipe.seed)
+    model = workload.build()
+    weights = str(evaluated_weights(recipe.from_run)) if recipe.from_run else recipe.weights
+    if weights:
+        for remark in workload.load(model, weights):
+            show.note(remark)
+    else:
+        show.note("weights: random; --weights pretrained starts from upstream's COCO weights")
+    model.to(device)
+    settings = OptimizerSettings(lr=recipe.lr, lr_encoder=recipe.lr_encoder, weight_decay=recipe.weight_decay)
+    groups = workload.parameter_groups(model, settings)
+    return TrainingStep(
+        model=model,
+        objective=workload.objective,
+        optimizer=make_adamw(groups),
+        device=device,
+        precision=precision,
+        clip_norm=recipe.clip_norm,
+        ema=averaged_copy(model) if recipe.ema else None,
+    )
