@@ -28,6 +28,7 @@ from trainfit.models.maskrcnn import step as maskrcnn_step
 from trainfit.models.registry import build_eval_step, build_step, family, make_workload, model_name
 from trainfit.models.setting import Setting
 from trainfit.step import ranks
+from trainfit.step.checkpointing import checkpoint_first, repeated_blocks
 from trainfit.step.contrastive import Contrastive, accumulate_contrastive
 from trainfit.step.window import accumulate, cut
 
@@ -271,12 +272,43 @@ def test_resized_is_what_torchvision_makes(shape: tuple[int, int]) -> None:
 
 
 def test_checkpointed_blocks_of_a_copy_run_the_copys_weights() -> None:
-    model = maskrcnn_step.build_model("maskrcnn-r50-v1", classes=1, min_size=64, max_size=96, checkpointing=True)
+    model = maskrcnn_step.build_model("maskrcnn-r50-v1", classes=1, min_size=64, max_size=96)
+    checkpoint_first(maskrcnn_step.blocks(model), "all")
     averaged, x = copy.deepcopy(model), torch.ones(1, 3, 64, 64)
     before: Any = averaged.backbone(x)
     for p in model.parameters():
         p.data.zero_()
     assert torch.equal(averaged.backbone(x)["0"], before["0"])
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18", "convnext_atto", "efficientnet_b0"])
+def test_checkpointing_changes_no_gradient_and_can_be_taken_back(name: str) -> None:
+    torch.manual_seed(0)
+    model = classifier.build_model(name, classes=3, resolution=32).double()
+    freeze_statistics(model)
+    blocks, x = repeated_blocks(model), torch.randn(2, 3, 32, 32).double()
+    kinds = [type(block) for block in blocks]
+    saved: list[int] = []
+    found: list[dict[str, torch.Tensor]] = []
+    for wanted in ("none", 2, "all", "none"):
+        checkpoint_first(blocks, wanted)
+        model.zero_grad(set_to_none=True)
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.nbytes) or t, lambda t: t):
+            torch.manual_seed(1)
+            loss = model(x).square().sum()
+        loss.backward()
+        saved.append(sum(kept))
+        found.append(gradients(model))
+    assert [type(block) for block in blocks] == kinds
+    assert all(error(each, found[0]) <= 1e-12 for each in found)
+    assert saved[0] == saved[3] > saved[1] > saved[2]
+
+
+def freeze_statistics(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
 
 
 # ---- classifiers, the user's own model

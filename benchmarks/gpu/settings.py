@@ -29,7 +29,7 @@ class Case:
         """Every knob that is not at its default, so it changes only with what is measured."""
         s, default = self.setting, Setting(model=self.setting.model)
         flags = {
-            "ckpt": s.checkpointing,
+            "ckpt": s.checkpointing != "none",
             s.optimizer: s.optimizer != default.optimizer,
             "ema": s.ema is True,
             "noema": s.ema is False,
@@ -91,7 +91,7 @@ def _b(micro_batch: int, **others: Any) -> dict[str, Any]:
 BF16 = {"micro_batch": 4, "precision": "bf16"}
 FP32 = {"precision": "fp32"}
 FP16 = {"precision": "fp16"}
-CKPT = {"checkpointing": True}
+CKPT = {"checkpointing": "all"}
 EVAL = {"part": "evaluation"}
 EXPANDABLE = {"expandable": True}
 SMALLER_CANVAS: dict[str, Any] = {"canvas": (800, 1088)}

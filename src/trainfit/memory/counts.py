@@ -48,10 +48,11 @@ class Counter:
     ) -> None:
         """Count one call of `op`, whose tensors on the device are `inputs` and `outputs`."""
         packet = op.overloadpacket
-        if packet in _NO_KERNEL or (not outputs and not op._schema.is_mutable) or _is_view(op):
+        to_host = packet is aten._to_copy and not outputs
+        if packet in _NO_KERNEL or not (outputs or to_host or op._schema.is_mutable) or _is_view(op):
             return
         floating = next((t for t in (*inputs, *outputs) if t.is_floating_point()), (*inputs, *outputs)[0])
-        name = str(packet) + _grouping(packet, args)
+        name = str(packet) + (".to_host" if to_host else _grouping(packet, args))
         flops = _flops(packet, args, kwargs, out)
         launches = 1
         if packet.__name__.startswith(("_foreach", "_fused", "_amp_foreach")):

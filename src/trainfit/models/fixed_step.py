@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from trainfit.errors import TrainfitError
 from trainfit.models.setting import Setting
+from trainfit.step.checkpointing import checkpoint_first, repeated_blocks
 from trainfit.step.contrastive import Contrastive
 from trainfit.step.ema import averaged_copy
-from trainfit.step.optimizer import make_adamw
+from trainfit.step.optimizer import make_optimizer
 from trainfit.step.precision import autocast, resolve_precision
 from trainfit.step.terms import Objective
 from trainfit.step.training_step import StepResult, TrainingStep
@@ -67,11 +67,14 @@ class FixedEvaluation:
                 return self.training.run()
         step = self.training.training
         model = step.ema or step.model
+        home = next(model.parameters()).device
+        model.to(step.device)  # from the host, where the average is there
         was_training = model.training
         model.eval()
         with autocast(step.precision, step.device.type):
             found = self.detect(model, self.samples)
         model.train(was_training)
+        model.to(home)
         return found
 
 
@@ -84,6 +87,7 @@ def fixed_step(
     window: Sequence[Any],
     ema: bool = False,
     groups: Callable[[torch.nn.Module], list[dict[str, Any]]] | None = None,
+    blocks: Callable[[torch.nn.Module], Sequence[torch.nn.Module]] = repeated_blocks,
 ) -> FixedStep:
     """Move a model that was built on the CPU, and give it optimizer and EMA copy as training does.
 
@@ -95,7 +99,9 @@ def fixed_step(
         window: CPU samples of one effective batch.
         ema: The family's own choice, where the setting leaves it open.
         groups: Model on the device -> optimizer groups; by default all trainable parameters in one.
+        blocks: Model -> what activation checkpointing computes again, in order.
     """
+    checkpoint_first(blocks(model), setting.checkpointing)
     if setting.channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     model.to(device)
@@ -104,26 +110,12 @@ def fixed_step(
     training = TrainingStep(
         model=model,
         objective=objective,
-        optimizer=_optimizer(setting, own),
+        optimizer=make_optimizer(setting.optimizer, [{"lr": 1e-4, **group} for group in own]),
         device=device,
         precision=resolve_precision(setting.precision, device),
-        ema=averaged_copy(model) if averaged else None,
+        ema=averaged_copy(model, on_host=setting.ema_on_host) if averaged else None,
     )
     return FixedStep(training=training, window=window, micro_batch=setting.micro_batch)
-
-
-def _optimizer(setting: Setting, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    if setting.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=1e-3, momentum=0.9, foreach=True)
-    if setting.optimizer == "adamw-8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise TrainfitError("--optimizer adamw-8bit needs bitsandbytes: pip install 'trainfit[8bit]'") from error
-        return AdamW8bit(groups, lr=1e-4)
-    if setting.optimizer == "adamw-foreach":
-        return torch.optim.AdamW(groups, lr=1e-4, foreach=True)
-    return make_adamw([{"lr": 1e-4, **group} for group in groups])
 
 
 def fixed_evaluation(

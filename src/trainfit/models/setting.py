@@ -5,9 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from trainfit.errors import TrainfitError
-from trainfit.step.names import Precision
-
-Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-8bit", "sgd"]
+from trainfit.step.names import Checkpointing, Optimizer, Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +29,16 @@ class Setting:
     """Mask R-CNN: (height, width) in pixels that micro-batches are padded to. None: the worst, which is a window of
     images with the longest allowed side, upright and lying by turns."""
     precision: Precision = "auto"
-    checkpointing: bool = False
-    """Activation checkpointing: parts of the forward are computed again in backward."""
+    checkpointing: Checkpointing = "none"
+    """Activation checkpointing: how many of the model's blocks, from the first, are computed again in backward."""
     optimizer: Optimizer = "adamw-fused"
     """sgd has momentum; adamw-8bit is bitsandbytes' (extra `8bit`)."""
     ema: bool | None = None
     """Keep an averaged copy of the weights on the device. None: as the family is trained: RF-DETR yes, others no."""
+    ema_on_host: bool = False
+    """Keep that copy in the CPU's memory: less on the GPU, more time."""
+    freeze_encoder: bool = False
+    """RF-DETR: the encoder does not train."""
     multi_scale: bool = True
     """RF-DETR: the training size changes with every window; the largest one is priced."""
     channels_last: bool = False

@@ -72,6 +72,10 @@ class Workload(Protocol):
         """Optimizer groups; the trainable parameters, each once."""
         ...
 
+    def blocks(self, model: torch.nn.Module) -> list[torch.nn.Module]:
+        """What activation checkpointing may compute again, in order; of a model as `build` made it."""
+        ...
+
     def sizes(self, *, multi_scale: bool) -> tuple[int, ...]:
         """Side lengths that training draws from, one a window."""
         ...

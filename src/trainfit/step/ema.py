@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import torch
 
@@ -14,10 +15,17 @@ def ema_decay(step: int, *, decay: float, tau: float) -> float:
     return decay * (1 - math.exp(-(step + 1) / tau)) if tau else decay
 
 
-def averaged_copy(model: torch.nn.Module) -> torch.nn.Module:
-    """The average's start: a copy of the model in eval mode. Frozen parameters are shared, not copied: no memory."""
-    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
-    return copy.deepcopy(model, frozen).eval().requires_grad_(False)
+def averaged_copy(model: torch.nn.Module, *, on_host: bool = False) -> torch.nn.Module:
+    """The average's start: a copy of the model in eval mode. Frozen parameters are shared, not copied: no memory.
+
+    `on_host`: the copy, frozen parameters too, is in the CPU's memory; every update then copies the model over.
+    """
+    if on_host:
+        tensors: dict[int, Any] = {id(p): torch.nn.Parameter(p.detach().cpu().clone()) for p in model.parameters()}
+        tensors |= {id(b): b.cpu().clone() for b in model.buffers()}
+    else:
+        tensors = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, tensors).eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -31,5 +39,5 @@ def update_ema(averaged: torch.nn.Module, model: torch.nn.Module, decay: float) 
         if not old.is_floating_point():
             old.copy_(new)
     floating = [(old, new) for old, new in pairs if old.is_floating_point()]
-    targets, sources = [old for old, _ in floating], [new for _, new in floating]
+    targets, sources = [old for old, _ in floating], [new.to(old.device) for old, new in floating]
     torch._foreach_lerp_(targets, sources, 1.0 - decay)  # pyright: ignore[reportPrivateUsage]

@@ -1,6 +1,10 @@
-"""Names that settings are written in; imports nothing, so that the command line starts without torch."""
+"""Names of choices that every room knows. Imports nothing."""
 
 from typing import Literal
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "fp16", "bf16"]
 """auto: bf16 on CUDA capability 8.0 and later, fp16 on older GPUs, fp32 on the CPU."""
+Checkpointing = int | Literal["none", "all"]
+"""Blocks of the model, from the first, whose forward is computed again in backward."""
+Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-8bit", "sgd"]
+"""adamw-8bit is bitsandbytes' (extra `8bit`); sgd has momentum 0.9."""

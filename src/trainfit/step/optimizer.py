@@ -4,6 +4,28 @@ from typing import Any
 
 import torch
 
+from trainfit.errors import TrainfitError
+from trainfit.step.names import Optimizer
+
+
+def make_optimizer(kind: Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimizer of parameter groups that each have an "lr".
+
+    Raises:
+        TrainfitError: bitsandbytes is missing.
+    """
+    if kind == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9, foreach=True)
+    if kind == "adamw-8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise TrainfitError("--optimizer adamw-8bit needs bitsandbytes: pip install 'trainfit[8bit]'") from error
+        return AdamW8bit(groups)
+    if kind == "adamw-foreach":
+        return torch.optim.AdamW(groups, foreach=True)
+    return make_adamw(groups)
+
 
 def make_adamw(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
     """Fused AdamW with its state allocated now, so that the first `step` is not the first to need that memory.

@@ -8,7 +8,8 @@ class OpCount:
     """All calls of one operator in one phase of a step, with one data type and about the same FLOPs per byte."""
 
     op: str
-    """E.g. "aten.mm"; of a convolution with groups also their input channels: "aten.convolution.grouped1" (depthwise)."""
+    """E.g. "aten.mm"; of a convolution with groups also their input channels: "aten.convolution.grouped1" (depthwise);
+    "aten._to_copy.to_host": a copy to the CPU's memory."""
     phase: str
     """"inputs", "forward", "backward", "update" or "optimizer"."""
     dtype: str

@@ -22,6 +22,11 @@ WIDE_GROUP = 33
 swsl_resnext101_32x4d (4 to 32) runs at the speed of its bytes, regnetv_040 (64) at a hundredth of it."""
 
 
+HOST_BYTES_PER_S = 3e9
+"""Tensors copied to the CPU's memory and worked on there (averaged weights). Not measured: half of what pageable copies
+over PCIe 3.0 x16 reach."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:
     """How much longer than at a card's published rates each class of work takes, measured once."""
@@ -91,6 +96,8 @@ def _row_seconds(row: OpCount, gpu: Gpu, efficiency: Efficiency) -> tuple[Kind, 
     arithmetic = efficiency.flops * row.flops / rate
     assert gpu.bandwidth_bytes_per_s is not None
     memory = _memory_factor(row, efficiency) * row.bytes / gpu.bandwidth_bytes_per_s
+    if row.op.endswith(".to_host"):
+        memory = row.bytes / HOST_BYTES_PER_S
     kind: Kind = "memory"
     if row.phase in ("update", "optimizer"):
         kind = "optimizer"

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from trainfit.errors import TrainfitError
-from trainfit.step.names import Precision
+from trainfit.step.names import Checkpointing, Optimizer, Precision
 
 DEFAULT_EFFECTIVE_BATCH = 16
 DEFAULT_MICRO_BATCH = 4
@@ -82,8 +82,14 @@ class Recipe:
     """Object queries; the published number by default."""
     groups: int | None = None
     """Query groups in training (upstream's group_detr, 13)."""
-    checkpointing: bool = False
-    """Activation checkpointing of the encoder: less memory, more time."""
+    checkpointing: Checkpointing = "none"
+    """Activation checkpointing: how many blocks, from the first, are computed again in backward: less memory, more time."""
+    optimizer: Optimizer = "adamw-fused"
+    """adamw-8bit needs bitsandbytes (trainfit[8bit])."""
+    ema_on_host: bool = False
+    """Keep the averaged weights in the CPU's memory: less on the GPU, more time."""
+    freeze_encoder: bool = False
+    """Train all but the encoder."""
     workers: int | None = None
     """Loader processes per GPU; by the machine's cores unless given."""
     eval_every: int = 1

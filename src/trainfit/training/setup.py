@@ -8,9 +8,10 @@ from trainfit.data.read import read_dataset, require_no_errors
 from trainfit.data.samples import Dataset
 from trainfit.models.registry import make_workload
 from trainfit.models.workload import OptimizerSettings, Workload
+from trainfit.step.checkpointing import checkpoint_first
 from trainfit.step.ema import averaged_copy
 from trainfit.step.names import Precision
-from trainfit.step.optimizer import make_adamw
+from trainfit.step.optimizer import make_optimizer
 from trainfit.step.training_step import TrainingStep
 from trainfit.training.loader import usable_cores
 from trainfit.training.mask_stage import evaluated_weights
@@ -42,7 +43,7 @@ def workload_of(recipe: Recipe, classes: tuple[str, ...]) -> Workload:
         "snap": recipe.snap,
         "num_queries": recipe.num_queries,
         "groups": recipe.groups,
-        "checkpointing": recipe.checkpointing,
+        "freeze_encoder": recipe.freeze_encoder,
         "stage": recipe.recipe,
     }
     return make_workload(recipe.model, classes, knobs)
@@ -65,15 +66,16 @@ def make_step(
             show.note(remark)
     else:
         show.note("weights: random; --weights pretrained starts from upstream's COCO weights")
+    checkpoint_first(workload.blocks(model), recipe.checkpointing)
     model.to(device)
     settings = OptimizerSettings(lr=recipe.lr, lr_encoder=recipe.lr_encoder, weight_decay=recipe.weight_decay)
     groups = workload.parameter_groups(model, settings)
     return TrainingStep(
         model=model,
         objective=workload.objective,
-        optimizer=make_adamw(groups),
+        optimizer=make_optimizer(recipe.optimizer, groups),
         device=device,
         precision=precision,
         clip_norm=recipe.clip_norm,
-        ema=averaged_copy(model) if recipe.ema else None,
+        ema=averaged_copy(model, on_host=recipe.ema_on_host) if recipe.ema else None,
     )

@@ -24,11 +24,11 @@ class LabelledImage:
     label: int
 
 
-def build_model(name: str, *, classes: int, resolution: int | None = None, checkpointing: bool = False) -> Any:
+def build_model(name: str, *, classes: int, resolution: int | None = None) -> Any:
     """A model of timm with random weights, in train mode; `resolution` reaches those that must know it (ViTs).
 
     Raises:
-        TrainfitError: timm is not installed, no such model, or one without activation checkpointing.
+        TrainfitError: timm is not installed, or has no such model.
     """
     try:
         import timm
@@ -42,11 +42,6 @@ def build_model(name: str, *, classes: int, resolution: int | None = None, check
     must_know = resolution is not None and published is not None and published.fixed_input_size
     size: dict[str, Any] = {"img_size": resolution} if must_know else {}
     model: Any = timm.create_model(name, pretrained=False, num_classes=classes, **size)
-    if checkpointing:
-        try:
-            model.set_grad_checkpointing(True)
-        except AssertionError as error:
-            raise TrainfitError(f"timm:{name} has no activation checkpointing; leave --checkpointing out") from error
     return model.train()
 
 
@@ -70,9 +65,7 @@ OBJECTIVE = Objective(terms=_terms, counts=lambda images: {"class": float(len(im
 def build_step(setting: Setting, device: torch.device) -> FixedStep:
     """Training by cross entropy."""
     name = setting.model.removeprefix("timm:")
-    model = build_model(
-        name, classes=setting.classes, resolution=setting.resolution, checkpointing=setting.checkpointing
-    )
+    model = build_model(name, classes=setting.classes, resolution=setting.resolution)
     side = setting.resolution or model.default_cfg["input_size"][-1]
     g = torch.Generator().manual_seed(0)
     sample = LabelledImage(image=torch.randint(0, 256, (3, side, side), generator=g, dtype=torch.uint8), label=0)

@@ -30,7 +30,7 @@ class Pair:
     """int64 (context length,): token ids."""
 
 
-def build_model(architecture: str, *, resolution: int | None = None, checkpointing: bool = False) -> torch.nn.Module:
+def build_model(architecture: str, *, resolution: int | None = None) -> torch.nn.Module:
     """A model of open_clip with random weights, in train mode.
 
     Raises:
@@ -50,8 +50,6 @@ def build_model(architecture: str, *, resolution: int | None = None, checkpointi
     model: Any = open_clip.create_model(
         architecture, load_weights=False, pretrained_text=False, force_image_size=resolution, output_dict=False
     )
-    if checkpointing:
-        model.set_grad_checkpointing(True)
     return model.train()
 
 
@@ -97,9 +95,7 @@ PLAIN = Objective(terms=_plain_terms, counts=lambda pairs: {"contrastive": float
 
 def build_step(setting: Setting, device: torch.device) -> FixedStep:
     """Training on full texts."""
-    model = build_model(
-        setting.model.removeprefix("clip:"), resolution=setting.resolution, checkpointing=setting.checkpointing
-    )
+    model = build_model(setting.model.removeprefix("clip:"), resolution=setting.resolution)
     return fixed_step(
         setting,
         device,

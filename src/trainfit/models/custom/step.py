@@ -14,6 +14,7 @@ from torch.utils.data import default_collate
 from trainfit.errors import TrainfitError
 from trainfit.models.fixed_step import FixedEvaluation, FixedStep, fixed_evaluation, fixed_step
 from trainfit.models.setting import Setting
+from trainfit.step.checkpointing import repeated_blocks
 from trainfit.step.terms import LossTerm, Objective
 
 
@@ -29,6 +30,8 @@ class CustomTask:
     """(model, batch on the device) -> the batch's mean loss, a scalar."""
     make_batch: Callable[[list[Any]], Any] = default_collate
     """Items -> batch, as the `DataLoader`'s `collate_fn`."""
+    blocks: Callable[[torch.nn.Module], Sequence[torch.nn.Module]] = repeated_blocks
+    """Model -> the modules that `--checkpointing` may compute again, in order."""
 
 
 def objective_of(task: CustomTask) -> Objective:
@@ -56,10 +59,9 @@ def _loss(task: CustomTask, model: torch.nn.Module, items: Sequence[Any]) -> tor
 def custom_step(task: CustomTask, setting: Setting, device: torch.device) -> FixedStep:
     """The task's training step on `micro_batch` x `accumulation` of its samples."""
     model = task.build_model()
-    if setting.checkpointing:
-        raise TrainfitError("--checkpointing: a model of your own switches it on itself, in build_model")
     window = [task.make_sample(number) for number in range(setting.micro_batch * setting.accumulation)]
-    return fixed_step(setting, device, model=model.train(), objective=objective_of(task), window=window)
+    model.train()
+    return fixed_step(setting, device, model=model, objective=objective_of(task), window=window, blocks=task.blocks)
 
 
 def build_step(setting: Setting, device: torch.device) -> FixedStep:

@@ -3,10 +3,8 @@
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn_v2
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.models.resnet import Bottleneck
 
 from trainfit.data.samples import Sample
 from trainfit.models.fixed_step import FixedEvaluation, FixedStep, fixed_evaluation, fixed_step
@@ -14,6 +12,7 @@ from trainfit.models.images import crowded_sample
 from trainfit.models.maskrcnn.caps import cap_detections, cap_training_samples
 from trainfit.models.maskrcnn.losses import detect, make_objective
 from trainfit.models.setting import Setting
+from trainfit.step.checkpointing import repeated_blocks
 
 MIN_SIZE, MAX_SIZE = 800, 1333
 """Short side after the resize, and the longest side allowed (torchvision's defaults)."""
@@ -21,11 +20,8 @@ TRAINED_LAYERS = ("layer2", "layer3", "layer4")
 """Of the ResNet; torchvision trains these when it starts from pretrained weights."""
 
 
-def build_model(name: str, *, classes: int, min_size: int, max_size: int, checkpointing: bool = False) -> MaskRCNN:
-    """`maskrcnn_resnet50_fpn` (v1: frozen BatchNorm) or `_v2` (live BatchNorm) as fine-tuned, with random weights.
-
-    Checkpointing is by ResNet block; in v2 the running statistics of BatchNorm then move twice a micro-batch.
-    """
+def build_model(name: str, *, classes: int, min_size: int, max_size: int) -> MaskRCNN:
+    """`maskrcnn_resnet50_fpn` (v1: frozen BatchNorm) or `_v2` (live BatchNorm) as fine-tuned, with random weights."""
     sizes: dict[str, Any] = {"min_size": min_size, "max_size": max_size}
     if name == "maskrcnn-r50-v1":
         backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=len(TRAINED_LAYERS))
@@ -35,41 +31,27 @@ def build_model(name: str, *, classes: int, min_size: int, max_size: int, checkp
         body: Any = model.backbone.body
         for parameter_name, parameter in body.named_parameters():
             parameter.requires_grad_(parameter_name.startswith(TRAINED_LAYERS))
-    for block in model.modules():
-        if checkpointing and isinstance(block, Bottleneck):
-            block.__class__ = _Checkpointed
     return model.train()
 
 
-class _Checkpointed(Bottleneck):
-    """A block that is computed again in backward. A class, so that copies of the model (EMA) run their own weights."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not (torch.is_grad_enabled() and self.conv1.weight.requires_grad):
-            return super().forward(x)
-        return checkpoint(super().forward, x, use_reentrant=False)
+def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The backbone's ResNet blocks that train: what activation checkpointing computes again."""
+    return repeated_blocks(model.get_submodule("backbone.body"))
 
 
 def build_step(setting: Setting, device: torch.device) -> FixedStep:
     """Training on images of the longest allowed side, upright and lying by turns, all samplers full (`caps`)."""
     min_size = setting.resolution or MIN_SIZE
     max_size = round(min_size * MAX_SIZE / MIN_SIZE)
-    model = build_model(
-        setting.model,
-        classes=setting.classes,
-        min_size=min_size,
-        max_size=max_size,
-        checkpointing=setting.checkpointing,
-    )
+    model = build_model(setting.model, classes=setting.classes, min_size=min_size, max_size=max_size)
     cap_training_samples(model.roi_heads)  # pyright: ignore[reportArgumentType]
     cap_detections(model.roi_heads)  # pyright: ignore[reportArgumentType]
     lying = _sample(setting, min_size, max_size)
     upright = _sample(setting, max_size, min_size)
     images = setting.micro_batch * setting.accumulation
     window = [lying, upright] * (images // 2) + [lying] * (images % 2)
-    return fixed_step(
-        setting, device, model=model, objective=make_objective(min_size, max_size, setting.canvas), window=window
-    )
+    objective = make_objective(min_size, max_size, setting.canvas)
+    return fixed_step(setting, device, model=model, objective=objective, window=window, blocks=blocks)
 
 
 def build_eval_step(setting: Setting, device: torch.device) -> FixedEvaluation:

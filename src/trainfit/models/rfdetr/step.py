@@ -32,7 +32,7 @@ def _workload(setting: Setting) -> RfDetr:
         resolution=setting.resolution,
         num_queries=setting.num_queries,
         groups=setting.groups,
-        checkpointing=setting.checkpointing,
+        freeze_encoder=setting.freeze_encoder,
         stage=setting.stage,
     )
     return RfDetr(setting.model, tuple(f"class {n}" for n in range(setting.classes)), knobs)
@@ -51,6 +51,7 @@ def _step(workload: RfDetr, setting: Setting, device: torch.device) -> FixedStep
         window=[sample] * (setting.micro_batch * setting.accumulation),
         ema=True,
         groups=partial(workload.parameter_groups, settings=OptimizerSettings()),
+        blocks=workload.blocks,
     )
     if isinstance(next(step.model.parameters()), FakeTensor):
         _assignment._solve_to_indices = _solve_on_host  # pyright: ignore[reportPrivateUsage]

@@ -47,6 +47,8 @@ WITH_MASKS: Mapping[str, type[upstream.ModelConfig]] = {
 }
 """Detection sizes with upstream's mask head added, by the names of the RT-DETR-Seg guide; see docs/segmentation.md."""
 
+ENCODER_LAYERS = "backbone.0.encoder.encoder.encoder.layer"
+
 Stage = Literal["single", "detector", "masks"]
 """`single`: everything trains; `detector`: without the mask head; `masks`: the mask head alone trains."""
 
@@ -62,8 +64,8 @@ class RfDetrKnobs:
     num_queries: int | None = None
     groups: int | None = None
     """Query groups in training (upstream's group_detr)."""
-    checkpointing: bool = False
-    """Recompute the encoder's layers in backward."""
+    freeze_encoder: bool = False
+    """The encoder does not train."""
     stage: Stage = "single"
 
 
@@ -124,6 +126,10 @@ class RfDetr:
                 lr = settings.lr * settings.component_decay
             merged.setdefault((lr, decay), []).append(parameter)
         return [{"params": params, "lr": lr, "weight_decay": wd} for (lr, wd), params in merged.items()]
+
+    def blocks(self, model: torch.nn.Module) -> list[torch.nn.Module]:
+        layers = (ENCODER_LAYERS, "transformer.decoder.layers")
+        return [layer for name in layers for layer in model.get_submodule(name).children()]
 
     def sizes(self, *, multi_scale: bool) -> tuple[int, ...]:
         if not multi_scale:
@@ -186,7 +192,7 @@ def make_config(name: str, classes: int, knobs: RfDetrKnobs) -> upstream.ModelCo
         TrainfitError: a resolution that is not legal, with snapping off.
     """
     kind = {**CONFIGS, **WITH_MASKS}[name]
-    changes: dict[str, Any] = {"num_classes": classes, "gradient_checkpointing": knobs.checkpointing}
+    changes: dict[str, Any] = {"num_classes": classes, "freeze_encoder": knobs.freeze_encoder}
     if knobs.num_queries is not None:
         changes |= {"num_queries": knobs.num_queries, "num_select": knobs.num_queries}
     if knobs.groups is not None:
