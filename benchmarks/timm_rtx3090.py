@@ -79,7 +79,7 @@ class Record:
 class Step:
     """The measured step."""
 
-    ema = None
+    ema, blocks = None, 0
 
     def __init__(self, device: torch.device, name: str, batch: int, side: int) -> None:
         """Build model, optimizer and images on `device`."""

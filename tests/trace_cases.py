@@ -73,6 +73,8 @@ def swin() -> nn.Module:
 class Step:
     """One window of a plain loop."""
 
+    blocks = 0
+
     device: torch.device
     net: Callable[[], nn.Module]
     loss: Callable[[nn.Module, torch.device], Tensor]

@@ -14,8 +14,9 @@ from trainfit.gpus.catalogue import Gpu, find_gpu, gpu_with_memory
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.predict import predict_traced, snapshot, trace_requests
 from trainfit.memory.trace_cache import get_traces, is_stored
-from trainfit.models.registry import family, model_name
+from trainfit.models.registry import model_name
 from trainfit.models.setting import Setting
+from trainfit.planning.dataset import for_data
 from trainfit.reports.profile import profile_json, profile_text
 from trainfit.reports.profile_html import profile_html
 
@@ -55,10 +56,10 @@ def predict(arguments: Annotated[Predict, tyro.conf.arg(name="")]) -> int:
     for path in files:
         if path.exists() and not arguments.force:
             raise TrainfitError(f"{path} exists; choose another name or use --force")
-    gpu, config = _gpu(arguments), AllocatorConfig.from_env_string(arguments.alloc_conf)
+    gpu, config = chosen_gpu(arguments.gpu, arguments.memory), AllocatorConfig.from_env_string(arguments.alloc_conf)
     setting = replace(arguments.setting, model=model_name(arguments.setting.model))
     if arguments.data is not None:
-        setting = _for_data(setting, arguments.data)
+        setting = for_data(setting, arguments.data)
     requests = trace_requests(setting, gpu, device=arguments.trace_on)
     if sys.stderr.isatty() and not (arguments.cache and all(map(is_stored, requests))):
         print(f"tracing {setting.model}, some 20 s; the next time it is stored", file=sys.stderr)
@@ -74,34 +75,19 @@ def predict(arguments: Annotated[Predict, tyro.conf.arg(name="")]) -> int:
     return 0
 
 
-def _gpu(arguments: Predict) -> Gpu:
-    if arguments.memory is None:
-        if arguments.gpu is None:
+def chosen_gpu(name: str | None, memory: str | None) -> Gpu:
+    """The card of --gpu and --memory.
+
+    Raises:
+        TrainfitError: neither is given, or the name is not known.
+    """
+    if memory is None:
+        if name is None:
             raise TrainfitError("which card? give --gpu NAME or --memory 8GiB")
-        return find_gpu(arguments.gpu)
-    given = gpu_with_memory(arguments.memory)
-    if arguments.gpu is None:
+        return find_gpu(name)
+    given = gpu_with_memory(memory)
+    if name is None:
         return given
-    gpu = find_gpu(arguments.gpu)
-    memory = {"memory_bytes": given.memory_bytes, "nominal_memory_bytes": given.memory_bytes}
-    return replace(gpu, name=f"{gpu.name} with {arguments.memory}", memory_is_nominal=True, **memory)
-
-
-def _for_data(setting: Setting, path: str) -> Setting:
-    """Classes, most objects in an image, and Mask R-CNN's canvas: as high and as wide as any image after the resize."""
-    from trainfit.data.read import read_dataset
-    from trainfit.data.statistics import statistics
-
-    dataset = read_dataset(path)
-    found = statistics(dataset.splits["train"])
-    canvas = setting.canvas
-    if family(setting.model) == "maskrcnn":
-        from trainfit.models.maskrcnn.losses import resized
-        from trainfit.models.maskrcnn.step import MAX_SIZE, MIN_SIZE
-
-        low = setting.resolution or MIN_SIZE
-        high = round(low * MAX_SIZE / MIN_SIZE)
-        sizes = [resized(h, w, min_size=low, max_size=high) for (w, h), _ in found.canvas_sizes]
-        canvas = max(h for h, _ in sizes), max(w for _, w in sizes)
-    objects = max(1, found.objects_per_image_max)
-    return replace(setting, classes=len(dataset.classes), objects_per_image=objects, canvas=canvas)
+    gpu = find_gpu(name)
+    size = {"memory_bytes": given.memory_bytes, "nominal_memory_bytes": given.memory_bytes}
+    return replace(gpu, name=f"{gpu.name} with {memory}", memory_is_nominal=True, **size)

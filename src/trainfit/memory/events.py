@@ -24,9 +24,12 @@ Category = Literal[
 CATEGORIES: tuple[Category, ...] = get_args(Category)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class TensorInfo:
-    """One allocation of device memory: a tensor's storage or a library's workspace."""
+    """One allocation of device memory: a tensor's storage or a library's workspace.
+
+    Not frozen, for speed alone (a trace has tens of thousands): nothing changes one.
+    """
 
     id: int
     """Its place in `Trace.tensors`."""

@@ -7,17 +7,16 @@ from trainfit.gpus.catalogue import Gpu
 from trainfit.gpus.context import ByteRange, cuda_context_bytes
 from trainfit.memory.allocator import AllocatorConfig, OutOfMemoryAt, Replay, replay
 from trainfit.memory.events import Trace
-from trainfit.memory.hidden import Completed, HiddenRow, complete, hidden_rows, reserved_rows
+from trainfit.memory.hidden import MODEL_ERROR, Completed, HiddenRow, complete, hidden_rows, reserved_rows
 from trainfit.memory.profile import Profile, last_window, make_profile
 from trainfit.memory.snapshot import to_snapshot
-from trainfit.memory.trace_cache import StoredTrace, TraceRequest, get_traces
+from trainfit.memory.trace_cache import StoredTrace, TraceRequest, get_traces, kernel_class
 from trainfit.models.registry import family
 from trainfit.models.setting import Setting
 from trainfit.timing.roofline import TimeEstimate, step_seconds
 
 Verdict = Literal["fits", "tight", "does not fit"]
 _VERDICTS: tuple[Verdict, ...] = ("fits", "tight", "does not fit")
-_UNKNOWN_CAPABILITY = (8, 0)
 _DEFAULTS = AllocatorConfig()
 
 
@@ -80,7 +79,7 @@ def trace_requests(
     setting: Setting, gpu: Gpu, *, device: Literal["cuda", "cpu"] = "cuda"
 ) -> tuple[TraceRequest, TraceRequest]:
     """The traces that a prediction wants: training, evaluation."""
-    capability = gpu.capability or _UNKNOWN_CAPABILITY
+    capability = kernel_class(gpu.capability)
     alone = replace(setting, eval_micro_batch=None)
     return (
         TraceRequest(setting=alone, part="training", capability=capability, device=device),
@@ -127,6 +126,18 @@ def allocator_room(gpu: Gpu, config: AllocatorConfig) -> ByteRange:
     return ByteRange(
         low_bytes=max(0, min(limit, gpu.memory_bytes - taken_high)),
         high_bytes=max(0, min(limit, gpu.memory_bytes - taken_low)),
+    )
+
+
+def needed(stored: StoredTrace, gpu: Gpu, config: AllocatorConfig) -> ByteRange:
+    """What `MemoryPrediction` says of a trace on a card with memory enough, by two replays alone."""
+    low, high = (
+        replay(_completed(stored, gpu, upper=upper).trace, capacity_bytes=None, config=config).peak_reserved_bytes
+        for upper in (False, True)
+    )
+    context = cuda_context_bytes()
+    return ByteRange(
+        low_bytes=low + context.low_bytes, high_bytes=max(low, high) + int(MODEL_ERROR * low) + context.high_bytes
     )
 
 
@@ -195,8 +206,7 @@ def _assumptions(setting: Setting, gpu: Gpu) -> tuple[str, ...]:
         canvas = "x".join(map(str, setting.canvas)) if setting.canvas else "the worst there is"
         lines.append(f"All region samplers are full; the canvas is {canvas} (--data narrows it).")
     if gpu.capability is None:
-        major, minor = _UNKNOWN_CAPABILITY
-        lines.append(f"Compute capability unknown: kernels are those of capability {major}.{minor}.")
+        lines.append("Compute capability unknown: kernels are those of capability 8.0.")
     if gpu.memory_is_nominal:
         lines.append("The card's memory is nominal: the driver's share and a desktop's are not known.")
     return tuple(lines)

@@ -26,7 +26,7 @@ class _Net(nn.Module):
 
 
 class _Step:
-    ema = None
+    ema, blocks = None, 0
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.model = device, _Net().to(device)

@@ -47,6 +47,11 @@ class Step(Protocol):
         """The averaged copy of the model, if one is kept on the device."""
         ...
 
+    @property
+    def blocks(self) -> int:
+        """Blocks of the model that activation checkpointing may compute again; 0 where there are none."""
+        ...
+
     def run(self) -> object:
         """One full window: inputs, forward and backward of every micro-batch, clip, optimizer step, EMA."""
         ...
@@ -81,6 +86,8 @@ class TraceResult:
     """Operators that needed a value which a trace doesn't know, and were given a made-up one."""
     upper_bounds: tuple[str, ...] = ()
     """Those of them whose value decides a shape: they got the largest, so the trace is an upper bound there."""
+    blocks: int = 0
+    """Blocks that activation checkpointing may compute again."""
 
     @property
     def upper_bound(self) -> bool:
@@ -102,9 +109,10 @@ class TraceResult:
         record = {
             "schema": SCHEMA,
             "trace": json.loads(self.trace.to_json()),
-            "ops": [list(asdict(row).values()) for row in self.ops],
+            "ops": [row.to_row() for row in self.ops],
             "made_up": self.made_up,
             "upper_bounds": self.upper_bounds,
+            "blocks": self.blocks,
         }
         return json.dumps(record, separators=(",", ":"))
 
@@ -114,12 +122,12 @@ class TraceResult:
         record = json.loads(text)
         if record.get("schema") != SCHEMA:
             raise TrainfitError(f"trace result has schema {record.get('schema')}, not {SCHEMA}: trace again")
-        names = ("op", "phase", "dtype", "count", "flops", "bytes")
         return cls(
             trace=Trace.from_json(json.dumps(record["trace"])),
-            ops=tuple(OpCount(**dict(zip(names, row, strict=True))) for row in record["ops"]),
+            ops=tuple(map(OpCount.from_row, record["ops"])),
             made_up=tuple(record["made_up"]),
             upper_bounds=tuple(record["upper_bounds"]),
+            blocks=record["blocks"],
         )
 
 
@@ -158,6 +166,7 @@ def trace_step(
         ops=recorder.counter.counts(),
         made_up=tuple(sorted(shadows.made_up)) if shadows else (),
         upper_bounds=tuple(sorted(shadows.upper_bounds)) if shadows else (),
+        blocks=step.blocks,
     )
 
 

@@ -63,6 +63,8 @@ class StoredTrace:
     """Operators that were given a made-up value, because a trace does not know it."""
     upper_bounds: tuple[str, ...] = ()
     """Those of them that got the largest possible shape."""
+    blocks: int = 0
+    """Blocks of the model that activation checkpointing may compute again."""
 
 
 def get_trace(request: TraceRequest, *, cache: bool = True) -> StoredTrace:
@@ -75,9 +77,11 @@ def get_trace(request: TraceRequest, *, cache: bool = True) -> StoredTrace:
     if not cache or family(request.setting.model) == "custom":
         return _read(_traced(request))
     path = cache_path(request)
-    if not path.exists():
-        _write(path, _traced(request))
-    return _read(gzip.decompress(path.read_bytes()).decode())
+    text = stored(path)
+    if text is None:
+        text = _traced(request)
+        store(path, text)
+    return _read(text)
 
 
 def get_traces(requests: Iterable[TraceRequest], *, cache: bool = True) -> tuple[StoredTrace, ...]:
@@ -91,9 +95,9 @@ def is_stored(request: TraceRequest) -> bool:
     return cache_path(request).exists()
 
 
-def cache_path(request: TraceRequest) -> Path:
-    """Where the request's trace is stored."""
-    text = json.dumps([SCHEMA, request.to_json(), versions()], sort_keys=True)
+def cache_path(request: TraceRequest, *, versioned: bool = True) -> Path:
+    """Where the request's trace is stored; the name depends on what is installed, if `versioned`."""
+    text = json.dumps([SCHEMA, request.to_json(), versions() if versioned else None], sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:32]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trainfit" / "traces"
     return folder / f"{name}.json.gz"
@@ -114,7 +118,34 @@ def _traced(request: TraceRequest) -> str:
     return worker.run(request.to_json(), request.setting.model)
 
 
-def _write(path: Path, text: str) -> None:
+def packages_of(setting: Setting) -> dict[str, str]:
+    """Installed versions of what a built-in family's steps are made from; of torch, the part that is not a patch."""
+    upstream = {"rfdetr": "rfdetr", "maskrcnn": "torchvision", "clip": "open_clip_torch", "classifier": "timm"}
+    found = versions()
+    wanted = ("torch", upstream.get(family(setting.model), "torch"))
+    return {name: ".".join(found.get(name, "").split(".")[: 2 if name == "torch" else 3]) for name in wanted}
+
+
+def kernel_class(capability: tuple[int, int] | None) -> tuple[int, int]:
+    """The compute capability that stands for all whose kernels are chosen alike (`fake_cuda.attention_kernel`).
+
+    None (AMD, or a card of which only the memory is known) counts as 8.0.
+    """
+    if capability is None:
+        return (8, 0)
+    if capability in ((9, 0), (10, 0)):
+        return capability
+    if capability in ((8, 6), (8, 9), (12, 0), (12, 1)):
+        return (8, 6)
+    return next(each for each in ((8, 0), (7, 5), (6, 1), (0, 0)) if capability >= each)
+
+
+def stored(path: Path) -> str | None:
+    """What `store` wrote, or None."""
+    return gzip.decompress(path.read_bytes()).decode() if path.exists() else None
+
+
+def store(path: Path, text: str) -> None:
     """Whole or not at all: several processes may trace the same setting."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,10 +161,10 @@ def _write(path: Path, text: str) -> None:
 
 def _read(text: str) -> StoredTrace:
     record = json.loads(text)
-    names = ("op", "phase", "dtype", "count", "flops", "bytes")
     return StoredTrace(
         trace=Trace.from_json(json.dumps(record["trace"])),
-        ops=tuple(OpCount(**dict(zip(names, row, strict=True))) for row in record["ops"]),
+        ops=tuple(map(OpCount.from_row, record["ops"])),
         made_up=tuple(record["made_up"]),
         upper_bounds=tuple(record["upper_bounds"]),
+        blocks=record["blocks"],
     )

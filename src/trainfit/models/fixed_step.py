@@ -24,6 +24,8 @@ class FixedStep:
     window: Sequence[Any]
     """Samples on the CPU."""
     micro_batch: int
+    blocks: int = 0
+    """Blocks that activation checkpointing may compute again."""
     model: torch.nn.Module = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     ema: torch.nn.Module | None = field(init=False)
@@ -50,6 +52,7 @@ class FixedEvaluation:
     samples: Sequence[Any]
     """One evaluation micro-batch on the CPU."""
     trained: bool = False
+    blocks: int = field(init=False)
     model: torch.nn.Module = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     ema: torch.nn.Module | None = field(init=False)
@@ -57,6 +60,7 @@ class FixedEvaluation:
     def __post_init__(self) -> None:
         """Show what a trace looks at."""
         self.model, self.optimizer, self.ema = self.training.model, self.training.optimizer, self.training.ema
+        self.blocks = self.training.blocks
 
     @torch.no_grad()
     def run(self) -> object:
@@ -101,7 +105,8 @@ def fixed_step(
         groups: Model on the device -> optimizer groups; by default all trainable parameters in one.
         blocks: Model -> what activation checkpointing computes again, in order.
     """
-    checkpoint_first(blocks(model), setting.checkpointing)
+    parts = blocks(model)
+    checkpoint_first(parts, setting.checkpointing)
     if setting.channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     model.to(device)
@@ -115,7 +120,7 @@ def fixed_step(
         precision=resolve_precision(setting.precision, device),
         ema=averaged_copy(model, on_host=setting.ema_on_host) if averaged else None,
     )
-    return FixedStep(training=training, window=window, micro_batch=setting.micro_batch)
+    return FixedStep(training=training, window=window, micro_batch=setting.micro_batch, blocks=len(parts))
 
 
 def fixed_evaluation(

@@ -3,6 +3,7 @@
 import importlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,45 @@ def model_name(typed: str) -> str:
     raise TrainfitError(
         f"no model named {typed!r}.{hint} Models: {', '.join(MODELS)}, clip:ARCH, timm:NAME, module:function"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """What a model was published with."""
+
+    resolution: int
+    """Side of the square input in pixels."""
+    block: int
+    """Legal resolutions are its multiples."""
+    queries: int
+
+
+_PUBLISHED = {
+    "rfdetr-nano": (384, 32, 300),
+    "rfdetr-small": (512, 32, 300),
+    "rfdetr-medium": (576, 32, 300),
+    "rfdetr-large": (704, 32, 300),
+    "rfdetr-seg-nano": (312, 12, 100),
+    "rfdetr-seg-small": (384, 24, 100),
+    "rfdetr-seg-medium": (432, 24, 200),
+    "rfdetr-seg-large": (504, 24, 200),
+    "rfdetr-seg-xlarge": (624, 24, 300),
+    "rfdetr-seg-2xlarge": (768, 24, 300),
+    "rtdetr-seg-nano": (384, 32, 300),
+    "rtdetr-seg-small": (512, 32, 300),
+    "rtdetr-seg-base": (560, 56, 300),
+    "rtdetr-seg-medium": (576, 32, 300),
+    "rtdetr-seg-large": (560, 56, 300),
+}
+"""Upstream's configurations (a test compares), here so that planning needs no torch."""
+
+
+def published(name: str) -> Published | None:
+    """Resolution, its block and the queries of an RF-DETR; None for the other families."""
+    if name not in _PUBLISHED:
+        return None
+    resolution, block, queries = _PUBLISHED[name]
+    return Published(resolution=resolution, block=block, queries=queries)
 
 
 def family(name: str) -> str:

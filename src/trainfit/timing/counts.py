@@ -1,6 +1,8 @@
 """The record that a trace hands to the timing model: what a step asks of a GPU besides memory."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,3 +22,13 @@ class OpCount:
     """By the formulas of torch.utils.flop_counter; 0 for an operator without one."""
     bytes: float
     """Read and written, if every operand passes the memory bus once."""
+
+    def to_row(self) -> tuple[Any, ...]:
+        """The values in order, for JSON."""
+        return astuple(self)
+
+    @classmethod
+    def from_row(cls, row: Sequence[Any]) -> "OpCount":
+        """What `to_row` gave."""
+        op, phase, dtype, count, flops, nbytes = row
+        return cls(op=op, phase=phase, dtype=dtype, count=count, flops=flops, bytes=nbytes)

@@ -7,8 +7,8 @@ Known limits: one device, so nothing about communication; the data loader keeps 
 one year and large micro-batches, and carry over to other cards by their rates alone.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from trainfit.errors import TrainfitError
@@ -17,6 +17,8 @@ from trainfit.timing.counts import OpCount
 
 Kind = Literal["tensor cores", "plain arithmetic", "memory", "launches", "optimizer"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+ONCE = ("update", "optimizer")
+"""Phases that come once a window."""
 WIDE_GROUP = 33
 """Input channels a group from which a convolution with groups is slow. On an RTX 3090 (cuDNN 8.3, float16, channels_last)
 swsl_resnext101_32x4d (4 to 32) runs at the speed of its bytes, regnetv_040 (64) at a hundredth of it."""
@@ -70,24 +72,68 @@ class TimeEstimate:
     """Whether the efficiencies were measured on this card; otherwise they carry over from another."""
 
 
-def step_seconds(ops: Iterable[OpCount], gpu: Gpu, *, efficiency: Efficiency = RTX_3090) -> TimeEstimate:
-    """Estimate the time of a step from the counts of its trace. Raises TrainfitError for a card without rates."""
-    if gpu.bandwidth_bytes_per_s is None or gpu.fp32_flops_per_s is None:
-        raise TrainfitError(f"the rates of {gpu.name} are not known, so time cannot be told; name a card with --gpu")
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What the GPU does in some part of a step."""
+
+    parts_s: dict[Kind, float]
+    kernels: float
+
+    def plus(self, other: "_Work", times: float = 1.0) -> "_Work":
+        parts: dict[Kind, float] = {kind: self.parts_s[kind] + times * other.parts_s[kind] for kind in KINDS}
+        return _Work(parts_s=parts, kernels=self.kernels + times * other.kernels)
+
+
+def _work(ops: Iterable[OpCount], gpu: Gpu, efficiency: Efficiency) -> _Work:
     parts: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
     kernels = 0
     for row in ops:
         kind, seconds = _row_seconds(row, gpu, efficiency)
         parts[kind] += seconds
         kernels += row.count
-    parts["launches"] = kernels * efficiency.kernel_s
-    parts["launches"] += max(0.0, kernels * efficiency.host_s - sum(parts.values()))
+    return _Work(parts_s=parts, kernels=kernels)
+
+
+def _estimate(work: _Work, gpu: Gpu, efficiency: Efficiency) -> TimeEstimate:
+    parts = dict(work.parts_s)
+    parts["launches"] += work.kernels * efficiency.kernel_s
+    parts["launches"] += max(0.0, work.kernels * efficiency.host_s - sum(parts.values()))
     return TimeEstimate(
         seconds=sum(parts.values()),
         parts_s=parts,
         bound=max(parts, key=lambda kind: parts[kind]),
         calibrated=gpu.name == efficiency.gpu,
     )
+
+
+def step_seconds(ops: Iterable[OpCount], gpu: Gpu, *, efficiency: Efficiency = RTX_3090) -> TimeEstimate:
+    """Estimate the time of a step from the counts of its trace. Raises TrainfitError for a card without rates."""
+    if gpu.bandwidth_bytes_per_s is None or gpu.fp32_flops_per_s is None:
+        raise TrainfitError(f"the rates of {gpu.name} are not known, so time cannot be told; name a card with --gpu")
+    return _estimate(_work(ops, gpu, efficiency), gpu, efficiency)
+
+
+def window_seconds(
+    ops: tuple[Sequence[OpCount], Sequence[OpCount]],
+    micro_batches: tuple[int, int],
+    gpu: Gpu,
+    *,
+    cuts: Sequence[int],
+    traced_accumulation: int,
+    efficiency: Efficiency = RTX_3090,
+) -> TimeEstimate:
+    """Time of a window that is cut into micro-batches of `cuts` images, from traces at two micro-batches.
+
+    Both windows had `traced_accumulation` micro-batches; `gpu` has rates. What a micro-batch takes is a line through the
+    two, and what comes once a window (clipping, optimizer, averaging) is that of the larger.
+    """
+    small, large = micro_batches
+    low, high = (_work([row for row in rows if row.phase not in ONCE], gpu, efficiency) for rows in ops)
+    total = _work([row for row in ops[1] if row.phase in ONCE], gpu, efficiency)
+    for images in cuts:
+        share = (images - small) / (large - small)
+        total = total.plus(high, share / traced_accumulation).plus(low, (1 - share) / traced_accumulation)
+    return _estimate(total, gpu, efficiency)
 
 
 def _row_seconds(row: OpCount, gpu: Gpu, efficiency: Efficiency) -> tuple[Kind, float]:
@@ -99,7 +145,7 @@ def _row_seconds(row: OpCount, gpu: Gpu, efficiency: Efficiency) -> tuple[Kind, 
     if row.op.endswith(".to_host"):
         memory = row.bytes / HOST_BYTES_PER_S
     kind: Kind = "memory"
-    if row.phase in ("update", "optimizer"):
+    if row.phase in ONCE:
         kind = "optimizer"
     elif arithmetic > memory:
         kind = "tensor cores" if tensor_cores else "plain arithmetic"
@@ -127,3 +173,10 @@ def matrix_rate(row: OpCount, gpu: Gpu) -> tuple[float, bool]:
     else:
         rate = gpu.tf32_flops_per_s if row.op.startswith("aten.convolution") else None
     return (gpu.fp32_flops_per_s, False) if rate is None else (rate, True)
+
+
+def later(estimate: TimeEstimate, seconds: float) -> TimeEstimate:
+    """With `seconds` more of work once a window."""
+    parts = dict(estimate.parts_s)
+    parts["optimizer"] += seconds
+    return replace(estimate, seconds=estimate.seconds + seconds, parts_s=parts)

@@ -1,0 +1,148 @@
+"""trainfit plan."""
+
+import json
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from trainfit.cli.predict import chosen_gpu
+from trainfit.errors import TrainfitError
+from trainfit.gpus.catalogue import Gpu
+from trainfit.gpus.detect import detect_gpus
+from trainfit.memory.alloc_conf import AllocatorConfig
+from trainfit.models.registry import model_name
+from trainfit.models.setting import Setting
+from trainfit.planning.dataset import decode_seconds, for_data
+from trainfit.planning.make import DEFAULT_EFFECTIVE_BATCH, make_plan
+from trainfit.planning.plan import to_json
+from trainfit.reports.emit import emit
+from trainfit.reports.plan import plan_json, plan_text
+from trainfit.reports.plan_html import plan_html
+from trainfit.step.names import Checkpointing, Optimizer, Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Of all settings that fit a GPU, the fastest; the GPU need not be there."""
+
+    model: tyro.conf.Positional[str]
+    """rfdetr-nano, maskrcnn-r50-v2, clip:ARCH, timm:NAME, or module:function of your own."""
+    gpu: str | None = None
+    """Name of the card, for instance "RTX 3060"; without it and --memory, the first card of this machine."""
+    memory: str | None = None
+    """Memory of the card, for instance 8GiB: instead of --gpu, or of what that card has."""
+    gpus: int = 1
+    """Cards of this kind."""
+    data: str | None = None
+    """Data set: its classes, fullest image, canvas and decoding time are used."""
+    effective_batch: int = DEFAULT_EFFECTIVE_BATCH
+    """Images per optimizer step over all GPUs; held exactly."""
+    allow: tuple[Literal["multi-scale", "groups", "queries", "resolution", "encoder", "optimizer"], ...] = ()
+    """Knobs that change what is learned and may be turned where nothing fits otherwise."""
+    micro_batch: int | None = None
+    """Plan with this one alone."""
+    eval_micro_batch: int | None = None
+    """Images in one forward of evaluation, instead of the fastest."""
+    checkpointing: Checkpointing | None = None
+    """Blocks computed again in backward, instead of the fewest that fit."""
+    precision: Precision = "auto"
+    optimizer: Optimizer = "adamw-fused"
+    resolution: int | None = None
+    """Side of the square input in pixels; Mask R-CNN: the short side. As published unless given."""
+    multi_scale: bool = True
+    """RF-DETR: the largest of the training sizes is priced."""
+    num_queries: int | None = None
+    groups: int | None = None
+    """RF-DETR: query groups in training."""
+    recipe: Literal["single", "detector", "masks"] = "single"
+    """RF-DETR with masks: which stage trains."""
+    freeze_encoder: bool = False
+    ema: bool | None = None
+    """Averaged weights; as the family is trained unless given."""
+    classes: int = 80
+    objects_per_image: int = 100
+    """In the fullest image."""
+    contrastive: Literal["cached", "plain"] = "cached"
+    """CLIP: see trainfit predict."""
+    alloc_conf: str = ""
+    """As PYTORCH_ALLOC_CONF, for instance expandable_segments:True."""
+    emit: Literal["rfdetr", "detectron2", "open_clip", "lightning", "transformers", "accelerate"] | None = None
+    """Print the setting as another tool writes it, instead of the report."""
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Print JSON (schema 1) instead of text."""
+    html: Path | None = None
+    """Write the report as one HTML page."""
+    out: Path | None = None
+    """Write the plan file that train, measure and report take."""
+    force: bool = False
+    """Overwrite files."""
+    cache: bool = True
+    """Store the traces, and use stored ones."""
+
+
+def plan(arguments: Annotated[Plan, tyro.conf.arg(name="")]) -> int:
+    """Plan the fastest training that fits a GPU, without the GPU; the exit code is 1 where nothing fits."""
+    for path in (arguments.html, arguments.out):
+        if path is not None and path.exists() and not arguments.force:
+            raise TrainfitError(f"{path} exists; choose another name or use --force")
+    gpu = _gpu(arguments)
+    setting, decode_s = _setting(arguments), None
+    if arguments.data is not None:
+        setting, decode_s = for_data(setting, arguments.data), decode_seconds(setting, arguments.data)
+    found = make_plan(
+        setting,
+        gpu,
+        effective_batch=arguments.effective_batch,
+        gpus=arguments.gpus,
+        micro_batch=arguments.micro_batch,
+        checkpointing=arguments.checkpointing,
+        allow=arguments.allow,
+        config=AllocatorConfig.from_env_string(arguments.alloc_conf),
+        cache=arguments.cache,
+        decode_s=decode_s,
+        cores=os.cpu_count() if decode_s is not None else None,
+        note=lambda line: print(line, file=sys.stderr) if sys.stderr.isatty() else None,
+    )
+    if arguments.emit is not None:
+        emitted = emit(found, arguments.emit)
+        print(emitted.text)
+        print("\n".join(f"note: {note}" for note in emitted.notes), file=sys.stderr)
+    else:
+        print(json.dumps(plan_json(found)) if arguments.as_json else plan_text(found))
+    if arguments.html is not None:
+        arguments.html.write_text(plan_html(found), encoding="utf-8")
+        print(f"wrote {arguments.html}", file=sys.stderr)
+    if arguments.out is not None and found.chosen is not None:
+        arguments.out.write_text(json.dumps(to_json(found), indent=2) + "\n", encoding="utf-8")
+        print(f"wrote {arguments.out}", file=sys.stderr)
+    return 0 if found.chosen is not None else 1
+
+
+KNOBS = (
+    *("eval_micro_batch", "precision", "optimizer", "resolution", "multi_scale", "num_queries", "groups"),
+    *("freeze_encoder", "ema", "classes", "objects_per_image", "contrastive"),
+)
+"""Flags that are fields of `Setting` by the same name."""
+
+
+def _setting(arguments: Plan) -> Setting:
+    knobs = {name: getattr(arguments, name) for name in KNOBS}
+    return Setting(model=model_name(arguments.model), stage=arguments.recipe, **knobs)
+
+
+def _gpu(arguments: Plan) -> Gpu:
+    """The card that was named, or the first of this machine with what is free of it."""
+    if arguments.gpu is not None or arguments.memory is not None:
+        return chosen_gpu(arguments.gpu, arguments.memory)
+    here = detect_gpus()
+    if not here:
+        raise TrainfitError("no GPU is here: name one with --gpu NAME, or give --memory 8GiB")
+    taken = sum(process.used_bytes or 0 for process in here[0].processes)
+    if taken:
+        names = ", ".join(f"{process.name or process.pid}" for process in here[0].processes)
+        print(f"{taken / 2**30:.1f} GiB of {here[0].gpu.name} are taken by {names}", file=sys.stderr)
+    return replace(here[0].gpu, memory_bytes=here[0].free_bytes, memory_is_nominal=False)

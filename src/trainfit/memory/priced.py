@@ -1,0 +1,235 @@
+"""What a setting needs and how long it takes at any micro-batch: for searching. Imports no torch.
+
+A window is traced with two micro-batches: the second finds the gradients of the first, and all later ones are like it.
+"""
+
+import json
+import lzma
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from trainfit.gpus.catalogue import Gpu, find_gpu
+from trainfit.gpus.context import ByteRange, cublas_workspace_bytes
+from trainfit.memory.allocator import AllocatorConfig
+from trainfit.memory.predict import Prediction, needed, predict_traced
+from trainfit.memory.profile import last_window
+from trainfit.memory.scaling import ScaledTrace, scale
+from trainfit.memory.trace_cache import (
+    StoredTrace,
+    TraceRequest,
+    cache_path,
+    get_trace,
+    get_traces,
+    kernel_class,
+    packages_of,
+    store,
+    stored,
+)
+from trainfit.models.registry import family
+from trainfit.models.setting import Setting
+from trainfit.timing.roofline import HOST_BYTES_PER_S, TimeEstimate, later, step_seconds, window_seconds
+
+PAIRS = ((2, 4), (4, 8))
+"""Micro-batches that are traced; the second pair where a step does other things at 2 than at 4."""
+TRACED_ACCUMULATION = 2
+SHIPPED = "shipped"
+RATES_LIKE = "RTX 3060"
+"""Whose rates rank settings for a card of which only the memory is known."""
+Part = Literal["training", "evaluation"]
+_scaled: dict[TraceRequest, ScaledTrace | None] = {}
+"""Those of this process; a custom model's are nowhere else."""
+
+
+def scalable(setting: Setting) -> bool:
+    """Whether micro-batches of its window do not know of each other: a contrastive window is one loss."""
+    return family(setting.model) != "clip" or setting.contrastive == "plain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pricer:
+    """Prices settings on one card. Traces come with the package, from the disk, or are made (seconds)."""
+
+    gpu: Gpu
+    config: AllocatorConfig = field(default_factory=AllocatorConfig)
+    cache: bool = True
+
+    def needs(self, setting: Setting) -> ByteRange:
+        """What one process needs for training: CUDA context and reserved memory."""
+        request = self.request(setting, "training")
+        key = f"{setting.micro_batch}:{setting.ema_on_host}:{cublas_workspace_bytes(self.gpu)}"
+        if self.config != AllocatorConfig():
+            key += f":{self.config}"
+        known = known_needs(request, cache=self.cache) if scalable(setting) else {}
+        if key not in known:
+            found = needed(self._trace(setting, "training"), self.gpu, self.config)
+            known[key] = (found.low_bytes, found.high_bytes)
+            if self.cache and scalable(setting):
+                store(_path(request, "needs"), json.dumps(known))
+        low, high = known[key]
+        return ByteRange(low_bytes=low, high_bytes=high)
+
+    def seconds(self, setting: Setting, cuts: Sequence[int], part: Part = "training") -> TimeEstimate:
+        """Time of a window cut into micro-batches of `cuts` images, or of an evaluation micro-batch."""
+        gpu = rated(self.gpu)
+        scaled = self._scaled(setting, part)
+        if scaled is None:
+            found = step_seconds(self._trace(setting, part).ops, gpu)
+        else:
+            traced = TRACED_ACCUMULATION if part == "training" else 1
+            found = window_seconds(scaled.ops, scaled.micro_batches, gpu, cuts=cuts, traced_accumulation=traced)
+        if setting.ema_on_host and part == "training":
+            averaged = self._trace(replace(setting, ema_on_host=False), part).trace.tensors
+            nbytes = sum(tensor.nbytes for tensor in averaged if tensor.category == "EMA")
+            found = later(found, nbytes / HOST_BYTES_PER_S)
+        return found
+
+    def predict(self, setting: Setting, cuts: Sequence[int]) -> Prediction:
+        """Training and evaluation, with the time of a window."""
+        training, evaluation = self._trace(setting, "training"), self._trace(setting, "evaluation")
+        found = predict_traced(setting, self.gpu, training=training, evaluation=evaluation, config=self.config)
+        return replace(found, training=replace(found.training, time=self.seconds(setting, cuts)))
+
+    def blocks(self, setting: Setting) -> int:
+        """Blocks of the model that activation checkpointing may compute again."""
+        scaled = self._scaled(setting, "training")
+        return self._trace(setting, "training").blocks if scaled is None else scaled.blocks
+
+    def gradient_bytes(self, setting: Setting) -> int:
+        """What the GPUs exchange once a window."""
+        trace = self._trace(setting, "training").trace
+        made = (trace.tensors[e - 1] for e in trace.events[last_window(trace) :] if e > 0)
+        return sum(tensor.nbytes for tensor in made if tensor.category == "gradients")
+
+    def request(self, setting: Setting, part: Part) -> TraceRequest:
+        """The setting without what a scaled trace serves all values of."""
+        setting = replace(setting, ema_on_host=False)
+        if scalable(setting):
+            setting = replace(setting, micro_batch=1, accumulation=TRACED_ACCUMULATION, eval_micro_batch=None)
+        capability = kernel_class(self.gpu.capability)
+        if capability == (8, 6) and family(setting.model) in ("rfdetr", "maskrcnn"):
+            capability = (8, 0)  # the two differ for attention heads of more than 192 numbers
+        return TraceRequest(setting=setting, part=part, capability=capability)
+
+    def _scaled(self, setting: Setting, part: Part) -> ScaledTrace | None:
+        request = self.request(setting, part)
+        if not scalable(setting):
+            return None
+        if request not in _scaled:
+            _scaled[request] = _load(request, cache=self.cache)
+        return _scaled[request]
+
+    def _trace(self, setting: Setting, part: Part) -> StoredTrace:
+        """The setting's trace: scaled, or by itself below the micro-batches that are traced for scaling."""
+        request, scaled = self.request(setting, part), self._scaled(setting, part)
+        evaluated = setting.eval_micro_batch or setting.micro_batch
+        if scaled is None or min(setting.micro_batch, evaluated) < scaled.micro_batches[0]:
+            exact = request.setting if not scalable(setting) else _at(request, setting.micro_batch).setting
+            exact = replace(exact, eval_micro_batch=setting.eval_micro_batch if part == "evaluation" else None)
+            found = get_trace(replace(request, setting=exact), cache=self.cache)
+        else:
+            since = last_window(scaled.trace) if part == "evaluation" else None
+            found = StoredTrace(
+                trace=scaled.at(setting.micro_batch, eval_micro_batch=evaluated, evaluated_from=since),
+                ops=scaled.ops[1],
+                made_up=scaled.made_up,
+                upper_bounds=scaled.upper_bounds,
+                blocks=scaled.blocks,
+            )
+        return _without_ema(found) if setting.ema_on_host else found
+
+
+def rated(gpu: Gpu) -> Gpu:
+    """The card; with the rates of another where its own are not known: settings are ranked, times mean nothing."""
+    if gpu.bandwidth_bytes_per_s is not None and gpu.fp32_flops_per_s is not None:
+        return gpu
+    like = find_gpu(RATES_LIKE)
+    names = ("bandwidth_bytes_per_s", "fp32_flops_per_s", "tf32_flops_per_s", "fp16_flops_per_s", "bf16_flops_per_s")
+    return replace(gpu, **{name: getattr(like, name) for name in names})
+
+
+def _without_ema(stored: StoredTrace) -> StoredTrace:
+    """The averaged weights are in the CPU's memory instead."""
+    sizes = (replace(t, nbytes=0) if t.category == "EMA" else t for t in stored.trace.tensors)
+    return replace(stored, trace=replace(stored.trace, tensors=tuple(sizes)))
+
+
+def _at(request: TraceRequest, micro_batch: int) -> TraceRequest:
+    return replace(request, setting=replace(request.setting, micro_batch=micro_batch))
+
+
+def _load(request: TraceRequest, *, cache: bool) -> ScaledTrace | None:
+    """From the package, from the disk, or traced now; None where the step's traces cannot be scaled."""
+    text = shipped(request)
+    if text is None and cache:
+        text = stored(_path(request, "scaled"))
+    if text is not None:
+        return ScaledTrace.from_json(text) if text else None
+    made = make_scaled(request, cache=cache)
+    if cache and family(request.setting.model) != "custom":
+        store(_path(request, "scaled"), made.to_json() if made else "")
+    return made
+
+
+def make_scaled(request: TraceRequest, *, cache: bool) -> ScaledTrace | None:
+    """Trace a request at two micro-batches and align; None where that cannot be."""
+    for pair in PAIRS:
+        small, large = get_traces([_at(request, b) for b in pair], cache=cache)
+        made = scale(small, large, pair)
+        if made is not None:
+            return made
+    return None
+
+
+def _path(request: TraceRequest, kind: str) -> Path:
+    return cache_path(request).with_suffix(f".{kind}.gz")
+
+
+@cache
+def known_needs(request: TraceRequest, *, cache: bool) -> dict[str, tuple[int, int]]:
+    """Needs by micro-batch, EMA, workspace and allocator that were worked out before: (low, high) bytes. It grows."""
+    known: dict[str, Any] = _shipped_needs().get(shipped_name(request), {}) if is_shipped(request) else {}
+    text = stored(_path(request, "needs")) if cache and family(request.setting.model) != "custom" else None
+    return {**known, **(json.loads(text) if text else {})}
+
+
+# ---- traces that come with the package
+
+
+def shipped_name(request: TraceRequest) -> str:
+    """File name of a request's scaled trace."""
+    return cache_path(request, versioned=False).name.removesuffix(".json.gz")
+
+
+def shipped_folder() -> Path:
+    """Where the package has them; scripts/traces writes there."""
+    return Path(str(resources.files("trainfit.memory").joinpath(SHIPPED)))
+
+
+@cache
+def _shipped_versions() -> dict[str, str]:
+    path = shipped_folder() / "versions.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+@cache
+def _shipped_needs() -> dict[str, Any]:
+    path = shipped_folder() / "needs.json.xz"
+    return json.loads(lzma.decompress(path.read_bytes())) if path.exists() else {}
+
+
+def is_shipped(request: TraceRequest) -> bool:
+    """Whether the package has a request's scaled trace, made with the packages that are installed."""
+    made_with = _shipped_versions()
+    same = all(made_with.get(name) == found for name, found in packages_of(request.setting).items())
+    return same and (shipped_folder() / f"{shipped_name(request)}.xz").exists()
+
+
+def shipped(request: TraceRequest) -> str | None:
+    """The scaled trace that the package has for a request; None: it has none for what is installed."""
+    if not is_shipped(request):
+        return None
+    return lzma.decompress((shipped_folder() / f"{shipped_name(request)}.xz").read_bytes()).decode()

@@ -1,0 +1,182 @@
+"""A step's trace at any micro-batch, from its traces at two: a size is a low-degree function of the micro-batch.
+
+Most tensors grow with the micro-batch by an affine law. What code does image by image makes more tensors, not larger
+ones: the additional images' tensors are found by aligning the two traces, and take on the growth of all further images.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from trainfit.memory.events import TensorInfo, Trace
+from trainfit.memory.trace_cache import StoredTrace
+from trainfit.timing.counts import OpCount
+
+LOOKAHEAD = (32, 16, 8, 4, 2, 1)
+"""Tensors that must agree behind an insertion for it to count as one; the longest that is found wins."""
+LONGEST_INSERTION, LONGEST_OMISSION = 6000, 60
+"""Tensors in a row that only the larger, only the smaller trace has."""
+ROUNDING_BYTES = 512
+"""By so much a size may leave its law: kernels round their workspaces."""
+
+TOLERANCE = 0.003
+"""Difference allowed between the peak of the smaller trace and of what is made from both for its micro-batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledTrace:
+    """Traces of one step at two micro-batches, aligned. In evaluation the micro-batch is the evaluation's as well."""
+
+    micro_batches: tuple[int, int]
+    """The two."""
+    trace: Trace
+    """At the larger."""
+    small_bytes: tuple[int, ...]
+    """Each tensor's bytes at the smaller; 0 for one that a further image allocated."""
+    passing: frozenset[int]
+    """Tensors of a further image that are gone before the next image: one at a time, however many images there are."""
+    ops: tuple[tuple[OpCount, ...], tuple[OpCount, ...]]
+    """Operators of the last window, at both."""
+    made_up: tuple[str, ...]
+    upper_bounds: tuple[str, ...]
+    blocks: int
+    """Blocks of the model that activation checkpointing may compute again."""
+
+    def at(self, micro_batch: int, *, eval_micro_batch: int | None = None, evaluated_from: int | None = None) -> Trace:
+        """The trace at `micro_batch`, from event `evaluated_from` on at `eval_micro_batch`.
+
+        Exact at the two; between and beyond them exact for sizes with an affine law. Further images' tensors share
+        the bytes of all images beyond the smaller of the two, so sums are right and single ones are not.
+        """
+        tensors = self.trace.tensors
+        until = len(tensors)
+        if evaluated_from is not None:
+            until = min((e - 1 for e in self.trace.events[evaluated_from:] if e > 0), default=until)
+        sized = [_resized(t, self._bytes(t, micro_batch)) for t in tensors[:until]]
+        sized += [_resized(t, self._bytes(t, eval_micro_batch or micro_batch)) for t in tensors[until:]]
+        return Trace(tensors=tuple(sized), events=self.trace.events, marks=self.trace.marks)
+
+    def _bytes(self, tensor: TensorInfo, micro_batch: int) -> int:
+        small, large = self.micro_batches
+        before = self.small_bytes[tensor.id]
+        if before == tensor.nbytes:
+            return before
+        if tensor.id in self.passing:
+            return tensor.nbytes if micro_batch > small else 0
+        grown = (tensor.nbytes - before) * (micro_batch - small)
+        return max(0, before + -(-grown // (large - small)))
+
+    def to_json(self) -> str:
+        """As `from_json` reads it."""
+        record = {
+            "micro_batches": self.micro_batches,
+            "trace": json.loads(self.trace.to_json()),
+            "small_bytes": self.small_bytes,
+            "passing": sorted(self.passing),
+            "ops": [[row.to_row() for row in rows] for rows in self.ops],
+            "made_up": self.made_up,
+            "upper_bounds": self.upper_bounds,
+            "blocks": self.blocks,
+        }
+        return json.dumps(record, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "ScaledTrace":
+        """What `to_json` wrote."""
+        record: dict[str, Any] = json.loads(text)
+        small, large = (tuple(map(OpCount.from_row, rows)) for rows in record["ops"])
+        return cls(
+            micro_batches=(record["micro_batches"][0], record["micro_batches"][1]),
+            trace=Trace.from_json(json.dumps(record["trace"])),
+            small_bytes=tuple(record["small_bytes"]),
+            passing=frozenset(record["passing"]),
+            ops=(small, large),
+            made_up=tuple(record["made_up"]),
+            upper_bounds=tuple(record["upper_bounds"]),
+            blocks=record["blocks"],
+        )
+
+
+def _resized(tensor: TensorInfo, nbytes: int) -> TensorInfo:
+    return tensor if nbytes == tensor.nbytes else replace(tensor, nbytes=nbytes)
+
+
+def scale(small: StoredTrace, large: StoredTrace, micro_batches: tuple[int, int]) -> ScaledTrace | None:
+    """Align the traces of one setting at two micro-batches, the smaller first.
+
+    None: the step does other things at the one than at the other, so that each has to be traced by itself.
+    """
+    matches = _align(small.trace.tensors, large.trace.tensors, growth=micro_batches[1] / micro_batches[0])
+    sizes = tuple(0 if match is None else small.trace.tensors[match].nbytes for match in matches)
+    scaled = ScaledTrace(
+        micro_batches=micro_batches,
+        trace=large.trace,
+        small_bytes=sizes,
+        passing=_passing(large.trace, matches),
+        ops=(small.ops, large.ops),
+        made_up=large.made_up,
+        upper_bounds=large.upper_bounds,
+        blocks=large.blocks,
+    )
+    true, found = _peak_bytes(small.trace), _peak_bytes(scaled.at(micro_batches[0]))
+    return scaled if abs(found - true) <= TOLERANCE * true else None
+
+
+def _peak_bytes(trace: Trace) -> int:
+    held = peak = 0
+    for made, tensor in trace:
+        held += tensor.nbytes if made else -tensor.nbytes
+        peak = max(peak, held)
+    return peak
+
+
+def _align(small: Sequence[TensorInfo], large: Sequence[TensorInfo], *, growth: float) -> list[int | None]:
+    """For each tensor of `large` its like in `small`, in order; None for what only the larger trace has."""
+    names: dict[tuple[str, str, str], int] = {}
+    a, b = ([(names.setdefault((t.op, t.module, t.phase), len(names)), t.nbytes) for t in ts] for ts in (small, large))
+
+    def alike(i: int, j: int) -> bool:
+        (name, nbytes), (other, grown) = a[i], b[j]
+        return name == other and nbytes <= grown + ROUNDING_BYTES and grown <= growth * nbytes + ROUNDING_BYTES
+
+    def agree(i: int, j: int, count: int) -> bool:
+        return i < len(a) and all(alike(i + k, j + k) for k in range(min(count, len(a) - i, len(b) - j)))
+
+    def gap(i: int, j: int) -> tuple[int, int]:
+        """What only the smaller trace has here, and what only the larger: after it the two agree longest."""
+        for count in LOOKAHEAD:
+            for only_small in range(LONGEST_OMISSION):
+                longest = LONGEST_OMISSION if only_small else LONGEST_INSERTION
+                for only_large in range(min(longest, len(b) - j)):
+                    if agree(i + only_small, j + only_large, count):
+                        return only_small, only_large
+        return 1, 0
+
+    matches: list[int | None] = []
+    i = 0
+    while len(matches) < len(b):
+        if i == len(a):
+            matches += [None] * (len(b) - len(matches))
+        elif alike(i, len(matches)):
+            matches.append(i)
+            i += 1
+        else:
+            only_small, only_large = gap(i, len(matches))
+            i += only_small
+            matches += [None] * only_large
+    return matches
+
+
+def _passing(trace: Trace, matches: Sequence[int | None]) -> frozenset[int]:
+    """Unmatched tensors that are freed before the next matched one is allocated."""
+    made = {event - 1: index for index, event in enumerate(trace.events) if event > 0}
+    freed = {-event - 1: index for index, event in enumerate(trace.events) if event < 0}
+    passing: set[int] = set()
+    end = len(trace.events)
+    for number in reversed(range(len(matches))):
+        if matches[number] is not None:
+            end = made[number]
+        elif freed.get(number, len(trace.events)) <= end:
+            passing.add(number)
+    return frozenset(passing)

@@ -1,0 +1,214 @@
+"""From what is wanted and a card to a plan: the library's side of `trainfit plan`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import ceil, sqrt
+from typing import Literal
+
+from trainfit.errors import TrainfitError
+from trainfit.gpus.catalogue import GIB, MIB, Gpu
+from trainfit.gpus.context import ByteRange, cuda_context_bytes
+from trainfit.measure.calibration import Calibration, load
+from trainfit.memory.allocator import AllocatorConfig
+from trainfit.memory.predict import Prediction, allocator_room
+from trainfit.memory.priced import RATES_LIKE, TRACED_ACCUMULATION, Pricer, rated, scalable
+from trainfit.models.registry import family, published
+from trainfit.models.setting import Setting
+from trainfit.planning.knobs import LEARNS
+from trainfit.planning.plan import Loading, Plan
+from trainfit.planning.search import Wish, frontier, search
+from trainfit.step.names import Checkpointing
+from trainfit.timing.roofline import TimeEstimate, later
+
+DEFAULT_EFFECTIVE_BATCH = 16
+LINK_BYTES_PER_S = 10e9
+"""Between GPUs, each way: what PCIe 4.0 x8 to x16 leaves in practice. Not measured; NVLink is faster."""
+REFERENCE_BATCH = {"rfdetr": 16}
+"""Effective batch that the default learning rates of a family's recipe are for (rf-detr: 4 images x 4 accumulated)."""
+TRAINER_BYTES, WORKER_BYTES = 3 * GIB, 150 * MIB
+"""Host memory of the trainer with CUDA's libraries, and of a loader process beside what it shares with the trainer (23 MiB
+measured on Linux before it decodes anything; the rest is for decoding)."""
+PREFETCH = 2
+"""Windows that wait for each worker (torch's DataLoader)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """A `search.Prices` corrected by what was measured on the card."""
+
+    pricer: Pricer
+    found: Calibration | None
+
+    def needs(self, setting: Setting) -> ByteRange:
+        """As the pricer says, but at least what measured runs needed more than was predicted."""
+        needs = self.pricer.needs(setting)
+        factor = self.found.reserved_factors[1] if self.found else 1.0
+        return replace(needs, high_bytes=max(needs.high_bytes, ceil(factor * needs.low_bytes)))
+
+    def seconds(
+        self, setting: Setting, cuts: Sequence[int], part: Literal["training", "evaluation"] = "training"
+    ) -> TimeEstimate:
+        """As the pricer says, times the measured factor."""
+        estimate = self.pricer.seconds(setting, cuts, part)
+        factor = (self.found.time_factor if self.found else None) or 1.0
+        return estimate if factor == 1 else replace(later(estimate, (factor - 1) * estimate.seconds), calibrated=True)
+
+    def predict(self, setting: Setting, cuts: Sequence[int]) -> Prediction:
+        """As the pricer says, with the corrected time."""
+        found = self.pricer.predict(setting, cuts)
+        return replace(found, training=replace(found.training, time=self.seconds(setting, cuts)))
+
+    def blocks(self, setting: Setting) -> int:
+        """As the pricer says."""
+        return self.pricer.blocks(setting)
+
+
+def make_plan(
+    setting: Setting,
+    gpu: Gpu,
+    *,
+    effective_batch: int = DEFAULT_EFFECTIVE_BATCH,
+    gpus: int = 1,
+    micro_batch: int | None = None,
+    checkpointing: Checkpointing | None = None,
+    allow: tuple[str, ...] = (),
+    config: AllocatorConfig | None = None,
+    cache: bool = True,
+    decode_s: float | None = None,
+    cores: int | None = None,
+    note: Callable[[str], None] = lambda _: None,
+) -> Plan:
+    """The fastest setting that fits a card, and everything beside it.
+
+    Args:
+        setting: Knobs as wanted; its micro-batch, accumulation and checkpointing do not count.
+        gpu: The card; `memory_bytes` is what may be used of it.
+        effective_batch: Images per optimizer step over all GPUs; held exactly.
+        gpus: Cards of this kind, one process each.
+        micro_batch: Plan with this one alone.
+        checkpointing: Plan with this alone.
+        allow: Of `knobs.LEARNS`, what may be turned where nothing fits otherwise.
+        config: The allocator's; by default torch's.
+        cache: Store traces, and use stored ones.
+        decode_s: Seconds that one worker takes for one image; None where no data set was given.
+        cores: The machine's, for its loader processes; None: unknown.
+        note: Hears one line before anything that takes seconds.
+
+    Raises:
+        TrainfitError: what is wanted cannot be, or a step cannot be traced.
+    """
+    for knob in allow:
+        if knob not in LEARNS:
+            raise TrainfitError(f"--allow {knob}: no such knob; there are {', '.join(LEARNS)}")
+    if effective_batch < gpus:
+        raise TrainfitError(f"--effective-batch {effective_batch} is less than the {gpus} GPUs: give at least {gpus}")
+    share = -(-effective_batch // gpus)
+    if micro_batch is not None and not 0 < micro_batch <= share:
+        raise TrainfitError(f"--micro-batch {micro_batch} must lie between 1 and the {share} images of each GPU")
+    config = config or AllocatorConfig()
+    setting = replace(setting, precision=_precision(setting, gpu))
+    pricer = Pricer(gpu=gpu, config=config, cache=cache)
+    calibration = load(gpu.name)
+    prices = Calibrated(pricer=pricer, found=calibration)
+    note(f"pricing {setting.model} on {gpu.name}; what was never traced takes half a minute, once")
+    exchange = 2 * (gpus - 1) / gpus * pricer.gradient_bytes(replace(setting, micro_batch=2)) if gpus > 1 else 0
+    room = allocator_room(gpu, config)
+    context = cuda_context_bytes()
+    budget = ByteRange(low_bytes=room.low_bytes + context.high_bytes, high_bytes=room.high_bytes + context.low_bytes)
+    wish = Wish(
+        setting=setting,
+        effective_batch=effective_batch,
+        gpus=gpus,
+        budget_bytes=budget.low_bytes,
+        exchange_s=exchange / LINK_BYTES_PER_S,
+        micro_batch=micro_batch,
+        checkpointing=checkpointing,
+        allow=allow,
+    )
+    found = search(wish, prices, note=note)
+    smallest = min(found.candidates, key=lambda each: each.needs.high_bytes)
+    speed = found.chosen.images_per_s if found.chosen else None
+    return Plan(
+        model=setting.model,
+        gpu=gpu,
+        gpus=gpus,
+        effective_batch=effective_batch,
+        budget=budget,
+        chosen=found.chosen,
+        prediction=found.prediction,
+        knee=found.knee,
+        frontier=frontier(found.candidates),
+        candidates=found.candidates,
+        smallest=smallest,
+        savings=found.savings,
+        loading=loading(setting, share, images_per_s=speed, gpus=gpus, decode_s=decode_s, cores=cores),
+        learning_rate=learning_rate(setting, effective_batch),
+        calibrated=calibration is not None and calibration.time_factor is not None,
+        assumptions=_assumptions(wish, gpu, found.prediction, calibration),
+    )
+
+
+def _precision(setting: Setting, gpu: Gpu) -> Literal["fp32", "fp16", "bf16"]:
+    """`auto` resolved for the card as training resolves it."""
+    recent = gpu.capability is None or gpu.capability >= (8, 0)
+    if setting.precision == "auto":
+        return "bf16" if recent else "fp16"
+    if setting.precision == "bf16" and not recent:
+        raise TrainfitError(f"--precision bf16 needs CUDA capability 8.0, {gpu.name} has {gpu.capability}; use fp16")
+    return setting.precision
+
+
+def learning_rate(setting: Setting, effective_batch: int) -> str:
+    """What the effective batch means for the learning rate, in a sentence."""
+    said = "The learning rate follows the effective batch, not how it is cut"
+    reference = REFERENCE_BATCH.get(family(setting.model))
+    if reference is None:
+        return f"{said}."
+    if reference == effective_batch:
+        return f"{said}: the recipe's rate is for {reference}, so it stays."
+    ratio = effective_batch / reference
+    if setting.optimizer == "sgd":
+        return f"{said}: the recipe's is for {reference}; for SGD multiply it by {ratio:.3g} (linear; Goyal 2017)."
+    return f"{said}: the recipe's is for {reference}; for Adam multiply it by {sqrt(ratio):.3g} (root; Malladi 2022)."
+
+
+def loading(
+    setting: Setting,
+    share: int,
+    *,
+    images_per_s: float | None,
+    gpus: int,
+    decode_s: float | None,
+    cores: int | None,
+) -> Loading:
+    """Loader processes that keep up with each GPU, capped by its share of the cores, and the host memory of all."""
+    most = max(1, min(8, cores // gpus - 1)) if cores else 8
+    workers, reason = min(4, most), "not measured: give --data, or look at the waiting share of a run"
+    if decode_s is not None and images_per_s is not None:
+        wanted = max(1, ceil(images_per_s / gpus * decode_s * 1.2))
+        workers = min(wanted, most)
+        reason = f"an image takes {1000 * decode_s:.0f} ms to load, a GPU trains {images_per_s / gpus:.0f} a second"
+        if wanted > most:
+            reason += f"; {wanted} would be needed, {most} is what the cores allow: loading will be the limit"
+    size = published(setting.model)
+    side = setting.resolution or (size.resolution if size else 640)
+    pixels = (side * 1.4 if setting.multi_scale and size else side) ** 2
+    masks = setting.objects_per_image if "seg" in setting.model or family(setting.model) == "maskrcnn" else 0
+    sample_bytes = int(pixels * (3 + masks))
+    windows = (PREFETCH * workers + 1) * share * sample_bytes
+    return Loading(workers=workers, host_bytes=gpus * (TRAINER_BYTES + workers * WORKER_BYTES + windows), reason=reason)
+
+
+def _assumptions(
+    wish: Wish, gpu: Gpu, prediction: Prediction | None, calibration: Calibration | None
+) -> tuple[str, ...]:
+    lines = list(prediction.assumptions) if prediction else []
+    if prediction and scalable(wish.setting) and prediction.setting.accumulation < TRACED_ACCUMULATION:
+        lines.append("One micro-batch a window is priced like two, whose gradients stay: a little too much.")
+    if rated(gpu) is not gpu:
+        lines.append(f"The card's rates are not known: settings are ranked with those of an {RATES_LIKE}.")
+    if wish.gpus > 1:
+        lines.append(f"GPUs exchange gradients at {LINK_BYTES_PER_S / 1e9:.0f} GB/s, after backward.")
+    if calibration is not None:
+        lines.append(f"Corrected by {calibration.rows} measurements on this card ({calibration.driver}).")
+    return tuple(lines)

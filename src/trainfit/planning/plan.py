@@ -1,0 +1,159 @@
+"""A plan: the chosen setting, why, what it needs, what else fits, and what does not. A file that later commands take."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trainfit.errors import TrainfitError
+from trainfit.gpus.catalogue import Gpu
+from trainfit.gpus.context import ByteRange
+from trainfit.memory.predict import Prediction
+from trainfit.models.setting import Setting
+
+SCHEMA = 1
+Verdict = Literal["chosen", "fits", "does not fit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One setting that was considered."""
+
+    setting: Setting
+    """Micro-batch, accumulation and checkpointing tell candidates apart; `precision` is never "auto"."""
+    cuts: tuple[int, ...]
+    """Images of each micro-batch of a full window on one GPU; the last may be smaller."""
+    needs: ByteRange
+    """Of training: CUDA context and reserved memory, at least and at most."""
+    seconds: float | None
+    """Of one window; None for a card whose rates are not known."""
+    images_per_s: float | None
+    """Over all GPUs."""
+    verdict: Verdict
+    """fits: the most that it may need is there."""
+    reason: str
+    """Why it was not chosen, with its number; of the chosen one, why it was."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """What one knob frees where nothing fits."""
+
+    knob: str
+    """The flag and its value, for instance "--groups 1"."""
+    saved_bytes: int
+    """Of the smallest setting's need."""
+    learns_differently: bool
+    """Whether it changes what is learned, so that only the user may choose it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """What feeding the GPUs takes of the host."""
+
+    workers: int
+    """Loader processes per GPU."""
+    host_bytes: int
+    """The trainer, its workers, and the windows that wait in their queues; one process per GPU."""
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The answer, whether anything fits or not."""
+
+    model: str
+    gpu: Gpu
+    gpus: int
+    effective_batch: int
+    """Images per optimizer step over all GPUs, exactly."""
+    budget: ByteRange
+    """What the process may have on each GPU, at worst and at best."""
+    chosen: Candidate | None
+    """None: nothing fits."""
+    prediction: Prediction | None
+    """Of the chosen setting, evaluation included; None: nothing fits."""
+    knee: int | None
+    """Smallest micro-batch within 3 % of the best speed, whether it fits or not; None for a card without rates."""
+    frontier: tuple[Candidate, ...]
+    """Those that fit and that nothing faster needs less than; fastest first."""
+    candidates: tuple[Candidate, ...]
+    """All that were considered, the chosen one too."""
+    smallest: Candidate
+    """The one that needs least."""
+    savings: tuple[Saving, ...]
+    """What each knob would free of the smallest, largest first; empty where something fits."""
+    loading: Loading
+    learning_rate: str
+    """A sentence."""
+    calibrated: bool
+    """Whether times are of this card; otherwise they rank settings, and no more."""
+    assumptions: tuple[str, ...]
+
+
+def knobs(plan: Plan) -> dict[str, Any]:
+    """What training takes from a plan: names are those of `training.recipe.Recipe`. The plan must have a chosen setting."""
+    assert plan.chosen is not None
+    setting = plan.chosen.setting
+    names = {
+        "effective_batch": plan.effective_batch,
+        "micro_batch": setting.micro_batch,
+        "eval_micro_batch": setting.eval_micro_batch,
+        "checkpointing": setting.checkpointing,
+        "precision": setting.precision,
+        "resolution": setting.resolution,
+        "multi_scale": setting.multi_scale,
+        "num_queries": setting.num_queries,
+        "groups": setting.groups,
+        "optimizer": setting.optimizer,
+        "ema": setting.ema,
+        "ema_on_host": setting.ema_on_host,
+        "freeze_encoder": setting.freeze_encoder,
+        "recipe": setting.stage,
+        "workers": plan.loading.workers,
+    }
+    return {name: value for name, value in names.items() if value is not None}
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """The plan file: what training takes, and what was predicted. The plan must have a chosen setting."""
+    assert plan.chosen is not None
+    assert plan.prediction is not None
+    training = plan.prediction.training
+    return {
+        "schema": SCHEMA,
+        "model": plan.model,
+        "gpu": plan.gpu.name,
+        "gpus": plan.gpus,
+        "setting": plan.chosen.setting.to_json(),
+        "knobs": knobs(plan),
+        "predicted": {
+            "low_bytes": plan.prediction.needs.low_bytes,
+            "high_bytes": plan.prediction.needs.high_bytes,
+            "allocated_bytes": training.profile.peak_allocated_bytes,
+            "reserved_bytes": training.profile.peak_reserved_bytes,
+            "budget_bytes": plan.budget.low_bytes,
+            "images_per_s": plan.chosen.images_per_s,
+            "calibrated": plan.calibrated,
+        },
+    }
+
+
+def read_plan(path: Path) -> Mapping[str, Any]:
+    """A plan file.
+
+    Raises:
+        TrainfitError: not there, not a plan, or another version's.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TrainfitError(
+            f"--plan {path} cannot be read ({error.strerror}): write one with trainfit plan --out"
+        ) from error
+    except ValueError as error:
+        raise TrainfitError(f"--plan {path} is not JSON ({error}): write one with trainfit plan --out") from error
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA or "knobs" not in record:
+        raise TrainfitError(f"--plan {path} is not a plan file of schema {SCHEMA}: write one with trainfit plan --out")
+    return record

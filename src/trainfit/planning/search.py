@@ -1,0 +1,278 @@
+"""Of all settings that fit, the fastest. Pure: whoever calls gives the prices."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
+
+from trainfit.gpus.context import ByteRange
+from trainfit.memory.predict import Prediction
+from trainfit.models.setting import Setting
+from trainfit.planning.knobs import FREE, LEARNS, batches, cuts, turned
+from trainfit.planning.plan import Candidate, Saving
+from trainfit.step.names import Checkpointing
+from trainfit.timing.roofline import TimeEstimate
+
+KNEE = 0.03
+"""Speed that is not worth more memory, or a trace."""
+EVAL_MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+PARTIAL_TRIES = 3
+
+
+class Prices(Protocol):
+    """What settings cost on one card; `memory.priced.Pricer`."""
+
+    def needs(self, setting: Setting) -> ByteRange:
+        """Of training in one process: CUDA context and reserved memory."""
+        ...
+
+    def seconds(
+        self, setting: Setting, cuts: Sequence[int], part: Literal["training", "evaluation"] = "training"
+    ) -> TimeEstimate:
+        """Of a window cut into micro-batches of `cuts` images."""
+        ...
+
+    def predict(self, setting: Setting, cuts: Sequence[int]) -> Prediction:
+        """Training, and evaluation in the same process."""
+        ...
+
+    def blocks(self, setting: Setting) -> int:
+        """What activation checkpointing may compute again."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What is to be planned."""
+
+    setting: Setting
+    """Knobs as the user wants them; micro-batch and accumulation do not count; precision is not "auto"."""
+    effective_batch: int
+    gpus: int = 1
+    budget_bytes: int
+    """What a process may have for sure."""
+    exchange_s: float = 0.0
+    """Summing the gradients over the GPUs, once a window."""
+    micro_batch: int | None = None
+    """Plan with this one alone."""
+    checkpointing: Checkpointing | None = None
+    """Plan with this alone; None: the least that fits."""
+    allow: tuple[str, ...] = ()
+    """Of `knobs.LEARNS`: what may be turned where nothing fits otherwise."""
+
+    @property
+    def share(self) -> int:
+        """Images of a window on the fullest GPU."""
+        return -(-self.effective_batch // self.gpus)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search ends with."""
+
+    chosen: Candidate | None
+    prediction: Prediction | None
+    candidates: tuple[Candidate, ...]
+    knee: int
+    """See `plan.Plan.knee`."""
+    savings: tuple[Saving, ...]
+
+
+@dataclass
+class _Search:
+    """The candidates seen so far, each priced once."""
+
+    wish: Wish
+    prices: Prices
+    note: Callable[[str], None]
+    seen: dict[Setting, Candidate] = field(default_factory=dict[Setting, Candidate])
+
+    def price(self, base: Setting, micro_batch: int) -> Candidate:
+        share = self.wish.share
+        setting = replace(base, micro_batch=micro_batch, accumulation=len(cuts(share, micro_batch)))
+        if setting not in self.seen:
+            needs, seconds = self.prices.needs(setting), self.speed(base, micro_batch)
+            fits = needs.high_bytes <= self.wish.budget_bytes
+            self.seen[setting] = Candidate(
+                setting=setting,
+                cuts=cuts(share, micro_batch),
+                needs=needs,
+                seconds=seconds,
+                images_per_s=self.wish.effective_batch / seconds,
+                verdict="fits" if fits else "does not fit",
+                reason="",
+            )
+        return self.seen[setting]
+
+    def speed(self, base: Setting, micro_batch: int) -> float:
+        """Seconds of a window."""
+        parts = cuts(self.wish.share, micro_batch)
+        return self.prices.seconds(replace(base, micro_batch=micro_batch), parts).seconds + self.wish.exchange_s
+
+    def batches(self) -> tuple[int, ...]:
+        return batches(self.wish.share) if self.wish.micro_batch is None else (self.wish.micro_batch,)
+
+    def largest(self, base: Setting) -> int | None:
+        """The largest micro-batch that fits, by bisection; prices the next larger one too."""
+        sizes = self.batches()
+        low, high = -1, len(sizes)
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.price(base, sizes[middle]).verdict == "fits":
+                low = middle
+            else:
+                high = middle
+        return sizes[low] if low >= 0 else None
+
+    def fastest(self, base: Setting) -> Candidate | None:
+        """The fastest that fits of one base, at the smallest micro-batch of equal speed."""
+        largest = self.largest(base)
+        if largest is None:
+            return None
+        sizes = [b for b in self.batches() if b <= largest]
+        best = min(sizes, key=lambda b: (self.speed(base, b), b))
+        while (found := self.price(base, best)).verdict != "fits":  # memory that does not grow with the micro-batch
+            sizes.remove(best)
+            best = min(sizes, key=lambda b: (self.speed(base, b), b))
+        smaller = [b for b in sizes if b < best]
+        if smaller:
+            self.price(base, smaller[-1])
+        return found
+
+    def ideal(self, base: Setting) -> float:
+        """Seconds of a window with nothing computed again, whatever memory it takes: nothing is faster."""
+        return min(self.speed(base, b) for b in self.batches())
+
+    def means(self) -> Iterator[Setting]:
+        """Bases in the order of what they cost: averaged weights to the host, then recomputation."""
+        wanted = self.wish.checkpointing
+        for checkpointing in ("none", "all") if wanted is None else (wanted,):
+            base = replace(self.wish.setting, checkpointing=checkpointing)
+            yield base
+            yield from (setting for knob in FREE for _, setting in turned(base, knob))
+
+    def best(self) -> Candidate | None:
+        """Goes on to what costs more as long as it may gain."""
+        found: Candidate | None = None
+        for base in self.means():
+            ideal = self.ideal(replace(base, checkpointing=self.wish.checkpointing or "none", ema_on_host=False))
+            if found is not None and _seconds(found) <= (1 + KNEE) * ideal:
+                break
+            found = _faster(found, self.fastest(base))
+        if self.wish.checkpointing is None and found is not None and found.setting.checkpointing != "none":
+            found = _faster(found, self.partial(found))
+        return found
+
+    def partial(self, full: Candidate) -> Candidate | None:
+        """Computing only some blocks again, where that is faster than `full`, which computes all of them.
+
+        Time and memory of some are taken to lie on a line between none and all, until a trace tells.
+        """
+        base, blocks = full.setting, self.prices.blocks(full.setting)
+        none = replace(base, checkpointing="none")
+        tries: list[tuple[float, int, int]] = []
+        for b in self.batches():
+            most, least = (self.price(each, b) for each in (none, replace(base, checkpointing="all")))
+            if least.verdict != "fits" or most.verdict == "fits":
+                continue
+            freed = most.needs.high_bytes - least.needs.high_bytes
+            count = -(-blocks * (most.needs.high_bytes - self.wish.budget_bytes) // max(1, freed))
+            if 0 < count < blocks:
+                tries.append((_seconds(most) + (_seconds(least) - _seconds(most)) * count / blocks, b, count))
+        if not tries or min(tries)[0] * (1 + KNEE) > _seconds(full):
+            return None
+        _, b, count = min(tries)
+        for _ in range(PARTIAL_TRIES):
+            self.note(f"pricing {count} of {blocks} blocks computed again at micro-batch {b}")
+            found = self.price(replace(base, checkpointing=count), b)
+            if found.verdict == "fits":
+                return found
+            count += -(-blocks // 8)
+            if count >= blocks:
+                break
+        return None
+
+    def evaluation(self, chosen: Candidate) -> tuple[Candidate, Prediction] | None:
+        """With the evaluation micro-batch that is fastest by `KNEE` and fits; None: not even one image fits."""
+        wanted = self.wish.setting.eval_micro_batch
+        sizes = EVAL_MICRO_BATCHES if wanted is None else (wanted,)
+        time = {e: self.prices.seconds(chosen.setting, (e,), "evaluation").seconds / e for e in sizes}
+        knee = next(e for e in sizes if time[e] <= (1 + KNEE) * min(time.values()))
+        for e in reversed([e for e in sizes if e <= knee]):
+            setting = replace(chosen.setting, eval_micro_batch=e)
+            prediction = self.prices.predict(setting, chosen.cuts)
+            if prediction.evaluation.verdict == "fits":
+                return replace(chosen, setting=setting, needs=prediction.needs), prediction
+        return None
+
+    def savings(self, smallest: Candidate) -> Iterator[Saving]:
+        for knob in (*FREE, *LEARNS):
+            for flag, setting in turned(smallest.setting, knob):
+                self.note(f"pricing {flag}")
+                freed = smallest.needs.high_bytes - self.prices.needs(setting).high_bytes
+                yield Saving(knob=flag, saved_bytes=freed, learns_differently=knob in LEARNS)
+
+
+def search(wish: Wish, prices: Prices, *, note: Callable[[str], None] = lambda _: None) -> Found:
+    """The fastest setting that fits, holding the effective batch; `note` hears of what takes seconds.
+
+    Where nothing fits, allowed knobs are turned one after the other, the gentlest first, until something does.
+    """
+    found = _Search(wish, prices, note)
+    best = found.best()
+    knobs = [knob for knob in LEARNS if knob in wish.allow]
+    while best is None and knobs:
+        for flag, setting in turned(wish.setting, knobs.pop(0)):
+            note(f"nothing fits: trying {flag}")
+            wish = replace(wish, setting=setting)
+            found = _Search(wish, prices, note, found.seen)
+            best = found.best()
+            if best is not None:
+                break
+    evaluated = found.evaluation(best) if best is not None else None
+    chosen, prediction = evaluated or (None, None)
+    candidates = tuple(_explained(each, best if evaluated else None, chosen, wish) for each in found.seen.values())
+    smallest = min(candidates, key=lambda each: each.needs.high_bytes)
+    base = replace(wish.setting, checkpointing=wish.checkpointing or "none")
+    ideal = found.ideal(base)
+    return Found(
+        chosen=next((each for each in candidates if each.verdict == "chosen"), None),
+        prediction=prediction,
+        candidates=candidates,
+        knee=next(b for b in found.batches() if found.speed(base, b) <= (1 + KNEE) * ideal),
+        savings=() if chosen else tuple(sorted(found.savings(smallest), key=lambda each: -each.saved_bytes)),
+    )
+
+
+def frontier(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """Those that fit and that nothing at least as fast needs less than; fastest first."""
+    best: list[Candidate] = []
+    for each in sorted(
+        (c for c in candidates if c.verdict != "does not fit"), key=lambda c: (_seconds(c), c.needs.high_bytes)
+    ):
+        if not best or each.needs.high_bytes < best[-1].needs.high_bytes:
+            best.append(each)
+    return tuple(best)
+
+
+def _explained(each: Candidate, best: Candidate | None, chosen: Candidate | None, wish: Wish) -> Candidate:
+    """With the reason, in words and numbers."""
+    if best is not None and chosen is not None and each.setting == best.setting:
+        return replace(chosen, verdict="chosen", reason="the fastest that fits")
+    if each.verdict == "does not fit":
+        over = (each.needs.high_bytes - wish.budget_bytes) / 2**30
+        return replace(each, reason=f"may need {over:.2f} GiB more than there is")
+    if best is None:
+        return replace(each, reason="training fits, evaluation does not")
+    slower = _seconds(each) / _seconds(best) - 1
+    return replace(each, reason=f"{slower:.0%} slower" if slower > 0.0005 else "as fast, and needs more")
+
+
+def _seconds(candidate: Candidate) -> float:
+    assert candidate.seconds is not None
+    return candidate.seconds
+
+
+def _faster(one: Candidate | None, other: Candidate | None) -> Candidate | None:
+    if one is None or other is None:
+        return one or other
+    return one if _seconds(one) <= _seconds(other) else other
