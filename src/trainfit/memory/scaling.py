@@ -7,13 +7,14 @@ ones: the additional images' tensors are found by aligning the two traces, and t
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from trainfit.memory.events import TensorInfo, Trace
 from trainfit.memory.trace_cache import StoredTrace
 from trainfit.timing.counts import OpCount
 
-LOOKAHEAD = (32, 16, 8, 4, 2, 1)
+LOOKAHEAD = (32, 16, 8, 4, 3, 2, 1)
 """Tensors that must agree behind an insertion for it to count as one; the longest that is found wins."""
 LONGEST_INSERTION, LONGEST_OMISSION = 6000, 60
 """Tensors in a row that only the larger, only the smaller trace has."""
@@ -47,7 +48,7 @@ class ScaledTrace:
         """The trace at `micro_batch`, from event `evaluated_from` on at `eval_micro_batch`.
 
         Exact at the two; between and beyond them exact for sizes with an affine law. Further images' tensors share
-        the bytes of all images beyond the smaller of the two, so sums are right and single ones are not.
+        the bytes of all images beyond the smaller of the two, so sums are right, and a peak by one image's own tensors.
         """
         tensors = self.trace.tensors
         until = len(tensors)
@@ -107,7 +108,9 @@ def scale(small: StoredTrace, large: StoredTrace, micro_batches: tuple[int, int]
 
     None: the step does other things at the one than at the other, so that each has to be traced by itself.
     """
-    matches = _align(small.trace.tensors, large.trace.tensors, growth=micro_batches[1] / micro_batches[0])
+    matches = _matches(small.trace.tensors, large.trace.tensors, growth=micro_batches[1] / micro_batches[0])
+    if matches is None:
+        return None
     sizes = tuple(0 if match is None else small.trace.tensors[match].nbytes for match in matches)
     scaled = ScaledTrace(
         micro_batches=micro_batches,
@@ -131,8 +134,25 @@ def _peak_bytes(trace: Trace) -> int:
     return peak
 
 
+def _matches(small: Sequence[TensorInfo], large: Sequence[TensorInfo], *, growth: float) -> list[int | None] | None:
+    """For each tensor of `large` its like in `small`; None where the two do not go through the same phases.
+
+    Phase by phase; backward from its end, because it goes through the images from the last to the first.
+    """
+    pairs = [[(name, list(run)) for name, run in groupby(ts, key=lambda t: t.phase)] for ts in (small, large)]
+    if [name for name, _ in pairs[0]] != [name for name, _ in pairs[1]]:
+        return None
+    matches: list[int | None] = []
+    for (phase, a), (_, b) in zip(*pairs, strict=True):
+        if phase == "backward":
+            matches += reversed(_align(a[::-1], b[::-1], growth=growth))
+        else:
+            matches += _align(a, b, growth=growth)
+    return matches
+
+
 def _align(small: Sequence[TensorInfo], large: Sequence[TensorInfo], *, growth: float) -> list[int | None]:
-    """For each tensor of `large` its like in `small`, in order; None for what only the larger trace has."""
+    """For each tensor of `large` the id of its like in `small`, in order; None for what only the larger trace has."""
     names: dict[tuple[str, str, str], int] = {}
     a, b = ([(names.setdefault((t.op, t.module, t.phase), len(names)), t.nbytes) for t in ts] for ts in (small, large))
 
@@ -144,13 +164,16 @@ def _align(small: Sequence[TensorInfo], large: Sequence[TensorInfo], *, growth: 
         return i < len(a) and all(alike(i + k, j + k) for k in range(min(count, len(a) - i, len(b) - j)))
 
     def gap(i: int, j: int) -> tuple[int, int]:
-        """What only the smaller trace has here, and what only the larger: after it the two agree longest."""
-        for count in LOOKAHEAD:
-            for only_small in range(LONGEST_OMISSION):
-                longest = LONGEST_OMISSION if only_small else LONGEST_INSERTION
-                for only_large in range(min(longest, len(b) - j)):
-                    if agree(i + only_small, j + only_large, count):
-                        return only_small, only_large
+        """What only the smaller trace has here, and what only the larger: nothing of the smaller one, if at all possible;
+        after it the two agree as long as may be.
+        """
+        for omitted, counts in ((1, LOOKAHEAD[:-2]), (LONGEST_OMISSION, LOOKAHEAD[:-2]), (1, LOOKAHEAD[-2:])):
+            for count in counts:
+                for only_small in range(omitted):
+                    longest = LONGEST_OMISSION if only_small else LONGEST_INSERTION
+                    for only_large in range(min(longest, len(b) - j)):
+                        if agree(i + only_small, j + only_large, count):
+                            return only_small, only_large
         return 1, 0
 
     matches: list[int | None] = []
@@ -159,7 +182,7 @@ def _align(small: Sequence[TensorInfo], large: Sequence[TensorInfo], *, growth: 
         if i == len(a):
             matches += [None] * (len(b) - len(matches))
         elif alike(i, len(matches)):
-            matches.append(i)
+            matches.append(small[i].id)
             i += 1
         else:
             only_small, only_large = gap(i, len(matches))
