@@ -1,7 +1,6 @@
 """Out-of-memory errors injected anywhere: the parameters come out as if nothing had happened."""
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from test_exact_gradient import Toy, make_sample, nano, toy_objective
+from test_exact_gradient import Toy, make_sample, toy_objective
 from trainfit.errors import OutOfMemory
-from trainfit.models.workload import OptimizerSettings
+from trainfit.step.attempt import attempt, is_out_of_memory
+from trainfit.step.contrastive import Contrastive
 from trainfit.step.optimizer import make_adamw
 from trainfit.step.terms import CountKind, Objective
 from trainfit.step.training_step import TrainingStep
-from trainfit.training.oom import Survivor, attempt, is_out_of_memory
+from trainfit.training.oom import Survivor
 
 CPU = torch.device("cpu")
 
@@ -25,9 +25,11 @@ CPU = torch.device("cpu")
 class FailAt(TorchDispatchMode):
     """Raises out-of-memory instead of running the operators with these numbers; counts all operators."""
 
-    def __init__(self, *numbers: int) -> None:
+    def __init__(
+        self, *numbers: int, message: str = "CUDA out of memory. Tried to allocate 1.00 GiB (injected)"
+    ) -> None:
         super().__init__()
-        self.numbers, self.seen, self.failed = set(numbers), 0, 0
+        self.numbers, self.message, self.seen, self.failed = set(numbers), message, 0, 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -38,11 +40,11 @@ class FailAt(TorchDispatchMode):
         self.seen += 1
         if self.seen in self.numbers:
             self.failed += 1
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB (injected)")
+            raise torch.OutOfMemoryError(self.message)
         return func(*args, **(kwargs or {}))
 
 
-def make_step(model: torch.nn.Module, objective: Objective, groups: Any = None) -> TrainingStep:
+def make_step(model: torch.nn.Module, objective: Objective | Contrastive, groups: Any = None) -> TrainingStep:
     optimizer = make_adamw(groups or [{"params": [p], "lr": 1e-2} for p in model.parameters()])
     ema = copy.deepcopy(model).requires_grad_(False)
     return TrainingStep(model=model, objective=objective, optimizer=optimizer, device=CPU, ema=ema)
@@ -50,11 +52,6 @@ def make_step(model: torch.nn.Module, objective: Objective, groups: Any = None) 
 
 def toy_step(kind: CountKind) -> TrainingStep:
     return make_step(Toy(), toy_objective(kind))
-
-
-def rfdetr_step() -> TrainingStep:
-    workload, model = nano(groups=2)
-    return make_step(model, workload.objective, workload.parameter_groups(model, OptimizerSettings(lr=1e-2)))
 
 
 def everything(step: TrainingStep) -> list[torch.Tensor]:
@@ -95,17 +92,6 @@ def test_an_error_at_any_operator_of_a_step_changes_nothing(kind: CountKind) -> 
         assert_same(step, undisturbed)
         assert len(survivor.survived) == 1
         assert survivor.micro_batch == 2
-
-
-@pytest.mark.parametrize("build", [rfdetr_step])
-def test_errors_in_rfdetr(build: Callable[[], TrainingStep]) -> None:
-    undisturbed = build()
-    operators = train(undisturbed, Survivor(2)).seen
-    generator = torch.Generator().manual_seed(0)
-    for number in torch.randint(1, operators + 1, (6,), generator=generator).tolist():
-        step = build()
-        assert train(step, Survivor(2), number).failed == 1
-        assert_same(step, undisturbed)
 
 
 def test_a_second_error_halves_the_micro_batch_and_keeps_the_result() -> None:

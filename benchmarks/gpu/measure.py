@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ SOURCE = HERE.parents[1] / "src"
 sys.path.insert(0, str(SOURCE))  # a bare machine has trainfit's source, not trainfit installed
 
 from settings import SUITE  # noqa: E402
+
+from trainfit.measure.calibration import append, read  # noqa: E402
+from trainfit.measure.process import context_bytes, last_words  # noqa: E402
 
 KERNELS = "kernels"
 """The name under which single operators are sampled, see kernels.py."""
@@ -111,12 +114,14 @@ class Worker:
         record["wall_s"] = round(time.monotonic() - start, 2)
         if before is not None:
             record["device"] = {"free_bytes": before.free, "peak_used_bytes": peak - before.used}
-            record["context_bytes"] = {at: _context(before.free, record.get(at)) for at in ("begin", "built", "end")}
+            record["context_bytes"] = {
+                at: context_bytes(before.free, record.get(at)) for at in ("begin", "built", "end")
+            }
         return record
 
     def _failed(self) -> dict[str, Any]:
-        lines = self.log.read_text(errors="replace").strip().splitlines() or ["no message"]
-        message = f"exit status {self.process.returncode}: {lines[-1]}"
+        message = last_words(self.process.returncode, self.log)
+        lines = self.log.read_text(errors="replace").strip().splitlines()
         return {"schema": 1, "name": self.name, "outcome": "error", "message": message, "log": lines[-15:]}
 
     def close(self) -> None:
@@ -126,32 +131,14 @@ class Worker:
         self.folder.cleanup()
 
 
-def _context(free_before: int, reading: dict[str, Any] | None) -> int | None:
-    """What the process holds of the device beside the caching allocator's memory."""
-    if reading is None:
-        return None
-    return free_before - reading["device_free_bytes"] - reading["reserved_bytes"]
-
-
 def records(out: Path) -> dict[str, dict[str, Any]]:
     """What was measured, by name; of a case that was measured again, the last. A line that was cut off is left out."""
-    found: dict[str, dict[str, Any]] = {}
-    file = out / "cases.jsonl"
-    for line in file.read_text().splitlines() if file.exists() else []:
-        with suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            found[record["name"]] = record
-    return found
+    return {record["name"]: record for record in read(out / "cases.jsonl")}
 
 
 def keep(out: Path, record: dict[str, Any]) -> None:
     """Append in one write, then renew the file of the whole run."""
-    handle = os.open(out / "cases.jsonl", os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o644)
-    try:
-        os.write(handle, f"\n{json.dumps(record)}\n".encode())  # the last line may have been cut off
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    append(out / "cases.jsonl", record)
     whole = out / "measured.json.new"
     whole.write_text(json.dumps({"schema": 1, "records": list(records(out).values())}, indent=0))
     whole.replace(out / "measured.json")

@@ -15,10 +15,22 @@ def commands() -> Mapping[str, Callable[..., int]]:
     from trainfit.cli.check_data import check_data
     from trainfit.cli.detect import detect
     from trainfit.cli.evaluate import evaluate
+    from trainfit.cli.measure import measure
+    from trainfit.cli.plan import plan
     from trainfit.cli.predict import predict
+    from trainfit.cli.report import report
     from trainfit.cli.train import train
 
-    return {"predict": predict, "train": train, "check-data": check_data, "detect": detect, "evaluate": evaluate}
+    return {
+        "plan": plan,
+        "train": train,
+        "predict": predict,
+        "measure": measure,
+        "check-data": check_data,
+        "detect": detect,
+        "evaluate": evaluate,
+        "report": report,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

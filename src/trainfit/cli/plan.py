@@ -107,18 +107,16 @@ def plan(arguments: Annotated[Plan, tyro.conf.arg(name="")]) -> int:
         cores=os.cpu_count() if decode_s is not None else None,
         note=lambda line: print(line, file=sys.stderr) if sys.stderr.isatty() else None,
     )
+    if arguments.html is not None:
+        write(arguments.html, plan_html(found))
+    if arguments.out is not None and found.chosen is not None:
+        write(arguments.out, json.dumps(to_json(found), indent=2) + "\n")
     if arguments.emit is not None:
         emitted = emit(found, arguments.emit)
         print(emitted.text)
         print("\n".join(f"note: {note}" for note in emitted.notes), file=sys.stderr)
     else:
         print(json.dumps(plan_json(found)) if arguments.as_json else plan_text(found))
-    if arguments.html is not None:
-        arguments.html.write_text(plan_html(found), encoding="utf-8")
-        print(f"wrote {arguments.html}", file=sys.stderr)
-    if arguments.out is not None and found.chosen is not None:
-        arguments.out.write_text(json.dumps(to_json(found), indent=2) + "\n", encoding="utf-8")
-        print(f"wrote {arguments.out}", file=sys.stderr)
     return 0 if found.chosen is not None else 1
 
 
@@ -127,6 +125,12 @@ KNOBS = (
     *("freeze_encoder", "ema", "classes", "objects_per_image", "contrastive"),
 )
 """Flags that are fields of `Setting` by the same name."""
+
+
+def write(path: Path, text: str) -> None:
+    """Write a result and say so."""
+    path.write_text(text, encoding="utf-8")
+    print(f"wrote {path}", file=sys.stderr)
 
 
 def _setting(arguments: Plan) -> Setting:

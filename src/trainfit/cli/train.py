@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from trainfit.planning.plan import with_plan
 from trainfit.training.recipe import Recipe
 
 
@@ -36,7 +37,7 @@ def train(recipe: Annotated[Recipe, tyro.conf.arg(name="")]) -> int:
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with TerminalProgress() as progress:
-            summary = fit(recipe, progress=progress, stop=lambda: bool(received))
+            summary = fit(with_plan(recipe), progress=progress, stop=lambda: bool(received))
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -106,7 +106,7 @@ def make_plan(
     if micro_batch is not None and not 0 < micro_batch <= share:
         raise TrainfitError(f"--micro-batch {micro_batch} must lie between 1 and the {share} images of each GPU")
     config = config or AllocatorConfig()
-    setting = replace(setting, precision=_precision(setting, gpu))
+    setting = replace(setting, precision=precision_for(setting, gpu))
     pricer = Pricer(gpu=gpu, config=config, cache=cache)
     calibration = load(gpu.name)
     prices = Calibrated(pricer=pricer, found=calibration)
@@ -148,7 +148,7 @@ def make_plan(
     )
 
 
-def _precision(setting: Setting, gpu: Gpu) -> Literal["fp32", "fp16", "bf16"]:
+def precision_for(setting: Setting, gpu: Gpu) -> Literal["fp32", "fp16", "bf16"]:
     """`auto` resolved for the card as training resolves it."""
     recent = gpu.capability is None or gpu.capability >= (8, 0)
     if setting.precision == "auto":

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +10,9 @@ from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import Gpu
 from trainfit.gpus.context import ByteRange
 from trainfit.memory.predict import Prediction
+from trainfit.models.registry import model_name
 from trainfit.models.setting import Setting
+from trainfit.training.recipe import Recipe
 
 SCHEMA = 1
 Verdict = Literal["chosen", "fits", "does not fit"]
@@ -114,6 +116,22 @@ def knobs(plan: Plan) -> dict[str, Any]:
         "workers": plan.loading.workers,
     }
     return {name: value for name, value in names.items() if value is not None}
+
+
+def with_plan(recipe: Recipe) -> Recipe:
+    """The recipe with its plan's model and knobs, where it has none of its own.
+
+    Raises:
+        TrainfitError: not a plan file, or another model's.
+    """
+    if recipe.plan is None:
+        return recipe
+    record = read_plan(recipe.plan)
+    if recipe.model and model_name(recipe.model) != record["model"]:
+        raise TrainfitError(f"--plan {recipe.plan} is for {record['model']}, not {recipe.model}: drop one of the two")
+    defaults = {each.name: each.default for each in fields(Recipe)}
+    taken = {name: value for name, value in record["knobs"].items() if getattr(recipe, name) == defaults[name]}
+    return replace(recipe, model=record["model"], **taken)
 
 
 def to_json(plan: Plan) -> dict[str, Any]:

@@ -167,20 +167,23 @@ class _Search:
 
         Time and memory of some are taken to lie on a line between none and all, until a trace tells.
         """
-        base, blocks = full.setting, self.prices.blocks(full.setting)
-        none = replace(base, checkpointing="none")
-        tries: list[tuple[float, int, int]] = []
-        for b in self.batches():
-            most, least = (self.price(each, b) for each in (none, replace(base, checkpointing="all")))
-            if least.verdict != "fits" or most.verdict == "fits":
-                continue
-            freed = most.needs.high_bytes - least.needs.high_bytes
-            count = -(-blocks * (most.needs.high_bytes - self.wish.budget_bytes) // max(1, freed))
-            if 0 < count < blocks:
-                tries.append((_seconds(most) + (_seconds(least) - _seconds(most)) * count / blocks, b, count))
-        if not tries or min(tries)[0] * (1 + KNEE) > _seconds(full):
+        blocks = self.prices.blocks(full.setting)
+        tries: list[tuple[float, int, int, Setting]] = []
+        for none in (base for base in self.means() if base.checkpointing == "none"):
+            for b in self.batches():
+                most, least = (self.price(each, b) for each in (none, replace(none, checkpointing="all")))
+                if least.verdict != "fits" or most.verdict == "fits":
+                    continue
+                freed = most.needs.high_bytes - least.needs.high_bytes
+                count = -(-blocks * (most.needs.high_bytes - self.wish.budget_bytes) // max(1, freed))
+                if 0 < count < blocks:
+                    seconds = _seconds(most) + (_seconds(least) - _seconds(most)) * count / blocks
+                    tries.append((seconds, b, count, none))
+        if not tries:
             return None
-        _, b, count = min(tries)
+        seconds, b, count, base = min(tries, key=lambda each: each[:3])
+        if seconds * (1 + KNEE) > _seconds(full):
+            return None
         for _ in range(PARTIAL_TRIES):
             self.note(f"pricing {count} of {blocks} blocks computed again at micro-batch {b}")
             found = self.price(replace(base, checkpointing=count), b)
@@ -228,6 +231,10 @@ def search(wish: Wish, prices: Prices, *, note: Callable[[str], None] = lambda _
             best = found.best()
             if best is not None:
                 break
+    for base in dict.fromkeys(replace(setting, micro_batch=1, accumulation=1) for setting in found.seen):
+        for b in found.batches():
+            if b > 1 and (b & (b - 1) == 0 or b == wish.share):
+                found.price(base, b)
     evaluated = found.evaluation(best) if best is not None else None
     chosen, prediction = evaluated or (None, None)
     candidates = tuple(_explained(each, best if evaluated else None, chosen, wish) for each in found.seen.values())

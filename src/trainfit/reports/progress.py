@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from trainfit.reports.words import duration
 from trainfit.training.telemetry import StepUpdate
 
 GIB = 2**30
@@ -63,10 +64,3 @@ def step_line(update: StepUpdate) -> str:
         f"loss {update.loss:.4g}  {update.images_per_s:.3g} images/s  {duration(update.remaining_s)} left  "
         f"{update.memory_bytes / GIB:.2f} GiB  data wait {update.wait_share:.0%}"
     )
-
-
-def duration(seconds: float) -> str:
-    """1:02:03 or 2:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,37 +1,49 @@
 """The end of a training in a few lines, with the next command."""
 
 from trainfit.reports.ap_table import ap_table
-from trainfit.reports.progress import GIB, duration
+from trainfit.reports.progress import GIB
+from trainfit.reports.words import duration
 from trainfit.training.fit import RunSummary
 from trainfit.training.oom import survival_line
-from trainfit.training.run_folder import BEST, UPSTREAM
+from trainfit.training.run_folder import BEST, TELEMETRY, UPSTREAM
 
 
 def summary_text(summary: RunSummary) -> str:
     """One sentence, the figures, what to do next."""
     folder = summary.folder
     if summary.interrupted:
-        return (
-            f"Stopped after step {summary.steps} of {summary.total_steps}; the state is saved.\n"
-            f"Go on:      trainfit train --resume {folder}"
-        )
+        lines = [
+            f"Stopped after step {summary.steps} of {summary.total_steps}; the state is saved.",
+            *_survived(summary),
+        ]
+        return "\n".join([*lines, f"Go on:      trainfit train --resume {folder}"])
     best = (
         f"best AP {_percent(summary.best_ap)} at step {summary.best_step}" if summary.best_ap is not None else "no AP"
     )
     lines = [
         f"Trained {summary.model} for {summary.steps} steps in {duration(summary.train_s)}: {best}.",
-        f"speed       {summary.images_per_s:.3g} images/s, {summary.wait_share:.0%} of the time waiting for data",
+        f"speed       {summary.images_per_s:.3g} images/s; {summary.loader}",
         f"memory      {summary.memory_bytes / GIB:.2f} GiB",
     ]
     lines += [ap_table(result) for result in summary.ap.values()]
     if summary.skipped_images:
         lines.append(f"left out    {len(summary.skipped_images)} images: {'; '.join(summary.skipped_images)}")
-    lines += [survival_line(event) for event in summary.survived]
+    lines.append(f"batch       {summary.noise}")
+    lines += _survived(summary)
     lines += [
         f"weights     {folder / BEST} (for upstream's pretrain_weights=: {folder / UPSTREAM})",
         f"Next:       trainfit detect {folder} IMAGE",
     ]
     return "\n".join(lines)
+
+
+def _survived(summary: RunSummary) -> list[str]:
+    """How often memory ran out since the start, and what was done; of many events the first and the last three."""
+    events = [survival_line(event) for event in summary.survived]
+    if len(events) > 6:
+        events[3:-3] = [f"{len(events) - 6} more in {summary.folder / TELEMETRY}"]
+    errors = sum(event.cause != "quiet" for event in summary.survived)
+    return [f"survived    {errors} out-of-memory errors", *(f"  {line}" for line in events)] if events else []
 
 
 def _percent(value: float | None) -> str:

@@ -41,6 +41,7 @@ def accumulate_contrastive(
     gradients, drawing the random numbers that it drew before, and is sent its features' gradients (GradCache, Gao et
     al. 2021, arXiv 2101.06983). The last micro-batch keeps its graph: one micro-batch is the plain step. Buffers
     (BatchNorm's running statistics) move once a micro-batch.
+    Where one rank runs out of memory before a collective all raise, so that none waits; behind the last it raises alone.
     Call `ranks.sum_gradients` afterwards: gradients are summed over ranks, not averaged.
 
     Returns:
@@ -54,12 +55,15 @@ def accumulate_contrastive(
             pair = objective.features(model, micro_batch)
         return torch.stack([f.to(torch.promote_types(f.dtype, torch.float32)) for f in pair], dim=1)
 
-    with torch.no_grad():
-        cached = [forward(micro_batch) for micro_batch in micro_batches[:-1]]
-    last = forward(micro_batches[-1]) if micro_batches else None
-    own = torch.cat([*cached, last.detach()]) if last is not None else None
+    def features() -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        with torch.no_grad():
+            cached = [forward(micro_batch) for micro_batch in micro_batches[:-1]]
+        last = forward(micro_batches[-1]) if micro_batches else None
+        return last, torch.cat([*cached, last.detach()]) if last is not None else None
+
+    last, own = ranks.together(features)
     every, rows = _gather(own, like=next(model.parameters()))
-    loss = _backward_rows(model, objective, every, rows, precision=precision, scaler=scaler)
+    loss = ranks.together(lambda: _backward_rows(model, objective, every, rows, precision=precision, scaler=scaler))
     assert every.grad is not None
     gradient = _sum(every.grad)[rows]
     if last is None:
@@ -116,10 +120,15 @@ def _gather(own: torch.Tensor | None, *, like: torch.Tensor) -> tuple[torch.Tens
         return own.requires_grad_(), rows
     total = int(sum(found[f"{r}"] for r in range(ranks.world_size())))
     dtype = torch.promote_types(like.dtype, torch.float32)
-    every = torch.zeros((total, 2, int(found["width"] / max(found["ranks"], 1))), dtype=dtype, device=like.device)
-    if own is not None:
-        every[rows] = own
-    return _sum(every).requires_grad_(), rows
+    shape = (total, 2, int(found["width"] / max(found["ranks"], 1)))
+
+    def placed() -> torch.Tensor:
+        every = torch.zeros(shape, dtype=dtype, device=like.device)
+        if own is not None:
+            every[rows] = own
+        return every
+
+    return _sum(ranks.together(placed)).requires_grad_(), rows
 
 
 def _sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 import torch.distributed as dist
 
+from trainfit.step.attempt import Result, attempt
+
+ANOTHER_RANK = "another rank ran out of memory"
 BUCKET_BYTES = 25 * 2**20
 """Gradients travel in buckets of this size, as DistributedDataParallel's do (torch/nn/parallel/distributed.py)."""
 
@@ -36,6 +39,20 @@ def any_rank(condition: bool) -> bool:
     return sum_over_ranks({"true": float(condition)})["true"] > 0
 
 
+def together(action: Callable[[], Result]) -> Result:
+    """The result of an action that comes before a collective: one small collective more, on the CPU.
+
+    Raises:
+        torch.OutOfMemoryError: the action ran out of memory, here or on another rank; all ranks raise, so that none
+            waits for another in the collective.
+    """
+    result, failure = attempt(action)
+    if any_rank(failure is not None):
+        del result
+        raise torch.OutOfMemoryError(failure or ANOTHER_RANK)
+    return result  # pyright: ignore[reportReturnType]
+
+
 def from_first_rank(make: Callable[[], str]) -> str:
     """What `make` gives on rank 0, on every rank; the others do not call it."""
     value = [make() if rank() == 0 else ""]
@@ -55,16 +72,25 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     parameters = list(parameters)
     used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=parameters[0].device)
     dist.all_reduce(used, op=dist.ReduceOp.MAX)
-    gradients = [
-        p.grad if p.grad is not None else _zero_gradient(p)
-        for p, is_used in zip(parameters, used.tolist(), strict=True)
-        if is_used
-    ]
-    for bucket in _buckets(gradients):
-        flat = torch.cat([g.reshape(-1) for g in bucket])
+
+    def allocate() -> tuple[list[list[torch.Tensor]], torch.Tensor]:
+        buckets = _buckets(
+            [
+                p.grad if p.grad is not None else _zero_gradient(p)
+                for p, is_used in zip(parameters, used.tolist(), strict=True)
+                if is_used
+            ]
+        )
+        largest = max((sum(g.nbytes for g in bucket) for bucket in buckets), default=0)
+        return buckets, torch.empty(largest, dtype=torch.uint8, device=used.device)
+
+    buckets, room = together(allocate)  # after this nothing can fail with the sum half done
+    for bucket in buckets:
+        flat = room[: sum(g.nbytes for g in bucket)].view(bucket[0].dtype)
+        parts = [part.view(g.shape) for part, g in zip(flat.split([g.numel() for g in bucket]), bucket, strict=True)]
+        torch._foreach_copy_(parts, bucket)  # pyright: ignore[reportPrivateUsage]
         dist.all_reduce(flat)
-        for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-            gradient.copy_(summed.view_as(gradient))
+        torch._foreach_copy_(bucket, parts)  # pyright: ignore[reportPrivateUsage]
 
 
 def _zero_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:

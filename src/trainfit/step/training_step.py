@@ -43,6 +43,8 @@ class TrainingStep:
     ema: torch.nn.Module | None = None
     ema_settings: tuple[float, float] = (0.993, 100.0)
     """(decay, tau) of `ema_decay`."""
+    after_micro_batch: Callable[[int], None] | None = None
+    """Called with the number of images after each backward; never for a `Contrastive` objective."""
 
     def __post_init__(self) -> None:
         """Make the loss scaler; fp16 alone needs it."""
@@ -125,5 +127,6 @@ class TrainingStep:
         if isinstance(self.objective, Contrastive):
             window_gradient = partial(accumulate_contrastive, self.model, self.objective)
         else:
-            window_gradient = partial(accumulate, self.model, self.objective)
+            watch = self.after_micro_batch
+            window_gradient = partial(accumulate, self.model, self.objective, after_micro_batch=watch)
         return window_gradient(micro_batches, device=self.device, precision=self.precision, scaler=self.scaler)

@@ -1,7 +1,7 @@
 """A window (the samples of one effective batch on one rank) and its gradient, exact for any cut into micro-batches."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ def accumulate(
     device: torch.device,
     precision: Precision = "fp32",
     scaler: torch.amp.GradScaler | None = None,
+    after_micro_batch: Callable[[int], None] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Add the window's gradient to `.grad`, equal to that of one big batch (reference R1) on all ranks together.
 
@@ -48,6 +49,8 @@ def accumulate(
         (scaler.scale(loss) if scaler is not None else loss).backward()
         for name, value in shares.items():
             losses[name] = losses[name] + value.detach()
+        if after_micro_batch is not None:
+            after_micro_batch(len(micro_batch))
     return losses
 
 
@@ -70,22 +73,15 @@ def window_counts(
     device: torch.device,
     precision: Precision,
 ) -> dict[str, float]:
-    """What normalises each term, over the whole window and all ranks: one collective a window."""
+    """What normalises each term, over the whole window and all ranks."""
     window = [sample for micro_batch in micro_batches for sample in micro_batch]
     counts = dict(objective.counts(window))
     if not objective.samples_counts:
         return ranks.sum_over_ranks(counts)
-    sampled: dict[str, float] = {}
-    failed = False
-    try:
-        sampled = _count_sampled(model, objective, micro_batches, size, device=device, precision=precision)
-    except torch.OutOfMemoryError:
-        failed = True  # raised below on every rank, so that none waits for this one in the collective
-    counts |= {name: sampled.get(name, 0.0) for name in objective.samples_counts}
-    summed = ranks.sum_over_ranks(counts | {"failed": float(failed)})
-    if summed.pop("failed"):
-        raise torch.OutOfMemoryError("out of memory while counting the window's samples, here or on another rank")
-    return summed
+    sampled = ranks.together(
+        lambda: _count_sampled(model, objective, micro_batches, size, device=device, precision=precision)
+    )
+    return ranks.sum_over_ranks(counts | {name: sampled.get(name, 0.0) for name in objective.samples_counts})
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """Evaluation of a detector on the validation images."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -8,11 +10,12 @@ from trainfit.data.samples import ImageRecord, Sample
 from trainfit.errors import OutOfMemory
 from trainfit.models.workload import ImageDetections, Workload
 from trainfit.step import ranks
+from trainfit.step.attempt import attempt
 from trainfit.step.names import Precision
 from trainfit.step.precision import autocast
 from trainfit.training.coco_ap import ApResult, Detections, Evaluator, IouKind, gather_detections
 from trainfit.training.loader import evaluation_loader
-from trainfit.training.oom import attempt, free_cached
+from trainfit.training.oom import Halving
 
 
 def evaluate_model(
@@ -25,12 +28,18 @@ def evaluate_model(
     device: torch.device,
     workers: int = 0,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
+    step: int = 0,
+    in_parts: Halving | None = None,
 ) -> dict[str, ApResult]:
     """AP of boxes ("bbox"), and of masks ("segm") for a segmentation model, over all ranks.
 
     One micro-batch is on the device at a time. In one process masks are compared and dropped image by image; over several
     ranks they are kept, run-length encoded, until all ranks are done. The model comes back in the mode that it was in.
-    Images that cannot be decoded count as images without detections.
+    Images that cannot be decoded count as images without detections. Where memory runs out `in_parts` halves the
+    micro-batch and keeps the event, of optimizer step `step`.
+
+    Raises:
+        OutOfMemory: one image alone does not fit.
     """
     loader = evaluation_loader(
         records,
@@ -42,58 +51,56 @@ def evaluate_model(
         world_size=ranks.world_size(),
     )
 
+    in_parts = in_parts or Halving(micro_batch, device)
+    action = partial(detect, model, workload, precision=precision, device=device)
+
     def found() -> Iterator[Detections]:
         done = 0
         for batch in loader:
             samples = [s for s in batch if isinstance(s, Sample)]
-            if samples:
-                yield from map(compact, _detect(model, workload, samples, precision=precision, device=device))
+            yield from in_parts(action, samples, step=step, where="evaluation")
             done += len(batch)
             progress(min(len(records), done * ranks.world_size()), len(records))
 
     kinds: list[IouKind] = ["bbox", "segm"] if workload.masks else ["bbox"]
     evaluators = {kind: Evaluator(records, workload.classes, iou=kind) for kind in kinds}
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model, device):
         for one in found() if ranks.world_size() == 1 else gather_detections(found()):
             for evaluator in evaluators.values():
                 evaluator.add(one)
-    finally:
-        model.train(training)
     return {kind: evaluator.result() for kind, evaluator in evaluators.items()}
 
 
-def _detect(
+@contextmanager
+def evaluating(model: torch.nn.Module, device: torch.device) -> Generator[None]:
+    """The model in eval mode and on the device; it comes back in the mode and to the place that it was in.
+
+    Raises:
+        OutOfMemory: the weights, where they are kept on the host, do not fit.
+    """
+    training, home = model.training, next(model.parameters()).device
+    try:
+        _, failure = attempt(lambda: model.eval().to(device))
+        if failure is not None:
+            raise OutOfMemory(
+                f"evaluation: the averaged weights do not fit the memory ({failure}): train with --no-ema"
+            )
+        yield
+    finally:
+        model.train(training).to(home)
+
+
+def detect(
     model: torch.nn.Module,
     workload: Workload,
     samples: Sequence[Sample],
     *,
     precision: Precision,
     device: torch.device,
-) -> list[ImageDetections]:
-    """Detections of a micro-batch, in halves where memory runs out.
-
-    Raises:
-        OutOfMemory: one image alone does not fit.
-    """
-
-    def detections() -> list[ImageDetections]:
-        with autocast(precision, device.type):
-            return workload.detect(model, samples)
-
-    found, failure = attempt(detections)
-    if found is not None:
-        return found
-    free_cached(device)
-    if len(samples) == 1:
-        raise OutOfMemory(f"evaluation of one image does not fit the memory ({failure}): lower --resolution")
-    half = len(samples) // 2
-    return [
-        detection
-        for part in (samples[:half], samples[half:])
-        for detection in _detect(model, workload, part, precision=precision, device=device)
-    ]
+) -> list[Detections]:
+    """Detections of a micro-batch, one an image; the model is in eval mode."""
+    with autocast(precision, device.type):
+        return [compact(found) for found in workload.detect(model, samples)]
 
 
 def compact(found: ImageDetections) -> Detections:

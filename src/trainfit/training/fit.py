@@ -23,10 +23,13 @@ from trainfit.training.coco_ap import ApResult
 from trainfit.training.distributed import process_group
 from trainfit.training.evaluation import evaluate_model
 from trainfit.training.journal import Journal
-from trainfit.training.loader import STEP, Unreadable, WindowPlan, default_workers, training_loader
+from trainfit.training.loader import STEP, LoaderDiedError, Unreadable, WindowPlan, default_workers, training_loader
 from trainfit.training.mask_stage import on_detector_run
-from trainfit.training.oom import Survival, Survivor, survival_line
+from trainfit.training.noise_watch import NoiseWatch
+from trainfit.training.oom import HalfUpdated, Halving, Survival, Survivor, survival_line
 from trainfit.training.recipe import Batching, Recipe, encode, resolve_batching, resume_recipe
+from trainfit.training.rehearsal import rehearse
+from trainfit.training.run_files import PLAN
 from trainfit.training.schedule import lr_factor, mix, set_lr
 from trainfit.training.setup import load_data, make_step, workload_of
 from trainfit.training.telemetry import Progress, Silent, memory_bytes
@@ -46,6 +49,10 @@ class RunSummary:
     train_s: float
     wait_share: float
     """Share of the training time spent waiting for the loader."""
+    loader: str
+    """Whether the loader or the model set the pace; see `headroom`."""
+    noise: str
+    """The gradient noise scale; see `noise_scale`."""
     memory_bytes: int
     """See `telemetry.memory_bytes`."""
     ap: dict[str, ApResult]
@@ -55,7 +62,7 @@ class RunSummary:
     skipped_images: tuple[str, ...]
     """Images that could not be decoded while training."""
     survived: tuple[Survival, ...]
-    """Out-of-memory errors, and what was done; since the last resume."""
+    """Out-of-memory errors, and what was done; since the start."""
     interrupted: bool
     """Stopped by the user before the end; the state is saved."""
 
@@ -75,6 +82,7 @@ class _Run:
     """One training on one rank: what `fit` sets up, and the loop."""
 
     def __init__(self, recipe: Recipe, device: torch.device, show: Progress) -> None:
+        began = time.perf_counter()
         self.recipe, self.device, self.show = recipe, device, show
         self.batching = resolve_batching(recipe, ranks.world_size())
         name = model_name(recipe.model)
@@ -97,30 +105,42 @@ class _Run:
         self.total_steps = min(recipe.epochs * self.steps_per_epoch, recipe.max_steps or 10**12)
         self.skipped: list[str] = []
         self.ap: dict[str, ApResult] = {}
-        self.survivor = Survivor(self.batching.micro_batch)
         self.best: dict[str, Any] = {"ap": None, "step": None}
         self.step, self.done = make_step(self.workload, recipe, device, self.precision, show), 0
+        self.survivor = Survivor(self.batching.micro_batch, blocks=self.workload.blocks(self.step.model))
+        self.eval_micro_batch = recipe.eval_micro_batch or self.batching.micro_batch
+        self.in_parts = Halving(self.eval_micro_batch, device, self.survivor.survived)
+        self.told, self.owed = 0, False
         if recipe.resume:
             self._resume(self.folder / run_folder.STATE)
+            self.survivor.survived += [Survival(**row) for row in run_folder.events(self.folder, "oom")]
+            self.told = len(self.survivor.survived)
         else:
-            _on_first_rank(lambda: run_folder.write_atomically(self.folder / run_folder.RECIPE, self._write_recipe))
+            _on_first_rank(self._write_recipe)
         self.journal = Journal(
             self.folder,
             after_step=self.done,
             total_steps=self.total_steps,
             steps_per_epoch=self.steps_per_epoch,
             device=device,
+            began=began,
+            workers=self.workers,
+            effective_batch=self.batching.effective_batch,
             tensorboard=recipe.tensorboard,
             show=show,
         )
+        self.noise = NoiseWatch(self.step)
         self._announce(self.batching)
 
     def _prepare_folder(self, name: str) -> Path:
         out = self.recipe.out or run_folder.next_folder(name)
         return run_folder.prepare(out, resume=self.recipe.resume is not None)
 
-    def _write_recipe(self, path: Path) -> None:
-        path.write_text(encode(dataclasses.replace(self.recipe, out=self.folder)))
+    def _write_recipe(self) -> None:
+        text = encode(dataclasses.replace(self.recipe, out=self.folder))
+        run_folder.write_text(self.folder / run_folder.RECIPE, text)
+        if self.recipe.plan is not None:
+            run_folder.write_text(self.folder / PLAN, self.recipe.plan.read_text())
 
     def _announce(self, batching: Batching) -> None:
         sizes = self.plan.sizes
@@ -136,8 +156,39 @@ class _Run:
         self.show.note(f"{self.steps_per_epoch} steps an epoch, {self.total_steps} in all; run folder {self.folder}")
 
     def train(self, stop: Callable[[], bool]) -> RunSummary:
-        """The loop: a window, its numbers, and what is due after it."""
-        interrupted, saved_at, clock = False, time.monotonic(), self.journal.clock
+        """The worst window, all windows, the summary; where memory ends, a saved state and how to go on."""
+        try:
+            interrupted = self._loop(stop)
+        except (OutOfMemory, LoaderDiedError) as error:
+            self._tell()
+            # A loader dies on one rank alone, which must not wait for the others; a half done update is not saved.
+            alone = isinstance(error, LoaderDiedError) and ranks.world_size() > 1
+            if not isinstance(error, HalfUpdated) and not alone:
+                self.journal.flush()
+                self._save()
+            self.journal.close(self.done, interrupted=True, unseen=self.noise.reason)
+            raise type(error)(
+                f"{error}; go on from the saved state with trainfit train --resume {self.folder}"
+            ) from None
+        return self._finish(interrupted)
+
+    def _loop(self, stop: Callable[[], bool]) -> bool:
+        """A window, its numbers, and what is due after it; whether `stop` ended it."""
+        interrupted, saved_at = False, time.monotonic()
+        rehearse(
+            self.step,
+            self.survivor,
+            self.in_parts,
+            self.workload,
+            self.dataset.splits["train"],
+            size=max(self.plan.sizes),
+            share=-(-self.batching.effective_batch // ranks.world_size()),
+            number=self.done,
+        )
+        self._tell()
+        if self.owed:
+            self._evaluate()
+            self._save()
         loader = training_loader(
             self.dataset.splits["train"],
             self.workload.decoder(),
@@ -146,7 +197,7 @@ class _Run:
             augment=self.recipe.augment,
             workers=self.workers,
         )
-        for items in clock.fetch(loader):
+        for items in self.journal.clock.fetch(loader):
             result = self._window([self._readable(item) for item in items])
             self.done += 1
             lr = max(group["lr"] for group in self.step.optimizer.param_groups)
@@ -164,13 +215,14 @@ class _Run:
             if due or last or agreed["save"]:
                 self._save()
                 saved_at = time.monotonic()
-                clock.restart()
+                self.journal.paused(self.done)
             if last:
                 break
-        return self._finish(interrupted)
+        return interrupted
 
     def _check_finite(self) -> None:
         if not self.journal.finite and self.precision != "fp16":  # the loss scaler skips such windows in fp16
+            self.journal.close(self.done, interrupted=True, unseen=self.noise.reason)
             raise TrainfitError(
                 f"the loss or its gradient is no longer finite at step {self.done}: go on from {self.folder} with a lower "
                 "--lr, or --precision fp32"
@@ -184,17 +236,19 @@ class _Run:
         torch.manual_seed(mix(self.recipe.seed, STEP, self.done, ranks.rank()))
         readable = [sample for sample in window if sample is not None]
         told = len(self.survivor.survived)
-        try:
-            return self.survivor.run(self.step, readable, number=self.done)
-        except OutOfMemory as error:
-            self.journal.flush()
-            self._save()
-            raise OutOfMemory(
-                f"{error}; the state is saved, this run goes on with trainfit train --resume {self.folder}"
-            ) from None
-        finally:
-            for event in self.survivor.survived[told:]:
-                self.show.note(survival_line(event))
+        with self.noise.window(self.done):
+            result = self.survivor.run(self.step, readable, number=self.done)
+        self._tell()
+        if sample := self.noise.sample(result, disturbed=len(self.survivor.survived) > told):
+            self.journal.noise_sample(sample, self.done + 1)
+        return result
+
+    def _tell(self) -> None:
+        """What the survivor did since the last time: on the console and in telemetry.jsonl."""
+        for event in self.survivor.survived[self.told :]:
+            self.show.note(survival_line(event))
+            self.journal.event("oom", **dataclasses.asdict(event))
+        self.told = len(self.survivor.survived)
 
     def _readable(self, item: Sample | Unreadable) -> Sample | None:
         if isinstance(item, Sample):
@@ -212,16 +266,21 @@ class _Run:
         return rest == 0 and self.recipe.eval_every > 0 and epoch % self.recipe.eval_every == 0
 
     def _evaluate(self) -> None:
+        self.owed = True
         self.ap = evaluate_model(
             self.step.ema or self.step.model,
             self.workload,
             self.dataset.splits["val"],
-            micro_batch=self.recipe.eval_micro_batch or self.batching.micro_batch,
+            micro_batch=self.eval_micro_batch,
             precision=self.precision,
             device=self.device,
             workers=self.workers,
             progress=self.show.evaluated,
+            step=self.done - 1,
+            in_parts=self.in_parts,
         )
+        self.owed = False
+        self._tell()
         row: dict[str, Any] = {"step": self.done, "epoch": (self.done - 1) // self.steps_per_epoch}
         for kind, result in self.ap.items():
             row |= {f"{kind}_ap": result.ap, f"{kind}_ap50": result.ap50, f"{kind}_ap75": result.ap75}
@@ -250,6 +309,8 @@ class _Run:
             "scaler": self.step.scaler.state_dict(),
             "best": self.best,
             "skipped": self.skipped,
+            "survivor": self.survivor.state(),
+            "owed": self.owed,
         }
         self._save_weights(run_folder.LAST)
         _on_first_rank(lambda: run_folder.save_state(self.folder / run_folder.STATE, state))
@@ -265,6 +326,8 @@ class _Run:
         self.step.optimizer.load_state_dict(state["optimizer"])
         self.step.scaler.load_state_dict(state["scaler"])
         self.done, self.best, self.skipped = state["step"], state["best"], state["skipped"]
+        self.survivor.load(state["survivor"])
+        self.owed = state["owed"]
         self.show.note(f"going on after step {self.done}")
 
     def _finish(self, interrupted: bool) -> RunSummary:
@@ -272,17 +335,19 @@ class _Run:
             weights, _ = run_folder.load_weights(self.folder / run_folder.BEST)
             path = self.folder / run_folder.UPSTREAM
             run_folder.write_atomically(path, lambda p: self.workload.export(weights, p))
-        self.journal.close()
-        clock = self.journal.clock
-        seconds = clock.total_s or float("inf")
+        loader, noise = self.journal.close(self.done, interrupted=interrupted, unseen=self.noise.reason)
+        spent = self.journal.clock.total
+        seconds = spent.elapsed_s or float("inf")
         return RunSummary(
             folder=self.folder,
             model=self.workload.name,
             steps=self.done,
             total_steps=self.total_steps,
-            images_per_s=clock.images * ranks.world_size() / seconds,
-            train_s=clock.total_s,
-            wait_share=clock.total_waited_s / seconds,
+            images_per_s=spent.images * ranks.world_size() / seconds,
+            train_s=spent.elapsed_s,
+            wait_share=spent.waited_s / seconds,
+            loader=loader,
+            noise=noise,
             memory_bytes=memory_bytes(self.device),
             ap=self.ap,
             best_ap=self.best["ap"],

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,25 @@ import torch
 
 from trainfit.step import ranks
 from trainfit.step.training_step import StepResult
+from trainfit.training.headroom import (
+    WORKER_BYTES,
+    LoaderFacts,
+    LoaderVerdict,
+    available_host_bytes,
+    judge,
+    verdict_line,
+    worker_host_bytes,
+)
+from trainfit.training.loader import usable_cores
+from trainfit.training.noise_scale import TOO_FEW, NoiseSample, noise_line, noise_scale
 from trainfit.training.run_folder import METRICS, TELEMETRY, Metrics
-from trainfit.training.telemetry import Clock, Progress, StepUpdate, memory_bytes
+from trainfit.training.telemetry import Clock, Progress, StepUpdate, memory_bytes, meter
 from trainfit.training.tensorboard import event_writer
 
 FLUSH_STEPS = 10
 """On a GPU losses are read this often: reading waits for the GPU."""
+WARN_WINDOWS, WARN_SHARE = 30, 0.25
+"""After so many windows a run says once, while it goes on, that it waits for its loader more than this."""
 
 
 class Journal:
@@ -30,23 +44,33 @@ class Journal:
         total_steps: int,
         steps_per_epoch: int,
         device: torch.device,
+        began: float,
+        workers: int,
+        effective_batch: int,
         tensorboard: bool,
         show: Progress,
     ) -> None:
-        """Open the files of a run that has done `after_step` steps."""
+        """Open the files of a run that has done `after_step` steps and began at `began` (time.perf_counter)."""
         first = ranks.rank() == 0
-        self.folder, self.device, self.show = folder, device, show
+        self.device, self.show, self.workers, self.effective_batch = device, show, workers, effective_batch
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.metrics = Metrics(folder / METRICS, keep_through=after_step) if first else None
         self.events = event_writer(folder) if tensorboard and first else None
-        self.clock = Clock()
+        self.telemetry = _writable(folder / TELEMETRY) if first else None
+        self.clock = Clock(device, began)
+        self.meter = meter(device)
+        self.worker_bytes = WORKER_BYTES
+        self.noise: list[NoiseSample] = []
         self.pending: list[dict[str, Any]] = []
         self.finite = True
         """Whether every loss and gradient of the last reading was a number."""
 
     def window(self, result: StepResult, *, step: int, lr: float, size: int) -> None:
         """Note one window; `step` counts from 1."""
-        self.clock.images += result.images
+        self.clock.window_done(result.images)
+        if self.clock.total.windows == 0 and not self.pending:
+            totals = {"total_steps": self.total_steps, "effective_batch": self.effective_batch}
+            self.event("start", step - 1, start_s=self.clock.start_s, workers=self.workers, **totals)
         self.pending.append(
             {
                 "step": step,
@@ -67,7 +91,7 @@ class Journal:
             return
         rows = [_read(row) for row in self.pending]
         self.pending.clear()
-        elapsed_s, waited_s = self.clock.read()
+        spent = self.clock.read()
         last = rows[-1]
         images = sum(row["images"] for row in rows)
         self.finite = all(row["loss"] is not None and row["gradient_norm"] is not None for row in rows)
@@ -80,17 +104,56 @@ class Journal:
             epoch=last["epoch"],
             epochs=-(-self.total_steps // self.steps_per_epoch),
             loss=math.nan if last["loss"] is None else last["loss"],
-            images_per_s=images / elapsed_s,
-            remaining_s=(self.total_steps - last["step"]) * elapsed_s / len(rows),
+            images_per_s=images / spent.elapsed_s,
+            remaining_s=(self.total_steps - last["step"]) * spent.elapsed_s / len(rows),
             memory_bytes=memory_bytes(self.device),
-            wait_share=waited_s / elapsed_s,
+            wait_share=spent.waited_s / spent.elapsed_s,
         )
         self.show.step(update)
-        if self.metrics:
-            with (self.folder / TELEMETRY).open("a") as file:
-                values = {"images_per_s": update.images_per_s, "wait_share": update.wait_share}
-                row = {"step": update.step, "time": time.time(), "memory_bytes": update.memory_bytes, **values}
-                file.write(json.dumps(row) + "\n")
+        values = {"memory_bytes": update.memory_bytes, "images_per_s": update.images_per_s}
+        self._write({"step": update.step, **values, "wait_share": update.wait_share, **asdict(spent), **self.meter()})
+        done = self.clock.total.windows
+        if done - len(rows) < WARN_WINDOWS <= done:
+            self.worker_bytes = worker_host_bytes()
+            verdict, line = self._loader(update.step)
+            if verdict.wait_share > WARN_SHARE:
+                self.show.note(line)
+
+    def event(self, name: str, step: int, **values: Any) -> None:
+        """Note in telemetry.jsonl that something happened after `step` steps."""
+        self._write({"step": step, "event": name, **values})
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        if self.telemetry:
+            with self.telemetry.open("a") as file:
+                file.write(json.dumps({"time": time.time(), **row}) + "\n")
+
+    def paused(self, step: int) -> None:
+        """What went before was no training: an evaluation, a save."""
+        self.event("pause", step, paused_s=self.clock.pause())
+
+    def noise_sample(self, sample: NoiseSample, step: int) -> None:
+        """Keep what a watched window tells of the gradient's noise."""
+        self.noise.append(sample)
+        self.event("noise", step, **asdict(sample))
+
+    def _loader(self, step: int) -> tuple[LoaderVerdict, str]:
+        total = self.clock.total
+        windows = max(1, total.windows)
+        facts = LoaderFacts(
+            windows=total.windows,
+            compute_s=total.compute_s / windows,
+            waited_s=total.waited_s,
+            load_s=total.load_s / windows,
+            workers=self.workers,
+            cores=usable_cores(),
+            available_bytes=available_host_bytes(),
+            worker_bytes=self.worker_bytes,
+        )
+        verdict = judge(facts)
+        line = verdict_line(verdict, facts)
+        self.event("loader", step, line=line, **asdict(facts), **asdict(verdict))
+        return verdict, line
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
         """Write an evaluation's figures; `row` has a `step`."""
@@ -102,10 +165,31 @@ class Journal:
         if self.events:
             self.events(row, row["step"])
 
-    def close(self) -> None:
-        """Close the files."""
+    def close(self, step: int, *, interrupted: bool, unseen: str | None) -> tuple[str, str]:
+        """Write the verdicts, close the files; returns what to tell of the loader and of the noise scale.
+
+        Args:
+            step: Optimizer steps done.
+            interrupted: Stopped before the end.
+            unseen: Why the noise scale cannot be told, where that is known.
+        """
+        _, line = self._loader(step)
+        scale = noise_scale(self.noise)
+        hint = (
+            noise_line(scale, self.effective_batch) if scale else f"gradient noise scale not told: {unseen or TOO_FEW}"
+        )
+        self.event("end", step, interrupted=interrupted, noise=hint)
         if self.metrics:
             self.metrics.close()
+        return line, hint
+
+
+def _writable(path: Path) -> Path:
+    """The file of lines; a line that a kill cut short is ended, so that it spoils no other."""
+    if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
+        with path.open("a") as file:
+            file.write("\n")
+    return path
 
 
 def _read(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,13 @@
 """Windows of CPU samples: which images, at which size, in which order, all functions of the optimizer step."""
 
+import multiprocessing
 import os
+import signal
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -82,11 +87,25 @@ class _Windows(Sampler[list[_Key]]):
         return self.last - self.first
 
 
+class Loaded(list[Sample | Unreadable]):
+    """The samples of a window or micro-batch."""
+
+    load_s: float
+    """Seconds that reading and decoding took, in the process that did."""
+
+
 class _Samples(Dataset[Sample | Unreadable]):
     """Decodes one key at a time. An image that cannot be decoded comes back as `Unreadable`, not as an exception."""
 
     def __init__(self, records: Sequence[ImageRecord], decode: Decoder, *, augment: bool) -> None:
         self.records, self.decode, self.augment = records, decode, augment
+
+    def __getitems__(self, keys: Sequence[_Key]) -> Loaded:
+        """What torch's loader asks for, where a dataset has it, instead of single items."""
+        started = time.perf_counter()
+        loaded = Loaded(map(self.__getitem__, keys))
+        loaded.load_s = time.perf_counter() - started
+        return loaded
 
     def __getitem__(self, key: _Key) -> Sample | Unreadable:
         generator = torch.Generator().manual_seed(key.seed)
@@ -126,19 +145,48 @@ def default_workers() -> int:
     return min(8, usable_cores() - 1)
 
 
-Loader = DataLoader[Sample | Unreadable]
+class LoaderDiedError(TrainfitError):
+    """A loader process is gone; raised while data is waited for, never in the middle of a step."""
+
+
+def _watched(loader: DataLoader[Sample | Unreadable]) -> Iterator[Loaded]:
+    """A loader's items. Torch would raise from a signal handler, anywhere, an update half done included: its handler is
+    taken away, and dead processes are found while data is waited for (torch looks every 5 s).
+    """
+    main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
+    before = signal.getsignal(signal.SIGCHLD) if main else None
+    others = multiprocessing.active_children()
+    source = iter(loader)
+    if before is not None:
+        signal.signal(signal.SIGCHLD, before)
+    processes = [p for p in multiprocessing.active_children() if p not in others]
+    while True:
+        try:
+            item: Any = next(source)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            dead = [p for p in processes if p.exitcode]
+            if not dead or "DataLoader worker" not in str(error):
+                raise
+            said = ", ".join(f"{p.pid} (exit code {p.exitcode})" for p in dead)
+            raise LoaderDiedError(
+                f"loader process {said} died, most likely killed because host memory ran out: take fewer --workers"
+            ) from error
+        yield item
 
 
 def training_loader(
     records: Sequence[ImageRecord], decode: Decoder, plan: WindowPlan, *, steps: range, augment: bool, workers: int
-) -> Loader:
+) -> Iterator[Loaded]:
     """A loader whose items are whole windows (lists of samples) of the given steps, in order."""
-    return DataLoader(
+    loader = DataLoader(
         _Samples(records, decode, augment=augment),
         batch_sampler=_Windows(plan, steps.start, steps.stop),  # pyright: ignore[reportArgumentType]
         collate_fn=_as_list,
         num_workers=workers,
     )
+    return _watched(loader)
 
 
 def evaluation_loader(
@@ -150,11 +198,12 @@ def evaluation_loader(
     workers: int,
     rank: int = 0,
     world_size: int = 1,
-) -> Loader:
+) -> Iterator[Loaded]:
     """A loader whose items are micro-batches of this rank's share of the records, not augmented."""
-    return DataLoader(
+    loader = DataLoader(
         _Samples(records, decode, augment=False),
         batch_sampler=_Fixed(len(records), size, micro_batch, rank, world_size),  # pyright: ignore[reportArgumentType]
         collate_fn=_as_list,
         num_workers=workers,
     )
+    return _watched(loader)

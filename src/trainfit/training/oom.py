@@ -1,36 +1,28 @@
 """Surviving out-of-memory errors: the window starts again, smaller, with the same result."""
 
 import gc
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
-from trainfit.errors import OutOfMemory
+from trainfit.errors import OutOfMemory, TrainfitError
+from trainfit.gpus.detect import detect_gpus
 from trainfit.step import ranks
+from trainfit.step.attempt import Result, attempt
+from trainfit.step.checkpointing import checkpoint_first
+from trainfit.step.contrastive import Contrastive
 from trainfit.step.training_step import StepResult, TrainingStep
+from trainfit.training.shortage import Cause, cause_of, shortage
 
-Result = TypeVar("Result")
-
-MESSAGES = (
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_INTERNAL_ERROR",
-    "unable to find an engine to execute this computation",
-    "MPS backend out of memory",
-    "DefaultCPUAllocator: can't allocate memory",
-)
-"""What libraries say that fail to allocate outside torch's allocator (cuBLAS, cuDNN) or on other devices: these come as
-plain RuntimeErrors, so only their text tells."""
+Item = TypeVar("Item")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out: by its type, else by the words of the libraries below torch."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(message in str(error) for message in MESSAGES)
-    )
+class HalfUpdated(OutOfMemory):
+    """No memory in the middle of an update: this state must not be saved; the one saved before stands."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,36 +30,83 @@ class Survival:
     """One out-of-memory error and what was done."""
 
     step: int
+    """Optimizer steps done before the window."""
     where: str
-    """`window` (forward or backward), `update` or `evaluation`."""
+    """`worst window` (before training), `window` (forward or backward), `update` or `evaluation`."""
     micro_batch: int
     """At the error."""
     next_micro_batch: int
-    """Afterwards; the same where giving back cached memory was tried first."""
-    allocated_bytes: int
-    """Peak of this rank up to the error; 0 on the CPU."""
-    reserved_bytes: int
-    message: str
+    """Afterwards; the same where giving back cached memory was tried first, 0 where nothing was left to try."""
+    cause: Cause
+    checkpointing: bool = False
+    """Whether activation checkpointing was switched on."""
+    needs_bytes: int = 0
+    """See `Shortage`; 0 where unknown. Of the rank that failed."""
+    usable_bytes: int = 0
+    hint: str = ""
+    """Who took the memory, or what avoids the fragmentation."""
+    message: str = ""
     """The first line of the error; empty where another rank had it."""
 
 
-def attempt(action: Callable[[], Result]) -> tuple[Result | None, str | None]:
-    """The result, or the first line of an out-of-memory error; other errors pass.
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """The largest window that fitted."""
 
-    Only text leaves the `except` block: the exception's traceback would keep every tensor of its frames alive.
-    """
+    canvas: tuple[int, int]
+    """(height, width) in pixels; (0, 0) where the family has none."""
+    micro_batch: int
+    reserved_bytes: int
+
+
+def others_on(device: torch.device) -> str:
+    """The other processes on the GPU, as "python (pid 12) 3.10 GiB"; nothing where NVML does not answer."""
+    if device.type != "cuda":
+        return ""
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
     try:
-        return action(), None
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) and not isinstance(error, MemoryError):
-            raise
-        message = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return None, message
+        found = [process for gpu in detect_gpus() if gpu.uuid.endswith(uuid) for process in gpu.processes]
+    except TrainfitError:  # no NVML: the numbers stand without the names
+        return ""
+    return ", ".join(f"{p.name or 'a process'} (pid {p.pid}) {_gib(p.used_bytes or 0)} GiB" for p in found)
+
+
+def survival(
+    failure: str | None,
+    device: torch.device,
+    *,
+    outside_bytes: int | None = None,
+    agreed: Mapping[str, float] | None = None,
+    **known: Any,
+) -> Survival:
+    """The event of a failure with its cause and numbers; `agreed` has the numbers where another rank failed."""
+    failure = None if failure == ranks.ANOTHER_RANK else failure
+    short = shortage(failure or "")
+    cause: Cause = cause_of(short, outside_bytes=outside_bytes) if failure else "other rank"
+    conf = os.environ.get("PYTORCH_ALLOC_CONF", "") + os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    advice = "" if "expandable_segments:True" in conf else "PYTORCH_ALLOC_CONF=expandable_segments:True avoids it"
+    numbers = {"needs": short.needs_bytes, "usable": short.usable_bytes} if short else agreed or {}
+    return Survival(
+        cause=cause,
+        needs_bytes=int(numbers.get("needs", 0)),
+        usable_bytes=int(numbers.get("usable", 0)),
+        hint={"taken": others_on(device), "fragmented": advice}.get(cause, ""),
+        message=failure or "",
+        **known,
+    )
 
 
 def snapshot(model: torch.nn.Module, device: torch.device) -> Callable[[], None]:
-    """Note the random numbers' state and the model's buffers; the function that is returned puts them back."""
-    buffers = [buffer.clone() for buffer in model.buffers()]
+    """Note the random numbers' state and the model's buffers; the function that is returned puts them back.
+
+    Buffers are copied to the host where the device has no room for a copy.
+    """
+
+    def copied(buffer: torch.Tensor) -> torch.Tensor:
+        copy, _ = attempt(buffer.clone)
+        return buffer.to("cpu", copy=True) if copy is None else copy
+
+    buffers = [copied(buffer) for buffer in model.buffers()]
     cpu = torch.get_rng_state()
     gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
@@ -85,34 +124,72 @@ def snapshot(model: torch.nn.Module, device: torch.device) -> Callable[[], None]
 class Survivor:
     """Runs windows of a `TrainingStep`, and starts a window again where memory runs out.
 
-    The ladder: give cached memory back and try the same cut once more (fragmentation); halve the micro-batch, down to
-    one; stop. The effective batch, the samples and the gradient stay what they are. All ranks go down together.
+    The ladder: where memory is there but in pieces, or the error has no numbers, give cached memory back and try the
+    same cut once more; halve the micro-batch, down to one; compute the model's blocks again in backward (activation
+    checkpointing); stop. After a quiet stretch the micro-batch before the last halving is tried again, once. The
+    effective batch, the samples and the gradient stay what they are. All ranks go down and up together.
     """
 
-    def __init__(self, micro_batch: int) -> None:
-        """Start with this micro-batch."""
-        self.micro_batch = micro_batch
+    def __init__(self, micro_batch: int, *, blocks: Sequence[torch.nn.Module] = (), quiet_windows: int = 200) -> None:
+        """Start with this micro-batch. `blocks` are what activation checkpointing may compute again."""
+        self.micro_batch, self.blocks, self.quiet_windows = micro_batch, blocks, quiet_windows
+        self.checkpointing = False
+        """Whether the ladder switched activation checkpointing on."""
         self.survived: list[Survival] = []
-        self._same_again = True
+        self._asked, self._larger, self._may_rise = micro_batch, 0, True
+        self._quiet, self._same_again = 0, True
+        self._ran: Ran | None = None
+        self._outside_bytes: int | None = None
 
-    def run(self, step: TrainingStep, window: Sequence[Any], *, number: int) -> StepResult:
+    def state(self) -> dict[str, int]:
+        """Where on the ladder it is, for a saved state."""
+        names = ("_asked", "micro_batch", "checkpointing", "_larger", "_may_rise", "_quiet", "_same_again")
+        return {name: int(getattr(self, name)) for name in names}
+
+    def load(self, state: Mapping[str, int]) -> None:
+        """Go on where `state` was, unless another micro-batch is asked for now than then."""
+        if state["_asked"] == self._asked:
+            for name, value in state.items():
+                setattr(self, name, value)
+            if self.checkpointing:
+                checkpoint_first(self.blocks, "all")
+
+    def run(self, step: TrainingStep, window: Sequence[Any], *, number: int, where: str = "window") -> StepResult:
         """Train on one window, whatever it takes; `number` is the optimizer steps done so far.
 
         Raises:
-            OutOfMemory: micro-batches of one do not fit. Parameters, random numbers and buffers are as before the window.
+            OutOfMemory: the ladder is exhausted. Parameters, random numbers and buffers are as before the window.
+            HalfUpdated: the update could not be finished.
         """
         restore = snapshot(step.model, step.device)
+        if where == "window":
+            self._rise(number)
         while True:
             losses, failure = attempt(lambda: step.gradient(window, micro_batch=self.micro_batch))
-            if not ranks.any_rank(failure is not None):
+            failure = None if failure == ranks.ANOTHER_RANK else failure
+            agreed = self._agree(failure, len(window))
+            if not agreed["failed"]:
                 break
+            losses = None
             step.optimizer.zero_grad(set_to_none=True)
             restore()
-            self._go_down(step.device, number, failure)
+            free_cached(step.device)
+            self._go_down(step.device, failure, agreed, step=number, where=where)
         gradient_norm = self._update(step, number)
+        self._quiet += where == "window"
+        self._remember(step, window)
         assert losses is not None
         parts = -(-len(window) // self.micro_batch)
         return StepResult(losses=losses, gradient_norm=gradient_norm, images=len(window), micro_batches=parts)
+
+    def _agree(self, failure: str | None, images: int) -> dict[str, float]:
+        """How many ranks failed, how many of them only less would help, their mean numbers, and the window's images."""
+        short = shortage(failure or "")
+        small = failure is not None and cause_of(short, outside_bytes=self._outside_bytes) in ("memory", "taken")
+        numbers = {"needs": short.needs_bytes, "usable": short.usable_bytes} if short else {"needs": 0, "usable": 0}
+        flags = {"failed": failure is not None, "small": small, "known": short is not None, "images": images}
+        agreed = ranks.sum_over_ranks({key: float(value) for key, value in (numbers | flags).items()})
+        return agreed | {key: agreed[key] / max(agreed["known"], 1) for key in numbers}
 
     def _update(self, step: TrainingStep, number: int) -> torch.Tensor:
         """The update's phases; what a failure left undone is tried again once the window's memory is free."""
@@ -121,42 +198,125 @@ class Survivor:
             norm, failure = attempt(lambda: step.update(number))
             if norm is not None:
                 return norm
-            self._note(step.device, "update", number, self.micro_batch, failure)
+            same = self.micro_batch
+            self.survived.append(
+                survival(failure, step.device, step=number, where="update", micro_batch=same, next_micro_batch=same)
+            )
             free_cached(step.device)
-        raise OutOfMemory(f"no memory for the optimizer's update at step {number} ({failure}): go on with --resume")
+        raise HalfUpdated(f"no memory for the optimizer's update at step {number} ({failure})")
 
-    def _go_down(self, device: torch.device, number: int, failure: str | None) -> None:
-        free_cached(device)
-        smaller = self.micro_batch if self._same_again else -(-self.micro_batch // 2)
-        if not self._same_again and self.micro_batch == 1:
-            raise OutOfMemory(
-                f"one image does not fit the memory at step {number} ({failure or 'on another rank'}): lower --resolution, "
-                "--groups or --num-queries, or add --checkpointing"
-            )
-        self._note(device, "window", number, smaller, failure)
-        self._same_again = not self._same_again
-        self.micro_batch = smaller
+    def _go_down(self, device: torch.device, failure: str | None, agreed: Mapping[str, float], **known: Any) -> None:
+        """Take the next rung; the same on every rank, because it follows from what they agreed on."""
+        images = min(self.micro_batch, -int(-agreed["images"] // ranks.world_size()))
+        smaller, switch = self.micro_batch, False
+        if self._same_again and not agreed["small"]:
+            self._same_again = False
+        elif images > 1:
+            smaller, self._larger, self._same_again = -(-images // 2), self.micro_batch, True
+        else:
+            kinds = [type(block) for block in self.blocks]
+            checkpoint_first(self.blocks, "all" if self.blocks else "none")
+            switch = kinds != [type(block) for block in self.blocks]
+            smaller, self._larger, self._same_again = int(switch), 0, True
+            self.checkpointing = self.checkpointing or switch
+        known |= {"micro_batch": self.micro_batch, "next_micro_batch": smaller, "checkpointing": switch}
+        event = survival(failure, device, outside_bytes=self._outside_bytes, agreed=agreed, **known)
+        self.survived.append(event)
+        if not smaller:
+            raise OutOfMemory(stop_message(event, self._ran))
+        self.micro_batch, self._quiet = smaller, 0
 
-    def _note(self, device: torch.device, where: str, number: int, smaller: int, failure: str | None) -> None:
-        on_gpu = device.type == "cuda"
-        self.survived.append(
-            Survival(
-                step=number,
-                where=where,
-                micro_batch=self.micro_batch,
-                next_micro_batch=smaller,
-                allocated_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else 0,
-                reserved_bytes=torch.cuda.max_memory_reserved(device) if on_gpu else 0,
-                message=failure or "",
+    def _rise(self, number: int) -> None:
+        if self._may_rise and self._larger and self._quiet >= self.quiet_windows:
+            before, self.micro_batch, self._may_rise = self.micro_batch, self._larger, False
+            self.survived.append(
+                Survival(
+                    step=number, where="window", cause="quiet", micro_batch=before, next_micro_batch=self.micro_batch
+                )
             )
-        )
+
+    def _remember(self, step: TrainingStep, window: Sequence[Any]) -> None:
+        """What fits, for the message of the stop; on a GPU only."""
+        if step.device.type != "cuda" or not window:
+            return
+        canvas = (0, 0) if isinstance(step.objective, Contrastive) else step.objective.canvas(window)
+        reserved = torch.cuda.memory_reserved(step.device)
+        now = Ran(canvas=canvas, micro_batch=self.micro_batch, reserved_bytes=reserved)
+        self._ran = max(self._ran or now, now, key=lambda ran: (ran.canvas[0] * ran.canvas[1], ran.micro_batch))
+        if self._outside_bytes is None:
+            free, total = torch.cuda.mem_get_info(step.device)
+            self._outside_bytes = total - free - reserved
+
+
+class Halving:
+    """Runs an action without gradients on parts of what it is given, smaller ones from the moment memory runs out."""
+
+    def __init__(self, micro_batch: int, device: torch.device, survived: list[Survival] | None = None) -> None:
+        """Start with this micro-batch; events are added to `survived`."""
+        self.micro_batch, self.device, self.survived = micro_batch, device, [] if survived is None else survived
+
+    def __call__(
+        self, action: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item], *, step: int, where: str
+    ) -> list[Result]:
+        """What the action gives for all items, in order: one result an item. `step` and `where` are for the events.
+
+        Raises:
+            OutOfMemory: one item alone does not fit.
+        """
+        results: list[Result] = []
+        may_repeat = True
+        while len(results) < len(items):
+            part = items[len(results) : len(results) + self.micro_batch]
+            found, failure = attempt(partial(action, part))
+            results += found or []
+            if failure is not None:
+                free_cached(self.device)
+                same = may_repeat and cause_of(shortage(failure), outside_bytes=None) != "memory"
+                smaller = len(part) if same else -(-len(part) // 2) if len(part) > 1 else 0
+                known: dict[str, Any] = {"step": step, "where": where, "micro_batch": len(part)}
+                self.survived.append(survival(failure, self.device, next_micro_batch=smaller, **known))
+                if not smaller:
+                    raise OutOfMemory(stop_message(self.survived[-1], None))
+                self.micro_batch, may_repeat = self.micro_batch if same else smaller, not same
+        return results
 
 
 def survival_line(event: Survival) -> str:
     """One line for the user."""
-    what = "tried again" if event.next_micro_batch == event.micro_batch else f"micro-batch now {event.next_micro_batch}"
-    why = event.message or "another rank ran out of memory"
-    return f"out of memory at step {event.step + 1} ({event.where}, micro-batch {event.micro_batch}): {what}; {why}"
+    if event.cause == "quiet":
+        return f"a quiet stretch before step {event.step + 1}: micro-batch {event.next_micro_batch} tried again, once"
+    what = f"micro-batch now {event.next_micro_batch}"
+    if event.checkpointing:
+        what = "activation checkpointing switched on"
+    elif event.next_micro_batch in (0, event.micro_batch):
+        what = "tried again" if event.next_micro_batch else "nothing left to try"
+    why = {"fragmented": "fragmented", "taken": "another process took memory", "other rank": "on another rank"}
+    said = [_numbers(event) or event.message, why.get(event.cause, ""), event.hint]
+    where = f"step {event.step + 1} ({event.where}, micro-batch {event.micro_batch})"
+    return f"out of memory at {where}: {what}; {', '.join(filter(None, said))}"
+
+
+def stop_message(event: Survival, ran: Ran | None) -> str:
+    """Cause, numbers and the smallest change that fits, at the end of the ladder."""
+    fits = "" if ran is None else f"; micro-batch {ran.micro_batch} fits at {_gib(ran.reserved_bytes)}"
+    if ran is not None and ran.canvas[0]:
+        fits += f" with {ran.canvas[1]} x {ran.canvas[0]} px"
+    others = f" (other processes: {event.hint})" if event.cause == "taken" else ""
+    said = _numbers(event) or event.message or "on another rank"
+    return (
+        f"one image does not fit the memory at step {event.step + 1} ({event.where}): {said}{others}{fits}: "
+        "lower --resolution, --groups or --num-queries, or give the memory of other programs back"
+    )
+
+
+def _numbers(event: Survival) -> str:
+    if not event.needs_bytes:
+        return ""
+    return f"needs {_gib(event.needs_bytes)} GiB, {_gib(event.usable_bytes)} usable"
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.2f}"
 
 
 def free_cached(device: torch.device) -> None:

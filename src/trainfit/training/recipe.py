@@ -25,6 +25,8 @@ class Recipe:
     """Data set: a folder (COCO, Roboflow export, YOLO, Pascal VOC), a COCO JSON file, or `sample`."""
     format: Literal["auto", "coco", "yolo", "voc"] = "auto"
     """Format of the data set; found by looking unless given."""
+    plan: Path | None = None
+    """File that `trainfit plan --out` wrote: its knobs are taken where none are given here."""
     weights: str | None = None
     """Start from a file of trainfit or upstream, or `pretrained` (downloads upstream's); random without it."""
     recipe: Literal["single", "detector", "masks"] = "single"
@@ -103,7 +105,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
-        if self.resume is None and not self.model and self.from_run is None:
+        if self.resume is None and not self.model and self.from_run is None and self.plan is None:
             raise TrainfitError("name a model, for instance: trainfit train rfdetr-nano --data DIR")
         if self.resume is None and not self.data:
             raise TrainfitError("--data is missing: a folder, a COCO JSON file, or `sample`")
@@ -210,4 +212,4 @@ def encode(recipe: Recipe) -> str:
 
 
 def _decode(values: dict[str, Any]) -> dict[str, Any]:
-    return values | {name: Path(values[name]) for name in ("out", "from_run") if values.get(name)}
+    return values | {name: Path(values[name]) for name in ("out", "from_run", "plan") if values.get(name)}

@@ -11,12 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from trainfit.errors import TrainfitError
+from trainfit.step.attempt import is_out_of_memory
+from trainfit.training.run_files import METRICS as METRICS
+from trainfit.training.run_files import RECIPE as RECIPE
+from trainfit.training.run_files import TELEMETRY as TELEMETRY
 
-RECIPE = "recipe.json"
-METRICS = "metrics.jsonl"
-"""Losses, rates, AP: the same bit for bit in a resumed run."""
-TELEMETRY = "telemetry.jsonl"
-"""Times, memory, waiting for data: never the same twice."""
 STATE = "state.pt"
 LAST = "last.safetensors"
 BEST = "best.safetensors"
@@ -61,16 +60,40 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the operating system's error
+    except (
+        OSError,
+        RuntimeError,
+        MemoryError,
+        SafetensorError,
+    ) as error:  # torch and safetensors wrap the operating system's error
         temporary.unlink(missing_ok=True)
         kept = "the previous one is intact" if path.exists() else "there is no previous one"
         reason = _system_reason(error)
         raise TrainfitError(f"could not save {path} ({reason}); {kept}: free space and go on with --resume") from error
 
 
+def events(folder: Path, name: str) -> list[dict[str, Any]]:
+    """What the run's telemetry says of events of this name, in order, without name and time."""
+    path = folder / TELEMETRY
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if f'"event": "{name}"' in line and line.endswith("}")]
+    return [{key: value for key, value in row.items() if key not in ("event", "time")} for row in rows]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as `write_atomically` does."""
+
+    def write(target: Path) -> None:
+        target.write_text(text)
+
+    write_atomically(path, write)
+
+
 def _system_reason(error: BaseException) -> str:
     """The operating system's words, which torch and safetensors bury under their own; else the first line of theirs."""
     inner: BaseException | None = error
+    if is_out_of_memory(error):
+        return "host memory is full"
     while inner is not None:
         if isinstance(inner, OSError) and inner.strerror:
             return inner.strerror
@@ -80,8 +103,12 @@ def _system_reason(error: BaseException) -> str:
 
 def save_weights(path: Path, weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """A safetensors file with what `models.registry.from_metadata` needs."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-    write_atomically(path, lambda p: safetensors.torch.save_file(tensors, p, metadata=dict(metadata)))
+
+    def write(target: Path) -> None:
+        tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+        safetensors.torch.save_file(tensors, target, metadata=dict(metadata))
+
+    write_atomically(path, write)
 
 
 def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -142,7 +169,7 @@ class Metrics:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= keep_through]
         if kept != lines:
-            write_atomically(path, lambda p: _write_text(p, "".join(kept)))
+            write_text(path, "".join(kept))
         self._file = path.open("a")
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -162,7 +189,3 @@ class Metrics:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)

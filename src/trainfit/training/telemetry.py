@@ -2,14 +2,24 @@
 
 import os
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-Item = TypeVar("Item")
+from trainfit.gpus.usage import GpuUsage, usage_meter
+
+
+class Fetched(Protocol):
+    """A window as the loader gives it."""
+
+    load_s: float
+    """Seconds that reading and decoding it took, in the process that did."""
+
+
+Item = TypeVar("Item", bound=Fetched)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,20 +71,47 @@ class Silent:
         """Show nothing."""
 
 
-@dataclass
-class Clock:
-    """Time since the last reading, and how much of it went into waiting for data."""
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """Where the training time of some windows went, evaluation and saving left out."""
 
-    started: float = field(default_factory=time.perf_counter)
-    waited_s: float = 0.0
+    windows: int = 0
     images: int = 0
-    """This rank's images in all."""
-    total_s: float = 0.0
-    """Training time of all readings."""
-    total_waited_s: float = 0.0
+    """This rank's."""
+    elapsed_s: float = 0.0
+    waited_s: float = 0.0
+    """For the loader. On a GPU only as far as the GPU had nothing to do."""
+    compute_s: float = 0.0
+    """From each window's arrival to the end of its work on the device."""
+    load_s: float = 0.0
+    """Reading and decoding, summed over the loader's processes."""
+
+    def __add__(self, other: "Spent") -> "Spent":
+        """Both together."""
+        return Spent(**{key: value + getattr(other, key) for key, value in asdict(self).items()})
+
+
+class Clock:
+    """Time since the last reading, and where it went. Nothing is computed twice and the GPU is not waited for.
+
+    A window's compute time is what the same step would take on cached data. On a GPU two events enclose it: the first
+    happens when the window has arrived and the GPU is done with the one before.
+    """
+
+    def __init__(self, device: torch.device, began: float) -> None:
+        """Start at `began` (time.perf_counter)."""
+        self.device = device
+        self.total = Spent()
+        """Of all readings."""
+        self.start_s: float | None = None
+        """From the clock's start to the first window's arrival."""
+        self._arrived = 0.0
+        self._first: torch.cuda.Event | None = None
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._since, self._now = began, Spent()
 
     def fetch(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Pass items on; the time until each arrives is waiting for data."""
+        """Pass windows on; the time until each arrives is waiting for data, but for the first: that is the start."""
         source = iter(items)
         while True:
             asked = time.perf_counter()
@@ -82,20 +119,47 @@ class Clock:
                 item = next(source)
             except StopIteration:
                 return
-            self.waited_s += time.perf_counter() - asked
+            self._arrived = time.perf_counter()
+            if self.start_s is None:
+                self.start_s = self.pause()
+            else:
+                self._now += Spent(waited_s=self._arrived - asked)
+            self._now += Spent(load_s=item.load_s)
+            self._first = self._event() if self.device.type == "cuda" else None
             yield item
 
-    def read(self) -> tuple[float, float]:
-        """Seconds, and seconds waited, since the last reading; then start anew."""
-        elapsed_s, waited_s = time.perf_counter() - self.started, self.waited_s
-        self.total_s += elapsed_s
-        self.total_waited_s += waited_s
-        self.restart()
-        return elapsed_s, waited_s
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
-    def restart(self) -> None:
-        """Forget the time since the last reading (an evaluation, a save)."""
-        self.started, self.waited_s = time.perf_counter(), 0.0
+    def window_done(self, images: int) -> None:
+        """The window that arrived last has been trained on (on a GPU: its work is queued)."""
+        self._now += Spent(windows=1, images=images)
+        if self._first is None:
+            self._now += Spent(compute_s=time.perf_counter() - self._arrived)
+        else:
+            self._spans.append((self._first, self._event()))
+
+    def read(self) -> Spent:
+        """Where the time since the last reading went; then start anew. Waits for the GPU."""
+        if self._spans:
+            self._spans[-1][1].synchronize()
+            compute_s = sum(first.elapsed_time(last) for first, last in self._spans) / 1000
+            self._spans.clear()
+            self._now += Spent(compute_s=compute_s)
+        spent = self._now + Spent(elapsed_s=time.perf_counter() - self._since)
+        if self.device.type == "cuda":  # the host runs ahead: it may wait while the GPU works
+            spent = replace(spent, waited_s=min(spent.waited_s, max(0.0, spent.elapsed_s - spent.compute_s)))
+        self.total += spent
+        self.pause()
+        return spent
+
+    def pause(self) -> float:
+        """Forget the time since the last reading (an evaluation, a save); returns it, in seconds."""
+        seconds = time.perf_counter() - self._since
+        self._since, self._now = time.perf_counter(), Spent()
+        return seconds
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -106,3 +170,20 @@ def memory_bytes(device: torch.device) -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
+
+
+def meter(device: torch.device) -> Callable[[], dict[str, Any]]:
+    """A function that reads the GPU's use and torch's allocator; every value is None on the CPU."""
+    on_gpu = device.type == "cuda"
+    usage = usage_meter(f"GPU-{torch.cuda.get_device_properties(device).uuid}") if on_gpu else GpuUsage
+
+    def read() -> dict[str, Any]:
+        stats = torch.cuda.memory_stats(device) if on_gpu else {}
+        return asdict(usage()) | {
+            "allocated_bytes": stats.get("allocated_bytes.all.peak"),
+            "reserved_bytes": stats.get("reserved_bytes.all.peak"),
+            "alloc_retries": stats.get("num_alloc_retries"),
+            "ooms": stats.get("num_ooms"),
+        }
+
+    return read

@@ -1,0 +1,118 @@
+"""trainfit measure."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from trainfit.errors import OutOfMemory, TrainfitError
+from trainfit.gpus.catalogue import GIB, gpu_with_memory
+from trainfit.gpus.context import cuda_context_bytes
+from trainfit.gpus.detect import DetectedGpu, detect_gpus
+from trainfit.measure.bench import Bench
+from trainfit.measure.calibration import load
+from trainfit.measure.search import Measured
+from trainfit.memory.alloc_conf import AllocatorConfig
+from trainfit.models.registry import model_name
+from trainfit.models.setting import Setting
+from trainfit.planning.plan import read_plan
+from trainfit.reports.measure import measured_json, measured_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Speed and memory of a setting on this machine's GPU, beside the prediction; without a GPU, the CPU's speed alone."""
+
+    setting: tyro.conf.OmitArgPrefixes[tyro.conf.PositionalRequiredArgs[Setting]]
+    """The model, and every knob of its step. --micro-batch is where the search begins if nothing can be predicted."""
+    plan: Path | None = None
+    """File that `trainfit plan --out` wrote: its setting is measured."""
+    micro_batches: str | None = None
+    """Measure these, for instance 1,2,4: instead of the fewest that tell from which micro-batch on speed stops to grow."""
+    steps: int = 10
+    """Timed windows of each trial at most; after 10 s only three are waited for."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the first GPU that CUDA_VISIBLE_DEVICES shows, else the CPU."""
+    memory: str | None = None
+    """Act as a smaller card, for instance 4GiB: the allocator may not reserve more, kernels are still the large card's."""
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Print JSON (schema 1) instead of text."""
+
+
+def measure(arguments: Annotated[Measure, tyro.conf.arg(name="")]) -> int:
+    """Measure a setting on the real device; the exit code is 3 if nothing ran."""
+    setting = replace(arguments.setting, model=model_name(arguments.setting.model))
+    if arguments.plan is not None:
+        record = read_plan(arguments.plan)
+        if record["model"] != setting.model:
+            raise TrainfitError(f"--plan {arguments.plan} is for {record['model']}, not {setting.model}")
+        setting = Setting.from_json(record["setting"])
+    sizes = _sizes(arguments.micro_batches)
+    if arguments.steps < 1:
+        raise TrainfitError(f"--steps must be at least 1, not {arguments.steps}")
+    card = _card(arguments.device)
+    bench = Bench(
+        setting=setting,
+        card=card,
+        limit_bytes=_cap_bytes(arguments.memory, card),
+        config=AllocatorConfig.from_env_string(
+            os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+        ),
+        windows={"most": arguments.steps, "least": min(3, arguments.steps)},
+        show=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    rows: list[Measured] = []
+    try:
+        for row in bench.run(sizes):
+            rows.append(row)
+    except KeyboardInterrupt:
+        print(f"{len(rows)} measured before the stop: {bench.file}", file=sys.stderr)
+        raise
+    calibration = load(card.gpu.name) if card else None
+    if arguments.as_json:
+        print(json.dumps(measured_json(bench, rows, calibration)))
+    else:
+        print(measured_text(bench, rows, calibration))
+    return 0 if any(row.outcome == "ran" for row in rows) else OutOfMemory.exit_code
+
+
+def _sizes(text: str | None) -> Sequence[int]:
+    try:
+        sizes = [int(part) for part in text.split(",")] if text is not None else []
+    except ValueError:
+        sizes = [0]
+    if any(size < 1 for size in sizes):
+        raise TrainfitError(f"--micro-batches {text!r}: write sizes of at least 1 as 1,2,4")
+    return sizes
+
+
+def _card(device: str) -> DetectedGpu | None:
+    """The GPU that trials run on; None: the CPU."""
+    if device == "cpu":
+        return None
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    first = None if shown is None else shown.split(",")[0].strip()
+    found = [
+        gpu for gpu in detect_gpus() if first is None or first == str(gpu.index) or gpu.uuid.startswith(first or "-")
+    ]
+    if not found and device == "cuda":
+        raise TrainfitError("no NVIDIA GPU to measure on; --device cpu measures the CPU's time")
+    return found[0] if found else None
+
+
+def _cap_bytes(memory: str | None, card: DetectedGpu | None) -> int | None:
+    """What the allocator of a process that has `memory` may reserve: all but the CUDA context."""
+    if memory is None:
+        return None
+    if card is None:
+        raise TrainfitError("--memory caps the allocator of a GPU; on the CPU leave it out")
+    wanted, context = gpu_with_memory(memory).memory_bytes, cuda_context_bytes().high_bytes
+    if not context < wanted < card.total_bytes:
+        least, most = context / GIB, card.total_bytes / GIB
+        raise TrainfitError(f"--memory {memory}: the CUDA context takes {least:.2f} GiB, and the card has {most:.2f}")
+    return wanted - context

@@ -1,0 +1,40 @@
+"""trainfit report."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from trainfit.errors import TrainfitError
+from trainfit.reports.run_html import run_html
+from trainfit.reports.run_report import read_run, run_json, run_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a run did: loss and AP, speed, where the time went, memory, every out-of-memory error."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder; the run may still be going on."""
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Print JSON (schema 1) instead of text."""
+    html: Path | None = None
+    """Write the report as one HTML page, with curves."""
+    force: bool = False
+    """Overwrite that page."""
+
+
+def report(arguments: Annotated[Report, tyro.conf.arg(name="")]) -> int:
+    """Show what a run did, or does: from its files alone."""
+    page = arguments.html
+    if page is not None and page.exists() and not arguments.force:
+        raise TrainfitError(f"{page} exists; choose another name or use --force")
+    found = read_run(arguments.run)
+    print(json.dumps(run_json(found)) if arguments.as_json else run_text(found))
+    if page is not None:
+        page.write_text(run_html(found), encoding="utf-8")
+        print(f"wrote {page}", file=sys.stderr)
+    return 0

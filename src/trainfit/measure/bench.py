@@ -1,0 +1,103 @@
+"""Trials of a setting on a device of this machine: predicted, run in a clean process, and kept. Imports no torch."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+from trainfit.errors import TrainfitError
+from trainfit.gpus.context import cuda_context_bytes
+from trainfit.gpus.detect import DetectedGpu, detect_gpus
+from trainfit.measure.calibration import append, made_by, stored_at
+from trainfit.measure.process import context_bytes, run_trial
+from trainfit.measure.search import Measured, Predicted, search
+from trainfit.memory.allocator import AllocatorConfig
+from trainfit.memory.predict import assess, trace_requests
+from trainfit.memory.trace_cache import get_trace
+from trainfit.models.setting import Setting
+
+MOST = {"cuda": 512, "cpu": 4}
+"""The largest micro-batch that is tried unasked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """A setting and the device that it is tried on."""
+
+    setting: Setting
+    """Its micro-batch is where to begin if nothing can be predicted."""
+    card: DetectedGpu | None
+    """None: the CPU."""
+    limit_bytes: int | None = None
+    """What the allocator may reserve, to act as a smaller card."""
+    config: AllocatorConfig = field(default_factory=AllocatorConfig)
+    """As the environment sets the allocator of the trials."""
+    windows: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Fields of `trial.Windows` that differ from its defaults."""
+    show: Callable[[str], None] = print
+    """Gets a line of progress."""
+
+    @property
+    def device(self) -> str:
+        """Torch's name of it."""
+        return "cuda" if self.card else "cpu"
+
+    @property
+    def file(self) -> Path:
+        """Where its trials are kept."""
+        return stored_at(self.card.gpu.name if self.card else "CPU")
+
+    def run(self, micro_batches: Sequence[int] = ()) -> Iterator[Measured]:
+        """Each trial as it ends, when it is on the disk already: of these micro-batches, or the fewest that tell the knee.
+
+        Raises:
+            TrainfitError: the setting cannot be built, or what was measured cannot be kept.
+        """
+        predict = lru_cache(None)(self._predict)
+
+        def trial(micro_batch: int) -> Measured:
+            row = self._trial(micro_batch, predict(micro_batch))
+            record = {"made_by": made_by(), "driver": self.card.driver_version if self.card else ""}
+            record |= {"setting": self._at(micro_batch).to_json(), "limit_bytes": self.limit_bytes, "row": asdict(row)}
+            append(self.file, record)
+            return row
+
+        if micro_batches:
+            return map(trial, micro_batches)
+        return search(trial, predict, start=self.setting.micro_batch, most=MOST[self.device])
+
+    def _predict(self, micro_batch: int) -> Predicted | None:
+        """What other programs hold of the card is not there to be had."""
+        if self.card is None:
+            return None
+        self.show(f"micro-batch {micro_batch}: predicting")
+        gpu, config = replace(self.card.gpu, memory_bytes=self.card.free_bytes), self.config
+        if self.limit_bytes is not None:
+            config = replace(config, per_process_memory_fraction=min(1.0, self.limit_bytes / gpu.memory_bytes))
+        try:
+            stored = get_trace(trace_requests(self._at(micro_batch), gpu)[0])
+        except TrainfitError as error:
+            self.show(f"micro-batch {micro_batch}: no prediction: {error}")
+            return None
+        found, context = assess(stored, gpu, config), cuda_context_bytes()
+        images = micro_batch * self.setting.accumulation
+        return Predicted(
+            verdict=found.verdict,
+            allocated_bytes=found.profile.peak_allocated_bytes,
+            reserved_low_bytes=found.low_bytes - context.low_bytes,
+            reserved_high_bytes=found.high_bytes - context.high_bytes,
+            images_per_s=images / found.time.seconds if found.time else None,
+        )
+
+    def _trial(self, micro_batch: int, predicted: Predicted | None) -> Measured:
+        self.show(f"micro-batch {micro_batch}: measuring")
+        request = {"setting": self._at(micro_batch).to_json(), "device": self.device, "limit_bytes": self.limit_bytes}
+        uuid = self.card.uuid if self.card else None
+        free = next((each.free_bytes for each in detect_gpus() if each.uuid == uuid), 0) if uuid else 0
+        found = run_trial({**request, "windows": dict(self.windows)}, gpu_uuid=uuid)
+        context, told = context_bytes(free, found["end"]), {**(found["peak"] or {}), **(found["speed"] or {})}
+        own = {"outcome": found["outcome"], "message": found["message"]}
+        return Measured(micro_batch=micro_batch, predicted=predicted, context_bytes=context, **own, **told)
+
+    def _at(self, micro_batch: int) -> Setting:
+        return replace(self.setting, micro_batch=micro_batch)

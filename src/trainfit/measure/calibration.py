@@ -1,0 +1,103 @@
+"""What measurements on a card say about predictions for it. Kept as lines of JSON; imports no torch."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from trainfit.errors import TrainfitError
+from trainfit.measure.search import Measured
+from trainfit.memory.trace_cache import versions
+from trainfit.timing import roofline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Measured over predicted, of all trials on one card that ran without a cap on its memory."""
+
+    gpu: str
+    """Catalogue name."""
+    driver: str
+    """Version of its driver."""
+    rows: int
+    """Settings measured."""
+    time_factor: float | None
+    """Seconds, measured over predicted: the median. None: no time could be predicted."""
+    time_factors: tuple[float, float] | None
+    """The smallest and the largest."""
+    reserved_factors: tuple[float, float]
+    """Peak reserved memory over the lowest predicted: the smallest and the largest."""
+
+
+def calibrate(gpu: str, driver: str, rows: Sequence[Measured]) -> Calibration | None:
+    """None without a row that ran and was predicted."""
+    pairs = [(row, row.predicted) for row in rows if row.outcome == "ran" and row.predicted is not None]
+    memory = [(row.reserved_bytes or 0) / predicted.reserved_low_bytes for row, predicted in pairs]
+    times = [p.images_per_s / row.images_per_s for row, p in pairs if p.images_per_s and row.images_per_s]
+    if not pairs:
+        return None
+    return Calibration(
+        gpu=gpu,
+        driver=driver,
+        rows=len(pairs),
+        time_factor=median(times) if times else None,
+        time_factors=(min(times), max(times)) if times else None,
+        reserved_factors=(min(memory), max(memory)),
+    )
+
+
+def load(gpu: str) -> Calibration | None:
+    """From what was measured on a card of this catalogue name with this torch, this code and the driver measured last."""
+    records = [record for record in read(stored_at(gpu)) if record["made_by"] == made_by()]
+    last = records[-1]["driver"] if records else ""
+    kept = {
+        json.dumps(record["setting"]): Measured.from_json(record["row"])
+        for record in records
+        if record["driver"] == last and record["limit_bytes"] is None
+    }
+    return calibrate(gpu, last, list(kept.values()))
+
+
+def stored_at(gpu: str) -> Path:
+    """The file of a card; "CPU" is one."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trainfit" / "measured"
+    return folder / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower())}.jsonl"
+
+
+@cache
+def made_by() -> dict[str, str]:
+    """Version of torch, and a digest of the code that predicts: what other code predicted calibrates nothing here."""
+    timing = Path(roofline.__file__).read_bytes()
+    code = hashlib.sha256(versions()["trainfit"].encode() + timing).hexdigest()[:16]
+    return {"torch": versions()["torch"], "code": code}
+
+
+def append(file: Path, record: Mapping[str, Any]) -> None:
+    """Add a line in one write, on the disk when this returns.
+
+    Raises:
+        TrainfitError: the file cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("ab", buffering=0) as output:
+            output.write(f"\n{json.dumps(record)}\n".encode())  # the last line may have been cut off
+            os.fsync(output)
+    except OSError as error:
+        raise TrainfitError(f"{file}: cannot be written ({error.strerror}); set XDG_CACHE_HOME") from error
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """All records, the oldest first; none without the file. A line that was cut off is left out."""
+    found: list[dict[str, Any]] = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        with suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found

@@ -1,0 +1,149 @@
+"""One trial in a process of its own: a fresh CUDA context, and nothing else in the allocator. `measure.process` starts it."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from trainfit.errors import TrainfitError
+from trainfit.models.registry import build_step
+from trainfit.models.setting import Setting
+
+Attempt = Callable[[Callable[[], None]], tuple[object, str | None]]
+"""Runs an action; the second value is the first line of an out-of-memory error, if there was one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """How many windows a trial runs."""
+
+    warm_up: int = 2
+    """Not timed, though their memory counts: libraries choose and load their kernels."""
+    least: int = 3
+    """Timed windows in any case."""
+    most: int = 10
+    """Timed windows in no more than `enough_s`."""
+    enough_s: float = 10
+    """Seconds, warm-up included, after which no window is begun but the least."""
+
+
+def attempt(action: Callable[[], None]) -> tuple[None, str | None]:
+    """Out of memory by the exception's type alone: the process ends with it, so nothing has to be freed or tried again."""
+    try:
+        return action(), None
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return None, (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def run_windows(
+    build: Callable[[], Any],
+    device: torch.device,
+    windows: Windows,
+    *,
+    images: int,
+    limit_bytes: int | None = None,
+    attempt: Attempt = attempt,
+) -> dict[str, Any]:
+    """Build a step, `run` its windows, and tell what they took, as JSON values. `images` are those of one window.
+
+    The whole process is measured: peaks are the largest of the build and of all windows, the warm-up's included.
+    `limit_bytes` caps what the allocator may reserve. On the CPU there are times, and no memory.
+    """
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.init()
+    begin = _reading(0.0) if cuda else None
+    if limit_bytes is not None and cuda:
+        torch.cuda.set_per_process_memory_fraction(limit_bytes / torch.cuda.mem_get_info()[1])
+    rows: list[dict[str, Any]] = []  # after the build, and after each window
+
+    def run() -> None:
+        step = build()
+        rows.append(_timed(lambda: None, cuda))
+        start = time.perf_counter()
+        for count in range(windows.warm_up + windows.most):
+            if count >= windows.warm_up + windows.least and time.perf_counter() - start > windows.enough_s:
+                break
+            rows.append(_timed(step.run, cuda))
+
+    _, message = attempt(run)
+    end = _reading(0.0) if cuda else None
+    seconds = [row["seconds"] for row in rows[1 + windows.warm_up :]] if message is None else []
+    return {
+        "outcome": "ran" if message is None else "out of memory",
+        "message": message,
+        "begin": begin,
+        "built": rows[0] if rows else None,
+        "windows": rows[1:],
+        "end": end,
+        "peak": _peak([*rows, end]) if end else None,
+        "speed": _speed(images, seconds) if seconds else None,
+    }
+
+
+def _timed(action: Callable[[], object], cuda: bool) -> dict[str, Any]:
+    """The device is idle before it, because the reading before ended with its own wait."""
+    start = time.perf_counter()
+    action()
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = round(time.perf_counter() - start, 6)
+    return _reading(seconds) if cuda else {"seconds": seconds}
+
+
+def _reading(seconds: float) -> dict[str, Any]:
+    """The allocator's peaks since the last reading, and the device's free memory now, in bytes."""
+    stats, free = torch.cuda.memory_stats(), torch.cuda.mem_get_info()[0]
+    torch.cuda.reset_peak_memory_stats()
+    return {
+        "seconds": seconds,
+        "peak_allocated_bytes": stats.get("allocated_bytes.all.peak", 0),
+        "peak_requested_bytes": stats.get("requested_bytes.all.peak", 0),
+        "peak_reserved_bytes": stats.get("reserved_bytes.all.peak", 0),
+        "allocated_bytes": stats.get("allocated_bytes.all.current", 0),
+        "reserved_bytes": stats.get("reserved_bytes.all.current", 0),
+        "retries": stats.get("num_alloc_retries", 0),
+        "device_allocs": stats.get("num_device_alloc", 0),
+        "device_free_bytes": free,
+    }
+
+
+def _peak(rows: list[dict[str, Any]]) -> dict[str, int]:
+    keys = ("peak_allocated_bytes", "peak_requested_bytes", "peak_reserved_bytes", "retries")
+    return {key.removeprefix("peak_"): max(row[key] for row in rows) for key in keys}
+
+
+def _speed(images: int, seconds: list[float]) -> dict[str, float]:
+    """Images (pairs) a second over the timed windows."""
+    rates = sorted(images / each for each in seconds)
+    return {"images_per_s": median(rates), "slowest": rates[0], "fastest": rates[-1], "windows": len(rates)}
+
+
+def main(request: Path, answer: Path) -> None:
+    """Measure what `request` names; `answer` gets the record of `run_windows`, or {"outcome": "refused", "message"}."""
+    asked = json.loads(request.read_text())
+    sys.path[:] = asked["path"]
+    setting, device = Setting.from_json(asked["setting"]), torch.device(asked["device"])
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as `trainfit train` does
+    try:
+        found = run_windows(
+            lambda: build_step(setting=asked["setting"], device=device),
+            device,
+            Windows(**asked["windows"]),
+            images=setting.micro_batch * setting.accumulation,
+            limit_bytes=asked["limit_bytes"],
+        )
+    except TrainfitError as error:
+        found = {"outcome": "refused", "message": str(error)}
+    answer.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

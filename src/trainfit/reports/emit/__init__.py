@@ -1,0 +1,83 @@
+"""A plan as configuration of another tool: what the tool can express, and notes on what it cannot.
+
+The emitted effective batch equals the plan's. Another tool is one function with `@register` in `models` or `trainers`.
+"""
+
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+
+from trainfit.errors import TrainfitError
+from trainfit.models.registry import family
+from trainfit.planning.plan import Candidate, Plan
+from trainfit.reports.emit import models, trainers
+from trainfit.reports.emit.tool import TOOLS, Job, Tool
+from trainfit.reports.plan import choice
+
+__all__ = ["TOOLS", "Emitted", "emit", "models", "trainers"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Emitted:
+    """Configuration of another tool."""
+
+    tool: str
+    text: str
+    """A file or a command; YAML carries its launch line as a comment."""
+    notes: tuple[str, ...]
+    """What the tool does otherwise than the plan."""
+
+
+def emit(plan: Plan, tool: str) -> Emitted:
+    """The plan as configuration of `tool`, a name of `TOOLS`; its effective batch equals the plan's.
+
+    Raises:
+        TrainfitError: no such tool, nothing fits, a tool for other models, or nothing that fits can be expressed.
+    """
+    if tool not in TOOLS:
+        near = get_close_matches(tool, TOOLS, n=1)
+        hint = f" Perhaps you meant {near[0]}." if near else ""
+        raise TrainfitError(f"--emit {tool}: no such tool.{hint} Tools: {', '.join(TOOLS)}")
+    found, kind = TOOLS[tool], family(plan.model)
+    if plan.chosen is None:
+        raise TrainfitError(f"--emit {tool}: nothing fits {plan.gpu.name}, so there is nothing to write")
+    if found.families and kind not in found.families:
+        others = [each.name for each in TOOLS.values() if not each.families or kind in each.families]
+        raise TrainfitError(f"--emit {tool}: {tool} does not train {plan.model}; these do: {', '.join(others)}")
+    job, notes = _nearest(plan, plan.chosen, found)
+    text, more = found.write(job)
+    own = f"Memory and speed are those of trainfit's own training step; what {tool} takes besides is not in them."
+    return Emitted(tool=tool, text=text, notes=(*notes, *more, plan.learning_rate, own))
+
+
+def _nearest(plan: Plan, chosen: Candidate, tool: Tool) -> tuple[Job, list[str]]:
+    """The plan's choice if the tool can express it, else the fastest that fits and that it can, else smaller micro-batches."""
+    share, rest = divmod(plan.effective_batch, plan.gpus)
+    if rest:
+        raise TrainfitError(
+            f"--emit {tool.name}: {plan.effective_batch} images do not divide evenly over {plan.gpus} GPUs, which "
+            f"{tool.name} needs: plan with --effective-batch {share * plan.gpus or plan.gpus}"
+        )
+
+    def legal(c: Candidate) -> bool:
+        even = len(set(c.cuts)) == 1 and sum(c.cuts) == share
+        return even and (tool.accumulates or len(c.cuts) == 1) and tool.checkpoints(c.setting)
+
+    held = [c for c in plan.candidates if c.verdict != "does not fit" and legal(c)]
+    if legal(chosen):
+        return Job(plan=plan, setting=replace(chosen.setting, accumulation=len(chosen.cuts))), []
+    if held:
+        best = max(held, key=lambda c: (c.images_per_s or 0.0, c.setting.micro_batch))
+    elif tool.accumulates and tool.checkpoints(chosen.setting):
+        micro = max(n for n in range(1, chosen.cuts[0] + 1) if share % n == 0)
+        best = replace(chosen, cuts=(micro,) * (share // micro))
+    else:
+        lacks = "neither gradient accumulation nor" if not tool.accumulates else "not this"
+        raise TrainfitError(
+            f"--emit {tool.name}: {tool.name} has {lacks} activation checkpointing for {plan.model}, and without it no "
+            f"effective batch of {plan.effective_batch} fits {plan.gpu.name}: plan with a smaller --effective-batch"
+        )
+    batching = {"micro_batch": best.cuts[0], "accumulation": len(best.cuts)}
+    setting = replace(best.setting, eval_micro_batch=chosen.setting.eval_micro_batch, **batching)
+    assert setting.micro_batch * setting.accumulation * plan.gpus == plan.effective_batch
+    note = f"{tool.name} cannot express the plan's {choice(chosen)}; this is {choice(best)}, with the same effective batch."
+    return Job(plan=plan, setting=setting), [note]

@@ -1,0 +1,159 @@
+"""Tools that bring the models: rfdetr, detectron2, open_clip."""
+
+import shlex
+from collections.abc import Mapping
+
+from trainfit.errors import TrainfitError
+from trainfit.memory.events import CATEGORIES
+from trainfit.models.setting import Setting
+from trainfit.reports.emit.tool import Job, call, means, register
+from trainfit.reports.profile import gib
+
+ENCODER_BLOCKS = 12
+"""Of RF-DETR's DINOv2: the first of its blocks, and all that upstream's gradient_checkpointing covers (rfdetr 1.11.2)."""
+RFDETR_CLASSES: Mapping[str, str] = {
+    **{f"rfdetr-{size}": f"RFDETR{size.title()}" for size in ("nano", "small", "medium", "large")},
+    **{f"rfdetr-seg-{size}": f"RFDETRSeg{size.title()}" for size in ("nano", "small", "medium", "large")},
+    "rfdetr-seg-xlarge": "RFDETRSegXLarge",
+    "rfdetr-seg-2xlarge": "RFDETRSeg2XLarge",
+}
+
+
+def _rfdetr_blocks(setting: Setting) -> bool:
+    blocks = setting.checkpointing
+    return blocks == "none" or (isinstance(blocks, int) and blocks <= ENCODER_BLOCKS)
+
+
+@register("rfdetr", families=("rfdetr",), checkpoints=_rfdetr_blocks)
+def _rfdetr(job: Job) -> tuple[str, list[str]]:
+    """Source: rfdetr 1.11.2 config.py `ModelConfig`, `TrainConfig`."""
+    setting, gpus = job.setting, job.plan.gpus
+    if setting.model not in RFDETR_CLASSES or setting.stage != "single":
+        what = setting.model if setting.model not in RFDETR_CLASSES else f"--recipe {setting.stage}"
+        raise TrainfitError(f"--emit rfdetr: rfdetr has no {what}; trainfit train has")
+    model: dict[str, object] = {"gradient_checkpointing": True} if job.checkpoints else {}
+    model |= {"resolution": setting.resolution} if setting.resolution else {}
+    if setting.num_queries:
+        model |= {"num_queries": setting.num_queries, "num_select": setting.num_queries}
+    model |= {"group_detr": setting.groups} if setting.groups else {}
+    model |= {"freeze_encoder": True} if setting.freeze_encoder else {}
+    model |= {"fused_optimizer": False} if setting.optimizer != "adamw-fused" else {}
+    training: dict[str, object] = {
+        "dataset_dir": "DIR",
+        "batch_size": setting.micro_batch,
+        "grad_accum_steps": setting.accumulation,
+        "eval_batch_size": setting.eval_micro_batch or setting.micro_batch,
+        "amp_dtype": None if setting.precision == "fp32" else setting.precision,
+        "multi_scale": setting.multi_scale,
+        "use_ema": setting.ema is not False,
+        "num_workers": job.plan.loading.workers,
+    }
+    training |= {"devices": gpus, "strategy": "ddp"} if gpus > 1 else {}
+    optimizers: Mapping[str, dict[str, object]] = {
+        "sgd": {"optimizer": "sgd", "optimizer_kwargs": {"momentum": 0.9}},
+        "adamw-8bit": {"optimizer": "bitsandbytes.optim.AdamW8bit"},
+    }
+    training |= optimizers.get(setting.optimizer, {})
+    name = RFDETR_CLASSES[setting.model]
+    text = f"from rfdetr import {name}\n\nmodel = {call(name, model)}model.{call('train', training)}"
+    return text.replace("(\n)", "()"), [*means(setting), *_rfdetr_notes(job)]
+
+
+def _rfdetr_notes(job: Job) -> list[str]:
+    setting, notes = job.setting, list[str]()
+    if job.checkpoints and setting.checkpointing != ENCODER_BLOCKS:
+        notes.append(
+            f"rfdetr checkpoints all {ENCODER_BLOCKS} blocks of the encoder: less memory and more time than planned."
+        )
+    if setting.ema_on_host and setting.ema is not False:
+        assert job.plan.prediction is not None
+        prediction = job.plan.prediction
+        copy = prediction.training.profile.peak.category_bytes[CATEGORIES.index("parameters")]
+        if prediction.needs.high_bytes + copy > job.plan.budget.low_bytes:
+            raise TrainfitError(
+                f"--emit rfdetr: rfdetr keeps the averaged weights on the GPU, and their {gib(copy)} GiB do not fit: plan "
+                "with --no-ema"
+            )
+        notes.append(f"rfdetr keeps the averaged weights on the GPU: {gib(copy)} GiB more than planned.")
+    if setting.optimizer == "adamw-8bit":
+        notes.append(
+            "rfdetr gives an optimizer by its import path the layers' learning rates; its other arguments are yours."
+        )
+    return notes
+
+
+def _without_blocks(setting: Setting) -> bool:
+    return setting.checkpointing == "none"
+
+
+@register("detectron2", families=("maskrcnn",), accumulates=False, checkpoints=_without_blocks)
+def _detectron2(job: Job) -> tuple[str, list[str]]:
+    """Source: detectron2 config/defaults.py. It has neither accumulation nor checkpointing of ResNets."""
+    import yaml
+
+    setting = job.setting
+    short = setting.resolution or 800
+    model: dict[str, object] = {"MASK_ON": True, "ROI_HEADS": {"NUM_CLASSES": setting.classes}}
+    if setting.model == "maskrcnn-r50-v2":
+        model = {
+            "MASK_ON": True,
+            "RESNETS": {"NORM": "BN", "STRIDE_IN_1X1": False},
+            "FPN": {"NORM": "BN"},
+            "RPN": {"CONV_DIMS": [-1, -1]},
+            "ROI_HEADS": {"NUM_CLASSES": setting.classes},
+            "ROI_BOX_HEAD": {"NAME": "FastRCNNConvFCHead", "NUM_CONV": 4, "NUM_FC": 1, "NORM": "BN"},
+            "ROI_MASK_HEAD": {"NUM_CONV": 4, "NORM": "BN"},
+        }
+    record = {
+        "_BASE_": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml",
+        "MODEL": model,
+        "INPUT": {"MIN_SIZE_TRAIN": [short], "MAX_SIZE_TRAIN": round(short * 1333 / 800)},
+        "SOLVER": {"IMS_PER_BATCH": job.plan.effective_batch, "AMP": {"ENABLED": setting.precision != "fp32"}},
+        "DATALOADER": {"NUM_WORKERS": job.plan.loading.workers},
+    }
+    head = (
+        "# A file of detectron2's folder configs/, for its tools/train_net.py:\n"
+        f"# train_net.py --num-gpus {job.plan.gpus} --config-file configs/THIS_FILE\n"
+    )
+    notes = ["detectron2's optimizer is SGD with momentum, whatever the plan's; it holds no more than AdamW."]
+    if setting.precision == "bf16":
+        notes.append("SOLVER.AMP computes in fp16, with loss scaling: the same memory as the plan's bf16.")
+    if setting.ema:
+        notes.append("detectron2 keeps no averaged weights.")
+    return head + yaml.safe_dump(record, sort_keys=False), notes
+
+
+@register("open_clip", families=("clip",))
+def _open_clip(job: Job) -> tuple[str, list[str]]:
+    """Source: open_clip 3.3 open_clip_train/params.py; its `--accum-freq` contrasts the whole window, as trainfit does."""
+    setting, gpus = job.setting, job.plan.gpus
+    architecture = setting.model.removeprefix("clip:")
+    precision = {"fp32": "fp32", "bf16": "amp_bf16", "fp16": "amp"}[setting.precision]
+    flags = [
+        "--model",
+        architecture,
+        "--batch-size",
+        str(setting.micro_batch),
+        "--accum-freq",
+        str(setting.accumulation),
+    ]
+    flags += ["--precision", precision, "--workers", str(job.plan.loading.workers), "--train-data", "DATA"]
+    flags += ["--force-image-size", str(setting.resolution)] if setting.resolution else []
+    flags += ["--grad-checkpointing"] if job.checkpoints else []
+    flags += ["--siglip"] if "siglip" in architecture.lower() else []
+    flags += ["--local-loss", "--gather-with-grad"] if gpus > 1 else []
+    notes: list[str] = []
+    if setting.accumulation > 1:
+        notes.append(
+            f"open_clip keeps the {setting.accumulation * setting.micro_batch} images of a window on the GPU; the gradient "
+            f"of logit_scale is {setting.accumulation} times too large, which AdamW without clipping does not feel."
+        )
+        if setting.contrastive == "plain":
+            notes.append("open_clip contrasts the whole window, the plan each micro-batch alone.")
+    if isinstance(setting.checkpointing, int) and job.checkpoints:
+        notes.append("open_clip checkpoints all blocks: less memory and more time than planned.")
+    if setting.optimizer not in ("adamw-fused", "adamw-foreach"):
+        notes.append(f"open_clip trains with AdamW, not {setting.optimizer}: its state may need more than planned.")
+    if setting.ema:
+        notes.append("open_clip keeps no averaged weights.")
+    return f"{job.torchrun} -m open_clip_train.main {shlex.join(flags)}\n", notes

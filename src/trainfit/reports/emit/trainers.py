@@ -1,0 +1,120 @@
+"""Tools that train the user's own model: lightning, transformers, accelerate."""
+
+from trainfit.models.registry import family
+from trainfit.models.setting import Setting
+from trainfit.reports.emit.tool import Job, call, means, register
+from trainfit.reports.plan import blocks_text
+
+
+def _own_code(setting: Setting) -> list[str]:
+    """What is neither batch nor precision, and stands in the user's own code with tools that bring no model."""
+    published = Setting(model=setting.model)
+    names = (
+        "resolution",
+        "num_queries",
+        "groups",
+        "ema",
+        "ema_on_host",
+        "freeze_encoder",
+        "multi_scale",
+        "channels_last",
+    )
+    chosen = [
+        f"{name} {getattr(setting, name)}" for name in names if getattr(setting, name) != getattr(published, name)
+    ]
+    return [f"Yours to set in the model's code: {', '.join(chosen)}."] if chosen else []
+
+
+def _contrast(setting: Setting) -> list[str]:
+    """Of tools that know no contrastive window."""
+    if family(setting.model) != "clip" or setting.accumulation == 1:
+        return means(setting)
+    return [
+        f"A pair is contrasted with the {setting.micro_batch} of its micro-batch alone: another loss than the plan's."
+    ]
+
+
+_MIXED = {"fp32": "32-true", "fp16": "16-mixed", "bf16": "bf16-mixed"}
+
+
+@register("lightning")
+def _lightning(job: Job) -> tuple[str, list[str]]:
+    setting, gpus = job.setting, job.plan.gpus
+    trainer: dict[str, object] = {"accelerator": "gpu", "devices": gpus}
+    trainer |= {"strategy": "ddp"} if gpus > 1 else {}
+    trainer |= {"precision": _MIXED[setting.precision], "accumulate_grad_batches": setting.accumulation}
+    loader = f"loader = DataLoader(dataset, batch_size={setting.micro_batch}, num_workers={job.plan.loading.workers})\n"
+    imports = "from lightning import Trainer\nfrom torch.utils.data import DataLoader\n\n"
+    text = f"{imports}{loader}trainer = {call('Trainer', trainer)}"
+    return text, [*_contrast(setting), *_blocks_are_yours(job), *_optimizer_is_yours(setting), *_own_code(setting)]
+
+
+def _blocks_are_yours(job: Job) -> list[str]:
+    words = f"Activation checkpointing is the model's own code: {blocks_text(job.setting.checkpointing)}."
+    return [words] if job.checkpoints else []
+
+
+def _optimizer_is_yours(setting: Setting) -> list[str]:
+    return [f"The optimizer is your code: the plan has {setting.optimizer}."]
+
+
+def _transformers_blocks(setting: Setting) -> bool:
+    """False for RF-DETR: transformers 5.23 refuses checkpointing for it."""
+    return family(setting.model) != "rfdetr" or setting.checkpointing == "none"
+
+
+@register("transformers", checkpoints=_transformers_blocks)
+def _transformers(job: Job) -> tuple[str, list[str]]:
+    """Source: transformers 5.23 training_args.py."""
+    setting = job.setting
+    optimizers = {
+        "adamw-fused": "adamw_torch_fused",
+        "adamw-foreach": "adamw_torch",
+        "adamw-8bit": "adamw_8bit",
+        "sgd": "sgd",
+    }
+    arguments: dict[str, object] = {
+        "output_dir": "runs",
+        "per_device_train_batch_size": setting.micro_batch,
+        "gradient_accumulation_steps": setting.accumulation,
+        "per_device_eval_batch_size": setting.eval_micro_batch or setting.micro_batch,
+        "bf16": setting.precision == "bf16",
+        "fp16": setting.precision == "fp16",
+        "optim": optimizers[setting.optimizer],
+        "dataloader_num_workers": job.plan.loading.workers,
+    }
+    arguments |= {"activation_checkpointing": True} if job.checkpoints else {}
+    arguments |= {"optim_args": "momentum=0.9"} if setting.optimizer == "sgd" else {}
+    start = f"{job.torchrun} train.py" if job.plan.gpus > 1 else "CUDA_VISIBLE_DEVICES=0 python train.py"
+    head = f"# Start it with: {start}\n" + "from transformers import TrainingArguments\n\n"
+    notes = [*_contrast(setting), *_own_code(setting)]
+    if job.plan.gpus == 1:
+        notes.append(
+            "With several GPUs in sight Trainer uses them all, and the effective batch grows with them: show it one."
+        )
+    if isinstance(setting.checkpointing, int) and job.checkpoints:
+        notes.append("transformers checkpoints all blocks: less memory and more time than planned.")
+    return head + f"arguments = {call('TrainingArguments', arguments)}", notes
+
+
+@register("accelerate")
+def _accelerate(job: Job) -> tuple[str, list[str]]:
+    """Source: accelerate 1.15 commands/config/config_args.py `ClusterConfig`, accelerator.py (the environment variable)."""
+    import yaml
+
+    setting, gpus = job.setting, job.plan.gpus
+    record = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "MULTI_GPU" if gpus > 1 else "NO",
+        "mixed_precision": "no" if setting.precision == "fp32" else setting.precision,
+        "num_machines": 1,
+        "num_processes": gpus,
+        "use_cpu": False,
+    }
+    head = (
+        f"# ACCELERATE_GRADIENT_ACCUMULATION_STEPS={setting.accumulation} accelerate launch --config_file THIS_FILE train.py\n"
+        f"# train.py: DataLoader(batch_size={setting.micro_batch}, num_workers={job.plan.loading.workers}), and each "
+        "micro-batch in `with accelerator.accumulate(model):`\n"
+    )
+    notes = [*_contrast(setting), *_blocks_are_yours(job), *_optimizer_is_yours(setting), *_own_code(setting)]
+    return head + yaml.safe_dump(record, sort_keys=False), notes

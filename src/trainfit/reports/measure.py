@@ -1,0 +1,120 @@
+"""Measurements as text and as JSON."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from trainfit.gpus.context import cuda_context_bytes
+from trainfit.measure.bench import Bench
+from trainfit.measure.calibration import Calibration, made_by
+from trainfit.measure.search import Measured, Predicted, knee, speeds
+from trainfit.reports.profile import gib
+
+SCHEMA = 1
+_CPU_HEAD = ("micro-batch", "images/s", "slowest to fastest")
+_GPU_HEAD = (*_CPU_HEAD, "predicted", "reserved GiB", "predicted", "allocated GiB", "predicted", "context GiB")
+
+
+def measured_json(bench: Bench, rows: Sequence[Measured], calibration: Calibration | None) -> dict[str, Any]:
+    """All of it as values: `schema` 1; `knee` is None if nothing ran."""
+    card = bench.card
+    return {
+        "schema": SCHEMA,
+        "setting": bench.setting.to_json(),
+        "device": "cuda" if card else "cpu",
+        "gpu": card.gpu.name if card else None,
+        "driver": card.driver_version if card else None,
+        "torch": made_by()["torch"],
+        "limit_bytes": bench.limit_bytes,
+        "knee": knee(speeds(rows)),
+        "rows": [asdict(row) for row in rows],
+        "calibration": asdict(calibration) if calibration else None,
+        "file": str(bench.file),
+    }
+
+
+def measured_text(bench: Bench, rows: Sequence[Measured], calibration: Calibration | None) -> str:
+    """One sentence, a row for each micro-batch, what did not run and why, and what the numbers are good for."""
+    ordered = sorted(rows, key=lambda row: row.micro_batch)
+    head = _GPU_HEAD if bench.card else _CPU_HEAD
+    cells = [head, *(_cells(row)[: len(head)] for row in ordered if row.outcome == "ran")]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    table = ["  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in cells]
+    failed = [f"micro-batch {row.micro_batch}: {_failure(row)}" for row in ordered if row.outcome != "ran"]
+    sections = [[sentence(bench, ordered)], table if len(cells) > 1 else [], failed, _notes(bench, rows, calibration)]
+    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+
+
+def sentence(bench: Bench, rows: Sequence[Measured]) -> str:
+    """Model, device, the knee and the best."""
+    where = f"{bench.card.gpu.name} (driver {bench.card.driver_version})" if bench.card else "the CPU"
+    what = f"{bench.setting.model} on {where}, torch {made_by()['torch']}"
+    found = speeds(rows)
+    chosen = knee(found)
+    if chosen is None:
+        return f"{what}: nothing ran."
+    best = max(found, key=lambda size: found[size])
+    least = f"micro-batch {chosen} is the smallest within 3 % of the best speed, {found[chosen]:.3g} images/s"
+    if len(found) > 1 and chosen == max(found):
+        return f"{what}: {least}; no larger one ran, and speed still grew."
+    return f"{what}: {least}" + ("." if best == chosen else f" (the best: {found[best]:.3g} at {best}).")
+
+
+def _cells(row: Measured) -> tuple[str, ...]:
+    said, mib = row.predicted, [_gib(n) for n in (row.reserved_bytes, row.allocated_bytes, row.context_bytes)]
+    return (
+        str(row.micro_batch),
+        f"{row.images_per_s:.3g}",
+        f"{row.slowest:.3g} to {row.fastest:.3g}",
+        f"{said.images_per_s:.3g}" if said and said.images_per_s else "-",
+        mib[0],
+        _range(said),
+        mib[1],
+        _gib(said.allocated_bytes if said else None),
+        mib[2],
+    )
+
+
+def _failure(row: Measured) -> str:
+    said = f" (predicted: {row.predicted.verdict}, {_range(row.predicted)} GiB reserved)" if row.predicted else ""
+    return f"{row.outcome}: {row.message}{said}"
+
+
+def _gib(nbytes: int | None) -> str:
+    return "-" if nbytes is None else gib(nbytes)
+
+
+def _range(said: Predicted | None) -> str:
+    return f"{gib(said.reserved_low_bytes)} to {gib(said.reserved_high_bytes)}" if said else "-"
+
+
+def _notes(bench: Bench, rows: Sequence[Measured], calibration: Calibration | None) -> list[str]:
+    lines: list[str] = []
+    if bench.card is None:
+        lines.append("This is CPU time: it says nothing about a GPU. Memory was not measured.")
+    elif stalled := [str(row.micro_batch) for row in rows if row.retries]:
+        lines.append(
+            f"The allocator had to empty its cache, which stalls the GPU, at micro-batch {', '.join(stalled)}."
+        )
+    if bench.card and bench.card.processes:
+        names = ", ".join(f"{each.name or 'a program'} ({each.pid})" for each in bench.card.processes)
+        lines.append(f"Other programs were on the card: {names}. Speed and context are less sure.")
+    if bench.limit_bytes is not None:
+        context = gib(cuda_context_bytes().high_bytes)
+        lines.append(
+            f"The allocator was held to {gib(bench.limit_bytes)} GiB; {context} more are left to the CUDA context. Kernels were "
+            "still chosen for the large card, at its speed: memory may be less on the small one, and its own speed is another."
+        )
+    if calibration:
+        lines.append(_calibrated(calibration))
+    return [*lines, f"Kept in {bench.file}"]
+
+
+def _calibrated(calibration: Calibration) -> str:
+    low, high = calibration.reserved_factors
+    memory = f"reserved memory {low:.2f} to {high:.2f} times the lowest predicted"
+    time = "no time was predicted"
+    if calibration.time_factor is not None and calibration.time_factors is not None:
+        spread = "{:.2f} to {:.2f}".format(*calibration.time_factors)
+        time = f"a step takes {calibration.time_factor:.2f} times the predicted time (median; {spread})"
+    return f"Of {calibration.rows} settings measured on this card: {time}; {memory}. Later plans for it know that."

@@ -1,0 +1,336 @@
+"""A run, read from its folder while it goes on or afterwards; as text and as JSON. Needs no torch."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, Literal
+
+from trainfit.errors import TrainfitError
+from trainfit.gpus.catalogue import GIB
+from trainfit.reports.words import duration
+from trainfit.training.noise_scale import NoiseSample, NoiseScale, noise_line, noise_scale
+from trainfit.training.run_files import METRICS, PLAN, RECIPE, TELEMETRY
+
+SCHEMA = 1
+Row = Mapping[str, Any]
+State = Literal["finished", "interrupted", "going on", "broken off", "not started"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeSpent:
+    """Where the time went, resumed stretches added up. Seconds of rank 0."""
+
+    start_s: float
+    """Reading data, building the model, the first window's loading."""
+    compute_s: float
+    waited_s: float
+    """For the loader."""
+    paused_s: float
+    """Evaluation and saving."""
+    other_s: float
+    """Between windows: agreeing, writing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """What a run folder tells."""
+
+    folder: Path
+    model: str
+    state: State
+    """broken off: nothing was written for long, and it did not say that it ended."""
+    step: int
+    """Optimizer steps done."""
+    total_steps: int | None
+    """None: the first window is not done yet."""
+    windows: tuple[Row, ...]
+    """Lines of metrics.jsonl with a loss: step, loss and its parts, gradient_norm, lr, size, images."""
+    evaluations: tuple[Row, ...]
+    """Lines of metrics.jsonl with an AP."""
+    readings: tuple[Row, ...]
+    """Lines of telemetry.jsonl: one for each reading of speed, memory, GPU; only the last of a step done twice."""
+    ooms: tuple[Row, ...]
+    """Every out-of-memory error and what was done."""
+    time: TimeSpent
+    images_per_s: float | None
+    """While training, over the whole run."""
+    wait_share: float | None
+    reserved_bytes: int | None
+    """Peak that torch reserved; None on the CPU."""
+    allocated_bytes: int | None
+    resident_bytes: int | None
+    """Of the process, the largest; None on a GPU."""
+    predicted: Row | None
+    """Of the plan that the run was started with."""
+    alloc_retries: int | None
+    loader: Row | None
+    """The last verdict on the loader, its line included."""
+    noise: NoiseScale | None
+    noise_line: str | None
+    unreadable_lines: int
+    """Cut short by a kill, or being written just now."""
+
+
+def read_run(folder: Path, now: float | None = None) -> RunReport:
+    """Read a run folder; `now` is the time (time.time) that tells whether a run still goes on.
+
+    Raises:
+        TrainfitError: not a run folder.
+    """
+    recipe, plan = _object(folder / RECIPE), _object(folder / PLAN)
+    if recipe is None:
+        raise TrainfitError(f"{folder} is not a run folder (no {RECIPE}): give the folder that trainfit train wrote")
+    metrics, bad_metrics = _lines(folder / METRICS)
+    telemetry, bad_telemetry = _lines(folder / TELEMETRY)
+    readings = [row for row in telemetry if "event" not in row]
+    events = {
+        name: [r for r in telemetry if r.get("event") == name] for name in ("start", "pause", "oom", "loader", "noise")
+    }
+    windows = [row for row in metrics if "loss" in row]
+    started, samples = events["start"], {row["step"]: row for row in events["noise"]}
+    scale = noise_scale([NoiseSample(trace=r["trace"], square=r["square"]) for r in samples.values()])
+    elapsed_s = _sum(readings, "elapsed_s")
+    return RunReport(
+        folder=folder,
+        model=str(recipe["model"]),
+        state=_state(telemetry, time.time() if now is None else now),
+        step=windows[-1]["step"] if windows else 0,
+        total_steps=started[-1]["total_steps"] if started else None,
+        windows=tuple(windows),
+        evaluations=tuple(row for row in metrics if "bbox_ap" in row),
+        readings=tuple(dict(sorted({row["step"]: row for row in readings}.items())).values()),
+        ooms=tuple(events["oom"]),
+        time=_time(readings, started, events["pause"], elapsed_s),
+        images_per_s=_mean_speed(readings),
+        wait_share=_sum(readings, "waited_s") / elapsed_s if elapsed_s else None,
+        reserved_bytes=_most(readings, "reserved_bytes"),
+        allocated_bytes=_most(readings, "allocated_bytes"),
+        resident_bytes=None if _most(readings, "reserved_bytes") else _most(readings, "memory_bytes"),
+        predicted=plan.get("predicted") if plan else None,
+        alloc_retries=_most(readings, "alloc_retries"),
+        loader=events["loader"][-1] if events["loader"] else None,
+        noise=scale,
+        noise_line=_hint(scale, started, telemetry),
+        unreadable_lines=bad_metrics + bad_telemetry,
+    )
+
+
+def _object(path: Path) -> Row | None:
+    """A JSON file; None where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise TrainfitError(f"{path} is damaged ({error})") from error
+
+
+def _lines(path: Path) -> tuple[list[Row], int]:
+    """The rows of a JSON-lines file, and how many lines are none."""
+    rows: list[Row] = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for line in filter(None, lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+    return rows, sum(map(bool, lines)) - len(rows)
+
+
+def _state(telemetry: Sequence[Row], now: float) -> State:
+    """By the last start and end; a run that is silent three times longer than ever before, or 5 minutes, is broken off."""
+    marks = [row for row in telemetry if row.get("event") in ("start", "end")]
+    if not marks:
+        return "not started"
+    if marks[-1]["event"] == "end":
+        return "interrupted" if marks[-1]["interrupted"] else "finished"
+    times = [row["time"] for row in telemetry[telemetry.index(marks[-1]) :]]
+    longest_s = max((b - a for a, b in pairwise(times)), default=0.0)
+    return "going on" if now - times[-1] < max(300.0, 3 * longest_s) else "broken off"
+
+
+def _time(readings: Sequence[Row], starts: Sequence[Row], pauses: Sequence[Row], elapsed_s: float) -> TimeSpent:
+    compute_s, waited_s = _sum(readings, "compute_s"), _sum(readings, "waited_s")
+    return TimeSpent(
+        start_s=_sum(starts, "start_s"),
+        compute_s=compute_s,
+        waited_s=waited_s,
+        paused_s=_sum(pauses, "paused_s"),
+        other_s=max(0.0, elapsed_s - compute_s - waited_s),
+    )
+
+
+def _hint(scale: NoiseScale | None, starts: Sequence[Row], telemetry: Sequence[Row]) -> str | None:
+    if scale is not None and starts:
+        return noise_line(scale, starts[-1]["effective_batch"])
+    ends = [row for row in telemetry if row.get("event") == "end"]
+    return ends[-1]["noise"] if ends else None
+
+
+def _sum(rows: Sequence[Row], key: str) -> float:
+    return sum(row.get(key) or 0.0 for row in rows)
+
+
+def _most(rows: Sequence[Row], key: str) -> int | None:
+    return max((row[key] for row in rows if row.get(key) is not None), default=None)
+
+
+def _mean_speed(readings: Sequence[Row]) -> float | None:
+    """Images of all ranks over seconds."""
+    seconds = _sum(readings, "elapsed_s")
+    return sum(row["images_per_s"] * row["elapsed_s"] for row in readings) / seconds if seconds else None
+
+
+def run_json(report: RunReport) -> dict[str, Any]:
+    """All of it as values: `schema` 1. What is infinite (a noise scale that cannot be told from above) is null."""
+    values = asdict(report) | {"folder": str(report.folder)}
+    if report.noise is not None:
+        values["noise"] = {k: None if v == float("inf") else v for k, v in asdict(report.noise).items()}
+    return {"schema": SCHEMA, **values}
+
+
+def run_text(report: RunReport) -> str:
+    """A sentence, then a line for each thing that the run tells."""
+    rows = [
+        ("loss", loss_words(report)),
+        ("AP", ap_words(report)),
+        ("rate", rate_words(report)),
+        ("speed", speed_words(report)),
+        ("time", time_words(report.time)),
+        ("loader", report.loader["line"] if report.loader else None),
+        ("memory", memory_words(report)),
+        ("GPU", gpu_words(report)),
+        ("batch", report.noise_line),
+        ("left out", f"{report.unreadable_lines} unreadable line(s)" if report.unreadable_lines else None),
+    ]
+    lines = [headline(report), *(f"{name:<12}{words}" for name, words in rows if words)]
+    lines += [f"{'' if i else 'out of memory':<12}  {line}" for i, line in enumerate(map(oom_words, report.ooms))]
+    if report.state in ("interrupted", "broken off"):
+        lines.append(f"Go on:      trainfit train --resume {report.folder}")
+    return "\n".join(lines)
+
+
+def headline(report: RunReport) -> str:
+    """Model, folder, how far."""
+    return f"{report.model}, {report.folder}: {report.state}, {steps_words(report)}."
+
+
+def steps_words(report: RunReport) -> str:
+    """Optimizer steps done, of all."""
+    return f"{report.step} steps" if report.total_steps is None else f"{report.step} of {report.total_steps} steps"
+
+
+def loss_words(report: RunReport) -> str | None:
+    """Mean of the first and of the last tenth."""
+    losses = [row["loss"] for row in report.windows if row["loss"] is not None]
+    if not losses:
+        return None
+    tenth = max(1, len(losses) // 10)
+    broken = len(report.windows) - len(losses)
+    words = f"{fmean(losses[:tenth]):.4g} -> {fmean(losses[-tenth:]):.4g} (mean of the first and of the last {tenth} window(s))"
+    return words + (f"; {broken} windows without a finite loss" if broken else "")
+
+
+def ap_words(report: RunReport) -> str | None:
+    """The last and the best evaluation of boxes, and of masks where there are any."""
+    words: list[str] = []
+    for kind, name in (("bbox", "boxes"), ("segm", "masks")):
+        found = [row for row in report.evaluations if row.get(f"{kind}_ap") is not None]
+        if found:
+            best = max(found, key=lambda row: row[f"{kind}_ap"])
+            last, key = found[-1], f"{kind}_ap"
+            words.append(
+                f"{name} {100 * last[key]:.1f} (AP50 {100 * last[key + '50']:.1f}) at step {last['step']}, "
+                f"best {100 * best[key]:.1f} at step {best['step']}"
+            )
+    return "; ".join(words) or None
+
+
+def rate_words(report: RunReport) -> str | None:
+    """The learning rate from first to last."""
+    rates = [row["lr"] for row in report.windows]
+    return None if not rates else f"{rates[0]:.3g} -> {rates[-1]:.3g}" if rates[0] != rates[-1] else f"{rates[0]:.3g}"
+
+
+def speed_words(report: RunReport) -> str | None:
+    """Images a second, and what was predicted where times were calibrated."""
+    if report.images_per_s is None:
+        return None
+    predicted = (report.predicted or {}).get("images_per_s") if (report.predicted or {}).get("calibrated") else None
+    return f"{report.images_per_s:.3g} images/s" + (f"; predicted {predicted:.3g}" if predicted else "")
+
+
+def time_shares(spent: TimeSpent) -> list[tuple[str, float]]:
+    """Names and seconds, in the order of a window."""
+    return [
+        ("compute", spent.compute_s),
+        ("waiting for data", spent.waited_s),
+        ("evaluation and saving", spent.paused_s),
+        ("start", spent.start_s),
+        ("other", spent.other_s),
+    ]
+
+
+def time_words(spent: TimeSpent) -> str | None:
+    """The whole, and each share of it."""
+    total = sum(seconds for _, seconds in time_shares(spent))
+    if not total:
+        return None
+    return f"{duration(total)}: " + ", ".join(f"{100 * s / total:.0f} % {name}" for name, s in time_shares(spent))
+
+
+def memory_words(report: RunReport) -> str | None:
+    """Peaks, and the prediction where the run had a plan."""
+    if report.resident_bytes is not None:
+        return f"{report.resident_bytes / GIB:.2f} GiB resident (CPU)"
+    if report.reserved_bytes is None or report.allocated_bytes is None:
+        return None
+    words = f"{report.reserved_bytes / GIB:.2f} GiB reserved, {report.allocated_bytes / GIB:.2f} allocated at most"
+    if report.predicted:
+        reserved, allocated = (report.predicted[f"{name}_bytes"] for name in ("reserved", "allocated"))
+        off = 100 * (reserved / report.reserved_bytes - 1)
+        words += f"; predicted {reserved / GIB:.2f} ({off:+.1f} %) and {allocated / GIB:.2f}"
+    return words + (f"; {report.alloc_retries} allocator retries" if report.alloc_retries else "")
+
+
+def gpu_words(report: RunReport) -> str | None:
+    """Medians of what the driver told."""
+    told = {key: [r[key] for r in report.readings if r.get(key) is not None] for key in GPU_UNITS}
+    words = [
+        f"{median(told[key]) * factor:.{digits}f} {unit}"
+        for key, (factor, digits, unit) in GPU_UNITS.items()
+        if told[key]
+    ]
+    return ", ".join(words) + " (medians)" if words else None
+
+
+GPU_UNITS = {
+    "gpu_utilization": (100, 0, "% of the time busy"),
+    "gpu_power_w": (1, 0, "W"),
+    "gpu_memory_used_bytes": (1 / GIB, 2, "GiB in use by all processes"),
+}
+"""Key -> factor, digits and unit to show it in."""
+
+
+def oom_words(row: Row) -> str:
+    """One out-of-memory error and what was done, or a larger micro-batch tried again; see `training.oom.Survival`."""
+    where = f"step {row['step'] + 1} ({row['where']}, micro-batch {row['micro_batch']})"
+    done = f"micro-batch now {row['next_micro_batch']}"
+    if row.get("cause") == "quiet":
+        return f"{where}: {done}, tried again after a quiet stretch"
+    if row.get("checkpointing"):
+        done = "activation checkpointing switched on"
+    elif row["next_micro_batch"] in (0, row["micro_batch"]):
+        done = "tried again" if row["next_micro_batch"] else "nothing left to try"
+    numbers = ""
+    if row.get("needs_bytes"):
+        numbers = f"needs {row['needs_bytes'] / GIB:.2f} GiB, {row['usable_bytes'] / GIB:.2f} usable"
+    causes = {"fragmented": "fragmented", "taken": "another process took memory", "other rank": "on another rank"}
+    why = [numbers or row.get("message"), causes.get(row.get("cause", "")), row.get("hint")]
+    return f"{where}: {done}; {', '.join(filter(None, why))}"

@@ -1,0 +1,111 @@
+"""The worst window before the first: a run that will not fit says so in its first minute, not at step 4000."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from trainfit.data.samples import ImageRecord, Sample
+from trainfit.errors import TrainfitError
+from trainfit.models.workload import Workload
+from trainfit.step.training_step import TrainingStep
+from trainfit.training.evaluation import detect, evaluating
+from trainfit.training.oom import Halving, Survivor, snapshot
+
+WHERE = "worst window"
+
+
+def rehearse(
+    step: TrainingStep,
+    survivor: Survivor,
+    in_parts: Halving,
+    workload: Workload,
+    records: Sequence[ImageRecord],
+    *,
+    size: int,
+    share: int,
+    number: int,
+    force: bool = False,
+) -> None:
+    """Train on the worst window and evaluate one micro-batch, then put everything back as it was, bit for bit.
+
+    The window has the largest image and the ones with most objects, all at `size`, and as many as need two micro-batches:
+    in the second the gradients are there already. Real losses, backward and update, so the ladder works here as it does
+    later. Parameters, buffers, averages and optimizer state wait in host memory meanwhile.
+    It costs about one window. Without a GPU nothing is done unless `force`: there is no device memory to run out of.
+
+    Args:
+        step: The step that training runs.
+        survivor: What it leaves of the micro-batch, training begins with.
+        in_parts: The same for evaluation.
+        workload: Decodes and detects.
+        records: Training images.
+        size: The largest side that training draws.
+        share: Images of this rank in a window, at most.
+        number: Optimizer steps done so far.
+        force: On the CPU too.
+
+    Raises:
+        OutOfMemory: the ladder is exhausted.
+    """
+    if step.device.type != "cuda" and not force:
+        return
+    decode = workload.decoder()
+
+    def worst(side: int, count: int) -> list[Sample]:
+        found: list[Sample] = []
+        for record in worst_first(records):
+            if len(found) == count:
+                break
+            try:
+                found.append(decode(record, size=side, augment=False, generator=torch.Generator()))
+            except TrainfitError:  # an image that cannot be decoded is reported when its own window comes
+                continue
+        return (found * count)[:count]
+
+    restore = keep(step)
+    try:
+        survivor.run(step, worst(size, min(share, 2 * survivor.micro_batch)), number=number, where=WHERE)
+        model = step.ema or step.model
+        with evaluating(model, step.device):
+            in_parts(
+                lambda samples: detect(model, workload, samples, precision=step.precision, device=step.device),
+                worst(workload.resolution, in_parts.micro_batch),
+                step=number,
+                where=WHERE,
+            )
+    finally:
+        restore()
+
+
+def worst_first(records: Sequence[ImageRecord]) -> list[ImageRecord]:
+    """The largest image, to whose size its window is padded, then the others by their number of objects."""
+    crowded = sorted(records, key=lambda r: (-int((~r.crowd).sum()), -r.width * r.height))
+    largest = max(crowded, key=lambda r: r.width * r.height)
+    return [largest, *(record for record in crowded if record is not largest)]
+
+
+def keep(step: TrainingStep) -> Callable[[], None]:
+    """Copy all that a window changes to the host; the function that is returned puts it back in place."""
+    slots = [(own, dict(own)) for own in step.optimizer.state.values()]
+    known = set(step.optimizer.state)
+    values: list[Any] = [value for _, before in slots for value in before.values()]
+    for module in (step.model, step.ema):
+        values += module.state_dict().values() if module else ()
+    copies = [(value, value.detach().to("cpu", copy=True)) for value in values if isinstance(value, torch.Tensor)]
+    scaler, restore_state = step.scaler.state_dict(), snapshot(step.model, step.device)
+
+    def restore() -> None:
+        for own, before in slots:
+            own.clear()
+            own.update(before)
+        for parameter in set(step.optimizer.state) - known:
+            del step.optimizer.state[parameter]
+        with torch.no_grad():
+            for value, before in copies:
+                value.copy_(before)
+        step.scaler.load_state_dict(scaler)
+        step.optimizer.zero_grad(set_to_none=True)
+        restore_state()
+
+    return restore

@@ -1,0 +1,152 @@
+"""Out-of-memory errors at random operators of a window and an evaluation: used by a test and by benchmarks/oom_injection.py."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from test_exact_gradient import make_sample, nano
+from test_families import pairs, tiny_clip
+from test_oom import FailAt, make_step
+from trainfit.models.clip import step as clip
+from trainfit.models.workload import OptimizerSettings
+from trainfit.step.contrastive import Contrastive
+from trainfit.step.training_step import TrainingStep
+from trainfit.training.oom import Halving, Survivor
+from trainfit.training.rehearsal import keep
+
+NUMBERS = "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB of which 0.50 GiB is free."
+TAIL = "is reserved by PyTorch but unallocated."
+IN_PIECES = (
+    f"CUDA out of memory. {NUMBERS} Of the allocated memory 4.00 GiB is allocated by PyTorch, and 2.50 GiB {TAIL}"
+)
+"""The same cut is tried once more."""
+TOO_LITTLE = (
+    f"CUDA out of memory. {NUMBERS} Of the allocated memory 6.40 GiB is allocated by PyTorch, and 0.10 GiB {TAIL}"
+)
+"""The micro-batch is halved."""
+MICRO_BATCH = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A tiny model in float64 with a window."""
+
+    step: TrainingStep
+    window: Sequence[Any]
+    detect: Callable[[torch.nn.Module, Sequence[Any]], list[torch.Tensor]]
+    """(model, micro-batch) -> one tensor a sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What an injected error did."""
+
+    where: str
+    split: bool
+    """Whether the window was cut otherwise afterwards."""
+    error: float
+    """Relative difference of parameters, averages and optimizer state; 0 means equal bit for bit."""
+
+
+def rfdetr() -> Family:
+    """RF-DETR Nano at 64 px, one group of 30 queries; 3 images, one of them empty."""
+    workload, model = nano(groups=1)
+    step = make_step(model, workload.objective, workload.parameter_groups(model, OptimizerSettings()))
+
+    def detect(model: torch.nn.Module, samples: Sequence[Any]) -> list[torch.Tensor]:
+        return [found.scores for found in workload.detect(model, samples)]
+
+    return Family(step=step, window=[make_sample(n, i) for i, n in enumerate((0, 3, 5))], detect=detect)
+
+
+def contrastive(folder: Any) -> Family:
+    """CLIP with two-layer towers: a coupled loss."""
+    model = tiny_clip(folder, "tiny-oom", {}, dropout=False)
+    step = make_step(model, Contrastive(features=clip.features, rows_loss=clip.rows_loss, chunk_rows=4))
+
+    def detect(model: torch.nn.Module, samples: Sequence[Any]) -> list[torch.Tensor]:
+        return list(clip.features(model, samples)[0])
+
+    return Family(step=step, window=pairs(5), detect=detect)
+
+
+class Injector:
+    """Runs one window and its evaluation again and again from the same state, with an error at a given operator."""
+
+    def __init__(self, family: Family) -> None:
+        """Run once undisturbed."""
+        self.step, self.window, self.detect = family.step, family.window, family.detect
+        self.seen: list[tuple[int, int]] = []
+        self.mode = FailAt()
+        self._record()
+        torch.manual_seed(5)
+        self.restore = keep(self.step)
+        self._run(FailAt(), Survivor(MICRO_BATCH))
+        self.operators = self.mode.seen
+        self.known, self.known_found, self.known_rng = self._everything(), self.found, torch.get_rng_state()
+
+    def _record(self) -> None:
+        """Note which samples a forward with gradients sees, and how many errors there were before."""
+        objective: Any = self.step.objective
+        name = "features" if isinstance(objective, Contrastive) else "terms"
+        inner = getattr(objective, name)
+
+        def recorded(model: torch.nn.Module, samples: Sequence[Any], *canvas: Any) -> Any:
+            result = inner(model, samples, *canvas)
+            if torch.is_grad_enabled():
+                self.seen += [(self.mode.failed, id(sample)) for sample in samples]
+            return result
+
+        self.step.objective = dataclasses.replace(objective, **{name: recorded})
+
+    def _run(self, mode: FailAt, survivor: Survivor) -> None:
+        self.seen.clear()
+        self.mode, in_parts = mode, Halving(MICRO_BATCH, self.step.device, survivor.survived)
+        with mode:
+            survivor.run(self.step, self.window, number=0)
+            self.step.model.eval()
+            with torch.no_grad():
+                action = partial(self.detect, self.step.model)
+                self.found = in_parts(action, self.window[:MICRO_BATCH], step=0, where="evaluation")
+        self.step.model.train()
+
+    def _everything(self) -> torch.Tensor:
+        assert self.step.ema is not None
+        slots = [value for own in self.step.optimizer.state.values() for value in own.values()]
+        every = [*self.step.model.state_dict().values(), *self.step.ema.state_dict().values(), *slots]
+        return torch.cat([tensor.flatten().double() for tensor in every])
+
+    def point(self, number: int, message: str) -> Outcome:
+        """Inject an error at operator `number` (from 1); AssertionError where a sample is lost or seen twice."""
+        self.restore()
+        survivor, mode = Survivor(MICRO_BATCH), FailAt(number, message=message)
+        self._run(mode, survivor)
+        assert mode.failed == 1
+        assert len(survivor.survived) == 1
+        where, split = survivor.survived[0].where, survivor.micro_batch != MICRO_BATCH
+        assert split == (message == TOO_LITTLE and where == "window")
+        last = max(errors for errors, _ in self.seen)
+        assert Counter(i for errors, i in self.seen if errors == last) == Counter(map(id, self.window))
+        for ours, known in zip(self.found, self.known_found, strict=True):
+            torch.testing.assert_close(ours, known, rtol=1e-9, atol=1e-9)
+        if not split and where != "evaluation":
+            assert torch.equal(torch.get_rng_state(), self.known_rng)
+        difference = (self._everything() - self.known).norm() / self.known.norm()
+        return Outcome(where=where, split=split, error=difference.item())
+
+
+def outcomes(injector: Injector, points: int, seed: int) -> list[Outcome]:
+    """Errors at so many random operators, every other one answered by a smaller micro-batch."""
+    drawn = torch.randint(1, injector.operators + 1, (points,), generator=torch.Generator().manual_seed(seed))
+    return [injector.point(n, TOO_LITTLE if i % 2 else IN_PIECES) for i, n in enumerate(drawn.tolist())]
+
+
+FAMILIES: dict[str, Callable[[Any], Family]] = {
+    "rfdetr": lambda _folder: rfdetr(),
+    "clip": contrastive,
+}
