@@ -36,7 +36,8 @@ from trainfit.gpus.catalogue import find_gpu
 from trainfit.memory.allocator import replay
 from trainfit.memory.events import Trace
 from trainfit.memory.fake_cuda import Target
-from trainfit.memory.trace import TraceResult, trace_step
+from trainfit.memory.trace import trace_step
+from trainfit.memory.trace_cache import StoredTrace
 from trainfit.timing.counts import OpCount
 from trainfit.timing.roofline import step_seconds
 
@@ -132,7 +133,7 @@ def _unchanged(tensor: torch.Tensor, *_args: object, **_kwargs: object) -> torch
     return tensor
 
 
-def traced(row: dict[str, str], batch: int) -> tuple[TraceResult, int]:
+def traced(row: dict[str, str], batch: int) -> tuple[StoredTrace, int]:
     """The trace at a batch and the number of parameters. Changes this process for good."""
     for name in ("normal_", "uniform_", "erfinv_"):  # Initial values cost most of the time and decide nothing.
         setattr(torch.Tensor, name, _unchanged)
@@ -190,7 +191,7 @@ def record(row: dict[str, str]) -> Record:
     return predicted(row, result, prime, parameters, time.perf_counter() - start)
 
 
-def predicted(row: dict[str, str], result: TraceResult, prime: int, parameters: int, trace_s: float) -> Record:
+def predicted(row: dict[str, str], result: StoredTrace, prime: int, parameters: int, trace_s: float) -> Record:
     """What follows from a trace at the batch `prime`."""
     batch = int(row["train_batch_size"])
     following = LADDER[LADDER.index(batch) + 1]

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainfit.memory.fake_cuda import Target
-from trainfit.memory.trace import TraceSpec, trace_in_subprocess
+from trainfit.memory import worker
+from trainfit.memory.events import Trace
+from trainfit.memory.profile import last_window
+from trainfit.memory.trace_cache import StoredTrace
 
 MIB = 2**20
 
@@ -162,19 +164,27 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def peak_bytes(trace: Trace) -> int:
+    """The most bytes that tensors held at once in the last window (before any allocator rounding)."""
+    start, held, peak = last_window(trace), 0, 0
+    for index, (allocated, tensor) in enumerate(trace):
+        held += tensor.nbytes if allocated else -tensor.nbytes
+        peak = max(peak, held) if index >= start else held
+    return peak
+
+
 def main(wanted: list[str]) -> None:
     """Print the table."""
     print(f"{'model':26}{'fake MiB':>10}{'CPU MiB':>10}{'differs':>9}{'MiB':>7}{'fake s':>8}{'CPU s':>8}  made up")
-    target = Target(capability=(8, 6))
     for name in wanted or CASES:
         factory, kwargs = CASES[name]
         peaks, times, made_up = list[float](), list[float](), ""
         for device in ("cuda", "cpu"):
-            spec = TraceSpec(factory=f"trace_vs_cpu:{factory}", kwargs=kwargs, target=target, device=device)
+            request = {"factory": f"trace_vs_cpu:{factory}", "kwargs": kwargs, "device": device, "steps": 2}
             start = time.perf_counter()
-            result = trace_in_subprocess(spec)
+            result = StoredTrace.from_json(worker.run(request | {"target": {"capability": (8, 6)}}, name))
             times.append(time.perf_counter() - start)
-            peaks.append(result.peak_bytes / MIB)
+            peaks.append(peak_bytes(result.trace) / MIB)
             made_up = made_up or ", ".join(
                 [f"SHAPES {result.upper_bounds}", *result.made_up] if result.upper_bounds else []
             )

@@ -210,9 +210,14 @@ def test_a_stream_does_not_use_another_streams_memory() -> None:
     assert replay(trace_of(*steps, streams={1: 7}), capacity_bytes=50 * MIB).retries == 1
 
 
+def given_back(result: Replay) -> int:
+    """Calls of cudaFree, or pages unmapped at once (`num_device_free`)."""
+    return sum(action in ("segment_free", "segment_unmap") for _, action, *_ in result.segment_events)
+
+
 def test_the_cache_is_emptied_before_running_out_of_memory() -> None:
     result = run(30, 5, -1, 40, capacity_mib=70)
-    assert (result.retries, result.device_frees, result.oom) == (1, 1, None)
+    assert (result.retries, given_back(result), result.oom) == (1, 1, None)
     assert reserved_mib(result) == [30, 50, 50, 60]
     failed = run(30, 5, -1, 40, 11, capacity_mib=70)
     assert failed.oom is None  # into the 15 MiB that the 5 MiB left
@@ -222,10 +227,10 @@ def test_the_cache_is_emptied_before_running_out_of_memory() -> None:
     assert (failed.oom.allocated_bytes, failed.oom.reserved_bytes) == (45 * MIB, 60 * MIB)
 
 
-def test_the_peaks_know_their_events() -> None:
+def test_the_peaks_are_those_of_the_timelines() -> None:
     result = run(2, 30, -2, 3, -3, 40)
-    assert (result.peak_allocated_event, result.peak_allocated_bytes) == (5, 42 * MIB)
-    assert (result.peak_reserved_event, result.peak_reserved_bytes) == (5, 90 * MIB)
+    assert result.peak_allocated_bytes == result.allocated_timeline[5] == 42 * MIB
+    assert result.peak_reserved_bytes == result.reserved_timeline[5] == 90 * MIB
 
 
 def test_blocks_of_the_maximum_split_size_stay_whole_and_serve_like_sizes_only() -> None:
@@ -235,7 +240,7 @@ def test_blocks_of_the_maximum_split_size_stay_whole_and_serve_like_sizes_only()
     assert reserved_mib(run(60, -1, 40, config=config)) == [60, 60, 100]  # 20 MiB more is too much
     result = run(60, 32, 40, -1, -2, -3, 80, config=config, capacity_mib=152)
     # the largest free block and the next go, the third stays: no retry that empties the cache
-    assert (result.retries, result.device_frees, result.reserved_bytes) == (0, 2, 112 * MIB)
+    assert (result.retries, given_back(result), result.reserved_bytes) == (0, 2, 112 * MIB)
 
 
 def test_garbage_collection_frees_what_was_unused_for_longer_than_average() -> None:
@@ -263,14 +268,14 @@ def test_expandable_segments_give_whole_free_pages_back_and_fill_the_gap_first()
     assert result.oom is not None  # 10 MiB pin one page of 20
     result = run(70, 10, -1, 75, 5, capacity_mib=100, config=EXPANDABLE)
     # 70 MiB are free, too few: three pages are unmapped, four mapped elsewhere
-    assert (result.oom, result.retries, result.device_frees) == (None, 1, 1)
+    assert (result.oom, result.retries, given_back(result)) == (None, 1, 1)
     assert reserved_mib(result) == [80, 80, 80, 100, 100]
     assert result.addresses[3] == result.addresses[0] + 60 * MIB  # the free part of the pinned page
 
 
 def test_zero_bytes_are_no_allocation() -> None:
     result = replay(trace_of(0, -1, 0), capacity_bytes=0)
-    assert (result.oom, result.reserved_bytes, result.device_allocs) == (None, 0, 0)
+    assert (result.oom, result.reserved_bytes, result.segment_events) == (None, 0, ())
 
 
 @pytest.mark.parametrize(

@@ -26,10 +26,13 @@ from trainfit.models.images import crowded_sample
 from trainfit.models.maskrcnn import losses as maskrcnn
 from trainfit.models.maskrcnn import step as maskrcnn_step
 from trainfit.models.registry import build_eval_step, build_step, family, make_workload, model_name
+from trainfit.models.rfdetr.workload import RfDetr, RfDetrKnobs
 from trainfit.models.setting import Setting
+from trainfit.models.workload import OptimizerSettings
 from trainfit.step import ranks
 from trainfit.step.checkpointing import checkpoint_first, repeated_blocks
 from trainfit.step.contrastive import Contrastive, accumulate_contrastive
+from trainfit.step.ema import averaged_copy, ema_decay, update_ema
 from trainfit.step.window import accumulate, cut
 
 CPU = torch.device("cpu")
@@ -305,6 +308,34 @@ def test_checkpointing_changes_no_gradient_and_can_be_taken_back(name: str) -> N
     assert saved[0] == saved[3] > saved[1] > saved[2]
 
 
+def test_average_on_the_host_is_the_same_average() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    model.get_parameter("0.bias").requires_grad_(False)
+    here, host = averaged_copy(model), averaged_copy(model, on_host=True)
+    for step in range(3):
+        for p in model.parameters():
+            p.data.add_(0.1 if p.requires_grad else 0.0)
+        model(torch.randn(5, 4))
+        for averaged in (here, host):
+            update_ema(averaged, model, ema_decay(step, decay=0.9, tau=2.0))
+    assert all(torch.equal(a, b) for a, b in zip(here.state_dict().values(), host.state_dict().values(), strict=True))
+    assert not torch.equal(here.get_parameter("0.weight"), model.get_parameter("0.weight"))
+    shared = {p.data_ptr() for p in model.parameters()}
+    assert sum(p.data_ptr() in shared for p in here.parameters()) == 1  # what is frozen
+    assert not any(p.data_ptr() in shared for p in host.parameters())  # moving it would move the model's
+
+
+def test_a_frozen_encoder_is_no_parameter() -> None:
+    knobs = RfDetrKnobs(resolution=64, groups=1, num_queries=10, freeze_encoder=True)
+    workload = RfDetr("rfdetr-nano", ("nut",), knobs)
+    model = workload.build()
+    trained = {id(p) for group in workload.parameter_groups(model, OptimizerSettings()) for p in group["params"]}
+    encoder = {id(p) for p in model.get_submodule("backbone.0.encoder").parameters()}
+    assert not trained & encoder
+    assert trained == {id(p) for p in model.parameters()} - encoder
+
+
 def freeze_statistics(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -363,7 +394,8 @@ def test_own_task_is_found_in_the_working_directory(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     step = build_step(setting=Setting(model="my_task:task", micro_batch=2, accumulation=2).to_json(), device=CPU)
-    assert step.run().micro_batches == 2
+    result: Any = step.run()
+    assert result.micro_batches == 2
     for name, cause in (
         ("nowhere:task", "run in the folder"),
         ("my_task:tusk", "no attribute"),

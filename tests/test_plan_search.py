@@ -73,7 +73,7 @@ class Formula:
 
 
 def find(budget: int, prices: Formula | None = None, **wish: Any) -> Found:
-    wanted = {"setting": BASE, "effective_batch": 16, **wish}
+    wanted: dict[str, Any] = {"setting": BASE, "effective_batch": 16, **wish}
     return search(Wish(budget_bytes=budget, **wanted), prices or Formula())
 
 

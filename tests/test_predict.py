@@ -101,7 +101,7 @@ def no_tracing(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("traced again")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(stored))
-    monkeypatch.setattr(subprocess, "run", refuse)
+    monkeypatch.setattr(subprocess, "Popen", refuse)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, str, object]:
@@ -154,7 +154,7 @@ def test_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 def test_stored_trace_needs_no_torch(stored: Path) -> None:
     code = (
         "import subprocess, sys, trainfit.cli.predict as p; from trainfit.models.setting import Setting; "
-        "subprocess.run = None; "
+        "subprocess.Popen = None; "
         "s = Setting(model='timm:resnet10t', resolution=64, micro_batch=2); "
         "p.predict(p.Predict(setting=s, gpu='RTX 3060')); assert 'torch' not in sys.modules"
     )
@@ -190,7 +190,7 @@ def test_own_models_are_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("traced again")
 
-    monkeypatch.setattr(subprocess, "run", refuse)
+    monkeypatch.setattr(subprocess, "Popen", refuse)
     with pytest.raises(AssertionError, match="traced again"):
         trace_cache.get_trace(request)
 

@@ -14,7 +14,7 @@ import trace_cases
 from trainfit.memory.allocator import replay
 from trainfit.memory.events import TensorInfo, Trace
 from trainfit.memory.scaling import ScaledTrace, scale
-from trainfit.memory.trace import TraceResult, trace_step
+from trainfit.memory.trace import trace_step
 from trainfit.memory.trace_cache import StoredTrace, TraceRequest, get_trace, get_traces
 from trainfit.models.setting import Setting
 
@@ -46,7 +46,7 @@ SEEN = (1, 2, 3, 4, 7, 16)
 def main() -> None:
     """Trace every loss at every micro-batch."""
 
-    def trace(name: str, images: int) -> TraceResult:
+    def trace(name: str, images: int) -> StoredTrace:
         def build(device: torch.device) -> trace_cases.Step:
             return trace_cases.Step(device, trace_cases.Blocks, lambda m, d: LOSSES[name](m, d, images))
 
@@ -64,7 +64,7 @@ def traced() -> dict[str, dict[int, StoredTrace]]:
 
 
 def stored(text: str) -> StoredTrace:
-    result = TraceResult.from_json(text)
+    result = StoredTrace.from_json(text)
     return StoredTrace(trace=result.trace, ops=result.ops)
 
 
@@ -105,7 +105,8 @@ def test_evaluation_takes_its_own_micro_batch() -> None:
         marks = ((1, "window 0"), (3, "window 1"))
         return Trace(tensors=tensors, events=(1, 2, -2, 3, -3), marks=marks)
 
-    scaled = scale(*(StoredTrace(trace=trace(b), ops=()) for b in (2, 4)), (2, 4))
+    small, large = (StoredTrace(trace=trace(b), ops=()) for b in (2, 4))
+    scaled = scale(small, large, (2, 4))
     assert scaled is not None
     made = scaled.at(3, eval_micro_batch=32, evaluated_from=3)
     assert [tensor.nbytes for tensor in made.tensors] == [100, 512 * 3, 1024 * 32]

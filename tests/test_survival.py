@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from conftest import rows, run
 from test_exact_gradient import Toy, make_sample, toy_objective
-from test_oom import everything, make_step
+from test_oom import FailAt, everything, make_step
 from trainfit.data.sample_set import write_sample_set
 from trainfit.data.samples import Sample
 from trainfit.errors import OutOfMemory, TrainfitError
@@ -279,6 +279,30 @@ def test_after_a_quiet_stretch_the_larger_micro_batch_is_tried_once(works: bool)
     assert tight.tried.count(4) == (10 if works else 2)  # once at the start, then every window or once more
     assert "tried again, once" in survival_line(survivor.survived[1])
     assert survivor.survived[1].step == 3
+
+
+def test_an_update_that_cannot_be_finished_is_not_to_be_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, step = tight_step(4)
+
+    def update(_number: int) -> torch.Tensor:
+        raise torch.OutOfMemoryError(SMALL)
+
+    monkeypatch.setattr(step, "update", update)
+    survivor = Survivor(4)
+    with pytest.raises(oom.HalfUpdated, match="update at step 8"):
+        survivor.run(step, WINDOW, number=7)
+    assert [(s.where, s.micro_batch, s.next_micro_batch) for s in survivor.survived] == [("update", 4, 4)] * 3
+
+
+def test_buffers_are_copied_to_the_host_where_the_device_has_no_room() -> None:
+    model = torch.nn.BatchNorm2d(3)
+    with FailAt(1):
+        restore = oom.snapshot(model, CPU)
+    before = [buffer.clone() for buffer in model.buffers()]
+    model(torch.randn(2, 3, 4, 4))
+    assert not torch.equal(model.get_buffer("running_mean"), before[0])
+    restore()
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), before, strict=True))
 
 
 def test_halving_without_gradients_keeps_order_and_stays_small() -> None:

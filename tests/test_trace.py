@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import trace_cases
 from trainfit.errors import TrainfitError
+from trainfit.memory import worker
 from trainfit.memory.fake_cuda import Target, attention_kernel
-from trainfit.memory.trace import TraceSpec, trace_in_subprocess, trace_step
+from trainfit.memory.trace import trace_step
+from trainfit.memory.trace_cache import StoredTrace
 
 PARAMETERS = 4 * 3 * (64 * 64 + 64)  # of Blocks
 ROWS = 4 * trace_cases.BATCH * trace_cases.WIDTH  # bytes of one activation of Blocks
@@ -34,7 +37,7 @@ def test_peak_equals_that_of_a_real_run_on_the_cpu(name: str, traced: dict[str, 
     result = trace_step(trace_cases.SAME_ON_CPU[name], target=trace_cases.TARGET, device="cpu")
     # On the CPU AdamW's step counts lie beside the parameters (4 bytes each); attention pads its row sums elsewhere.
     allowed = 4 * sum(tensor.category == "parameters" for tensor in result.trace.tensors) + 4096
-    assert abs(traced[name]["peak"] - result.peak_bytes) <= allowed
+    assert abs(traced[name]["peak"] - trace_cases.peak_bytes(result.trace)) <= allowed
     for category in ("parameters", "buffers", "EMA", "gradients"):
         real = sum(tensor.nbytes for tensor in result.trace.tensors if tensor.category == category)
         # AveragedModel leaves its count of averages (8 bytes) on the CPU.
@@ -127,17 +130,21 @@ def test_self_test_says_what_to_do(traced: dict[str, Any]) -> None:
     assert "--trace-on cpu" in traced["self-test"]
 
 
+def request(**kwargs: Any) -> dict[str, Any]:
+    """For the tracing process."""
+    factory = {"factory": "trace_cases:blocks", "kwargs": kwargs}
+    return {**factory, "target": asdict(trace_cases.TARGET), "device": "cuda", "steps": 2}
+
+
 def test_trace_in_a_process_of_its_own(traced: dict[str, Any]) -> None:
-    spec = TraceSpec(factory="trace_cases:blocks", kwargs={"checkpointing": "none"}, target=trace_cases.TARGET)
-    result = trace_in_subprocess(spec)
-    assert result.peak_bytes == traced["none"]["peak"]
+    result = StoredTrace.from_json(worker.run(request(checkpointing="none"), "blocks"))
+    assert trace_cases.peak_bytes(result.trace) == traced["none"]["peak"]
     assert [name for _, name in result.trace.marks if name.startswith("window")] == ["window 0", "window 1"]
 
 
 def test_failure_in_the_other_process_is_one_line() -> None:
-    spec = TraceSpec(factory="trace_cases:blocks", kwargs={"wrong": 1}, target=trace_cases.TARGET, device="cpu")
-    with pytest.raises(TrainfitError, match=r"trace_cases:blocks.*unexpected keyword argument 'wrong'"):
-        trace_in_subprocess(spec)
+    with pytest.raises(TrainfitError, match=r"tracing my step: exit status 1: .*unexpected keyword argument 'wrong'"):
+        worker.run(request(wrong=1) | {"device": "cpu"}, "my step")
 
 
 @pytest.mark.parametrize(

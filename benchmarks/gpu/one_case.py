@@ -18,7 +18,6 @@ from settings import SUITE, Case
 from trainfit.measure.trial import Windows, run_windows
 from trainfit.memory.trace_cache import versions
 from trainfit.models.registry import build_eval_step, build_step, family
-from trainfit.training.oom import attempt
 
 WINDOWS = Windows(warm_up=3, least=3, most=13, enough_s=10)
 HISTORY_WINDOWS = Windows(warm_up=2, least=0, most=0)
@@ -38,7 +37,6 @@ def measure(case: Case, device: torch.device, history: Path | None) -> dict[str,
         WINDOWS if history is None else HISTORY_WINDOWS,
         images=s.micro_batch * s.accumulation if training else s.eval_micro_batch or s.micro_batch,
         limit_bytes=case.limit_bytes,
-        attempt=attempt,
     )
     if history is not None:
         history.write_bytes(gzip.compress(pickle.dumps(torch.cuda.memory._snapshot())))  # pyright: ignore[reportPrivateUsage]

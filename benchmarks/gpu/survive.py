@@ -92,17 +92,12 @@ def main() -> int:
         return 2
     ends: Counter[str] = Counter()
     limit_s = LIMIT_S if arguments.device == "cuda" else None
+    kept: dict[str, Any] = {"capture_output": True, "text": True, "env": os.environ | {"HF_HUB_OFFLINE": "1"}}
     for number, (setting, share) in enumerate(drawn, start=1):
         case = json.dumps({"setting": setting.to_json(), "share": share})
-        options = ["--windows", str(arguments.windows), "--device", arguments.device]
+        asked = ["--one", case, "--windows", str(arguments.windows), "--device", arguments.device]
         try:
-            done = subprocess.run(
-                [sys.executable, __file__, "--one", case, *options],
-                capture_output=True,
-                text=True,
-                timeout=limit_s,
-                env=os.environ | {"HF_HUB_OFFLINE": "1"},
-            )
+            done = subprocess.run([sys.executable, __file__, *asked], timeout=limit_s, **kept)
             found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
             said = found["outcome"] if found else (done.stderr.strip().splitlines() or ["no message"])[-1]
         except subprocess.TimeoutExpired:
@@ -110,17 +105,14 @@ def main() -> int:
         end = said.split(":")[0] if found and said.startswith(("trained", "stopped")) else "died"
         ends[end] += 1
         print(f"{number:3} {share:5.0%} {_words(setting)}: {end}; {said}", flush=True)
-        for line in found["events"] if found else ():
-            print(f"      {line}")
+        print(*(f"      {line}\n" for line in (found["events"] if found else ())), end="", sep="")
     print(f"{ends['trained']} trained, {ends['stopped']} stopped with the numbers, {ends['died']} died")
     return int(ends["died"] > 0)
 
 
 def _words(setting: Setting) -> str:
-    default = Setting(model=setting.model).to_json()
-    return ", ".join(
-        f"{key} {value}" for key, value in setting.to_json().items() if key == "model" or value != default[key]
-    )
+    default = Setting(model="").to_json()
+    return ", ".join(f"{key} {value}" for key, value in setting.to_json().items() if value != default[key])
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ import tyro
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import Gpu, find_gpu, gpu_with_memory
 from trainfit.memory.alloc_conf import AllocatorConfig
-from trainfit.memory.predict import predict_traced, snapshot, trace_requests
+from trainfit.memory.predict import predict_traced, trace_requests
 from trainfit.memory.trace_cache import get_traces, is_stored
 from trainfit.models.registry import model_name
 from trainfit.models.setting import Setting
 from trainfit.planning.dataset import for_data
+from trainfit.reports.memory_viewer import snapshot
 from trainfit.reports.profile import profile_json, profile_text
 from trainfit.reports.profile_html import profile_html
 

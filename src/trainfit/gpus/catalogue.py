@@ -67,26 +67,21 @@ def scaled(rate: float | None, factor: float | None) -> float | None:
 
 
 def _gpu(row: dict[str, Any], documents: dict[str, str]) -> Gpu:
+    own = {key: row[key] for key in ("name", "architecture", "gfx", "memory_is_nominal", "sm_count", "note")}
+    kinds = ("fp32", "tf32", "fp16", "bf16")
+    flops: dict[str, Any] = {f"{kind}_flops_per_s": scaled(row[f"{kind}_tflops"], 1e12) for kind in kinds}
     return Gpu(
-        name=row["name"],
+        **own,
+        **flops,
         aliases=tuple(row["aliases"]),
-        architecture=row["architecture"],
-        capability=None if row["capability"] is None else (row["capability"][0], row["capability"][1]),
-        gfx=row["gfx"],
+        capability=row["capability"] and tuple(row["capability"]),
         memory_bytes=row["memory_mib"] * MIB,
         nominal_memory_bytes=row["nominal_memory_mib"] * MIB,
-        memory_is_nominal=row["memory_is_nominal"],
         bandwidth_bytes_per_s=scaled(row["bandwidth_gb_per_s"], 1e9),
-        fp32_flops_per_s=scaled(row["fp32_tflops"], 1e12),
-        tf32_flops_per_s=scaled(row["tf32_tflops"], 1e12),
-        fp16_flops_per_s=scaled(row["fp16_tflops"], 1e12),
-        bf16_flops_per_s=scaled(row["bf16_tflops"], 1e12),
-        sm_count=row["sm_count"],
         boost_hz=scaled(row["boost_mhz"], 1e6),
         has_bf16=row["bf16"],
         has_flash_attention=row["flash_attention"],
         sources=tuple(documents[code] for code in row["sources"]),
-        note=row["note"],
     )
 
 

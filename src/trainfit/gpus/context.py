@@ -42,11 +42,6 @@ def cublas_workspace_bytes(gpu: Gpu) -> int:
     return (2 * 4096 + 8 * 16) * 1024
 
 
-def cublas_workspaces_bytes(gpu: Gpu, *, threads: int = 2) -> int:
-    """All cuBLAS workspaces of a step on one stream: the forward and the autograd thread hold a handle each."""
-    return threads * cublas_workspace_bytes(gpu)
-
-
 def driver_reserved_bytes(gpu: Gpu) -> ByteRange:
     """What the driver keeps of `gpu.memory_bytes`: nothing more where that was measured, else of the nominal size.
 

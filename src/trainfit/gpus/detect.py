@@ -168,18 +168,16 @@ def _slice(nvml: Nvml, handle: Handle, card: Gpu) -> Gpu:
     """A slice's rates: those of the card by its share of SMs, the bandwidth by its share of memory."""
     memory = _memory(nvml, handle)
     usable_bytes, sm_count = memory.total - memory.reserved, nvml.nvmlDeviceGetAttributes(handle).multiprocessorCount
-    compute = sm_count / card.sm_count if card.sm_count else None
+    share = sm_count / card.sm_count if card.sm_count else None
+    rates = ("fp32_flops_per_s", "tf32_flops_per_s", "fp16_flops_per_s", "bf16_flops_per_s")
     return replace(
         card,
+        **{rate: scaled(getattr(card, rate), share) for rate in rates},
         name=nvml.nvmlDeviceGetName(handle),
         memory_bytes=usable_bytes,
         nominal_memory_bytes=memory.total,
         sm_count=sm_count,
         bandwidth_bytes_per_s=scaled(card.bandwidth_bytes_per_s, usable_bytes / card.memory_bytes),
-        fp32_flops_per_s=scaled(card.fp32_flops_per_s, compute),
-        tf32_flops_per_s=scaled(card.tf32_flops_per_s, compute),
-        fp16_flops_per_s=scaled(card.fp16_flops_per_s, compute),
-        bf16_flops_per_s=scaled(card.bf16_flops_per_s, compute),
     )
 
 

@@ -14,9 +14,7 @@ import torch
 from trainfit.errors import TrainfitError
 from trainfit.models.registry import build_step
 from trainfit.models.setting import Setting
-
-Attempt = Callable[[Callable[[], None]], tuple[object, str | None]]
-"""Runs an action; the second value is the first line of an out-of-memory error, if there was one."""
+from trainfit.step.attempt import attempt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +31,6 @@ class Windows:
     """Seconds, warm-up included, after which no window is begun but the least."""
 
 
-def attempt(action: Callable[[], None]) -> tuple[None, str | None]:
-    """Out of memory by the exception's type alone: the process ends with it, so nothing has to be freed or tried again."""
-    try:
-        return action(), None
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        return None, (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def run_windows(
     build: Callable[[], Any],
     device: torch.device,
@@ -48,7 +38,6 @@ def run_windows(
     *,
     images: int,
     limit_bytes: int | None = None,
-    attempt: Attempt = attempt,
 ) -> dict[str, Any]:
     """Build a step, `run` its windows, and tell what they took, as JSON values. `images` are those of one window.
 

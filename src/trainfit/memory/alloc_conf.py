@@ -1,21 +1,12 @@
 """The settings of PyTorch's CUDA caching allocator that change how much memory a step takes, and their text form."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from trainfit.errors import TrainfitError
 
 MIB = 2**20
 
-_KNOWN = (
-    "expandable_segments",
-    "max_split_size_mb",
-    "roundup_power2_divisions",
-    "garbage_collection_threshold",
-    "per_process_memory_fraction",
-    "large_segment_size_mb",
-    "max_non_split_rounding_mb",
-)
 _IGNORED = (
     "release_lock_on_cudamalloc",
     "graph_capture_record_stream_reuse",
@@ -66,8 +57,9 @@ class AllocatorConfig:
             key, _, value = setting.partition(":")
             if key in _IGNORED or setting == "backend:native":
                 continue
-            if key not in _KNOWN:
-                known = ", ".join(sorted((*_KNOWN, *_IGNORED, "backend:native")))
+            modelled = [field.name.replace("_bytes", "_mb") for field in fields(cls)]
+            if key not in modelled:
+                known = ", ".join(sorted((*modelled, *_IGNORED, "backend:native")))
                 raise TrainfitError(f"allocator setting {setting!r} cannot be modelled; use some of {known}")
             try:
                 values[key.replace("_mb", "_bytes")] = _parse(key, value)

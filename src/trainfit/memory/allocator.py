@@ -29,24 +29,16 @@ class Replay:
 
     peak_allocated_bytes: int
     """Largest sum of blocks in use (`allocated_bytes.all.peak`), with the slack of blocks that were not split."""
-    peak_allocated_event: int
-    """Index of the event at which that was first reached; -1 if nothing was allocated."""
     peak_requested_bytes: int
     """Largest sum of bytes asked for (`requested_bytes.all.peak`)."""
     peak_reserved_bytes: int
     """Most memory held from the driver (`reserved_bytes.all.peak`): what has to fit into the budget."""
-    peak_reserved_event: int
-    """Index of the event at which that was first reached; -1 if nothing was reserved."""
     allocated_bytes: int
     """In use after the last event."""
     requested_bytes: int
     """Asked for by what is in use after the last event."""
     reserved_bytes: int
     """Held from the driver after the last event."""
-    device_allocs: int
-    """cudaMalloc calls, or pages mapped at once (`num_device_alloc`)."""
-    device_frees: int
-    """cudaFree calls, or pages unmapped at once (`num_device_free`)."""
     retries: int
     """How often the cache was emptied to satisfy a request (`num_alloc_retries`); each stalls the GPU."""
     oom: OutOfMemoryAt | None
@@ -89,7 +81,7 @@ def replay(
     requests = [tensor.nbytes for tensor in trace.tensors]
     blocks: list[Block | None] = [None] * len(sizes)
     addresses = [0] * len(sizes)
-    peak_allocated, peak_event, peak_requested = 0, -1, 0
+    peak_allocated = peak_requested = 0
     allocated: list[int] = []
     reserved: list[int] = []
     oom = None
@@ -113,7 +105,7 @@ def replay(
                 break
             addresses[i] = block.address
             if allocator.allocated_bytes > peak_allocated:
-                peak_allocated, peak_event = allocator.allocated_bytes, index
+                peak_allocated = allocator.allocated_bytes
             if allocator.requested_bytes > peak_requested:
                 peak_requested = allocator.requested_bytes
         if timeline:
@@ -121,15 +113,11 @@ def replay(
             reserved.append(allocator.reserved_bytes)
     return Replay(
         peak_allocated_bytes=peak_allocated,
-        peak_allocated_event=peak_event,
         peak_requested_bytes=peak_requested,
         peak_reserved_bytes=allocator.peak_reserved_bytes,
-        peak_reserved_event=allocator.peak_reserved_event,
         allocated_bytes=allocator.allocated_bytes,
         requested_bytes=allocator.requested_bytes,
         reserved_bytes=allocator.reserved_bytes,
-        device_allocs=allocator.device_allocs,
-        device_frees=allocator.device_frees,
         retries=allocator.retries,
         oom=oom,
         capacity_bytes=capacity_bytes,

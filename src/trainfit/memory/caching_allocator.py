@@ -8,6 +8,7 @@ blocks of one size the one in the older segment is taken, where a driver may hav
 """
 
 from bisect import bisect_left, insort
+from dataclasses import dataclass
 from typing import Literal
 
 from trainfit.memory.alloc_conf import MIB, AllocatorConfig
@@ -54,33 +55,20 @@ class Pool:
         self.unmapped: list[Block] = []
 
 
+@dataclass(slots=True, eq=False)
 class Block:
     """A piece of a segment, in use, free, or (in an expandable range) without memory behind it."""
 
-    __slots__ = (
-        "address",
-        "allocated",
-        "mapped",
-        "next",
-        "pool",
-        "previous",
-        "range_start",
-        "requested",
-        "searches",
-        "size",
-    )
-
-    def __init__(self, address: int, size: int, pool: Pool, *, range_start: int = 0, mapped: bool = True) -> None:
-        self.address = address
-        self.size = size
-        self.pool = pool
-        self.range_start = range_start
-        self.mapped = mapped
-        self.allocated = False
-        self.requested = 0
-        self.searches = 0
-        self.previous: Block | None = None
-        self.next: Block | None = None
+    address: int
+    size: int
+    pool: Pool
+    range_start: int = 0
+    mapped: bool = True
+    allocated: bool = False
+    requested: int = 0
+    searches: int = 0
+    previous: "Block | None" = None
+    next: "Block | None" = None
 
 
 SegmentAction = Literal["segment_alloc", "segment_free", "segment_map", "segment_unmap"]
@@ -108,7 +96,6 @@ class CachingAllocator:
 
         self.allocated_bytes = self.requested_bytes = self.reserved_bytes = self.peak_reserved_bytes = 0
         self.retries = self.device_allocs = self.device_frees = self.event = 0
-        self.peak_reserved_event = -1
         self.segment_events: list[tuple[int, SegmentAction, int, int, int]] = []
 
         self._pools: dict[tuple[int, bool], Pool] = {}
@@ -280,9 +267,7 @@ class CachingAllocator:
             self.device_frees += 1
             return
         self.device_allocs += 1
-        if self.reserved_bytes > self.peak_reserved_bytes:
-            self.peak_reserved_bytes = self.reserved_bytes
-            self.peak_reserved_event = self.event
+        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
 
     def _release(self, block: Block) -> None:
         self._remove_free(block)

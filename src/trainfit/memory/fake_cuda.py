@@ -6,7 +6,7 @@ attention, batch norm and dropout for their CUDA kernels. Here C++ is told "meta
 nothing, and what it would have decided for CUDA is registered again from Python.
 
 What the tracer replaces in torch is replaced in this file, in `fakeify` and in `Shadows.patch_numpy`, global and for
-good: use a process of its own (`trace_in_subprocess`), behind `selftest`. Seen working on torch 2.11 and 2.15.
+good: use a process of its own (`worker.run`), behind `selftest`. Seen working on torch 2.11 and 2.15.
 
 Known limits: recurrent layers are traced as unrolled loops instead of cuDNN's; a norm under autocast keeps its input's
 dtype; what a kernel allocates within itself (workspaces, contiguous copies) is not a tensor and is not seen here.
@@ -128,7 +128,7 @@ def _additive_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
 
 
-def _fused_attention(target: Target) -> Callable[..., Tensor]:
+def _attention(target: Target) -> Callable[..., Tensor]:
     def attention(
         query: Tensor,
         key: Tensor,
@@ -140,6 +140,11 @@ def _fused_attention(target: Target) -> Callable[..., Tensor]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        if not target.fused_attention:
+            if enable_gqa:
+                repeats = query.shape[1] // key.shape[1]
+                key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+            return _unfused_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
         kernel = attention_kernel(target, query, key, value, mask=attn_mask, dropout=dropout_p, causal=is_causal)
         head = query.shape[-1]
         if kernel == "math":
@@ -162,26 +167,15 @@ def _fused_attention(target: Target) -> Callable[..., Tensor]:
 
 
 def _unfused_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool, scale: float | None
 ) -> Tensor:
-    if enable_gqa:
-        repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
-    if attn_mask is not None:
-        boolean = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(attn_mask.logical_not(), float("-inf")) if boolean else scores + attn_mask
-    return torch.dropout(scores.softmax(-1), dropout_p, True) @ value
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        boolean = mask.dtype == torch.bool
+        scores = scores.masked_fill(mask.logical_not(), float("-inf")) if boolean else scores + mask
+    return torch.dropout(scores.softmax(-1), dropout, True) @ value
 
 
 def _batch_norm(
@@ -311,7 +305,7 @@ def install(target: Target) -> None:
     register_autocast()
     library = torch.library.Library("aten", "IMPL", "AutogradCUDA")
     libraries.append(library)
-    attention = _fused_attention(target) if target.fused_attention else _unfused_attention
+    attention = _attention(target)
     library.impl("scaled_dot_product_attention", attention, allow_override=True)
     library.impl("batch_norm", _batch_norm, allow_override=True)
     library.impl("dropout", _dropout, allow_override=True)

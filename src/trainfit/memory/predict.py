@@ -1,7 +1,7 @@
 """Whether a setting fits a card, and what it will need. Nothing is measured and no torch is imported here."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from trainfit.gpus.catalogue import Gpu
 from trainfit.gpus.context import ByteRange, cuda_context_bytes
@@ -9,7 +9,6 @@ from trainfit.memory.allocator import AllocatorConfig, OutOfMemoryAt, Replay, re
 from trainfit.memory.events import Trace
 from trainfit.memory.hidden import MODEL_ERROR, Completed, HiddenRow, complete, hidden_rows, reserved_rows
 from trainfit.memory.profile import Profile, last_window, make_profile
-from trainfit.memory.snapshot import to_snapshot
 from trainfit.memory.trace_cache import StoredTrace, TraceRequest, get_traces, kernel_class
 from trainfit.models.registry import family
 from trainfit.models.setting import Setting
@@ -43,12 +42,7 @@ class MemoryPrediction:
     made_up: tuple[str, ...]
     """Operators that needed a value which no trace knows."""
     upper_bounds: tuple[str, ...]
-    """Those of them that got the largest shape: a real step may need less."""
-
-    @property
-    def upper_bound(self) -> bool:
-        """Whether a real step may need less than `low_bytes`."""
-        return bool(self.upper_bounds)
+    """Those of them that got the largest shape: a real step may need less than `low_bytes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +112,8 @@ def predict_traced(
 
 def allocator_room(gpu: Gpu, config: AllocatorConfig) -> ByteRange:
     """What the driver can give to the caching allocator, at worst and at best."""
-    rows = hidden_rows(gpu)
-    taken_low = sum(row.low_bytes for row in rows if row.within != "reserved")
-    taken_high = sum(row.high_bytes for row in rows if row.within != "reserved")
+    taken_low = sum(row.low_bytes for row in hidden_rows(gpu))
+    taken_high = sum(row.high_bytes for row in hidden_rows(gpu))
     share = config.per_process_memory_fraction
     limit = gpu.memory_bytes if share is None else int(gpu.memory_bytes * share)
     return ByteRange(
@@ -132,7 +125,7 @@ def allocator_room(gpu: Gpu, config: AllocatorConfig) -> ByteRange:
 def needed(stored: StoredTrace, gpu: Gpu, config: AllocatorConfig) -> ByteRange:
     """What `MemoryPrediction` says of a trace on a card with memory enough, by two replays alone."""
     low, high = (
-        replay(_completed(stored, gpu, upper=upper).trace, capacity_bytes=None, config=config).peak_reserved_bytes
+        replay(completed(stored, gpu, upper=upper).trace, capacity_bytes=None, config=config).peak_reserved_bytes
         for upper in (False, True)
     )
     context = cuda_context_bytes()
@@ -146,8 +139,8 @@ def assess(stored: StoredTrace, gpu: Gpu, config: AllocatorConfig, *, since: int
 
     `since`: event of the stored trace from which the profile seeks its peak.
     """
-    low, high = _completed(stored, gpu, upper=False), _completed(stored, gpu, upper=True)
-    tried = _replay(low.trace, gpu, config)
+    low, high = completed(stored, gpu, upper=False), completed(stored, gpu, upper=True)
+    tried = replay_on(gpu, low.trace, config)
     likely = tried if tried.oom is None else replay(low.trace, capacity_bytes=None, config=config, timeline=True)
     worst = replay(high.trace, capacity_bytes=None, config=config)
     low_reserved = likely.peak_reserved_bytes
@@ -173,18 +166,13 @@ def assess(stored: StoredTrace, gpu: Gpu, config: AllocatorConfig, *, since: int
     )
 
 
-def snapshot(stored: StoredTrace, gpu: Gpu, config: AllocatorConfig) -> dict[str, Any]:
-    """A trace replayed on the card, as PyTorch's memory viewer reads it; see `memory.snapshot.to_snapshot`."""
-    trace = _completed(stored, gpu, upper=False).trace
-    return to_snapshot(trace, _replay(trace, gpu, config))
-
-
-def _completed(stored: StoredTrace, gpu: Gpu, *, upper: bool) -> Completed:
+def completed(stored: StoredTrace, gpu: Gpu, *, upper: bool) -> Completed:
+    """The trace with what kernels and libraries allocate on the card; see `hidden.complete`."""
     dtypes = {row.dtype for row in stored.ops if row.op.startswith("aten.convolution")}
     return complete(stored.trace, gpu, upper=upper, half_precision="float32" not in dtypes)
 
 
-def _replay(trace: Trace, gpu: Gpu, config: AllocatorConfig) -> Replay:
+def replay_on(gpu: Gpu, trace: Trace, config: AllocatorConfig) -> Replay:
     """With all the memory that the process may get."""
     return replay(
         trace,

@@ -31,7 +31,7 @@ from trainfit.memory.trace_cache import (
 )
 from trainfit.models.registry import family
 from trainfit.models.setting import Setting
-from trainfit.timing.roofline import HOST_BYTES_PER_S, TimeEstimate, later, step_seconds, window_seconds
+from trainfit.timing.roofline import HOST_BYTES_PER_S, TimeEstimate, later, line_seconds, step_seconds, window_seconds
 
 PAIRS = ((2, 4), (4, 8))
 """Micro-batches that are traced; the second pair where a step does other things at 2 than at 4."""
@@ -67,7 +67,7 @@ class Pricer:
         if key not in known:
             found = needed(self._trace(setting, "training"), self.gpu, self.config)
             known[key] = (found.low_bytes, found.high_bytes)
-            if self.cache and scalable(setting):
+            if self.cache and scalable(setting) and family(setting.model) != "custom":
                 store(_path(request, "needs"), json.dumps(known))
         low, high = known[key]
         return ByteRange(low_bytes=low, high_bytes=high)
@@ -76,7 +76,9 @@ class Pricer:
         """Time of a window cut into micro-batches of `cuts` images, or of an evaluation micro-batch."""
         gpu = rated(self.gpu)
         scaled = self._scaled(setting, part)
-        if scaled is None:
+        if scaled is not None and not scalable(setting):
+            found = line_seconds(scaled.ops, scaled.micro_batches, setting.accumulation, gpu)
+        elif scaled is None:
             found = step_seconds(self._trace(setting, part).ops, gpu)
         else:
             traced = TRACED_ACCUMULATION if part == "training" else 1
@@ -107,6 +109,8 @@ class Pricer:
     def request(self, setting: Setting, part: Part) -> TraceRequest:
         """The setting without what a scaled trace serves all values of."""
         setting = replace(setting, ema_on_host=False)
+        if part == "evaluation":
+            setting = replace(setting, accumulation=min(TRACED_ACCUMULATION, setting.accumulation))
         if scalable(setting):
             setting = replace(setting, micro_batch=1, accumulation=TRACED_ACCUMULATION, eval_micro_batch=None)
         capability = kernel_class(self.gpu.capability)
@@ -115,9 +119,12 @@ class Pricer:
         return TraceRequest(setting=setting, part=part, capability=capability)
 
     def _scaled(self, setting: Setting, part: Part) -> ScaledTrace | None:
+        """Over micro-batches; of a contrastive window over accumulation, and None where that is small."""
         request = self.request(setting, part)
         if not scalable(setting):
-            return None
+            if request.setting.accumulation <= PAIRS[0][1]:
+                return None
+            request = replace(request, setting=replace(request.setting, accumulation=1))
         if request not in _scaled:
             _scaled[request] = _load(request, cache=self.cache)
         return _scaled[request]
@@ -126,7 +133,10 @@ class Pricer:
         """The setting's trace: scaled, or by itself below the micro-batches that are traced for scaling."""
         request, scaled = self.request(setting, part), self._scaled(setting, part)
         evaluated = setting.eval_micro_batch or setting.micro_batch
-        if scaled is None or min(setting.micro_batch, evaluated) < scaled.micro_batches[0]:
+        if scaled is not None and not scalable(setting):
+            made = scaled.at(setting.accumulation)
+            found = StoredTrace(trace=made, ops=scaled.ops[1], made_up=scaled.made_up, blocks=scaled.blocks)
+        elif scaled is None or min(setting.micro_batch, evaluated) < scaled.micro_batches[0]:
             exact = request.setting if not scalable(setting) else _at(request, setting.micro_batch).setting
             exact = replace(exact, eval_micro_batch=setting.eval_micro_batch if part == "evaluation" else None)
             found = get_trace(replace(request, setting=exact), cache=self.cache)
@@ -157,8 +167,10 @@ def _without_ema(stored: StoredTrace) -> StoredTrace:
     return replace(stored, trace=replace(stored.trace, tensors=tuple(sizes)))
 
 
-def _at(request: TraceRequest, micro_batch: int) -> TraceRequest:
-    return replace(request, setting=replace(request.setting, micro_batch=micro_batch))
+def _at(request: TraceRequest, number: int) -> TraceRequest:
+    """At a micro-batch, or for a contrastive window at an accumulation."""
+    knob = "micro_batch" if scalable(request.setting) else "accumulation"
+    return replace(request, setting=replace(request.setting, **{knob: number}))
 
 
 def _load(request: TraceRequest, *, cache: bool) -> ScaledTrace | None:

@@ -1,5 +1,7 @@
 """A step's trace at any micro-batch, from its traces at two: a size is a low-degree function of the micro-batch.
 
+The same serves for accumulation, where a window is one loss: its later micro-batches are what the larger trace has more.
+
 Most tensors grow with the micro-batch by an affine law. What code does image by image makes more tensors, not larger
 ones: the additional images' tensors are found by aligning the two traces, and take on the growth of all further images.
 """
@@ -109,8 +111,6 @@ def scale(small: StoredTrace, large: StoredTrace, micro_batches: tuple[int, int]
     None: the step does other things at the one than at the other, so that each has to be traced by itself.
     """
     matches = _matches(small.trace.tensors, large.trace.tensors, growth=micro_batches[1] / micro_batches[0])
-    if matches is None:
-        return None
     sizes = tuple(0 if match is None else small.trace.tensors[match].nbytes for match in matches)
     scaled = ScaledTrace(
         micro_batches=micro_batches,
@@ -134,14 +134,15 @@ def _peak_bytes(trace: Trace) -> int:
     return peak
 
 
-def _matches(small: Sequence[TensorInfo], large: Sequence[TensorInfo], *, growth: float) -> list[int | None] | None:
-    """For each tensor of `large` its like in `small`; None where the two do not go through the same phases.
+def _matches(small: Sequence[TensorInfo], large: Sequence[TensorInfo], *, growth: float) -> list[int | None]:
+    """For each tensor of `large` its like in `small`.
 
-    Phase by phase; backward from its end, because it goes through the images from the last to the first.
+    Phase by phase, where the two go through the same ones (with more accumulation they do not); backward from its end,
+    because it goes through the images from the last to the first.
     """
     pairs = [[(name, list(run)) for name, run in groupby(ts, key=lambda t: t.phase)] for ts in (small, large)]
     if [name for name, _ in pairs[0]] != [name for name, _ in pairs[1]]:
-        return None
+        return _align(small, large, growth=growth)
     matches: list[int | None] = []
     for (phase, a), (_, b) in zip(*pairs, strict=True):
         if phase == "backward":

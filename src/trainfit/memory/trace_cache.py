@@ -42,7 +42,7 @@ class TraceRequest:
     """cuda: fake tensors; cpu: the step really runs here, with the CPU's kernels: slow, and needs the memory."""
 
     def to_json(self) -> dict[str, Any]:
-        """As the tracing process reads it (`memory.trace.TraceSpec`)."""
+        """As the tracing process reads it (`memory.worker.run`)."""
         return {
             "factory": _FACTORY[self.part],
             "kwargs": {"setting": self.setting.to_json()},
@@ -54,9 +54,10 @@ class TraceRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTrace:
-    """A `memory.trace.TraceResult`, read without torch."""
+    """What a traced step did (`memory.trace.trace_step`)."""
 
     trace: Trace
+    """Every allocation and free, from the building of the model on; marks "window 0", "window 1", ..."""
     ops: tuple[OpCount, ...]
     """Operators of the last window."""
     made_up: tuple[str, ...] = ()
@@ -65,6 +66,24 @@ class StoredTrace:
     """Those of them that got the largest possible shape."""
     blocks: int = 0
     """Blocks of the model that activation checkpointing may compute again."""
+
+    def to_json(self) -> str:
+        """As `from_json` reads it."""
+        own = {"made_up": self.made_up, "upper_bounds": self.upper_bounds, "blocks": self.blocks}
+        record = {"trace": json.loads(self.trace.to_json()), "ops": [row.to_row() for row in self.ops], **own}
+        return json.dumps(record, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "StoredTrace":
+        """What `to_json` wrote. Raises TrainfitError when another version wrote it."""
+        record = json.loads(text)
+        return cls(
+            trace=Trace.from_json(json.dumps(record["trace"])),
+            ops=tuple(map(OpCount.from_row, record["ops"])),
+            made_up=tuple(record["made_up"]),
+            upper_bounds=tuple(record["upper_bounds"]),
+            blocks=record["blocks"],
+        )
 
 
 def get_trace(request: TraceRequest, *, cache: bool = True) -> StoredTrace:
@@ -75,13 +94,13 @@ def get_trace(request: TraceRequest, *, cache: bool = True) -> StoredTrace:
     """
     # The code of a user's own model may have changed, and nothing here would notice.
     if not cache or family(request.setting.model) == "custom":
-        return _read(_traced(request))
+        return StoredTrace.from_json(_traced(request))
     path = cache_path(request)
     text = stored(path)
     if text is None:
         text = _traced(request)
         store(path, text)
-    return _read(text)
+    return StoredTrace.from_json(text)
 
 
 def get_traces(requests: Iterable[TraceRequest], *, cache: bool = True) -> tuple[StoredTrace, ...]:
@@ -114,7 +133,7 @@ def versions() -> dict[str, str]:
 
 
 def _traced(request: TraceRequest) -> str:
-    """The answer of a tracing process, as `TraceResult.to_json` wrote it."""
+    """The answer of a tracing process, as `StoredTrace.to_json` wrote it."""
     return worker.run(request.to_json(), request.setting.model)
 
 
@@ -157,14 +176,3 @@ def store(path: Path, text: str) -> None:
         raise TrainfitError(
             f"{path.parent}: cannot be written ({error.strerror}); set XDG_CACHE_HOME or use --no-cache"
         ) from error
-
-
-def _read(text: str) -> StoredTrace:
-    record = json.loads(text)
-    return StoredTrace(
-        trace=Trace.from_json(json.dumps(record["trace"])),
-        ops=tuple(map(OpCount.from_row, record["ops"])),
-        made_up=tuple(record["made_up"]),
-        upper_bounds=tuple(record["upper_bounds"]),
-        blocks=record["blocks"],
-    )

@@ -1,7 +1,8 @@
 """Steps on one fixed window: what is traced and measured. Training runs the same `TrainingStep` on data."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +14,12 @@ from trainfit.step.ema import averaged_copy
 from trainfit.step.optimizer import make_optimizer
 from trainfit.step.precision import autocast, resolve_precision
 from trainfit.step.terms import Objective
-from trainfit.step.training_step import StepResult, TrainingStep
+from trainfit.step.training_step import TrainingStep
 
 
 @dataclass(kw_only=True)
 class FixedStep:
-    """A training step with its worst window; a `memory.trace.Step`."""
+    """A training step with its worst window, or the evaluation that follows it; a `memory.trace.Step`."""
 
     training: TrainingStep
     window: Sequence[Any]
@@ -26,60 +27,24 @@ class FixedStep:
     micro_batch: int
     blocks: int = 0
     """Blocks that activation checkpointing may compute again."""
+    evaluate: Callable[[], object] | None = None
+    """What every `run` but the first does, if it is not training. So optimizer state and averaged weights are there, and the
+    allocator holds what training left to it."""
     model: torch.nn.Module = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     ema: torch.nn.Module | None = field(init=False)
 
     def __post_init__(self) -> None:
         """Show what a trace looks at."""
+        self.trained = False
         self.model, self.optimizer, self.ema = self.training.model, self.training.optimizer, self.training.ema
 
-    def run(self) -> StepResult:
-        """One window."""
-        return self.training.run(self.window, micro_batch=self.micro_batch, step=0)
-
-
-@dataclass(kw_only=True)
-class FixedEvaluation:
-    """Evaluation as it comes within a training: the first `run` trains one window, every later one evaluates.
-
-    So optimizer state and averaged weights are there, and the allocator holds what training left to it.
-    """
-
-    training: FixedStep
-    detect: Callable[[torch.nn.Module, Sequence[Any]], object]
-    """(model in eval mode, micro-batch) -> what is found; runs without gradients under the setting's precision."""
-    samples: Sequence[Any]
-    """One evaluation micro-batch on the CPU."""
-    trained: bool = False
-    blocks: int = field(init=False)
-    model: torch.nn.Module = field(init=False)
-    optimizer: torch.optim.Optimizer = field(init=False)
-    ema: torch.nn.Module | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Show what a trace looks at."""
-        self.model, self.optimizer, self.ema = self.training.model, self.training.optimizer, self.training.ema
-        self.blocks = self.training.blocks
-
-    @torch.no_grad()
     def run(self) -> object:
-        """Train one window, or evaluate one micro-batch with the averaged weights, where there are any."""
-        if not self.trained:
-            self.trained = True
-            with torch.enable_grad():
-                return self.training.run()
-        step = self.training.training
-        model = step.ema or step.model
-        home = next(model.parameters()).device
-        model.to(step.device)  # from the host, where the average is there
-        was_training = model.training
-        model.eval()
-        with autocast(step.precision, step.device.type):
-            found = self.detect(model, self.samples)
-        model.train(was_training)
-        model.to(home)
-        return found
+        """Train one window; or evaluate."""
+        if self.evaluate is not None and self.trained:
+            return self.evaluate()
+        self.trained = True
+        return self.training.run(self.window, micro_batch=self.micro_batch, step=0)
 
 
 def fixed_step(
@@ -124,9 +89,28 @@ def fixed_step(
 
 
 def fixed_evaluation(
-    setting: Setting, training: FixedStep, detect: Callable[[torch.nn.Module, Sequence[Any]], object], sample: Any
-) -> FixedEvaluation:
-    """Evaluation of `sample`, repeated to the setting's evaluation micro-batch, after a window of `training`."""
-    return FixedEvaluation(
-        training=training, detect=detect, samples=[sample] * (setting.eval_micro_batch or setting.micro_batch)
-    )
+    setting: Setting, step: FixedStep, detect: Callable[[torch.nn.Module, Sequence[Any]], object], sample: Any
+) -> FixedStep:
+    """One window of `step`, then evaluation of `sample`, repeated to the setting's evaluation micro-batch.
+
+    `detect`: (model in eval mode, micro-batch) -> what is found; runs without gradients under the setting's precision.
+    """
+    samples = [sample] * (setting.eval_micro_batch or setting.micro_batch)
+    return replace(step, evaluate=partial(_evaluate, step.training, detect, samples))
+
+
+@torch.no_grad()
+def _evaluate(
+    step: TrainingStep, detect: Callable[[torch.nn.Module, Sequence[Any]], object], samples: Sequence[Any]
+) -> object:
+    """Evaluate one micro-batch with the averaged weights, where there are any."""
+    model = step.ema or step.model
+    home = next(model.parameters()).device
+    model.to(step.device)  # from the host, where the average is there
+    was_training = model.training
+    model.eval()
+    with autocast(step.precision, step.device.type):
+        found = detect(model, samples)
+    model.train(was_training)
+    model.to(home)
+    return found

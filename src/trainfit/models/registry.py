@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -13,20 +14,29 @@ from trainfit.models.setting import Setting
 if TYPE_CHECKING:
     import torch
 
-    from trainfit.models.fixed_step import FixedEvaluation, FixedStep
+    from trainfit.models.fixed_step import FixedStep
     from trainfit.models.workload import Workload
 
-RFDETR_SIZES = ("nano", "small", "medium", "large")
-RFDETR_SEG_SIZES = ("nano", "small", "medium", "large", "xlarge", "2xlarge")
-GUIDE_SIZES = ("nano", "small", "base", "medium", "large")
-"""Detection sizes with a mask head, as the RT-DETR-Seg guide names them."""
-MODELS: tuple[str, ...] = (
-    *(f"rfdetr-{size}" for size in RFDETR_SIZES),
-    *(f"rfdetr-seg-{size}" for size in RFDETR_SEG_SIZES),
-    *(f"rtdetr-seg-{size}" for size in GUIDE_SIZES),
-    "maskrcnn-r50-v1",
-    "maskrcnn-r50-v2",
-)
+_PUBLISHED = {
+    "rfdetr-nano": (384, 32, 300),
+    "rfdetr-small": (512, 32, 300),
+    "rfdetr-medium": (576, 32, 300),
+    "rfdetr-large": (704, 32, 300),
+    "rfdetr-seg-nano": (312, 12, 100),
+    "rfdetr-seg-small": (384, 24, 100),
+    "rfdetr-seg-medium": (432, 24, 200),
+    "rfdetr-seg-large": (504, 24, 200),
+    "rfdetr-seg-xlarge": (624, 24, 300),
+    "rfdetr-seg-2xlarge": (768, 24, 300),
+    "rtdetr-seg-nano": (384, 32, 300),
+    "rtdetr-seg-small": (512, 32, 300),
+    "rtdetr-seg-base": (560, 56, 300),
+    "rtdetr-seg-medium": (576, 32, 300),
+    "rtdetr-seg-large": (560, 56, 300),
+}
+"""(resolution, block, queries): upstream's configurations (a test compares), here so that planning needs no torch.
+rtdetr-seg: detection sizes with a mask head, as the RT-DETR-Seg guide names them."""
+MODELS = (*_PUBLISHED, "maskrcnn-r50-v1", "maskrcnn-r50-v2")
 
 
 def model_name(typed: str) -> str:
@@ -40,14 +50,7 @@ def model_name(typed: str) -> str:
     """
     if ":" in typed:
         return typed.strip()
-    name = (
-        typed.strip()
-        .lower()
-        .replace("_", "-")
-        .replace(" ", "-")
-        .replace("rf-detr", "rfdetr")
-        .replace("rt-detr", "rtdetr")
-    )
+    name = re.sub("[ _]", "-", typed.strip().lower()).replace("rf-detr", "rfdetr").replace("rt-detr", "rtdetr")
     if name in MODELS:
         return name
     near = get_close_matches(name, MODELS, n=1, cutoff=0.6)
@@ -68,26 +71,6 @@ class Published:
     queries: int
 
 
-_PUBLISHED = {
-    "rfdetr-nano": (384, 32, 300),
-    "rfdetr-small": (512, 32, 300),
-    "rfdetr-medium": (576, 32, 300),
-    "rfdetr-large": (704, 32, 300),
-    "rfdetr-seg-nano": (312, 12, 100),
-    "rfdetr-seg-small": (384, 24, 100),
-    "rfdetr-seg-medium": (432, 24, 200),
-    "rfdetr-seg-large": (504, 24, 200),
-    "rfdetr-seg-xlarge": (624, 24, 300),
-    "rfdetr-seg-2xlarge": (768, 24, 300),
-    "rtdetr-seg-nano": (384, 32, 300),
-    "rtdetr-seg-small": (512, 32, 300),
-    "rtdetr-seg-base": (560, 56, 300),
-    "rtdetr-seg-medium": (576, 32, 300),
-    "rtdetr-seg-large": (560, 56, 300),
-}
-"""Upstream's configurations (a test compares), here so that planning needs no torch."""
-
-
 def published(name: str) -> Published | None:
     """Resolution, its block and the queries of an RF-DETR; None for the other families."""
     if name not in _PUBLISHED:
@@ -104,12 +87,12 @@ def family(name: str) -> str:
 
 
 def build_step(*, setting: Mapping[str, Any], device: "torch.device") -> "FixedStep":
-    """The training step of a setting (`Setting.to_json`) with its worst window: what `memory.trace.TraceSpec` names."""
+    """The training step of a setting (`Setting.to_json`) with its worst window: the factory of a traced or measured step."""
     chosen = Setting.from_json(setting)
     return importlib.import_module(f"trainfit.models.{family(chosen.model)}.step").build_step(chosen, device)
 
 
-def build_eval_step(*, setting: Mapping[str, Any], device: "torch.device") -> "FixedEvaluation":
+def build_eval_step(*, setting: Mapping[str, Any], device: "torch.device") -> "FixedStep":
     """The same for evaluation: the first `run` trains a window, every later one evaluates."""
     chosen = Setting.from_json(setting)
     return importlib.import_module(f"trainfit.models.{family(chosen.model)}.step").build_eval_step(chosen, device)

@@ -6,15 +6,16 @@ from typing import Literal, Protocol
 
 from trainfit.gpus.context import ByteRange
 from trainfit.memory.predict import Prediction
+from trainfit.memory.priced import scalable
 from trainfit.models.setting import Setting
-from trainfit.planning.knobs import FREE, LEARNS, batches, cuts, turned
+from trainfit.planning.knobs import FREE, LEARNS, batches, coupled_batches, cuts, turned
 from trainfit.planning.plan import Candidate, Saving
 from trainfit.step.names import Checkpointing
 from trainfit.timing.roofline import TimeEstimate
 
 KNEE = 0.03
 """Speed that is not worth more memory, or a trace."""
-EVAL_MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+EVAL_MICRO_BATCHES = (2, 4, 8, 16, 32)
 PARTIAL_TRIES = 3
 
 
@@ -106,10 +107,13 @@ class _Search:
     def speed(self, base: Setting, micro_batch: int) -> float:
         """Seconds of a window."""
         parts = cuts(self.wish.share, micro_batch)
-        return self.prices.seconds(replace(base, micro_batch=micro_batch), parts).seconds + self.wish.exchange_s
+        setting = replace(base, micro_batch=micro_batch, accumulation=len(parts))
+        return self.prices.seconds(setting, parts).seconds + self.wish.exchange_s
 
     def batches(self) -> tuple[int, ...]:
-        return batches(self.wish.share) if self.wish.micro_batch is None else (self.wish.micro_batch,)
+        if self.wish.micro_batch is not None:
+            return (self.wish.micro_batch,)
+        return (batches if scalable(self.wish.setting) else coupled_batches)(self.wish.share)
 
     def largest(self, base: Setting) -> int | None:
         """The largest micro-batch that fits, by bisection; prices the next larger one too."""
@@ -147,6 +151,8 @@ class _Search:
         wanted = self.wish.checkpointing
         for checkpointing in ("none", "all") if wanted is None else (wanted,):
             base = replace(self.wish.setting, checkpointing=checkpointing)
+            if wanted is None and checkpointing == "all" and not self.prices.blocks(self.wish.setting):
+                return
             yield base
             yield from (setting for knob in FREE for _, setting in turned(base, knob))
 
@@ -197,10 +203,11 @@ class _Search:
     def evaluation(self, chosen: Candidate) -> tuple[Candidate, Prediction] | None:
         """With the evaluation micro-batch that is fastest by `KNEE` and fits; None: not even one image fits."""
         wanted = self.wish.setting.eval_micro_batch
-        sizes = EVAL_MICRO_BATCHES if wanted is None else (wanted,)
+        of_training = EVAL_MICRO_BATCHES if scalable(chosen.setting) else (chosen.setting.micro_batch,)
+        sizes = of_training if wanted is None else (wanted,)
         time = {e: self.prices.seconds(chosen.setting, (e,), "evaluation").seconds / e for e in sizes}
         knee = next(e for e in sizes if time[e] <= (1 + KNEE) * min(time.values()))
-        for e in reversed([e for e in sizes if e <= knee]):
+        for e in (*reversed([e for e in sizes if e <= knee]), *(() if wanted else (1,))):
             setting = replace(chosen.setting, eval_micro_batch=e)
             prediction = self.prices.predict(setting, chosen.cuts)
             if prediction.evaluation.verdict == "fits":

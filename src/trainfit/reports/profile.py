@@ -47,7 +47,7 @@ def sentence(prediction: Prediction) -> str:
     setting, training = prediction.setting, prediction.training
     what = f"{setting.model}, micro-batch {setting.micro_batch}, on {prediction.gpu.name}: {prediction.verdict}."
     needs, budget = prediction.needs, prediction.budget
-    bound = ", an upper bound," if training.upper_bound else ""
+    bound = ", an upper bound," if training.upper_bounds else ""
     have = f"of {interval(budget.low_bytes, budget.high_bytes)} that it may have"
     numbers = f"It needs {interval(needs.low_bytes, needs.high_bytes)}{bound} {have}."
     return f"{what} {numbers} {_peak(training)}{_trouble(prediction)}{_speed(prediction)}"
@@ -135,7 +135,10 @@ def doubts(prediction: Prediction) -> list[str]:
     training = prediction.training
     made_up = [op for op in training.made_up if op not in training.upper_bounds]
     return [
-        *([f"Largest shape assumed, an upper bound: {', '.join(training.upper_bounds)}."] * training.upper_bound),
+        *(
+            [f"Largest shape assumed, an upper bound: {', '.join(training.upper_bounds)}."]
+            * bool(training.upper_bounds)
+        ),
         *([f"Values made up: {', '.join(made_up)}."] * bool(made_up)),
     ]
 

@@ -74,13 +74,10 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     dist.all_reduce(used, op=dist.ReduceOp.MAX)
 
     def allocate() -> tuple[list[list[torch.Tensor]], torch.Tensor]:
-        buckets = _buckets(
-            [
-                p.grad if p.grad is not None else _zero_gradient(p)
-                for p, is_used in zip(parameters, used.tolist(), strict=True)
-                if is_used
-            ]
-        )
+        for p, is_used in zip(parameters, used.tolist(), strict=True):
+            if is_used and p.grad is None:
+                p.grad = torch.zeros_like(p)
+        buckets = _buckets([p.grad for p in parameters if p.grad is not None])
         largest = max((sum(g.nbytes for g in bucket) for bucket in buckets), default=0)
         return buckets, torch.empty(largest, dtype=torch.uint8, device=used.device)
 
@@ -91,11 +88,6 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         torch._foreach_copy_(parts, bucket)  # pyright: ignore[reportPrivateUsage]
         dist.all_reduce(flat)
         torch._foreach_copy_(bucket, parts)  # pyright: ignore[reportPrivateUsage]
-
-
-def _zero_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
-    parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
 
 
 def _buckets(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:

@@ -69,7 +69,13 @@ class TrainingStep:
 
     def gradient(self, window: Sequence[Any], *, micro_batch: int) -> dict[str, torch.Tensor]:
         """This rank's gradient of the window, in `.grad`; returns its share of the losses. Changes no parameter."""
-        return self._accumulate(cut(window, micro_batch))
+        if isinstance(self.objective, Contrastive):
+            window_gradient = partial(accumulate_contrastive, self.model, self.objective)
+        else:
+            watch = self.after_micro_batch
+            window_gradient = partial(accumulate, self.model, self.objective, after_micro_batch=watch)
+        micro_batches = cut(window, micro_batch)
+        return window_gradient(micro_batches, device=self.device, precision=self.precision, scaler=self.scaler)
 
     def update(self, step: int) -> torch.Tensor:
         """Sum the gradient over the ranks, clip it, step, average, clear it; returns its norm before clipping.
@@ -79,14 +85,12 @@ class TrainingStep:
         """
         if not self._phases:
             groups = [partial(self._step_group, group) for group in self.optimizer.param_groups]
-            self._phases = [self._sum, self._clip, *groups, partial(self._average, step), self._clear]
+            summed = partial(ranks.sum_gradients, self.parameters)
+            self._phases = [summed, self._clip, *groups, partial(self._average, step), self._clear]
         while self._phases:
             self._phases[0]()
             del self._phases[0]
         return self._norm
-
-    def _sum(self) -> None:
-        ranks.sum_gradients(self.parameters)
 
     def _clip(self) -> None:
         self._norm = torch.zeros(())
@@ -122,11 +126,3 @@ class TrainingStep:
         if self.scaler.is_enabled() and any(p.grad is not None for p in self.parameters):
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-
-    def _accumulate(self, micro_batches: Sequence[Sequence[Any]]) -> dict[str, torch.Tensor]:
-        if isinstance(self.objective, Contrastive):
-            window_gradient = partial(accumulate_contrastive, self.model, self.objective)
-        else:
-            watch = self.after_micro_batch
-            window_gradient = partial(accumulate, self.model, self.objective, after_micro_batch=watch)
-        return window_gradient(micro_batches, device=self.device, precision=self.precision, scaler=self.scaler)

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,12 @@ def accumulate(
     """
     window = [sample for micro_batch in micro_batches for sample in micro_batch]
     size = objective.canvas(window) if window else (0, 0)
-    counts = window_counts(model, objective, micro_batches, size, device=device, precision=precision)
+    counts = dict(objective.counts(window))  # what normalises each term, over the whole window and all ranks
+    if objective.samples_counts:
+        count = partial(_count_sampled, model, objective, micro_batches, size, device=device, precision=precision)
+        sampled = ranks.together(count)
+        counts |= {name: sampled.get(name, 0.0) for name in objective.samples_counts}
+    counts = ranks.sum_over_ranks(counts)
     losses: dict[str, torch.Tensor] = {name: torch.zeros((), device=device) for name in counts}
     for micro_batch in micro_batches:
         with autocast(precision, device.type):
@@ -62,26 +68,6 @@ def share(name: str, term: LossTerm, counts: Mapping[str, float], images: int) -
     if term.kind == "mean":
         return term.total * (images / counts[name])
     return term.total / max(counts[name], 1.0)
-
-
-def window_counts(
-    model: torch.nn.Module,
-    objective: Objective,
-    micro_batches: Sequence[Sequence[Any]],
-    size: tuple[int, int],
-    *,
-    device: torch.device,
-    precision: Precision,
-) -> dict[str, float]:
-    """What normalises each term, over the whole window and all ranks."""
-    window = [sample for micro_batch in micro_batches for sample in micro_batch]
-    counts = dict(objective.counts(window))
-    if not objective.samples_counts:
-        return ranks.sum_over_ranks(counts)
-    sampled = ranks.together(
-        lambda: _count_sampled(model, objective, micro_batches, size, device=device, precision=precision)
-    )
-    return ranks.sum_over_ranks(counts | {name: sampled.get(name, 0.0) for name in objective.samples_counts})
 
 
 @torch.no_grad()

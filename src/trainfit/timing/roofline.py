@@ -136,6 +136,21 @@ def window_seconds(
     return _estimate(total, gpu, efficiency)
 
 
+def line_seconds(
+    ops: tuple[Sequence[OpCount], Sequence[OpCount]],
+    points: tuple[int, int],
+    at: int,
+    gpu: Gpu,
+    *,
+    efficiency: Efficiency = RTX_3090,
+) -> TimeEstimate:
+    """Time of a step on the line through two; `gpu` has rates. What grows faster (a large window's logits) is missed."""
+    low, high = (_work(rows, gpu, efficiency) for rows in ops)
+    share = (at - points[0]) / (points[1] - points[0])
+    nothing = _Work(parts_s=dict.fromkeys(KINDS, 0.0), kernels=0)
+    return _estimate(nothing.plus(high, share).plus(low, 1 - share), gpu, efficiency)
+
+
 def _row_seconds(row: OpCount, gpu: Gpu, efficiency: Efficiency) -> tuple[Kind, float]:
     """What a row waits for, and how long."""
     rate, tensor_cores = matrix_rate(row, gpu)

@@ -10,7 +10,7 @@ from trainfit.step.contrastive import Contrastive
 from trainfit.step.training_step import StepResult, TrainingStep
 from trainfit.training.noise_scale import NoiseSample, sample
 
-EVERY = 25
+EVERY = 32
 """One window in so many is watched: watching one costs some percent of it (benchmarks/watch_overhead.py)."""
 
 

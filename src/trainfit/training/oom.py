@@ -203,7 +203,7 @@ class Survivor:
                 survival(failure, step.device, step=number, where="update", micro_batch=same, next_micro_batch=same)
             )
             free_cached(step.device)
-        raise HalfUpdated(f"no memory for the optimizer's update at step {number} ({failure})")
+        raise HalfUpdated(f"no memory for the optimizer's update at step {number + 1} ({failure})")
 
     def _go_down(self, device: torch.device, failure: str | None, agreed: Mapping[str, float], **known: Any) -> None:
         """Take the next rung; the same on every rank, because it follows from what they agreed on."""

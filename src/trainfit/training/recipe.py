@@ -173,7 +173,9 @@ def resolve_batching(recipe: Recipe, world_size: int) -> Batching:
     )
 
 
-RESUMABLE = frozenset({"epochs", "max_steps", "micro_batch", "accumulation", "workers", "tensorboard", "eval_every"})
+RESUMABLE = frozenset(
+    {"epochs", "max_steps", "micro_batch", "accumulation", "workers", "tensorboard", "eval_every", "eval_micro_batch"}
+)
 """What may change when a run goes on: none of it changes what a step computes."""
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from trainfit.errors import TrainfitError
-from trainfit.models.fixed_step import FixedEvaluation, FixedStep, fixed_evaluation, fixed_step
+from trainfit.models.fixed_step import FixedStep, fixed_evaluation, fixed_step
 from trainfit.models.images import IMAGENET_MEAN, IMAGENET_STD, stack_images
 from trainfit.models.setting import Setting
 from trainfit.step.terms import LossTerm, Objective
@@ -73,7 +73,7 @@ def build_step(setting: Setting, device: torch.device) -> FixedStep:
     return fixed_step(setting, device, model=model, objective=OBJECTIVE, window=window)
 
 
-def build_eval_step(setting: Setting, device: torch.device) -> FixedEvaluation:
+def build_eval_step(setting: Setting, device: torch.device) -> FixedStep:
     """Classification of a micro-batch."""
     training = build_step(setting, device)
     return fixed_evaluation(setting, training, logits, training.window[0])

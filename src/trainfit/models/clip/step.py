@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from trainfit.errors import TrainfitError
-from trainfit.models.fixed_step import FixedEvaluation, FixedStep, fixed_evaluation, fixed_step
+from trainfit.models.fixed_step import FixedStep, fixed_evaluation, fixed_step
 from trainfit.models.images import stack_images
 from trainfit.models.setting import Setting
 from trainfit.step.contrastive import Contrastive
@@ -105,7 +105,7 @@ def build_step(setting: Setting, device: torch.device) -> FixedStep:
     )
 
 
-def build_eval_step(setting: Setting, device: torch.device) -> FixedEvaluation:
+def build_eval_step(setting: Setting, device: torch.device) -> FixedStep:
     """Features of a micro-batch, as zero-shot evaluation computes them."""
     training = build_step(setting, device)
     return fixed_evaluation(setting, training, features, training.window[0])

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import default_collate
 
 from trainfit.errors import TrainfitError
-from trainfit.models.fixed_step import FixedEvaluation, FixedStep, fixed_evaluation, fixed_step
+from trainfit.models.fixed_step import FixedStep, fixed_evaluation, fixed_step
 from trainfit.models.setting import Setting
 from trainfit.step.checkpointing import repeated_blocks
 from trainfit.step.terms import LossTerm, Objective
@@ -69,7 +69,7 @@ def build_step(setting: Setting, device: torch.device) -> FixedStep:
     return custom_step(load_task(setting), setting, device)
 
 
-def build_eval_step(setting: Setting, device: torch.device) -> FixedEvaluation:
+def build_eval_step(setting: Setting, device: torch.device) -> FixedStep:
     """The loss without gradients on a micro-batch."""
     task = load_task(setting)
     training = custom_step(task, setting, device)

@@ -7,7 +7,7 @@ from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn_v2
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from trainfit.data.samples import Sample
-from trainfit.models.fixed_step import FixedEvaluation, FixedStep, fixed_evaluation, fixed_step
+from trainfit.models.fixed_step import FixedStep, fixed_evaluation, fixed_step
 from trainfit.models.images import crowded_sample
 from trainfit.models.maskrcnn.caps import cap_detections, cap_training_samples
 from trainfit.models.maskrcnn.losses import detect, make_objective
@@ -54,7 +54,7 @@ def build_step(setting: Setting, device: torch.device) -> FixedStep:
     return fixed_step(setting, device, model=model, objective=objective, window=window, blocks=blocks)
 
 
-def build_eval_step(setting: Setting, device: torch.device) -> FixedEvaluation:
+def build_eval_step(setting: Setting, device: torch.device) -> FixedStep:
     """Detection on images of the longest allowed side, with as many objects as it may return (`caps`)."""
     training = build_step(setting, device)
     return fixed_evaluation(setting, training, detect, training.window[0])

@@ -7,7 +7,7 @@ from rfdetr.models import _assignment  # pyright: ignore[reportPrivateUsage]
 from scipy.optimize import linear_sum_assignment
 from torch._subclasses.fake_tensor import FakeTensor
 
-from trainfit.models.fixed_step import FixedEvaluation, FixedStep, fixed_evaluation, fixed_step
+from trainfit.models.fixed_step import FixedStep, fixed_evaluation, fixed_step
 from trainfit.models.images import crowded_sample
 from trainfit.models.rfdetr.workload import RfDetr, RfDetrKnobs
 from trainfit.models.setting import Setting
@@ -19,7 +19,7 @@ def build_step(setting: Setting, device: torch.device) -> FixedStep:
     return _step(_workload(setting), setting, device)
 
 
-def build_eval_step(setting: Setting, device: torch.device) -> FixedEvaluation:
+def build_eval_step(setting: Setting, device: torch.device) -> FixedStep:
     """Detection at the model's resolution."""
     workload = _workload(setting)
     side = workload.resolution
