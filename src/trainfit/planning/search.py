@@ -159,21 +159,21 @@ class _Search:
     def best(self) -> Candidate | None:
         """Goes on to what costs more as long as it may gain."""
         found: Candidate | None = None
+        ideal = self.ideal(replace(self.wish.setting, checkpointing=self.wish.checkpointing or "none"))
         for base in self.means():
-            ideal = self.ideal(replace(base, checkpointing=self.wish.checkpointing or "none", ema_on_host=False))
-            if found is not None and _seconds(found) <= (1 + KNEE) * ideal:
-                break
             found = _faster(found, self.fastest(base))
-        if self.wish.checkpointing is None and found is not None and found.setting.checkpointing != "none":
-            found = _faster(found, self.partial(found))
+            if found is not None and _seconds(found) <= (1 + KNEE) * ideal:
+                return found
+        if self.wish.checkpointing is None and found is not None:
+            return _faster(found, self.partial(found))
         return found
 
-    def partial(self, full: Candidate) -> Candidate | None:
-        """Computing only some blocks again, where that is faster than `full`, which computes all of them.
+    def partial(self, other: Candidate) -> Candidate | None:
+        """Computing only some blocks again, where that is faster than `other`.
 
         Time and memory of some are taken to lie on a line between none and all, until a trace tells.
         """
-        blocks = self.prices.blocks(full.setting)
+        blocks = self.prices.blocks(other.setting)
         tries: list[tuple[float, int, int, Setting]] = []
         for none in (base for base in self.means() if base.checkpointing == "none"):
             for b in self.batches():
@@ -188,7 +188,7 @@ class _Search:
         if not tries:
             return None
         seconds, b, count, base = min(tries, key=lambda each: each[:3])
-        if seconds * (1 + KNEE) > _seconds(full):
+        if seconds * (1 + KNEE) > _seconds(other):
             return None
         for _ in range(PARTIAL_TRIES):
             self.note(f"pricing {count} of {blocks} blocks computed again at micro-batch {b}")
