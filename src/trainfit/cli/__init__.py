@@ -1,5 +1,6 @@
 """The command line: one small file a command."""
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except TrainfitError as error:
         print(f"trainfit: error: {error}", file=sys.stderr)
         code = error.exit_code
+    except BrokenPipeError:  # whoever read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     except OSError as error:
         print(f"trainfit: error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         code = 2

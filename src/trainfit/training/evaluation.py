@@ -41,16 +41,7 @@ def evaluate_model(
     Raises:
         OutOfMemory: one image alone does not fit.
     """
-    loader = evaluation_loader(
-        records,
-        workload.decoder(),
-        size=workload.resolution,
-        micro_batch=micro_batch,
-        workers=workers,
-        rank=ranks.rank(),
-        world_size=ranks.world_size(),
-    )
-
+    loader = evaluation_loader(records, workload, micro_batch=micro_batch, workers=workers)
     in_parts = in_parts or Halving(micro_batch, device)
     action = partial(detect, model, workload, precision=precision, device=device)
 
@@ -91,12 +82,7 @@ def evaluating(model: torch.nn.Module, device: torch.device) -> Generator[None]:
 
 
 def detect(
-    model: torch.nn.Module,
-    workload: Workload,
-    samples: Sequence[Sample],
-    *,
-    precision: Precision,
-    device: torch.device,
+    model: torch.nn.Module, workload: Workload, samples: Sequence[Sample], *, precision: Precision, device: torch.device
 ) -> list[Detections]:
     """Detections of a micro-batch, one an image; the model is in eval mode."""
     with autocast(precision, device.type):
@@ -105,10 +91,5 @@ def detect(
 
 def compact(found: ImageDetections) -> Detections:
     """Detections as evaluation keeps them: arrays."""
-    return Detections(
-        image_id=found.image_id,
-        boxes=found.boxes.numpy(),
-        scores=found.scores.numpy(),
-        classes=found.classes.numpy(),
-        masks=found.masks,
-    )
+    arrays = {name: getattr(found, name).numpy() for name in ("boxes", "scores", "classes")}
+    return Detections(image_id=found.image_id, masks=found.masks, **arrays)

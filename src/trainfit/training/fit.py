@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,6 @@ class RunSummary:
     images_per_s: float
     """While training; evaluation and saving left out."""
     train_s: float
-    wait_share: float
-    """Share of the training time spent waiting for the loader."""
     loader: str
     """Whether the loader or the model set the pace; see `headroom`."""
     noise: str
@@ -85,8 +84,8 @@ class _Run:
         began = time.perf_counter()
         self.recipe, self.device, self.show = recipe, device, show
         self.batching = resolve_batching(recipe, ranks.world_size())
-        name = model_name(recipe.model)
-        self.folder = Path(ranks.from_first_rank(lambda: str(self._prepare_folder(name))))
+        folder = partial(run_folder.prepare, recipe.out, model_name(recipe.model), resume=recipe.resume is not None)
+        self.folder = Path(ranks.from_first_rank(lambda: str(folder())))
         self.dataset = load_data(recipe, show)
         self.workload = workload_of(recipe, self.dataset.classes)
         if self.workload.masks:
@@ -132,10 +131,6 @@ class _Run:
         self.noise = NoiseWatch(self.step)
         self._announce(self.batching)
 
-    def _prepare_folder(self, name: str) -> Path:
-        out = self.recipe.out or run_folder.next_folder(name)
-        return run_folder.prepare(out, resume=self.recipe.resume is not None)
-
     def _write_recipe(self) -> None:
         text = encode(dataclasses.replace(self.recipe, out=self.folder))
         run_folder.write_text(self.folder / run_folder.RECIPE, text)
@@ -145,11 +140,9 @@ class _Run:
     def _announce(self, batching: Batching) -> None:
         sizes = self.plan.sizes
         scale = f"{sizes[-1]} px" if len(sizes) == 1 else f"{min(sizes)}-{max(sizes)} px, one size a window"
-        wanted = self.recipe.resolution
-        if wanted is not None and wanted != self.workload.resolution:
-            self.show.note(
-                f"resolution {wanted} is not legal for {self.workload.name}: using {self.workload.resolution}"
-            )
+        wanted, used = self.recipe.resolution, self.workload.resolution
+        if wanted is not None and wanted != used:
+            self.show.note(f"resolution {wanted} is not legal for {self.workload.name}: using {used}")
         images = {split: len(records) for split, records in self.dataset.splits.items()}
         self.show.note(f"data: {images}, {len(self.dataset.classes)} classes ({self.dataset.format})")
         self.show.note(f"{self.workload.name} at {scale}, {self.precision} on {self.device}; {batching.reason}")
@@ -175,30 +168,20 @@ class _Run:
     def _loop(self, stop: Callable[[], bool]) -> bool:
         """A window, its numbers, and what is due after it; whether `stop` ended it."""
         interrupted, saved_at = False, time.monotonic()
+        train, steps = self.dataset.splits["train"], range(self.done, self.total_steps)
+        size, share = max(self.plan.sizes), -(-self.batching.effective_batch // ranks.world_size())
         rehearse(
-            self.step,
-            self.survivor,
-            self.in_parts,
-            self.workload,
-            self.dataset.splits["train"],
-            size=max(self.plan.sizes),
-            share=-(-self.batching.effective_batch // ranks.world_size()),
-            number=self.done,
+            self.step, self.survivor, self.in_parts, self.workload, train, size=size, share=share, number=self.done
         )
         self._tell()
         if self.owed:
             self._evaluate()
             self._save()
         loader = training_loader(
-            self.dataset.splits["train"],
-            self.workload.decoder(),
-            self.plan,
-            steps=range(self.done, self.total_steps),
-            augment=self.recipe.augment,
-            workers=self.workers,
+            train, self.workload.decoder(), self.plan, steps=steps, augment=self.recipe.augment, workers=self.workers
         )
         for items in self.journal.clock.fetch(loader):
-            result = self._window([self._readable(item) for item in items])
+            result = self._window(self._readable(items))
             self.done += 1
             lr = max(group["lr"] for group in self.step.optimizer.param_groups)
             self.journal.window(result, step=self.done, lr=lr, size=self.plan.size(self.done - 1))
@@ -215,7 +198,7 @@ class _Run:
             if due or last or agreed["save"]:
                 self._save()
                 saved_at = time.monotonic()
-                self.journal.paused(self.done)
+                self.journal.event("pause", self.done, paused_s=self.journal.clock.pause())
             if last:
                 break
         return interrupted
@@ -228,16 +211,13 @@ class _Run:
                 "--lr, or --precision fp32"
             )
 
-    def _window(self, window: Sequence[Sample | None]) -> StepResult:
-        factor = lr_factor(
-            self.done, recipe=self.recipe, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps
-        )
+    def _window(self, window: Sequence[Sample]) -> StepResult:
+        factor = lr_factor(self.done, self.recipe, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
         set_lr(self.step.optimizer, factor)
         torch.manual_seed(mix(self.recipe.seed, STEP, self.done, ranks.rank()))
-        readable = [sample for sample in window if sample is not None]
         told = len(self.survivor.survived)
         with self.noise.window(self.done):
-            result = self.survivor.run(self.step, readable, number=self.done)
+            result = self.survivor.run(self.step, window, number=self.done)
         self._tell()
         if sample := self.noise.sample(result, disturbed=len(self.survivor.survived) > told):
             self.journal.noise_sample(sample, self.done + 1)
@@ -250,13 +230,12 @@ class _Run:
             self.journal.event("oom", **dataclasses.asdict(event))
         self.told = len(self.survivor.survived)
 
-    def _readable(self, item: Sample | Unreadable) -> Sample | None:
-        if isinstance(item, Sample):
-            return item
-        if item.message not in self.skipped:
-            self.skipped.append(item.message)
-            self.show.note(f"left out: {item.message}")
-        return None
+    def _readable(self, items: Sequence[Sample | Unreadable]) -> list[Sample]:
+        for item in items:
+            if isinstance(item, Unreadable) and item not in self.skipped:
+                self.skipped.append(str(item))
+                self.show.note(f"left out: {item}")
+        return [item for item in items if isinstance(item, Sample)]
 
     def _due(self) -> bool:
         """Whether the window just done is followed by an evaluation."""
@@ -285,7 +264,7 @@ class _Run:
         for kind, result in self.ap.items():
             row |= {f"{kind}_ap": result.ap, f"{kind}_ap50": result.ap50, f"{kind}_ap75": result.ap75}
             row[f"{kind}_per_class"] = {c.name: c.ap for c in result.per_class}
-        self.journal.evaluation(row)
+        self.journal.record([row])
         score = self.ap.get("segm", self.ap["bbox"]).ap
         figures = ", ".join(f"{kind} AP {_percent(r.ap)} AP50 {_percent(r.ap50)}" for kind, r in self.ap.items())
         better = score is not None and (self.best["ap"] is None or score > self.best["ap"])
@@ -331,7 +310,7 @@ class _Run:
         self.show.note(f"going on after step {self.done}")
 
     def _finish(self, interrupted: bool) -> RunSummary:
-        if not interrupted and _first():
+        if not interrupted and ranks.rank() == 0:
             weights, _ = run_folder.load_weights(self.folder / run_folder.BEST)
             path = self.folder / run_folder.UPSTREAM
             run_folder.write_atomically(path, lambda p: self.workload.export(weights, p))
@@ -345,7 +324,6 @@ class _Run:
             total_steps=self.total_steps,
             images_per_s=spent.images * ranks.world_size() / seconds,
             train_s=spent.elapsed_s,
-            wait_share=spent.waited_s / seconds,
             loader=loader,
             noise=noise,
             memory_bytes=memory_bytes(self.device),
@@ -358,12 +336,8 @@ class _Run:
         )
 
 
-def _first() -> bool:
-    return ranks.rank() == 0
-
-
 def _on_first_rank(action: Callable[[], None]) -> None:
-    if _first():
+    if ranks.rank() == 0:
         action()
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,11 @@ import torch
 
 from trainfit.step import ranks
 from trainfit.step.training_step import StepResult
-from trainfit.training.headroom import (
-    WORKER_BYTES,
-    LoaderFacts,
-    LoaderVerdict,
-    available_host_bytes,
-    judge,
-    verdict_line,
-    worker_host_bytes,
-)
+from trainfit.training import headroom
 from trainfit.training.loader import usable_cores
 from trainfit.training.noise_scale import TOO_FEW, NoiseSample, noise_line, noise_scale
-from trainfit.training.run_folder import METRICS, TELEMETRY, Metrics
+from trainfit.training.run_files import TELEMETRY
+from trainfit.training.run_folder import Metrics
 from trainfit.training.telemetry import Clock, Progress, StepUpdate, memory_bytes, meter
 from trainfit.training.tensorboard import event_writer
 
@@ -54,14 +47,14 @@ class Journal:
         first = ranks.rank() == 0
         self.device, self.show, self.workers, self.effective_batch = device, show, workers, effective_batch
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
-        self.metrics = Metrics(folder / METRICS, keep_through=after_step) if first else None
+        self.metrics = Metrics(folder, keep_through=after_step) if first else None
         self.events = event_writer(folder) if tensorboard and first else None
         self.telemetry = _writable(folder / TELEMETRY) if first else None
         self.clock = Clock(device, began)
         self.meter = meter(device)
-        self.worker_bytes = WORKER_BYTES
+        self.worker_bytes = headroom.WORKER_BYTES
         self.noise: list[NoiseSample] = []
-        self.pending: list[dict[str, Any]] = []
+        self.pending: list[tuple[StepResult, int, float, int]] = []
         self.finite = True
         """Whether every loss and gradient of the last reading was a number."""
 
@@ -71,17 +64,7 @@ class Journal:
         if self.clock.total.windows == 0 and not self.pending:
             totals = {"total_steps": self.total_steps, "effective_batch": self.effective_batch}
             self.event("start", step - 1, start_s=self.clock.start_s, workers=self.workers, **totals)
-        self.pending.append(
-            {
-                "step": step,
-                "epoch": (step - 1) // self.steps_per_epoch,
-                "losses": result.losses,
-                "gradient_norm": result.gradient_norm,
-                "lr": lr,
-                "size": size,
-                "images": result.images,
-            }
-        )
+        self.pending.append((result, step, lr, size))
         if self.device.type == "cpu" or step % FLUSH_STEPS == 0:
             self.flush()
 
@@ -89,15 +72,13 @@ class Journal:
         """Read what is pending from the device, write it, show the last window."""
         if not self.pending:
             return
-        rows = [_read(row) for row in self.pending]
+        rows = [self._read(*window) for window in self.pending]
         self.pending.clear()
         spent = self.clock.read()
         last = rows[-1]
         images = sum(row["images"] for row in rows)
         self.finite = all(row["loss"] is not None and row["gradient_norm"] is not None for row in rows)
-        if self.metrics:
-            self.metrics.write(rows)
-        self._event(last)
+        self.record(rows)
         update = StepUpdate(
             step=last["step"],
             total_steps=self.total_steps,
@@ -114,10 +95,20 @@ class Journal:
         self._write({"step": update.step, **values, "wait_share": update.wait_share, **asdict(spent), **self.meter()})
         done = self.clock.total.windows
         if done - len(rows) < WARN_WINDOWS <= done:
-            self.worker_bytes = worker_host_bytes()
+            self.worker_bytes = headroom.worker_host_bytes()
             verdict, line = self._loader(update.step)
             if verdict.wait_share > WARN_SHARE:
                 self.show.note(line)
+
+    def _read(self, result: StepResult, step: int, lr: float, size: int) -> dict[str, Any]:
+        """A pending window's numbers, summed over the ranks; null where one is not finite."""
+        shares = {name: float(value) for name, value in result.losses.items()}
+        summed = ranks.sum_over_ranks(shares | {"images": float(result.images)})
+        images = int(summed.pop("images"))
+        values = {"loss": sum(summed.values()), **summed, "gradient_norm": float(result.gradient_norm)}
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        epoch = (step - 1) // self.steps_per_epoch
+        return {"step": step, "epoch": epoch, **finite, "lr": lr, "size": size, "images": images}
 
     def event(self, name: str, step: int, **values: Any) -> None:
         """Note in telemetry.jsonl that something happened after `step` steps."""
@@ -128,45 +119,38 @@ class Journal:
             with self.telemetry.open("a") as file:
                 file.write(json.dumps({"time": time.time(), **row}) + "\n")
 
-    def paused(self, step: int) -> None:
-        """What went before was no training: an evaluation, a save."""
-        self.event("pause", step, paused_s=self.clock.pause())
-
     def noise_sample(self, sample: NoiseSample, step: int) -> None:
         """Keep what a watched window tells of the gradient's noise."""
         self.noise.append(sample)
         self.event("noise", step, **asdict(sample))
 
-    def _loader(self, step: int) -> tuple[LoaderVerdict, str]:
+    def _loader(self, step: int) -> tuple[headroom.LoaderVerdict, str]:
         total = self.clock.total
         windows = max(1, total.windows)
-        facts = LoaderFacts(
+        facts = headroom.LoaderFacts(
             windows=total.windows,
             compute_s=total.compute_s / windows,
             waited_s=total.waited_s,
             load_s=total.load_s / windows,
             workers=self.workers,
             cores=usable_cores(),
-            available_bytes=available_host_bytes(),
+            available_bytes=headroom.available_host_bytes(),
             worker_bytes=self.worker_bytes,
         )
-        verdict = judge(facts)
-        line = verdict_line(verdict, facts)
+        verdict = headroom.judge(facts)
+        line = headroom.verdict_line(verdict, facts)
         self.event("loader", step, line=line, **asdict(facts), **asdict(verdict))
         return verdict, line
 
-    def evaluation(self, row: Mapping[str, Any]) -> None:
-        """Write an evaluation's figures; `row` has a `step`."""
+    def record(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write figures of windows or of an evaluation; each row has a `step`. TensorBoard gets the last."""
         if self.metrics:
-            self.metrics.write([row])
-        self._event(row)
-
-    def _event(self, row: Mapping[str, Any]) -> None:
+            self.metrics.write(rows)
         if self.events:
-            self.events(row, row["step"])
+            self.events(rows[-1], rows[-1]["step"])
 
     def close(self, step: int, *, interrupted: bool, unseen: str | None) -> tuple[str, str]:
-        """Write the verdicts, close the files; returns what to tell of the loader and of the noise scale.
+        """Write the verdicts; returns what to tell of the loader and of the noise scale.
 
         Args:
             step: Optimizer steps done.
@@ -179,8 +163,6 @@ class Journal:
             noise_line(scale, self.effective_batch) if scale else f"gradient noise scale not told: {unseen or TOO_FEW}"
         )
         self.event("end", step, interrupted=interrupted, noise=hint)
-        if self.metrics:
-            self.metrics.close()
         return line, hint
 
 
@@ -190,19 +172,3 @@ def _writable(path: Path) -> Path:
         with path.open("a") as file:
             file.write("\n")
     return path
-
-
-def _read(row: dict[str, Any]) -> dict[str, Any]:
-    """A pending window's numbers, summed over the ranks; null where one is not finite."""
-    shares = {name: float(value) for name, value in row["losses"].items()} | {"images": float(row["images"])}
-    summed = ranks.sum_over_ranks(shares)
-    images = int(summed.pop("images"))
-    values = {"loss": sum(summed.values()), **summed, "gradient_norm": float(row["gradient_norm"])}
-    return {
-        "step": row["step"],
-        "epoch": row["epoch"],
-        **{key: value if math.isfinite(value) else None for key, value in values.items()},
-        "lr": row["lr"],
-        "size": row["size"],
-        "images": images,
-    }

@@ -5,28 +5,24 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from trainfit.data.samples import ImageRecord, Sample
 from trainfit.errors import TrainfitError
-from trainfit.models.workload import Decoder
+from trainfit.models.workload import Decoder, Workload
+from trainfit.step import ranks
 from trainfit.training.schedule import mix
 
 ORDER, SIZE, SAMPLE, STEP = range(4)
 """Purposes of `mix`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Unreadable:
-    """An image that failed to decode in the middle of training: left out of its window, named in the summary."""
-
-    image_id: int
-    message: str
+class Unreadable(str):
+    """Why an image failed to decode in the middle of training: left out of its window, named in the summary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,22 +65,10 @@ class _Key:
     seed: int
 
 
-class _Windows(Sampler[list[_Key]]):
-    """The windows of steps [first, last)."""
-
-    def __init__(self, plan: WindowPlan, first: int, last: int) -> None:
-        self.plan, self.first, self.last = plan, first, last
-
-    def __iter__(self) -> Iterator[list[_Key]]:
-        for step in range(self.first, self.last):
-            size = self.plan.size(step)
-            epoch = step // self.plan.windows_per_epoch
-            yield [
-                _Key(index=i, size=size, seed=mix(self.plan.seed, SAMPLE, epoch, i)) for i in self.plan.indices(step)
-            ]
-
-    def __len__(self) -> int:
-        return self.last - self.first
+def _windows(plan: WindowPlan, steps: range) -> Iterator[list[_Key]]:
+    for step in steps:
+        size, epoch = plan.size(step), step // plan.windows_per_epoch
+        yield [_Key(index=i, size=size, seed=mix(plan.seed, SAMPLE, epoch, i)) for i in plan.indices(step)]
 
 
 class Loaded(list[Sample | Unreadable]):
@@ -113,21 +97,7 @@ class _Samples(Dataset[Sample | Unreadable]):
         try:
             return self.decode(record, size=key.size, augment=self.augment, generator=generator)
         except TrainfitError as error:
-            return Unreadable(image_id=record.id, message=str(error))
-
-
-class _Fixed(Sampler[list[_Key]]):
-    """Evaluation's micro-batches: the records in order, this rank's share."""
-
-    def __init__(self, images: int, size: int, micro_batch: int, rank: int, world_size: int) -> None:
-        keys = [_Key(index=i, size=size, seed=0) for i in range(rank, images, world_size)]
-        self.batches = [keys[i : i + micro_batch] for i in range(0, len(keys), micro_batch)]
-
-    def __iter__(self) -> Iterator[list[_Key]]:
-        yield from self.batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
+            return Unreadable(error)
 
 
 def _as_list(samples: list[Sample | Unreadable]) -> list[Sample | Unreadable]:
@@ -149,10 +119,11 @@ class LoaderDiedError(TrainfitError):
     """A loader process is gone; raised while data is waited for, never in the middle of a step."""
 
 
-def _watched(loader: DataLoader[Sample | Unreadable]) -> Iterator[Loaded]:
+def _loaded(samples: _Samples, batches: Iterable[list[_Key]], workers: int) -> Iterator[Loaded]:
     """A loader's items. Torch would raise from a signal handler, anywhere, an update half done included: its handler is
     taken away, and dead processes are found while data is waited for (torch looks every 5 s).
     """
+    loader = DataLoader(samples, batch_sampler=batches, collate_fn=_as_list, num_workers=workers)  # pyright: ignore[reportArgumentType]
     main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
     before = signal.getsignal(signal.SIGCHLD) if main else None
     others = multiprocessing.active_children()
@@ -160,50 +131,30 @@ def _watched(loader: DataLoader[Sample | Unreadable]) -> Iterator[Loaded]:
     if before is not None:
         signal.signal(signal.SIGCHLD, before)
     processes = [p for p in multiprocessing.active_children() if p not in others]
-    while True:
-        try:
-            item: Any = next(source)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            dead = [p for p in processes if p.exitcode]
-            if not dead or "DataLoader worker" not in str(error):
-                raise
-            said = ", ".join(f"{p.pid} (exit code {p.exitcode})" for p in dead)
-            raise LoaderDiedError(
-                f"loader process {said} died, most likely killed because host memory ran out: take fewer --workers"
-            ) from error
-        yield item
+    try:
+        yield from source
+    except RuntimeError as error:
+        dead = [p for p in processes if p.exitcode]
+        if not dead or "DataLoader worker" not in str(error):
+            raise
+        said = ", ".join(f"{p.pid} (exit code {p.exitcode})" for p in dead)
+        raise LoaderDiedError(
+            f"loader process {said} died, most likely killed because host memory ran out: take fewer --workers"
+        ) from error
 
 
 def training_loader(
     records: Sequence[ImageRecord], decode: Decoder, plan: WindowPlan, *, steps: range, augment: bool, workers: int
 ) -> Iterator[Loaded]:
     """A loader whose items are whole windows (lists of samples) of the given steps, in order."""
-    loader = DataLoader(
-        _Samples(records, decode, augment=augment),
-        batch_sampler=_Windows(plan, steps.start, steps.stop),  # pyright: ignore[reportArgumentType]
-        collate_fn=_as_list,
-        num_workers=workers,
-    )
-    return _watched(loader)
+    return _loaded(_Samples(records, decode, augment=augment), _windows(plan, steps), workers)
 
 
 def evaluation_loader(
-    records: Sequence[ImageRecord],
-    decode: Decoder,
-    *,
-    size: int,
-    micro_batch: int,
-    workers: int,
-    rank: int = 0,
-    world_size: int = 1,
+    records: Sequence[ImageRecord], workload: Workload, *, micro_batch: int, workers: int
 ) -> Iterator[Loaded]:
-    """A loader whose items are micro-batches of this rank's share of the records, not augmented."""
-    loader = DataLoader(
-        _Samples(records, decode, augment=False),
-        batch_sampler=_Fixed(len(records), size, micro_batch, rank, world_size),  # pyright: ignore[reportArgumentType]
-        collate_fn=_as_list,
-        num_workers=workers,
-    )
-    return _watched(loader)
+    """A loader whose items are micro-batches of this rank's share of the records, in order and not augmented."""
+    mine = range(ranks.rank(), len(records), ranks.world_size())
+    keys = [_Key(index=i, size=workload.resolution, seed=0) for i in mine]
+    batches = [keys[i : i + micro_batch] for i in range(0, len(keys), micro_batch)]
+    return _loaded(_Samples(records, workload.decoder(), augment=False), batches, workers)

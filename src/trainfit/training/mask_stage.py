@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trainfit.errors import TrainfitError
 from trainfit.training.recipe import Recipe
-from trainfit.training.run_folder import BEST, read_metadata
+from trainfit.training.run_folder import BEST, load_weights
 
 
 def evaluated_weights(run: Path) -> Path:
@@ -32,7 +32,7 @@ def on_detector_run(recipe: Recipe) -> Recipe:
     if recipe.from_run is None:
         return recipe
     path = evaluated_weights(recipe.from_run)
-    metadata = read_metadata(path)
+    _, metadata = load_weights(path)
     if "model" not in metadata or "knobs" not in metadata:
         raise TrainfitError(f"{path} is not a weights file of trainfit")
     knobs = json.loads(metadata["knobs"])

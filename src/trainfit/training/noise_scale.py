@@ -71,19 +71,14 @@ def _ratio(samples: Sequence[NoiseSample]) -> float:
 def noise_line(scale: NoiseScale, effective_batch: int) -> str:
     """The hint in words. A guide only: it is no more than a bound on the useful batch (Merrill et al. 2025, 2505.23971)."""
     if scale.images == inf:
-        about = (
-            f"gradient noise scale above {scale.low:.0f}" if scale.low < inf else "gradient noise scale not to be told"
-        )
+        about = f"above {scale.low:.0f}" if scale.low < inf else "not to be told"
         about += f" (over {scale.windows} windows; the noise hides the gradient)"
     else:
         high = f"{scale.high:.0f}" if scale.high < inf else "more"
-        about = (
-            f"gradient noise scale about {scale.images:.0f} ({scale.low:.0f} to {high} over {scale.windows} windows)"
-        )
+        about = f"about {scale.images:.0f} ({scale.low:.0f} to {high} over {scale.windows} windows)"
+    place = "of that order"
     if effective_batch < scale.low:
-        return (
-            f"{about}: effective batch {effective_batch} is below it, a larger one would need fewer steps (a hint only)"
-        )
-    if effective_batch > scale.high:
-        return f"{about}: effective batch {effective_batch} is above it, a smaller one would need fewer images (a hint only)"
-    return f"{about}: effective batch {effective_batch} is of that order (a hint only)"
+        place = "below it, a larger one would need fewer steps"
+    elif effective_batch > scale.high:
+        place = "above it, a smaller one would need fewer images"
+    return f"gradient noise scale {about}: effective batch {effective_batch} is {place} (a hint only)"

@@ -198,10 +198,8 @@ class Survivor:
             norm, failure = attempt(lambda: step.update(number))
             if norm is not None:
                 return norm
-            same = self.micro_batch
-            self.survived.append(
-                survival(failure, step.device, step=number, where="update", micro_batch=same, next_micro_batch=same)
-            )
+            same: dict[str, Any] = {"micro_batch": self.micro_batch, "next_micro_batch": self.micro_batch}
+            self.survived.append(survival(failure, step.device, step=number, where="update", **same))
             free_cached(step.device)
         raise HalfUpdated(f"no memory for the optimizer's update at step {number + 1} ({failure})")
 
@@ -228,12 +226,10 @@ class Survivor:
 
     def _rise(self, number: int) -> None:
         if self._may_rise and self._larger and self._quiet >= self.quiet_windows:
-            before, self.micro_batch, self._may_rise = self.micro_batch, self._larger, False
-            self.survived.append(
-                Survival(
-                    step=number, where="window", cause="quiet", micro_batch=before, next_micro_batch=self.micro_batch
-                )
-            )
+            before, larger = self.micro_batch, self._larger
+            event = Survival(step=number, where="window", cause="quiet", micro_batch=before, next_micro_batch=larger)
+            self.survived.append(event)
+            self.micro_batch, self._may_rise = larger, False
 
     def _remember(self, step: TrainingStep, window: Sequence[Any]) -> None:
         """What fits, for the message of the stop; on a GPU only."""

@@ -1,6 +1,8 @@
 """The worst window before the first: a run that will not fit says so in its first minute, not at step 4000."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,12 +57,9 @@ def rehearse(
     def worst(side: int, count: int) -> list[Sample]:
         found: list[Sample] = []
         for record in worst_first(records):
-            if len(found) == count:
-                break
-            try:
-                found.append(decode(record, size=side, augment=False, generator=torch.Generator()))
-            except TrainfitError:  # an image that cannot be decoded is reported when its own window comes
-                continue
+            if len(found) < count:
+                with suppress(TrainfitError):  # an image that cannot be decoded is reported when its own window comes
+                    found.append(decode(record, size=side, augment=False, generator=torch.Generator()))
         return (found * count)[:count]
 
     restore = keep(step)
@@ -68,12 +67,8 @@ def rehearse(
         survivor.run(step, worst(size, min(share, 2 * survivor.micro_batch)), number=number, where=WHERE)
         model = step.ema or step.model
         with evaluating(model, step.device):
-            in_parts(
-                lambda samples: detect(model, workload, samples, precision=step.precision, device=step.device),
-                worst(workload.resolution, in_parts.micro_batch),
-                step=number,
-                where=WHERE,
-            )
+            found = partial(detect, model, workload, precision=step.precision, device=step.device)
+            in_parts(found, worst(workload.resolution, in_parts.micro_batch), step=number, where=WHERE)
     finally:
         restore()
 

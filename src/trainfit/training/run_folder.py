@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from trainfit.errors import TrainfitError
 from trainfit.step.attempt import is_out_of_memory
-from trainfit.training.run_files import METRICS as METRICS
-from trainfit.training.run_files import RECIPE as RECIPE
-from trainfit.training.run_files import TELEMETRY as TELEMETRY
+from trainfit.training.run_files import METRICS, RECIPE, TELEMETRY
 
 STATE = "state.pt"
 LAST = "last.safetensors"
@@ -22,12 +21,14 @@ BEST = "best.safetensors"
 UPSTREAM = "best-rfdetr.pth"
 
 
-def prepare(out: Path, *, resume: bool) -> Path:
-    """Make the run folder, and prove that it can be written.
+def prepare(out: Path | None, model: str, *, resume: bool) -> Path:
+    """Make the run folder, runs/MODEL-1 or the next number that is free unless given; prove that it can be written.
 
     Raises:
         TrainfitError: it holds another run, or cannot be written.
     """
+    if out is None:
+        out = next(path for n in count(1) if not (path := Path("runs") / f"{model}-{n}").exists())
     if not resume and (out / RECIPE).exists():
         raise TrainfitError(f"{out} already holds a run: go on with --resume {out}, or choose another --out")
     try:
@@ -40,15 +41,7 @@ def prepare(out: Path, *, resume: bool) -> Path:
     return out
 
 
-def next_folder(model: str, root: Path = Path("runs")) -> Path:
-    """runs/MODEL-1, or the next number that is free."""
-    number = 1
-    while (root / f"{model}-{number}").exists():
-        number += 1
-    return root / f"{model}-{number}"
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside the file, flush it to the disk, then take its name.
 
     Raises:
@@ -60,12 +53,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (
-        OSError,
-        RuntimeError,
-        MemoryError,
-        SafetensorError,
-    ) as error:  # torch and safetensors wrap the operating system's error
+    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
+        # torch and safetensors wrap the operating system's error
         temporary.unlink(missing_ok=True)
         kept = "the previous one is intact" if path.exists() else "there is no previous one"
         reason = _system_reason(error)
@@ -82,11 +71,7 @@ def events(folder: Path, name: str) -> list[dict[str, Any]]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file as `write_atomically` does."""
-
-    def write(target: Path) -> None:
-        target.write_text(text)
-
-    write_atomically(path, write)
+    write_atomically(path, lambda target: target.write_text(text))
 
 
 def _system_reason(error: BaseException) -> str:
@@ -124,19 +109,6 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise TrainfitError(f"{path}: not a readable safetensors file ({error})") from error
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata alone of a file that `save_weights` wrote.
-
-    Raises:
-        TrainfitError: the file cannot be read as safetensors.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise TrainfitError(f"{path}: not a readable safetensors file ({error})") from error
-
-
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Training state: tensors and plain values only, so that it loads with `weights_only`."""
 
@@ -161,16 +133,15 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 class Metrics:
-    """An append-only JSON-lines file that can be cut back to a step."""
+    """A run folder's `METRICS`: an append-only JSON-lines file that can be cut back to a step."""
 
-    def __init__(self, path: Path, *, keep_through: int) -> None:
-        """Open `path`, without the lines of steps after `keep_through` (a resumed run writes them again)."""
-        self.path = path
+    def __init__(self, folder: Path, *, keep_through: int) -> None:
+        """Open it without the lines of steps after `keep_through` (a resumed run writes them again)."""
+        self.path = path = folder / METRICS
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= keep_through]
         if kept != lines:
             write_text(path, "".join(kept))
-        self._file = path.open("a")
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows; each has a `step`.
@@ -179,13 +150,9 @@ class Metrics:
             TrainfitError: the disk is full.
         """
         try:
-            self._file.writelines(json.dumps(row) + "\n" for row in rows)
-            self._file.flush()
+            with self.path.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
         except OSError as error:
             raise TrainfitError(
                 f"could not write {self.path} ({error.strerror}): free space and go on with --resume"
             ) from error
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()

@@ -8,7 +8,7 @@ import torch
 from trainfit.training.recipe import Recipe
 
 
-def lr_factor(step: int, *, recipe: Recipe, steps_per_epoch: int, total_steps: int) -> float:
+def lr_factor(step: int, recipe: Recipe, *, steps_per_epoch: int, total_steps: int) -> float:
     """What every group's rate is multiplied by in optimizer step `step` (0 for the first).
 
     Source: rfdetr 1.11.2 training/module_model.py `_build_managed_scheduler`'s `lr_lambda` (min_factor 0).

@@ -38,15 +38,8 @@ def load_data(recipe: Recipe, show: Progress) -> Dataset:
 
 def workload_of(recipe: Recipe, classes: tuple[str, ...]) -> Workload:
     """The recipe's model for these classes."""
-    knobs = {
-        "resolution": recipe.resolution,
-        "snap": recipe.snap,
-        "num_queries": recipe.num_queries,
-        "groups": recipe.groups,
-        "freeze_encoder": recipe.freeze_encoder,
-        "stage": recipe.recipe,
-    }
-    return make_workload(recipe.model, classes, knobs)
+    knobs = {name: getattr(recipe, name) for name in ("resolution", "snap", "num_queries", "groups", "freeze_encoder")}
+    return make_workload(recipe.model, classes, knobs | {"stage": recipe.recipe})
 
 
 def make_step(

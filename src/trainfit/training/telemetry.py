@@ -5,21 +5,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 
 from trainfit.gpus.usage import GpuUsage, usage_meter
-
-
-class Fetched(Protocol):
-    """A window as the loader gives it."""
-
-    load_s: float
-    """Seconds that reading and decoding it took, in the process that did."""
-
-
-Item = TypeVar("Item", bound=Fetched)
+from trainfit.training.loader import Loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,28 +38,16 @@ class Progress(Protocol):
 
     def note(self, text: str) -> None:
         """Say one line that stays."""
-        ...
 
     def step(self, update: StepUpdate) -> None:
         """Training went on."""
-        ...
 
     def evaluated(self, done: int, total: int) -> None:
         """Evaluation went on: images done, of all."""
-        ...
 
 
-class Silent:
+class Silent(Progress):
     """A `Progress` that shows nothing."""
-
-    def note(self, text: str) -> None:
-        """Say nothing."""
-
-    def step(self, update: StepUpdate) -> None:
-        """Show nothing."""
-
-    def evaluated(self, done: int, total: int) -> None:
-        """Show nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,15 +89,10 @@ class Clock:
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._since, self._now = began, Spent()
 
-    def fetch(self, items: Iterable[Item]) -> Iterator[Item]:
+    def fetch(self, items: Iterable[Loaded]) -> Iterator[Loaded]:
         """Pass windows on; the time until each arrives is waiting for data, but for the first: that is the start."""
-        source = iter(items)
-        while True:
-            asked = time.perf_counter()
-            try:
-                item = next(source)
-            except StopIteration:
-                return
+        asked = time.perf_counter()
+        for item in items:
             self._arrived = time.perf_counter()
             if self.start_s is None:
                 self.start_s = self.pause()
@@ -127,6 +101,7 @@ class Clock:
             self._now += Spent(load_s=item.load_s)
             self._first = self._event() if self.device.type == "cuda" else None
             yield item
+            asked = time.perf_counter()
 
     def _event(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -183,7 +158,6 @@ def meter(device: torch.device) -> Callable[[], dict[str, Any]]:
             "allocated_bytes": stats.get("allocated_bytes.all.peak"),
             "reserved_bytes": stats.get("reserved_bytes.all.peak"),
             "alloc_retries": stats.get("num_alloc_retries"),
-            "ooms": stats.get("num_ooms"),
         }
 
     return read
