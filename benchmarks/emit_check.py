@@ -63,12 +63,12 @@ def by_lightning(text: str) -> int:
 
 
 def by_accelerate(text: str) -> int:
-    from accelerate.commands.config.config_args import load_config_from_file  # pyright: ignore[reportMissingImports]
+    from accelerate.commands.config.config_args import load_config_from_file
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "accelerate.yaml")
         path.write_text(text)
-        made = load_config_from_file(str(path))
+        made: Any = load_config_from_file(str(path))
     return effective_batch("accelerate", text) // yaml.safe_load(text)["num_processes"] * made.num_processes
 
 

@@ -236,7 +236,7 @@ def test_a_shipped_trace_equals_a_fresh_one() -> None:
 def test_more_memory_is_never_slower_for_a_shipped_model() -> None:
     """Nor does a plan exceed its budget."""
     speeds: list[float] = []
-    for gib in (3, 4, 5, 6, 8, 10, 12, 16, 24):
+    for gib in (6, 8, 10, 12, 16, 24):
         plan = make_plan(Setting(model="rfdetr-nano"), gpu_with_memory(f"{gib}GiB"))
         speeds.append(plan.chosen.images_per_s or 0 if plan.chosen else 0)
         assert plan.chosen is None or plan.chosen.needs.high_bytes <= plan.budget.low_bytes
