@@ -20,9 +20,8 @@ from statistics import median
 from typing import Any
 
 from trainfit.gpus.catalogue import GIB, Gpu, find_gpu
-from trainfit.gpus.context import cuda_context_bytes
 from trainfit.memory.allocator import AllocatorConfig
-from trainfit.memory.predict import allocator_room
+from trainfit.memory.predict import process_budget
 from trainfit.memory.priced import Pricer
 from trainfit.models.setting import Setting
 from trainfit.planning.knobs import cuts
@@ -73,7 +72,7 @@ class Rival:
         needs = pricer.needs(setting)
         self.needs_bytes = needs.high_bytes
         self.low_bytes = needs.low_bytes
-        self.budget_bytes = allocator_room(gpu, AllocatorConfig()).low_bytes + cuda_context_bytes().high_bytes
+        self.budget_bytes = process_budget(gpu, AllocatorConfig()).low_bytes
         self.images_per_s = (
             effective_batch / pricer.seconds(setting, cuts(effective_batch, setting.micro_batch)).seconds
         )

@@ -61,6 +61,10 @@ class Gpu:
     """What a reader of the numbers must know; why a rate is missing."""
 
 
+FLOPS_RATES = ("fp32_flops_per_s", "tf32_flops_per_s", "fp16_flops_per_s", "bf16_flops_per_s")
+"""The fields of `Gpu` that are arithmetic rates."""
+
+
 def scaled(rate: float | None, factor: float | None) -> float | None:
     """The product; None where either is unknown."""
     return None if rate is None or factor is None else rate * factor

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 from trainfit.errors import TrainfitError
-from trainfit.gpus.catalogue import Gpu, match_driver_name, scaled
+from trainfit.gpus.catalogue import FLOPS_RATES, Gpu, match_driver_name, scaled
 
 Handle = Any
 """NVML's device handle; opaque here."""
@@ -169,10 +169,9 @@ def _slice(nvml: Nvml, handle: Handle, card: Gpu) -> Gpu:
     memory = _memory(nvml, handle)
     usable_bytes, sm_count = memory.total - memory.reserved, nvml.nvmlDeviceGetAttributes(handle).multiprocessorCount
     share = sm_count / card.sm_count if card.sm_count else None
-    rates = ("fp32_flops_per_s", "tf32_flops_per_s", "fp16_flops_per_s", "bf16_flops_per_s")
     return replace(
         card,
-        **{rate: scaled(getattr(card, rate), share) for rate in rates},
+        **{rate: scaled(getattr(card, rate), share) for rate in FLOPS_RATES},
         name=nvml.nvmlDeviceGetName(handle),
         memory_bytes=usable_bytes,
         nominal_memory_bytes=memory.total,

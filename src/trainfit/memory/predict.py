@@ -97,13 +97,12 @@ def predict_traced(
     """Predict from the traces that `trace_requests` names. A pure function."""
     trained = assess(training, gpu, config)
     evaluated = assess(evaluation, gpu, config, since=last_window(evaluation.trace))
-    room, context = allocator_room(gpu, config), cuda_context_bytes()
     return Prediction(
         setting=setting,
         gpu=gpu,
         config=config,
         verdict=_VERDICTS[max(_VERDICTS.index(part.verdict) for part in (trained, evaluated))],
-        budget=ByteRange(low_bytes=room.low_bytes + context.high_bytes, high_bytes=room.high_bytes + context.low_bytes),
+        budget=process_budget(gpu, config),
         training=trained,
         evaluation=evaluated,
         assumptions=_assumptions(setting, gpu),
@@ -120,6 +119,12 @@ def allocator_room(gpu: Gpu, config: AllocatorConfig) -> ByteRange:
         low_bytes=max(0, min(limit, gpu.memory_bytes - taken_high)),
         high_bytes=max(0, min(limit, gpu.memory_bytes - taken_low)),
     )
+
+
+def process_budget(gpu: Gpu, config: AllocatorConfig) -> ByteRange:
+    """What one process may have of the card, its CUDA context included, at worst and at best."""
+    room, context = allocator_room(gpu, config), cuda_context_bytes()
+    return ByteRange(low_bytes=room.low_bytes + context.high_bytes, high_bytes=room.high_bytes + context.low_bytes)
 
 
 def needed(stored: StoredTrace, gpu: Gpu, config: AllocatorConfig) -> ByteRange:

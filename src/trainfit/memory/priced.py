@@ -12,9 +12,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from trainfit.gpus.catalogue import Gpu, find_gpu
+from trainfit.gpus.catalogue import FLOPS_RATES, Gpu, find_gpu
 from trainfit.gpus.context import ByteRange, cublas_workspace_bytes
 from trainfit.memory.allocator import AllocatorConfig
+from trainfit.memory.events import Trace
 from trainfit.memory.predict import Prediction, needed, predict_traced
 from trainfit.memory.profile import last_window
 from trainfit.memory.scaling import ScaledTrace, scale
@@ -84,8 +85,8 @@ class Pricer:
             traced = TRACED_ACCUMULATION if part == "training" else 1
             found = window_seconds(scaled.ops, scaled.micro_batches, gpu, cuts=cuts, traced_accumulation=traced)
         if setting.ema_on_host and part == "training":
-            averaged = self._trace(replace(setting, ema_on_host=False), part).trace.tensors
-            nbytes = sum(tensor.nbytes for tensor in averaged if tensor.category == "EMA")
+            base = scaled or self._trace(replace(setting, ema_on_host=False), part)
+            nbytes = sum(tensor.nbytes for tensor in base.trace.tensors if tensor.category == "EMA")
             found = later(found, nbytes / HOST_BYTES_PER_S)
         return found
 
@@ -134,22 +135,27 @@ class Pricer:
         request, scaled = self.request(setting, part), self._scaled(setting, part)
         evaluated = setting.eval_micro_batch or setting.micro_batch
         if scaled is not None and not scalable(setting):
-            made = scaled.at(setting.accumulation)
-            found = StoredTrace(trace=made, ops=scaled.ops[1], made_up=scaled.made_up, blocks=scaled.blocks)
+            found = _stored(scaled, scaled.at(setting.accumulation))
         elif scaled is None or min(setting.micro_batch, evaluated) < scaled.micro_batches[0]:
             exact = request.setting if not scalable(setting) else _at(request, setting.micro_batch).setting
             exact = replace(exact, eval_micro_batch=setting.eval_micro_batch if part == "evaluation" else None)
             found = get_trace(replace(request, setting=exact), cache=self.cache)
         else:
             since = last_window(scaled.trace) if part == "evaluation" else None
-            found = StoredTrace(
-                trace=scaled.at(setting.micro_batch, eval_micro_batch=evaluated, evaluated_from=since),
-                ops=scaled.ops[1],
-                made_up=scaled.made_up,
-                upper_bounds=scaled.upper_bounds,
-                blocks=scaled.blocks,
-            )
+            made = scaled.at(setting.micro_batch, eval_micro_batch=evaluated, evaluated_from=since)
+            found = _stored(scaled, made)
         return _without_ema(found) if setting.ema_on_host else found
+
+
+def _stored(scaled: ScaledTrace, trace: Trace) -> StoredTrace:
+    """`trace`, made from `scaled`, with what goes with it."""
+    return StoredTrace(
+        trace=trace,
+        ops=scaled.ops[1],
+        made_up=scaled.made_up,
+        upper_bounds=scaled.upper_bounds,
+        blocks=scaled.blocks,
+    )
 
 
 def rated(gpu: Gpu) -> Gpu:
@@ -157,8 +163,7 @@ def rated(gpu: Gpu) -> Gpu:
     if gpu.bandwidth_bytes_per_s is not None and gpu.fp32_flops_per_s is not None:
         return gpu
     like = find_gpu(RATES_LIKE)
-    names = ("bandwidth_bytes_per_s", "fp32_flops_per_s", "tf32_flops_per_s", "fp16_flops_per_s", "bf16_flops_per_s")
-    return replace(gpu, **{name: getattr(like, name) for name in names})
+    return replace(gpu, **{name: getattr(like, name) for name in ("bandwidth_bytes_per_s", *FLOPS_RATES)})
 
 
 def _without_ema(stored: StoredTrace) -> StoredTrace:

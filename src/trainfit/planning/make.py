@@ -7,10 +7,10 @@ from typing import Literal
 
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import GIB, MIB, Gpu
-from trainfit.gpus.context import ByteRange, cuda_context_bytes
+from trainfit.gpus.context import ByteRange
 from trainfit.measure.calibration import Calibration, load
 from trainfit.memory.allocator import AllocatorConfig
-from trainfit.memory.predict import Prediction, allocator_room
+from trainfit.memory.predict import Prediction, process_budget
 from trainfit.memory.priced import RATES_LIKE, TRACED_ACCUMULATION, Pricer, rated, scalable
 from trainfit.models.registry import family, published
 from trainfit.models.setting import Setting
@@ -112,9 +112,7 @@ def make_plan(
     prices = Calibrated(pricer=pricer, found=calibration)
     note(f"pricing {setting.model} on {gpu.name}; what was never traced takes half a minute, once")
     exchange = 2 * (gpus - 1) / gpus * pricer.gradient_bytes(replace(setting, micro_batch=2)) if gpus > 1 else 0
-    room = allocator_room(gpu, config)
-    context = cuda_context_bytes()
-    budget = ByteRange(low_bytes=room.low_bytes + context.high_bytes, high_bytes=room.high_bytes + context.low_bytes)
+    budget = process_budget(gpu, config)
     wish = Wish(
         setting=setting,
         effective_batch=effective_batch,
