@@ -92,7 +92,10 @@ def plan(arguments: Annotated[Plan, tyro.conf.arg(name="")]) -> int:
     gpu = _gpu(arguments)
     setting, decode_s = _setting(arguments), None
     if arguments.data is not None:
-        setting, decode_s = for_data(setting, arguments.data), decode_seconds(setting, arguments.data)
+        from trainfit.data.read import read_dataset
+
+        dataset = read_dataset(arguments.data)
+        setting, decode_s = for_data(setting, dataset), decode_seconds(setting, dataset)
     found = make_plan(
         setting,
         gpu,

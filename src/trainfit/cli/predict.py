@@ -60,7 +60,9 @@ def predict(arguments: Annotated[Predict, tyro.conf.arg(name="")]) -> int:
     gpu, config = chosen_gpu(arguments.gpu, arguments.memory), AllocatorConfig.from_env_string(arguments.alloc_conf)
     setting = replace(arguments.setting, model=model_name(arguments.setting.model))
     if arguments.data is not None:
-        setting = for_data(setting, arguments.data)
+        from trainfit.data.read import read_dataset
+
+        setting = for_data(setting, read_dataset(arguments.data))
     requests = trace_requests(setting, gpu, device=arguments.trace_on)
     if sys.stderr.isatty() and not (arguments.cache and all(map(is_stored, requests))):
         print(f"tracing {setting.model}, some 20 s; the next time it is stored", file=sys.stderr)

@@ -4,25 +4,23 @@ import contextlib
 import statistics
 import time
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from trainfit.errors import TrainfitError
 from trainfit.models.registry import family
 from trainfit.models.setting import Setting
 
+if TYPE_CHECKING:
+    from trainfit.data.samples import Dataset
+
 SAMPLED = 8
 """Images that are decoded for a time."""
 
 
-def for_data(setting: Setting, path: str) -> Setting:
-    """Classes, most objects in an image, and Mask R-CNN's canvas: as high and as wide as any image after the resize.
-
-    Raises:
-        TrainfitError: the data set cannot be read.
-    """
+def for_data(setting: Setting, dataset: "Dataset") -> Setting:
+    """Classes, most objects in an image, and Mask R-CNN's canvas: as high and as wide as any image after the resize."""
     from trainfit.data import statistics as of_data
-    from trainfit.data.read import read_dataset
 
-    dataset = read_dataset(path)
     found = of_data.statistics(dataset.splits["train"])
     canvas = setting.canvas
     if family(setting.model) == "maskrcnn":
@@ -37,16 +35,14 @@ def for_data(setting: Setting, path: str) -> Setting:
     return replace(setting, classes=len(dataset.classes), objects_per_image=objects, canvas=canvas)
 
 
-def decode_seconds(setting: Setting, path: str) -> float | None:
+def decode_seconds(setting: Setting, dataset: "Dataset") -> float | None:
     """Seconds that one loader process takes for an image here; None for families without a loader of their own."""
     if family(setting.model) != "rfdetr":
         return None
     import torch
 
-    from trainfit.data.read import read_dataset
     from trainfit.models.registry import make_workload
 
-    dataset = read_dataset(path)
     workload = make_workload(setting.model, dataset.classes, {"resolution": setting.resolution, "stage": setting.stage})
     decode, size = workload.decoder(), max(workload.sizes(multi_scale=setting.multi_scale))
     torch.set_num_threads(1)  # as in a loader process
