@@ -4,8 +4,13 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # pyright: ignore[reportUnusedImport]
 
 from trainfit.step.attempt import Result, attempt
+
+# `torch.distributed.nn.functional` holds the process group that is there when it is first imported (default arguments):
+# imported later (AdamW's step does, through dynamo) it would keep gloo's threads alive beyond
+# `destroy_process_group`, and one of them that drops a tensor while Python ends aborts the process.
 
 ANOTHER_RANK = "another rank ran out of memory"
 BUCKET_BYTES = 25 * 2**20
