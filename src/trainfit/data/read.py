@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from trainfit.cache import cache_folder
 from trainfit.data.coco import find_coco, read_coco
 from trainfit.data.sample_set import SAMPLE_SET_VERSION, write_sample_set
 from trainfit.data.samples import Dataset, Finding, ImageRecord
@@ -71,8 +72,7 @@ def _format(path: Path, given: str | None) -> str:
 
 def _sample_folder() -> Path:
     """The built-in set in the user's cache; written at the first use."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trainfit"
-    folder = cache / f"sample-v{SAMPLE_SET_VERSION}"
+    folder = cache_folder() / f"sample-v{SAMPLE_SET_VERSION}"
     try:
         return folder if folder.is_dir() else write_sample_set(folder)
     except OSError as error:

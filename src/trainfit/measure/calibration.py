@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from trainfit.cache import cache_folder
 from trainfit.errors import TrainfitError
 from trainfit.measure.search import Measured
 from trainfit.memory.trace_cache import versions
@@ -67,8 +68,7 @@ def load(gpu: str) -> Calibration | None:
 
 def stored_at(gpu: str) -> Path:
     """The file of a card; "CPU" is one."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trainfit" / "measured"
-    return folder / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower())}.jsonl"
+    return cache_folder() / "measured" / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower())}.jsonl"
 
 
 @cache

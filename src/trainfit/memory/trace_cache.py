@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import trainfit
+from trainfit.cache import cache_folder
 from trainfit.errors import TrainfitError
 from trainfit.memory import worker
 from trainfit.memory.events import Trace
@@ -118,8 +119,7 @@ def cache_path(request: TraceRequest, *, versioned: bool = True) -> Path:
     """Where the request's trace is stored; the name depends on what is installed, if `versioned`."""
     text = json.dumps([SCHEMA, request.to_json(), versions() if versioned else None], sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:32]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trainfit" / "traces"
-    return folder / f"{name}.json.gz"
+    return cache_folder() / "traces" / f"{name}.json.gz"
 
 
 @cache
