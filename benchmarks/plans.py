@@ -52,6 +52,29 @@ GUIDE: Sequence[tuple[str, str, str, int, int, bool]] = (
     ("RTX 4090", "base", "masks", 4, 2, True),
 )
 """(card, size, stage, micro-batch, accumulation, multi-scale)."""
+USED: Sequence[tuple[str, int, int, float]] = (
+    ("nano", 1, 256, 2.5),
+    ("nano", 1, 320, 3.2),
+    ("nano", 1, 384, 3.9),
+    ("nano", 2, 384, 7.8),
+    ("nano", 4, 384, 15.6),
+    ("nano", 1, 512, 6.5),
+    ("nano", 1, 640, 9.0),
+    ("small", 1, 512, 7.2),
+    ("base", 1, 560, 9.5),
+)
+"""(size, micro-batch, resolution, GB used): the second guide's figures for its GTX 1650 Ti."""
+EFFECTS: Sequence[tuple[str, str, dict[str, Any]]] = (
+    ("multi-scale training", "5 to 10 % more", {"multi_scale": True}),
+    ("no mixed precision", "43 to 67 % more", {"precision": "fp32"}),
+    ("200 queries, not 300", "hardly less", {"num_queries": 200}),
+    ("micro-batch 2", "100 % more", {"micro_batch": 2}),
+    ("resolution 512", "78 % more", {"resolution": 512}),
+    ("checkpointing", "less, 20 to 30 % slower", {"checkpointing": "all"}),
+)
+"""What the second guide says of a knob, beside rtdetr-seg-nano in one stage, micro-batch 1, 384 pixels, fp16."""
+SPREAD: Sequence[tuple[int, int, int]] = ((1, 4, 4), (2, 4, 2), (4, 4, 1), (8, 2, 1))
+"""(GPUs, micro-batch, accumulation): the first guide's."""
 CARDS = (
     "GTX 1650", "RTX 2060", "RTX 2070", "RTX 3070", "RTX 3060", "T4", "RTX 4060 Ti 16GB", "RTX 3090", "RTX 4090",
     "L40S", "A100 40GB", "A100 80GB",
@@ -151,13 +174,88 @@ def guide_rows() -> Iterator[Sequence[str]]:
         )
 
 
+def effect(pricer: Pricer, base: Setting, other: Setting) -> str:
+    """What a knob changes in memory (CUDA context included) and time; counts of images do not matter."""
+    settings = (base, other)
+    needs = [pricer.needs(setting).high_bytes for setting in settings]
+    per_image = [pricer.seconds(s, (s.micro_batch,) * s.accumulation).seconds / s.micro_batch for s in settings]
+    return f"{needs[1] / needs[0] - 1:+.0%} memory, {per_image[1] / per_image[0] - 1:+.0%} time per image"
+
+
+def used_rows() -> Iterator[Sequence[str]]:
+    """The second guide's memory figures beside those of all three stages."""
+    pricer = Pricer(gpu=find_gpu("GTX 1650 Ti"))
+    budget = process_budget(pricer.gpu, AllocatorConfig()).low_bytes
+    for size, micro_batch, resolution, used in USED:
+        cells: list[str] = []
+        for stage in ("detector", "masks", "single"):
+            base = Setting(model=f"rtdetr-seg-{size}", stage=stage, multi_scale=False, precision="fp16")
+            needs = pricer.needs(replace(base, micro_batch=micro_batch, accumulation=2, resolution=resolution))
+            verdict = (
+                "fits" if needs.high_bytes <= budget else "runs out" if needs.low_bytes > budget else "may run out"
+            )
+            cells.append(f"{needs.low_bytes / GIB:.1f} to {needs.high_bytes / GIB:.1f}, {verdict}")
+        yield (
+            f"{size}, {micro_batch} at {resolution}",
+            f"{used * 1e9 / GIB:.1f}, {'fits' if used < 4 else 'runs out'}",
+            *cells,
+        )
+
+
+def effect_rows() -> Iterator[Sequence[str]]:
+    """What the guides say that knobs do."""
+    pricer = Pricer(gpu=find_gpu("GTX 1650 Ti"))
+    base = Setting(model="rtdetr-seg-nano", accumulation=2, multi_scale=False, precision="fp16")
+    for knob, said, changes in EFFECTS:
+        other = Setting.from_json({**base.to_json(), **changes})
+        yield f"{knob} (rtdetr-seg-nano)", said, effect(pricer, base, other)
+    for name, micro_batch, accumulation, _ in HEURISTIC[2:4]:
+        pricer = Pricer(gpu=find_gpu(name))
+        for model in MODELS[:4]:
+            base = Setting(model=model, micro_batch=micro_batch, accumulation=accumulation)
+            base = replace(base, precision=precision_for(base, pricer.gpu))
+            said = effect(pricer, base, replace(base, checkpointing="all"))
+            yield f"checkpointing ({model}, {micro_batch} on {name})", "30 to 40 % less, about 20 % slower", said
+
+
+def spread_rows() -> Iterator[Sequence[str]]:
+    """The first guide's table for several GPUs, beside the plan on T4s."""
+    gpu = find_gpu("T4")
+    for gpus, micro_batch, accumulation in SPREAD:
+        for model in MODELS[:4]:
+            base = Setting(model=model)
+            plan, theirs = (make_plan(base, gpu, gpus=gpus, micro_batch=b) for b in (None, micro_batch))
+            rival = theirs.chosen
+            assert rival is not None
+            assert plan.chosen is not None
+            speed = f"{(rival.seconds or 0.0) / (plan.chosen.seconds or 1.0):.2f}x"
+            spare = f"leaves {(theirs.budget.low_bytes - rival.needs.high_bytes) / GIB:.1f} GiB unused"
+            yield f"{gpus} x T4", model, f"{micro_batch} x {accumulation}", spare, chosen(plan), speed
+
+
 def sources() -> None:
     """Both guides."""
     path = RESULTS / "source_tables.md"
-    path.write_text("Predicted, effective batch 16, then 8; 100 objects in the fullest image, 80 classes.\n")
+    path.write_text(
+        "Predicted, never measured; 100 objects in the fullest image, 80 classes. Made by benchmarks/plans.py.\n"
+    )
     head = ("card", "model", "recommended", "which", "plan: micro-batch x accumulation", "speed over it")
+
+    def title(words: str) -> None:
+        path.write_text(f"{path.read_text()}\n## {words}\n")
+
+    title("Roboflow's heuristic, effective batch 16")
     table(head, heuristic_rows(MODELS[:4]), path)
+    title("The same over several GPUs")
+    table(head, spread_rows(), path)
+    title("The RT-DETR-Seg guide's settings, effective batch 8")
     table(head, guide_rows(), path)
+    title("The RT-DETR-Seg guide's memory on a GTX 1650 Ti, GiB")
+    table(
+        ("size, micro-batch at resolution", "guide", "detector stage", "masks stage", "single stage"), used_rows(), path
+    )
+    title("What the guides say that a knob does")
+    table(("knob", "guide", "predicted"), effect_rows(), path)
 
 
 def recommended(gpu: Gpu) -> tuple[int, Checkpointing]:

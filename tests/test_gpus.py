@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import (
-    GIB,
     MIB,
     Gpu,
     all_gpus,
@@ -29,7 +28,6 @@ from trainfit.gpus.catalogue import (
 from trainfit.gpus.context import (
     cublas_workspace_bytes,
     cuda_context_bytes,
-    desktop_bytes,
     driver_reserved_bytes,
 )
 from trainfit.gpus.detect import Nvml, detect_gpus
@@ -241,7 +239,6 @@ def test_the_context_covers_published_measurements() -> None:
     """426 MiB: RTX 6000 Ada, torch 2.10, CUDA 13.0; 300 and 400 MiB: PyTorch maintainers for lazy loading."""
     context = cuda_context_bytes()
     assert all(context.low_bytes <= size * MIB <= context.high_bytes for size in (300, 400, 426))
-    assert 0 < desktop_bytes().low_bytes < desktop_bytes().high_bytes < 2 * GIB
 
 
 @pytest.mark.parametrize("gpu", [gpu for gpu in all_gpus() if not gpu.memory_is_nominal], ids=lambda gpu: gpu.name)

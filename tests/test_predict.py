@@ -56,10 +56,10 @@ def test_fraction_limits_the_allocator_alone() -> None:
     assert allocator_room(card(4096 * MIB), AllocatorConfig()).low_bytes == (4096 - 600) * MIB
 
 
-def test_nominal_memory_pays_driver_and_desktop() -> None:
+def test_nominal_memory_pays_the_driver() -> None:
     room = allocator_room(gpu_with_memory("8GiB"), AllocatorConfig())
     assert room.high_bytes == (8192 - 300 - 16) * MIB
-    assert room.low_bytes == (8192 - 600 - 576 - 1152) * MIB
+    assert room.low_bytes == (8192 - 600 - 576) * MIB
 
 
 def test_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:

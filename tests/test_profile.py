@@ -219,7 +219,7 @@ One window of training, GiB: █ allocated, ░ reserved
 Evaluation, micro-batch 4: tight, 1.28 to 2.22 GiB; it allocates 0.98 GiB at most
 
 Assumptions
-  One process on one GPU with the memory to itself; evaluation follows training in the same process.
+  One process, the card to itself (a desktop may hold 1.1 GiB: --memory); evaluation follows training.
   The fullest image has 7 objects (--objects-per-image, or --data).
   Multi-scale training: the largest of its sizes.
   Largest shape assumed, an upper bound: aten.nonzero.

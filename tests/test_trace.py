@@ -15,8 +15,9 @@ import trace_cases
 from trainfit.errors import TrainfitError
 from trainfit.memory import worker
 from trainfit.memory.fake_cuda import Target, attention_kernel
+from trainfit.memory.priced import ALIKE
 from trainfit.memory.trace import trace_step
-from trainfit.memory.trace_cache import StoredTrace
+from trainfit.memory.trace_cache import StoredTrace, kernel_class
 
 PARAMETERS = 4 * 3 * (64 * 64 + 64)  # of Blocks
 ROWS = 4 * trace_cases.BATCH * trace_cases.WIDTH  # bytes of one activation of Blocks
@@ -170,3 +171,20 @@ def test_attention_kernel(capability: tuple[int, int], dtype: torch.dtype, head:
     attn_mask = torch.empty(16, 16, dtype=torch.bool, device="meta") if mask else None
     target = Target(capability=capability)
     assert attention_kernel(target, q, q, q, mask=attn_mask, dropout=0.0, causal=False) == kernel
+
+
+@pytest.mark.parametrize("capability", [(5, 0), (6, 1), (7, 0), (7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("head", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_one_card_stands_for_others(capability: tuple[int, int], head: int, dtype: torch.dtype) -> None:
+    """For heads as RF-DETR has them, of 32 and 64 numbers: the attention kernel is the stand-in's."""
+    stands = kernel_class(capability)
+    assert kernel_class(stands) == stands
+    stands = ALIKE.get(stands, stands)
+    query = torch.empty(2, 4, 10, head, dtype=dtype, device="meta", requires_grad=True)
+    for mask in (None, torch.empty(10, 10, dtype=dtype, device="meta")):
+        kernels = [
+            attention_kernel(Target(capability=c), query, query, query, mask=mask, dropout=0.0, causal=False)
+            for c in (capability, stands)
+        ]
+        assert kernels[0] == kernels[1]

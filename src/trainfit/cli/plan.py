@@ -58,8 +58,12 @@ class Plan:
     num_queries: int | None = None
     groups: int | None = None
     """RF-DETR: query groups in training."""
-    recipe: Literal["single", "detector", "masks"] = "single"
+    recipe: Annotated[Literal["single", "detector", "masks"], tyro.conf.arg(aliases=["--stage"])] = "single"
     """RF-DETR with masks: which stage trains."""
+    canvas: tuple[int, int] | None = None
+    """Mask R-CNN: height and width in pixels that micro-batches are padded to; the worst there is unless given."""
+    channels_last: bool = False
+    """Classifiers: NHWC."""
     freeze_encoder: bool = False
     ema: bool | None = None
     """Averaged weights; as the family is trained unless given."""
@@ -125,7 +129,7 @@ def plan(arguments: Annotated[Plan, tyro.conf.arg(name="")]) -> int:
 
 KNOBS = (
     *("eval_micro_batch", "precision", "optimizer", "resolution", "multi_scale", "num_queries", "groups"),
-    *("freeze_encoder", "ema", "classes", "objects_per_image", "contrastive"),
+    *("canvas", "channels_last", "freeze_encoder", "ema", "classes", "objects_per_image", "contrastive"),
 )
 """Flags that are fields of `Setting` by the same name."""
 

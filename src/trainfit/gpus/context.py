@@ -1,4 +1,4 @@
-"""What CUDA, its libraries and a desktop take of a card's memory beside the tensors, with sources."""
+"""What CUDA and its libraries take of a card's memory beside the tensors, with sources."""
 
 from dataclasses import dataclass
 
@@ -52,11 +52,3 @@ def driver_reserved_bytes(gpu: Gpu) -> ByteRange:
         return ByteRange(low_bytes=0, high_bytes=0)
     share = 0.08 if gpu.capability in JETSON_CAPABILITIES else 0.021
     return ByteRange(low_bytes=16 * MIB, high_bytes=max(576 * MIB, int(gpu.memory_bytes * share)))
-
-
-def desktop_bytes() -> ByteRange:
-    """What a desktop on the same card holds, none on a server: 87 MiB (Titan V, X server, nvidia-smi) to 1152 MiB.
-
-    The upper end is an RTX 5060 Ti on Windows (16,310 MiB total, 15,158 free before any training, llama.cpp log).
-    """
-    return ByteRange(low_bytes=87 * MIB, high_bytes=1152 * MIB)

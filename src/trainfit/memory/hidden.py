@@ -14,7 +14,6 @@ from trainfit.gpus.context import (
     ByteRange,
     cublas_workspace_bytes,
     cuda_context_bytes,
-    desktop_bytes,
     driver_reserved_bytes,
 )
 from trainfit.memory.events import TensorInfo, Trace
@@ -165,9 +164,7 @@ def hidden_rows(gpu: Gpu) -> tuple[HiddenRow, ...]:
     context, driver = cuda_context_bytes(), driver_reserved_bytes(gpu)
     rows = [_row("CUDA context", context, "process", "300 to 600 MiB seen with torch >= 2, lazy loading")]
     if gpu.memory_is_nominal:
-        desktop = ByteRange(low_bytes=0, high_bytes=desktop_bytes().high_bytes)
         rows.append(_row("driver", driver, "card", "nominal memory less the driver's total, over the catalogue"))
-        rows.append(_row("desktop", desktop, "card", "none on a server; up to 1152 MiB seen on Windows"))
     return tuple(rows)
 
 

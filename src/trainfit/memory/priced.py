@@ -38,6 +38,10 @@ PAIRS = ((2, 4), (4, 8))
 """Micro-batches that are traced; the second pair where a step does other things at 2 than at 4."""
 TRACED_ACCUMULATION = 2
 SHIPPED = "shipped"
+ALONE = "-alone"
+"""Traces of one image, beside the scaled ones: below the micro-batches that are traced for scaling."""
+ALIKE = {(8, 6): (8, 0), (10, 0): (9, 0), (6, 1): (7, 5)}
+"""Capabilities whose kernels differ for attention heads of more than 128 numbers, or not of a multiple of 8: not RF-DETR's."""
 RATES_LIKE = "RTX 3060"
 """Whose rates rank settings for a card of which only the memory is known."""
 Part = Literal["training", "evaluation"]
@@ -77,13 +81,20 @@ class Pricer:
         """Time of a window cut into micro-batches of `cuts` images, or of an evaluation micro-batch."""
         gpu = rated(self.gpu)
         scaled = self._scaled(setting, part)
-        if scaled is not None and not scalable(setting):
-            found = line_seconds(scaled.ops, scaled.micro_batches, setting.accumulation, gpu)
-        elif scaled is None:
-            found = step_seconds(self._trace(setting, part).ops, gpu)
+        if not scalable(setting):
+            if scaled is not None:
+                found = line_seconds(scaled.ops, scaled.micro_batches, setting.accumulation, gpu)
+            else:
+                found = step_seconds(self._trace(setting, part).ops, gpu)
         else:
-            traced = TRACED_ACCUMULATION if part == "training" else 1
-            found = window_seconds(scaled.ops, scaled.micro_batches, gpu, cuts=cuts, traced_accumulation=traced)
+            traced, most = TRACED_ACCUMULATION if part == "training" else 1, max(cuts)
+            if scaled is not None and (part == "evaluation" or most >= scaled.micro_batches[0]):
+                ops, points = scaled.ops, scaled.micro_batches
+            else:
+                knob = "micro_batch" if part == "training" else "eval_micro_batch"
+                alone = self._trace(replace(setting, **{knob: most}), part).ops
+                ops, points = (alone, alone), (most, most + 1)
+            found = window_seconds(ops, points, gpu, cuts=cuts, traced_accumulation=traced)
         if setting.ema_on_host and part == "training":
             base = scaled or self._trace(replace(setting, ema_on_host=False), part)
             nbytes = sum(tensor.nbytes for tensor in base.trace.tensors if tensor.category == "EMA")
@@ -115,8 +126,10 @@ class Pricer:
         if scalable(setting):
             setting = replace(setting, micro_batch=1, accumulation=TRACED_ACCUMULATION, eval_micro_batch=None)
         capability = kernel_class(self.gpu.capability)
-        if capability == (8, 6) and family(setting.model) in ("rfdetr", "maskrcnn"):
-            capability = (8, 0)  # the two differ for attention heads of more than 192 numbers
+        if family(setting.model) in ("rfdetr", "maskrcnn"):
+            capability = ALIKE.get(capability, capability)
+        if family(setting.model) == "maskrcnn" and capability == (9, 0):
+            capability = (8, 0)  # it has no attention
         return TraceRequest(setting=setting, part=part, capability=capability)
 
     def _scaled(self, setting: Setting, part: Part) -> ScaledTrace | None:
@@ -139,12 +152,17 @@ class Pricer:
         elif scaled is None or min(setting.micro_batch, evaluated) < scaled.micro_batches[0]:
             exact = request.setting if not scalable(setting) else _at(request, setting.micro_batch).setting
             exact = replace(exact, eval_micro_batch=setting.eval_micro_batch if part == "evaluation" else None)
-            found = get_trace(replace(request, setting=exact), cache=self.cache)
+            found = self._alone(replace(request, setting=exact))
         else:
             since = last_window(scaled.trace) if part == "evaluation" else None
             made = scaled.at(setting.micro_batch, eval_micro_batch=evaluated, evaluated_from=since)
             found = _stored(scaled, made)
         return _without_ema(found) if setting.ema_on_host else found
+
+    def _alone(self, request: TraceRequest) -> StoredTrace:
+        """The request's own trace: the package has those of one image."""
+        text = shipped(request, ALONE) if request.setting.micro_batch == 1 else None
+        return get_trace(request, cache=self.cache) if text is None else StoredTrace.from_json(text)
 
 
 def _stored(scaled: ScaledTrace, trace: Trace) -> StoredTrace:
@@ -238,15 +256,15 @@ def _shipped_needs() -> dict[str, Any]:
     return json.loads(lzma.decompress(path.read_bytes())) if path.exists() else {}
 
 
-def is_shipped(request: TraceRequest) -> bool:
-    """Whether the package has a request's scaled trace, made with the packages that are installed."""
+def is_shipped(request: TraceRequest, kind: str = "") -> bool:
+    """Whether the package has a request's scaled (or `ALONE`) trace, made with the packages that are installed."""
     made_with = _shipped_versions()
     same = all(made_with.get(name) == found for name, found in packages_of(request.setting).items())
-    return same and (shipped_folder() / f"{shipped_name(request)}.xz").exists()
+    return same and (shipped_folder() / f"{shipped_name(request)}{kind}.xz").exists()
 
 
-def shipped(request: TraceRequest) -> str | None:
-    """The scaled trace that the package has for a request; None: it has none for what is installed."""
-    if not is_shipped(request):
+def shipped(request: TraceRequest, kind: str = "") -> str | None:
+    """The scaled (or `ALONE`) trace that the package has for a request; None: it has none for what is installed."""
+    if not is_shipped(request, kind):
         return None
-    return lzma.decompress((shipped_folder() / f"{shipped_name(request)}.xz").read_bytes()).decode()
+    return lzma.decompress((shipped_folder() / f"{shipped_name(request)}{kind}.xz").read_bytes()).decode()

@@ -156,7 +156,7 @@ def kernel_class(capability: tuple[int, int] | None) -> tuple[int, int]:
         return capability
     if capability in ((8, 6), (8, 9), (12, 0), (12, 1)):
         return (8, 6)
-    return next(each for each in ((8, 0), (7, 5), (6, 1), (0, 0)) if capability >= each)
+    return (8, 0) if capability >= (8, 0) else (7, 5) if capability >= (7, 0) else (6, 1)
 
 
 def stored(path: Path) -> str | None:

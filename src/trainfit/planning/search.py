@@ -132,19 +132,24 @@ class _Search:
         largest = self.largest(base)
         if largest is None:
             return None
-        sizes = [b for b in self.batches() if b <= largest]
+        sizes = self.worth(largest)
         best = min(sizes, key=lambda b: (self.speed(base, b), b))
         while (found := self.price(base, best)).verdict != "fits":  # memory that does not grow with the micro-batch
             sizes.remove(best)
             best = min(sizes, key=lambda b: (self.speed(base, b), b))
-        smaller = [b for b in sizes if b < best]
+        smaller = [b for b in self.batches() if b < best]
         if smaller:
             self.price(base, smaller[-1])
         return found
 
     def ideal(self, base: Setting) -> float:
         """Seconds of a window with nothing computed again, whatever memory it takes: nothing is faster."""
-        return min(self.speed(base, b) for b in self.batches())
+        return min(self.speed(base, b) for b in self.worth(self.wish.share))
+
+    def worth(self, largest: int) -> list[int]:
+        """Micro-batches to compare. One image is no faster than two, and is a trace of its own."""
+        sizes = [b for b in self.batches() if b <= largest]
+        return [b for b in sizes if b > 1] or sizes
 
     def means(self) -> Iterator[Setting]:
         """Bases in the order of what they cost: averaged weights to the host, then recomputation."""
@@ -252,7 +257,7 @@ def search(wish: Wish, prices: Prices, *, note: Callable[[str], None] = lambda _
         chosen=next((each for each in candidates if each.verdict == "chosen"), None),
         prediction=prediction,
         candidates=candidates,
-        knee=next(b for b in found.batches() if found.speed(base, b) <= (1 + KNEE) * ideal),
+        knee=next(b for b in found.worth(wish.share) if found.speed(base, b) <= (1 + KNEE) * ideal),
         savings=() if chosen else tuple(sorted(found.savings(smallest), key=lambda each: -each.saved_bytes)),
     )
 

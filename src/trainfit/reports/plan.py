@@ -236,9 +236,9 @@ def smallest_card(need_bytes: int, precision: Precision) -> Gpu | None:
 
 
 def card_room_bytes(size_gib: int) -> int:
-    """What any card of the catalogue with so much memory offers, of those whose total was measured; without a desktop.
+    """What any card of the catalogue with so much memory offers, of those whose total was measured.
 
-    A size that no such card has is taken as `--memory` takes it: less what drivers and desktops may keep.
+    A size that no such card has is taken as `--memory` takes it: less what drivers may keep.
     """
     cards = [gpu for gpu in all_gpus() if not gpu.memory_is_nominal and gpu.nominal_memory_bytes == size_gib * GIB]
     return min(map(room_bytes, cards), default=room_bytes(gpu_with_memory(f"{size_gib}GiB")))
