@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from trainfit.data.samples import ImageRecord
 from trainfit.models.rfdetr.workload import RfDetr, RfDetrKnobs
+from trainfit.tasks.detection.samples import ImageRecord
 from trainfit.training.evaluation import evaluate_model
 
 OBJECTS = 60

@@ -11,8 +11,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from trainfit.data.sample_set import write_sample_set
 from trainfit.reports.progress import TerminalProgress
+from trainfit.tasks.detection.sample_set import write_sample_set
 from trainfit.training.fit import fit
 from trainfit.training.recipe import Recipe
 

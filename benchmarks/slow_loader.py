@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from trainfit.data.samples import ImageRecord, Sample
 from trainfit.models.rfdetr.workload import RfDetr
 from trainfit.models.workload import Decoder
 from trainfit.reports.run_report import read_run
+from trainfit.tasks.detection.samples import ImageRecord, Sample
 from trainfit.training.fit import fit
 from trainfit.training.recipe import Recipe
 

@@ -10,9 +10,9 @@ import argparse
 
 import torch
 
-from trainfit.data.samples import Sample
 from trainfit.models.rfdetr.workload import RfDetr, RfDetrKnobs, Stage
 from trainfit.models.workload import OptimizerSettings
+from trainfit.tasks.detection.samples import Sample
 
 STAGES: tuple[Stage, ...] = ("single", "detector", "masks")
 

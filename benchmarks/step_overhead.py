@@ -18,13 +18,13 @@ from collections.abc import Callable
 import torch
 from rfdetr.utilities.tensors import NestedTensor
 
-from trainfit.data.read import read_dataset
-from trainfit.data.samples import Sample
 from trainfit.models.rfdetr.data import IMAGENET_MEAN, IMAGENET_STD, to_targets
 from trainfit.models.rfdetr.workload import RfDetr, RfDetrKnobs
 from trainfit.models.workload import OptimizerSettings
 from trainfit.step.training_step import TrainingStep
 from trainfit.step.window import cut
+from trainfit.tasks.detection.read import read_dataset
+from trainfit.tasks.detection.samples import Sample
 
 MICRO_BATCH = 2
 CPU = torch.device("cpu")

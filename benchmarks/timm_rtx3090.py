@@ -34,12 +34,12 @@ import torch
 
 from trainfit.gpus.catalogue import find_gpu
 from trainfit.memory.allocator import replay
-from trainfit.memory.events import Trace
-from trainfit.memory.fake_cuda import Target
-from trainfit.memory.trace import trace_step
-from trainfit.memory.trace_cache import StoredTrace
 from trainfit.timing.counts import OpCount
 from trainfit.timing.roofline import step_seconds
+from trainfit.tracing.events import Trace
+from trainfit.tracing.fake_cuda import Target
+from trainfit.tracing.stored_trace import StoredTrace
+from trainfit.tracing.trace import trace_step
 
 MIB = 2**20
 DATA = Path(__file__).parents[1].parent / "shared/data/timm_rtx3090/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv"

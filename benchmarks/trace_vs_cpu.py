@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainfit.memory import worker
-from trainfit.memory.events import Trace
 from trainfit.memory.profile import last_window
-from trainfit.memory.trace_cache import StoredTrace
+from trainfit.tracing import worker
+from trainfit.tracing.events import Trace
+from trainfit.tracing.stored_trace import StoredTrace
 
 MIB = 2**20
 

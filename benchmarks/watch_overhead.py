@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from trainfit.data.read import read_dataset
 from trainfit.models.rfdetr.workload import RfDetr, RfDetrKnobs
 from trainfit.models.workload import OptimizerSettings
 from trainfit.step.optimizer import make_adamw
 from trainfit.step.training_step import StepResult, TrainingStep
+from trainfit.tasks.detection.read import read_dataset
 from trainfit.training.journal import Journal
 from trainfit.training.loader import Loaded
 from trainfit.training.noise_watch import EVERY, NoiseWatch

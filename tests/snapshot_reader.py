@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trainfit.memory.events import CATEGORIES, TensorInfo, Trace
+from trainfit.tracing.events import CATEGORIES, TensorInfo, Trace
 
 _RESERVING = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
 _BEFORE = "before the recording"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from trainfit.errors import TrainfitError
 from trainfit.memory.allocator import AllocatorConfig, Replay, replay
 from trainfit.memory.caching_allocator import Block, CachingAllocator, round_size
-from trainfit.memory.events import TensorInfo, Trace
+from trainfit.tracing.events import TensorInfo, Trace
 
 MIB = 2**20
 EXPANDABLE = AllocatorConfig(expandable_segments=True)

@@ -22,11 +22,11 @@ from pycocotools import mask as oracle_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from trainfit.data.masks import encode_masks
-from trainfit.data.samples import ImageRecord
 from trainfit.errors import TrainfitError
 from trainfit.reports.ap_table import ap_line, ap_table
-from trainfit.training.coco_ap import ApResult, Detections, IouKind, evaluate, gather_detections
+from trainfit.tasks.detection.coco_ap import ApResult, Detections, IouKind, evaluate, gather_detections
+from trainfit.tasks.detection.masks import encode_masks
+from trainfit.tasks.detection.samples import ImageRecord
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data sets are not beside this checkout")

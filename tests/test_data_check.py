@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from trainfit.cli.check_data import CheckData, check_data
-from trainfit.data.admit import RawImage, RawObject, admit
-from trainfit.data.check import check_dataset
-from trainfit.data.images import ImageDefect, ImageHeader, read_header, read_image
-from trainfit.data.read import read_dataset, require_no_errors
-from trainfit.data.samples import Dataset, Finding, ImageRecord
-from trainfit.data.statistics import statistics
 from trainfit.errors import TrainfitError
 from trainfit.reports.check_data import check_data_text
+from trainfit.tasks.detection.admit import RawImage, RawObject, admit
+from trainfit.tasks.detection.check import check_dataset
+from trainfit.tasks.detection.read import read_dataset, require_no_errors
+from trainfit.tasks.detection.samples import Dataset, Finding, ImageRecord
+from trainfit.tasks.detection.statistics import statistics
+from trainfit.tasks.images import ImageDefect, ImageHeader, read_header, read_image
 
 RNG = np.random.default_rng(0)
 NOISE = Image.fromarray(RNG.integers(0, 256, (30, 40, 3), dtype=np.uint8))

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from trainfit.data.read import read_dataset, require_no_errors
-from trainfit.data.samples import Dataset, ImageRecord
 from trainfit.errors import TrainfitError
+from trainfit.tasks.detection.read import read_dataset, require_no_errors
+from trainfit.tasks.detection.samples import Dataset, ImageRecord
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 

@@ -10,11 +10,11 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainfit.data.samples import Sample
 from trainfit.models.rfdetr.workload import RfDetr, RfDetrKnobs
 from trainfit.step import ranks
 from trainfit.step.terms import CountKind, LossTerm, Objective
 from trainfit.step.window import accumulate, cut
+from trainfit.tasks.detection.samples import Sample
 
 CPU = torch.device("cpu")
 SIDE = 64

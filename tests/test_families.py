@@ -17,7 +17,6 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from trainfit.data.samples import Sample
 from trainfit.errors import TrainfitError
 from trainfit.models.classifier import step as classifier
 from trainfit.models.clip import step as clip
@@ -34,6 +33,7 @@ from trainfit.step.checkpointing import checkpoint_first, repeated_blocks
 from trainfit.step.contrastive import Contrastive, accumulate_contrastive
 from trainfit.step.ema import averaged_copy, ema_decay, update_ema
 from trainfit.step.window import accumulate, cut
+from trainfit.tasks.detection.samples import Sample
 
 CPU = torch.device("cpu")
 

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from test_profile import OPS, make_trace
-from trainfit.memory.trace_cache import StoredTrace, get_traces
 from trainfit.models import registry
 from trainfit.models.setting import Setting
+from trainfit.tracing.stored_trace import StoredTrace
+from trainfit.tracing.trace_cache import get_traces
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks" / "gpu"

@@ -6,9 +6,9 @@ import torch
 
 from test_exact_gradient import Toy, make_sample, toy_objective
 from test_oom import everything, make_step, toy_step
-from trainfit.data.samples import Sample
 from trainfit.step.terms import LossTerm, Objective
 from trainfit.step.training_step import TrainingStep
+from trainfit.tasks.detection.samples import Sample
 
 
 def scaled(step: TrainingStep) -> TrainingStep:

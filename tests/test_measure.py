@@ -27,9 +27,10 @@ from trainfit.measure.process import context_bytes, run_trial
 from trainfit.measure.search import Measured, Predicted, forecast, knee, search
 from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.predict import assess
-from trainfit.memory.trace_cache import StoredTrace, TraceRequest
 from trainfit.models.setting import Setting
 from trainfit.reports.measure import measured_json, measured_text
+from trainfit.tracing.stored_trace import StoredTrace
+from trainfit.tracing.trace_cache import TraceRequest
 
 TASKS = """
 import os, signal

@@ -14,11 +14,12 @@ import pytest
 from test_profile import make_trace
 from trainfit import cli
 from trainfit.gpus.catalogue import MIB, Gpu, find_gpu, gpu_with_memory
-from trainfit.memory import trace_cache
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.predict import allocator_room, assess, trace_requests
-from trainfit.memory.trace_cache import StoredTrace, TraceRequest, cache_path
 from trainfit.models.setting import Setting
+from trainfit.tracing import trace_cache
+from trainfit.tracing.stored_trace import StoredTrace
+from trainfit.tracing.trace_cache import TraceRequest, cache_path
 
 STORED = StoredTrace(trace=make_trace(), ops=())
 SMALL = ("predict", "timm:resnet10t", "--resolution", "64", "--micro-batch", "2", "--gpu", "RTX 3060")

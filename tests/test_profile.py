@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from trainfit.gpus.catalogue import MIB, find_gpu
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.allocator import replay
-from trainfit.memory.events import CATEGORIES, Category, TensorInfo, Trace
 from trainfit.memory.hidden import complete
 from trainfit.memory.predict import Prediction, predict_traced
 from trainfit.memory.profile import SAMPLES, make_profile
-from trainfit.memory.trace_cache import StoredTrace
 from trainfit.models.setting import Setting
 from trainfit.reports.profile import profile_json, profile_text
 from trainfit.reports.profile_html import profile_html
 from trainfit.timing.counts import OpCount
 from trainfit.timing.roofline import KINDS, Kind, TimeEstimate
+from trainfit.tracing.events import CATEGORIES, Category, TensorInfo, Trace
+from trainfit.tracing.stored_trace import StoredTrace
 
 Row = tuple[int, Category, str, str, str]
 ROWS: tuple[Row, ...] = (

@@ -12,11 +12,11 @@ from conftest import rows, run
 from test_exact_gradient import Toy, make_sample, toy_objective
 from test_oom import make_step
 from test_survival import SMALL, TINY, WINDOW, sample_set
-from trainfit.data.samples import ImageRecord, Sample
 from trainfit.errors import OutOfMemory, TrainfitError
 from trainfit.models.workload import ImageDetections
 from trainfit.step.terms import LossTerm, Objective
 from trainfit.step.training_step import TrainingStep
+from trainfit.tasks.detection.samples import ImageRecord, Sample
 from trainfit.training import fit, run_folder
 from trainfit.training.oom import Halving, Survivor
 from trainfit.training.rehearsal import rehearse, worst_first

@@ -13,11 +13,11 @@ import pytest
 
 from conftest import run
 from trainfit.cli import main
-from trainfit.data.sample_set import write_sample_set
 from trainfit.errors import TrainfitError
 from trainfit.reports.run_html import run_html
 from trainfit.reports.run_report import read_run, run_json, run_text
 from trainfit.reports.svg import ticks
+from trainfit.tasks.detection.sample_set import write_sample_set
 
 GIB = 2**30
 BEGAN = 1_700_000_000.0

@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from trainfit.data.images import read_image
-from trainfit.data.samples import ImageRecord
 from trainfit.errors import TrainfitError
 from trainfit.models.registry import from_metadata, make_workload, model_name
 from trainfit.models.rfdetr.data import make_sample
 from trainfit.models.rfdetr.workload import CONFIGS, RfDetr, RfDetrKnobs, legal_resolution
 from trainfit.models.workload import OptimizerSettings
 from trainfit.step.ema import ema_decay, update_ema
+from trainfit.tasks.detection.samples import ImageRecord
+from trainfit.tasks.images import read_image
 from trainfit.training.run_folder import save_weights
 
 SMALL = RfDetrKnobs(resolution=64, groups=2, num_queries=20)

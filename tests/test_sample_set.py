@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from trainfit.data.images import read_image
-from trainfit.data.read import read_dataset
-from trainfit.data.sample_set import SHAPES, write_sample_set
-from trainfit.data.samples import Dataset
 from trainfit.errors import TrainfitError
+from trainfit.tasks.detection.read import read_dataset
+from trainfit.tasks.detection.sample_set import SHAPES, write_sample_set
+from trainfit.tasks.detection.samples import Dataset
+from trainfit.tasks.images import read_image
 
 
 @pytest.fixture(scope="module")

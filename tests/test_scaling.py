@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 import trace_cases
 from trainfit.memory.allocator import replay
-from trainfit.memory.events import TensorInfo, Trace
 from trainfit.memory.scaling import ScaledTrace, scale
-from trainfit.memory.trace import trace_step
-from trainfit.memory.trace_cache import StoredTrace, TraceRequest, get_trace, get_traces
 from trainfit.models.setting import Setting
+from trainfit.tracing.events import TensorInfo, Trace
+from trainfit.tracing.stored_trace import StoredTrace
+from trainfit.tracing.trace import trace_step
+from trainfit.tracing.trace_cache import TraceRequest, get_trace, get_traces
 
 WIDTH = trace_cases.WIDTH
 

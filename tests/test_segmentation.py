@@ -21,8 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import rows, run, shared_data
 from trainfit.cli.guide import translate
-from trainfit.data.masks import decode_rle
-from trainfit.data.samples import ImageRecord, Sample
 from trainfit.errors import TrainfitError
 from trainfit.models.registry import from_metadata, make_workload, model_name
 from trainfit.models.rfdetr import workload as rfdetr_workload
@@ -31,6 +29,8 @@ from trainfit.models.rfdetr.workload import RfDetr, RfDetrKnobs, Stage, masks_of
 from trainfit.models.workload import OptimizerSettings
 from trainfit.step.ema import averaged_copy, update_ema
 from trainfit.step.window import accumulate, cut
+from trainfit.tasks.detection.masks import decode_rle
+from trainfit.tasks.detection.samples import ImageRecord, Sample
 from trainfit.training import run_folder
 from trainfit.training.recipe import Recipe
 

@@ -13,8 +13,8 @@ from torch.cuda import _memory_viz
 
 from snapshot_reader import load_snapshot
 from trainfit.memory.allocator import AllocatorConfig, Replay, replay
-from trainfit.memory.events import TensorInfo, Trace
 from trainfit.reports.memory_viewer import to_snapshot
+from trainfit.tracing.events import TensorInfo, Trace
 
 MIB = 2**20
 

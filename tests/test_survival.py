@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from conftest import rows, run
 from test_exact_gradient import Toy, make_sample, toy_objective
 from test_oom import FailAt, everything, make_step
-from trainfit.data.sample_set import write_sample_set
-from trainfit.data.samples import Sample
 from trainfit.errors import OutOfMemory, TrainfitError
 from trainfit.gpus import detect
 from trainfit.models.rfdetr.workload import RfDetr
 from trainfit.step.terms import LossTerm, Objective
+from trainfit.tasks.detection.sample_set import write_sample_set
+from trainfit.tasks.detection.samples import Sample
 from trainfit.training import oom, run_folder
 from trainfit.training.oom import Halving, Ran, Survival, Survivor, others_on, stop_message, survival_line
 from trainfit.training.shortage import cause_of, shortage

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from test_gpus import FakeDevice, FakeError, FakeNvml, NotSupportedError
-from trainfit.data.samples import ImageRecord, Sample
 from trainfit.gpus.catalogue import MIB
 from trainfit.gpus.usage import GpuUsage, UsageNvml, usage_meter
 from trainfit.step.contrastive import Contrastive
 from trainfit.step.terms import LossTerm, Objective
 from trainfit.step.training_step import TrainingStep
+from trainfit.tasks.detection.samples import ImageRecord, Sample
 from trainfit.training.headroom import LoaderFacts, available_host_bytes, judge, verdict_line, worker_host_bytes
 from trainfit.training.loader import Loaded, WindowPlan, training_loader
 from trainfit.training.noise_scale import NoiseSample, noise_line, noise_scale

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import Gpu, find_gpu, gpu_with_memory
-from trainfit.memory.counts import Counter
 from trainfit.timing.counts import OpCount
 from trainfit.timing.roofline import KINDS, Efficiency, Kind, step_seconds
+from trainfit.tracing.counts import Counter
 
 CARD = replace(
     find_gpu("RTX 3090"),

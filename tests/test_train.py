@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from conftest import rows, run, shared_data
-from trainfit.data.sample_set import write_sample_set
 from trainfit.errors import TrainfitError
+from trainfit.tasks.detection.sample_set import write_sample_set
 from trainfit.training import run_folder
 from trainfit.training.loader import WindowPlan
 from trainfit.training.recipe import Recipe, resolve_batching

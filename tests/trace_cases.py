@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trainfit.errors import TrainfitError
-from trainfit.memory import selftest
-from trainfit.memory.events import Trace
-from trainfit.memory.fake_cuda import Target
 from trainfit.memory.profile import last_window
-from trainfit.memory.trace import trace_step
-from trainfit.memory.trace_cache import StoredTrace
+from trainfit.tracing import selftest
+from trainfit.tracing.events import Trace
+from trainfit.tracing.fake_cuda import Target
+from trainfit.tracing.stored_trace import StoredTrace
+from trainfit.tracing.trace import trace_step
 
 TARGET = Target(capability=(8, 6))
 WIDTH, BATCH = 64, 32

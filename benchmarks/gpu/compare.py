@@ -24,8 +24,9 @@ from trainfit.gpus.context import cuda_context_bytes
 from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.predict import Verdict, assess, trace_requests
 from trainfit.memory.profile import last_window
-from trainfit.memory.trace_cache import StoredTrace, TraceRequest, get_traces
 from trainfit.models.registry import family
+from trainfit.tracing.stored_trace import StoredTrace
+from trainfit.tracing.trace_cache import TraceRequest, get_traces
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30

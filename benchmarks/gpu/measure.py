@@ -28,7 +28,7 @@ from settings import SUITE  # noqa: E402
 
 from trainfit.measure.calibration import append, read  # noqa: E402
 from trainfit.measure.process import context_bytes  # noqa: E402
-from trainfit.memory.worker import last_words  # noqa: E402
+from trainfit.process import last_words  # noqa: E402
 
 KERNELS = "kernels"
 """The name under which single operators are sampled, see kernels.py."""

@@ -16,8 +16,8 @@ import torch
 from settings import SUITE, Case
 
 from trainfit.measure.trial import Windows, run_windows
-from trainfit.memory.trace_cache import versions
 from trainfit.models.registry import build_eval_step, build_step, family
+from trainfit.tracing.trace_cache import versions
 
 WINDOWS = Windows(warm_up=3, least=3, most=13, enough_s=10)
 HISTORY_WINDOWS = Windows(warm_up=2, least=0, most=0)

@@ -24,9 +24,9 @@ class CheckData:
 
 def check_data(arguments: CheckData) -> int:
     """Say what a data set holds, and every defect with file and id; exit code 1 where training would refuse it."""
-    from trainfit.data.check import check_dataset
-    from trainfit.data.read import read_dataset
     from trainfit.reports.check_data import check_data_json, check_data_text
+    from trainfit.tasks.detection.check import check_dataset
+    from trainfit.tasks.detection.read import read_dataset
 
     dataset = read_dataset(arguments.data, format=arguments.format)
     if arguments.decode:

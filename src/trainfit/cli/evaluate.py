@@ -28,9 +28,9 @@ def evaluate(
         device: Where to run.
         as_json: Print JSON.
     """
-    from trainfit.data.read import read_dataset, require_no_errors
     from trainfit.errors import TrainfitError
     from trainfit.reports.ap_table import ap_table
+    from trainfit.tasks.detection.read import read_dataset, require_no_errors
     from trainfit.training.distributed import choose_device
     from trainfit.training.evaluation import evaluate_model
     from trainfit.training.inference import load_detector

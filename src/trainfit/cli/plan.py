@@ -96,7 +96,7 @@ def plan(arguments: Annotated[Plan, tyro.conf.arg(name="")]) -> int:
     gpu = _gpu(arguments)
     setting, decode_s = _setting(arguments), None
     if arguments.data is not None:
-        from trainfit.data.read import read_dataset
+        from trainfit.tasks.detection.read import read_dataset
 
         dataset = read_dataset(arguments.data)
         setting, decode_s = for_data(setting, dataset), decode_seconds(setting, dataset)

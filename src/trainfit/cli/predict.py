@@ -13,13 +13,13 @@ from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import Gpu, find_gpu, gpu_with_memory
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.predict import predict_traced, trace_requests
-from trainfit.memory.trace_cache import get_traces, is_stored
 from trainfit.models.registry import model_name
 from trainfit.models.setting import Setting
 from trainfit.planning.dataset import for_data
 from trainfit.reports.memory_viewer import snapshot
 from trainfit.reports.profile import profile_json, profile_text
 from trainfit.reports.profile_html import profile_html
+from trainfit.tracing.trace_cache import get_traces, is_stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def predict(arguments: Annotated[Predict, tyro.conf.arg(name="")]) -> int:
     gpu, config = chosen_gpu(arguments.gpu, arguments.memory), AllocatorConfig.from_env_string(arguments.alloc_conf)
     setting = replace(arguments.setting, model=model_name(arguments.setting.model))
     if arguments.data is not None:
-        from trainfit.data.read import read_dataset
+        from trainfit.tasks.detection.read import read_dataset
 
         setting = for_data(setting, read_dataset(arguments.data))
     requests = trace_requests(setting, gpu, device=arguments.trace_on)

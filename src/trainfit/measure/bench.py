@@ -13,8 +13,8 @@ from trainfit.measure.process import context_bytes, run_trial
 from trainfit.measure.search import Measured, Predicted, search
 from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.predict import assess, trace_requests
-from trainfit.memory.trace_cache import get_trace
 from trainfit.models.setting import Setting
+from trainfit.tracing.trace_cache import get_trace
 
 MOST = {"cuda": 512, "cpu": 4}
 """The largest micro-batch that is tried unasked."""

@@ -15,8 +15,8 @@ from typing import Any
 from trainfit.cache import cache_folder
 from trainfit.errors import TrainfitError
 from trainfit.measure.search import Measured
-from trainfit.memory.trace_cache import versions
 from trainfit.timing import roofline
+from trainfit.tracing.trace_cache import versions
 
 
 @dataclass(frozen=True, kw_only=True)

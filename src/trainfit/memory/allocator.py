@@ -1,10 +1,11 @@
 """How much memory a traced step takes from the driver with PyTorch's caching allocator, and whether it fits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.caching_allocator import Block, CachingAllocator, SegmentAction, round_size
-from trainfit.memory.events import Trace
+from trainfit.tracing.events import Trace
 
 __all__ = ["AllocatorConfig", "OutOfMemoryAt", "Replay", "replay"]
 
@@ -76,57 +77,72 @@ def replay(
     """
     config = config or AllocatorConfig()
     allocator = CachingAllocator(capacity_bytes=capacity_bytes, config=config, device_bytes=device_bytes)
-    sizes = [round_size(tensor.nbytes, config.roundup_power2_divisions) for tensor in trace.tensors]
-    pools = [allocator.pool_for(size, tensor.stream) for size, tensor in zip(sizes, trace.tensors, strict=True)]
-    requests = [tensor.nbytes for tensor in trace.tensors]
-    blocks: list[Block | None] = [None] * len(sizes)
-    addresses = [0] * len(sizes)
-    peak_allocated = peak_requested = 0
-    allocated: list[int] = []
-    reserved: list[int] = []
-    oom = None
-    for index, event in enumerate(trace.events):
-        allocator.event = index
-        if event < 0:
-            block = blocks[-event - 1]
-            if block is not None:  # None: a request for 0 bytes
-                allocator.free(block)
-                blocks[-event - 1] = None
-        elif requests[event - 1]:
-            i = event - 1
-            blocks[i] = block = allocator.malloc_rounded(requests[i], sizes[i], pools[i])
-            if block is None:
-                oom = OutOfMemoryAt(
-                    event=index,
-                    wanted_bytes=requests[i],
-                    allocated_bytes=allocator.allocated_bytes,
-                    reserved_bytes=allocator.reserved_bytes,
-                )
-                break
-            addresses[i] = block.address
-            if allocator.allocated_bytes > peak_allocated:
-                peak_allocated = allocator.allocated_bytes
-            if allocator.requested_bytes > peak_requested:
-                peak_requested = allocator.requested_bytes
-        if timeline:
-            allocated.append(allocator.allocated_bytes)
-            reserved.append(allocator.reserved_bytes)
+    run = _Run(allocator, trace, config)
+    run.through(trace.events, timeline=timeline)
     return Replay(
-        peak_allocated_bytes=peak_allocated,
-        peak_requested_bytes=peak_requested,
+        peak_allocated_bytes=run.peak_allocated_bytes,
+        peak_requested_bytes=run.peak_requested_bytes,
         peak_reserved_bytes=allocator.peak_reserved_bytes,
         allocated_bytes=allocator.allocated_bytes,
         requested_bytes=allocator.requested_bytes,
         reserved_bytes=allocator.reserved_bytes,
         retries=allocator.retries,
-        oom=oom,
+        oom=run.oom,
         capacity_bytes=capacity_bytes,
-        addresses=tuple(addresses),
-        blocks=_blocks(allocator, blocks),
+        addresses=tuple(run.addresses),
+        blocks=_blocks(allocator, run.blocks),
         segment_events=tuple(allocator.segment_events),
-        allocated_timeline=tuple(allocated),
-        reserved_timeline=tuple(reserved),
+        allocated_timeline=tuple(run.allocated),
+        reserved_timeline=tuple(run.reserved),
     )
+
+
+class _Run:
+    """One pass of a trace's events through an allocator."""
+
+    def __init__(self, allocator: CachingAllocator, trace: Trace, config: AllocatorConfig) -> None:
+        self.allocator = allocator
+        self.requests = [tensor.nbytes for tensor in trace.tensors]
+        self.sizes = [round_size(nbytes, config.roundup_power2_divisions) for nbytes in self.requests]
+        tensors = zip(self.sizes, trace.tensors, strict=True)
+        self.pools = [allocator.pool_for(size, tensor.stream) for size, tensor in tensors]
+        self.blocks: list[Block | None] = [None] * len(self.sizes)
+        self.addresses = [0] * len(self.sizes)
+        self.peak_allocated_bytes = 0
+        self.peak_requested_bytes = 0
+        self.allocated: list[int] = []
+        self.reserved: list[int] = []
+        self.oom: OutOfMemoryAt | None = None
+
+    def through(self, events: Sequence[int], *, timeline: bool) -> None:
+        """Allocate for every positive event and free for every negative one, until memory runs out."""
+        allocator, requests, blocks = self.allocator, self.requests, self.blocks
+        for index, event in enumerate(events):
+            allocator.event = index
+            if event < 0:
+                block = blocks[-event - 1]
+                if block is not None:  # None: a request for 0 bytes
+                    allocator.free(block)
+                    blocks[-event - 1] = None
+            elif requests[event - 1]:
+                i = event - 1
+                blocks[i] = block = allocator.malloc_rounded(requests[i], self.sizes[i], self.pools[i])
+                if block is None:
+                    self.oom = OutOfMemoryAt(
+                        event=index,
+                        wanted_bytes=requests[i],
+                        allocated_bytes=allocator.allocated_bytes,
+                        reserved_bytes=allocator.reserved_bytes,
+                    )
+                    break
+                self.addresses[i] = block.address
+                if allocator.allocated_bytes > self.peak_allocated_bytes:
+                    self.peak_allocated_bytes = allocator.allocated_bytes
+                if allocator.requested_bytes > self.peak_requested_bytes:
+                    self.peak_requested_bytes = allocator.requested_bytes
+            if timeline:
+                self.allocated.append(allocator.allocated_bytes)
+                self.reserved.append(allocator.reserved_bytes)
 
 
 def _blocks(allocator: CachingAllocator, live: list[Block | None]) -> tuple[tuple[int, int, int, int, bool], ...]:

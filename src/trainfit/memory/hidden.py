@@ -16,7 +16,7 @@ from trainfit.gpus.context import (
     cuda_context_bytes,
     driver_reserved_bytes,
 )
-from trainfit.memory.events import TensorInfo, Trace
+from trainfit.tracing.events import TensorInfo, Trace
 
 Within = Literal["reserved", "process", "card"]
 

@@ -6,13 +6,14 @@ from typing import Literal
 from trainfit.gpus.catalogue import Gpu
 from trainfit.gpus.context import ByteRange, cuda_context_bytes
 from trainfit.memory.allocator import AllocatorConfig, OutOfMemoryAt, Replay, replay
-from trainfit.memory.events import Trace
 from trainfit.memory.hidden import MODEL_ERROR, Completed, HiddenRow, complete, hidden_rows, reserved_rows
 from trainfit.memory.profile import Profile, last_window, make_profile
-from trainfit.memory.trace_cache import StoredTrace, TraceRequest, get_traces, kernel_class
 from trainfit.models.registry import family
 from trainfit.models.setting import Setting
 from trainfit.timing.roofline import TimeEstimate, step_seconds
+from trainfit.tracing.events import Trace
+from trainfit.tracing.stored_trace import StoredTrace
+from trainfit.tracing.trace_cache import TraceRequest, get_traces, kernel_class
 
 Verdict = Literal["fits", "tight", "does not fit"]
 _VERDICTS: tuple[Verdict, ...] = ("fits", "tight", "does not fit")

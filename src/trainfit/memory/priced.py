@@ -15,12 +15,15 @@ from typing import Any, Literal
 from trainfit.gpus.catalogue import FLOPS_RATES, Gpu, find_gpu
 from trainfit.gpus.context import ByteRange, cublas_workspace_bytes
 from trainfit.memory.allocator import AllocatorConfig
-from trainfit.memory.events import Trace
 from trainfit.memory.predict import Prediction, needed, predict_traced
 from trainfit.memory.profile import last_window
 from trainfit.memory.scaling import ScaledTrace, scale
-from trainfit.memory.trace_cache import (
-    StoredTrace,
+from trainfit.models.registry import family
+from trainfit.models.setting import Setting
+from trainfit.timing.roofline import HOST_BYTES_PER_S, TimeEstimate, later, line_seconds, step_seconds, window_seconds
+from trainfit.tracing.events import Trace
+from trainfit.tracing.stored_trace import StoredTrace
+from trainfit.tracing.trace_cache import (
     TraceRequest,
     cache_path,
     get_trace,
@@ -30,9 +33,6 @@ from trainfit.memory.trace_cache import (
     store,
     stored,
 )
-from trainfit.models.registry import family
-from trainfit.models.setting import Setting
-from trainfit.timing.roofline import HOST_BYTES_PER_S, TimeEstimate, later, line_seconds, step_seconds, window_seconds
 
 PAIRS = ((2, 4), (4, 8))
 """Micro-batches that are traced; the second pair where a step does other things at 2 than at 4."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from trainfit.memory.allocator import Replay
-from trainfit.memory.events import CATEGORIES, TensorInfo, Trace
+from trainfit.tracing.events import CATEGORIES, TensorInfo, Trace
 
 SAMPLES = 240
 """Points of a timeline, at most."""

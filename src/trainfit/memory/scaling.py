@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from trainfit.memory.events import TensorInfo, Trace
-from trainfit.memory.trace_cache import StoredTrace
 from trainfit.timing.counts import OpCount
+from trainfit.tracing.events import TensorInfo, Trace
+from trainfit.tracing.stored_trace import StoredTrace
 
 LOOKAHEAD = (32, 16, 8, 4, 3, 2, 1)
 """Tensors that must agree behind an insertion for it to count as one; the longest that is found wins."""

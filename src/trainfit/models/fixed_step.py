@@ -19,7 +19,7 @@ from trainfit.step.training_step import TrainingStep
 
 @dataclass(kw_only=True)
 class FixedStep:
-    """A training step with its worst window, or the evaluation that follows it; a `memory.trace.Step`."""
+    """A training step with its worst window, or the evaluation that follows it; a `tracing.trace.Step`."""
 
     training: TrainingStep
     window: Sequence[Any]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from trainfit.data.samples import Sample
+from trainfit.tasks.detection.samples import Sample
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 import torch
 
-from trainfit.data.masks import Rle
-from trainfit.data.samples import ImageRecord, Sample
 from trainfit.step.terms import Objective
+from trainfit.tasks.detection.masks import Rle
+from trainfit.tasks.detection.samples import ImageRecord, Sample
 
 
 @dataclass(frozen=True, kw_only=True)

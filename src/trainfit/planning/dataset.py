@@ -11,7 +11,7 @@ from trainfit.models.registry import family
 from trainfit.models.setting import Setting
 
 if TYPE_CHECKING:
-    from trainfit.data.samples import Dataset
+    from trainfit.tasks.detection.samples import Dataset
 
 SAMPLED = 8
 """Images that are decoded for a time."""
@@ -19,7 +19,7 @@ SAMPLED = 8
 
 def for_data(setting: Setting, dataset: "Dataset") -> Setting:
     """Classes, most objects in an image, and Mask R-CNN's canvas: as high and as wide as any image after the resize."""
-    from trainfit.data import statistics as of_data
+    from trainfit.tasks.detection import statistics as of_data
 
     found = of_data.statistics(dataset.splits["train"])
     canvas = setting.canvas

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil, sqrt
 from typing import Literal
 
@@ -16,7 +17,7 @@ from trainfit.models.registry import family, published
 from trainfit.models.setting import Setting
 from trainfit.planning.knobs import LEARNS
 from trainfit.planning.plan import Loading, Plan
-from trainfit.planning.search import Wish, frontier, search
+from trainfit.planning.search import Found, Wish, frontier, search
 from trainfit.step.names import Checkpointing
 from trainfit.timing.roofline import TimeEstimate, later
 
@@ -97,6 +98,30 @@ def make_plan(
     Raises:
         TrainfitError: what is wanted cannot be, or a step cannot be traced.
     """
+    _refuse_impossible(effective_batch, gpus=gpus, micro_batch=micro_batch, allow=allow)
+    config = config or AllocatorConfig()
+    setting = replace(setting, precision=precision_for(setting, gpu))
+    pricer = Pricer(gpu=gpu, config=config, cache=cache)
+    calibration = load(gpu.name)
+    prices = Calibrated(pricer=pricer, found=calibration)
+    note(f"pricing {setting.model} on {gpu.name}; what was never traced takes half a minute, once")
+    budget = process_budget(gpu, config)
+    wish = Wish(
+        setting=setting,
+        effective_batch=effective_batch,
+        gpus=gpus,
+        budget_bytes=budget.low_bytes,
+        exchange_s=_exchange_s(pricer, setting, gpus),
+        micro_batch=micro_batch,
+        checkpointing=checkpointing,
+        allow=allow,
+    )
+    found = search(wish, prices, note=note)
+    load_for = partial(loading, setting, wish.share, gpus=gpus, decode_s=decode_s, cores=cores)
+    return _plan(wish, found, gpu, budget, load_for, calibration)
+
+
+def _refuse_impossible(effective_batch: int, *, gpus: int, micro_batch: int | None, allow: tuple[str, ...]) -> None:
     for knob in allow:
         if knob not in LEARNS:
             raise TrainfitError(f"--allow {knob}: no such knob; there are {', '.join(LEARNS)}")
@@ -105,42 +130,41 @@ def make_plan(
     share = -(-effective_batch // gpus)
     if micro_batch is not None and not 0 < micro_batch <= share:
         raise TrainfitError(f"--micro-batch {micro_batch} must lie between 1 and the {share} images of each GPU")
-    config = config or AllocatorConfig()
-    setting = replace(setting, precision=precision_for(setting, gpu))
-    pricer = Pricer(gpu=gpu, config=config, cache=cache)
-    calibration = load(gpu.name)
-    prices = Calibrated(pricer=pricer, found=calibration)
-    note(f"pricing {setting.model} on {gpu.name}; what was never traced takes half a minute, once")
-    exchange = 2 * (gpus - 1) / gpus * pricer.gradient_bytes(replace(setting, micro_batch=2)) if gpus > 1 else 0
-    budget = process_budget(gpu, config)
-    wish = Wish(
-        setting=setting,
-        effective_batch=effective_batch,
-        gpus=gpus,
-        budget_bytes=budget.low_bytes,
-        exchange_s=exchange / LINK_BYTES_PER_S,
-        micro_batch=micro_batch,
-        checkpointing=checkpointing,
-        allow=allow,
-    )
-    found = search(wish, prices, note=note)
-    smallest = min(found.candidates, key=lambda each: each.needs.high_bytes)
+
+
+def _exchange_s(pricer: Pricer, setting: Setting, gpus: int) -> float:
+    """Seconds that a ring all-reduce of the gradients takes: every GPU sends 2 (n - 1) / n of them."""
+    if gpus == 1:
+        return 0.0
+    return 2 * (gpus - 1) / gpus * pricer.gradient_bytes(replace(setting, micro_batch=2)) / LINK_BYTES_PER_S
+
+
+def _plan(
+    wish: Wish,
+    found: Found,
+    gpu: Gpu,
+    budget: ByteRange,
+    load_for: Callable[..., Loading],
+    calibration: Calibration | None,
+) -> Plan:
+    """The plan's record of what the search chose."""
+    setting = wish.setting
     speed = found.chosen.images_per_s if found.chosen else None
     return Plan(
         model=setting.model,
         gpu=gpu,
-        gpus=gpus,
-        effective_batch=effective_batch,
+        gpus=wish.gpus,
+        effective_batch=wish.effective_batch,
         budget=budget,
         chosen=found.chosen,
         prediction=found.prediction,
         knee=found.knee,
         frontier=frontier(found.candidates),
         candidates=found.candidates,
-        smallest=smallest,
+        smallest=min(found.candidates, key=lambda each: each.needs.high_bytes),
         savings=found.savings,
-        loading=loading(setting, share, images_per_s=speed, gpus=gpus, decode_s=decode_s, cores=cores),
-        learning_rate=learning_rate(setting, effective_batch),
+        loading=load_for(images_per_s=speed),
+        learning_rate=learning_rate(setting, wish.effective_batch),
         calibrated=calibration is not None and calibration.time_factor is not None,
         assumptions=_assumptions(wish, gpu, found.prediction, calibration),
     )

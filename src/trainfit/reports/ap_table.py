@@ -1,6 +1,6 @@
 """An evaluation as text."""
 
-from trainfit.training.coco_ap import ApResult
+from trainfit.tasks.detection.coco_ap import ApResult
 
 _WORDS = {"bbox": "boxes", "segm": "masks"}
 

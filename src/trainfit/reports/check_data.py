@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from trainfit.data.samples import Dataset, Finding
-from trainfit.data.statistics import DatasetStatistics, statistics
+from trainfit.tasks.detection.samples import Dataset, Finding
+from trainfit.tasks.detection.statistics import DatasetStatistics, statistics
 
 SCHEMA = 1
 _BAR_WIDTH = 40

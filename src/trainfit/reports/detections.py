@@ -7,8 +7,8 @@ from typing import Any, cast
 import torch
 from PIL import Image, ImageDraw
 
-from trainfit.data.masks import Rle
 from trainfit.models.workload import ImageDetections
+from trainfit.tasks.detection.masks import Rle
 
 
 def detection_lines(

@@ -9,9 +9,9 @@ from typing import Any
 
 from trainfit.gpus.catalogue import Gpu
 from trainfit.memory.allocator import AllocatorConfig, Replay
-from trainfit.memory.events import TensorInfo, Trace
 from trainfit.memory.predict import completed, replay_on
-from trainfit.memory.trace_cache import StoredTrace
+from trainfit.tracing.events import TensorInfo, Trace
+from trainfit.tracing.stored_trace import StoredTrace
 
 
 def snapshot(stored: StoredTrace, gpu: Gpu, config: AllocatorConfig) -> dict[str, Any]:

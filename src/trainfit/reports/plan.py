@@ -7,13 +7,13 @@ from typing import Any
 from trainfit.gpus.catalogue import GIB, Gpu, all_gpus, gpu_with_memory
 from trainfit.gpus.context import ByteRange, cuda_context_bytes
 from trainfit.memory.alloc_conf import AllocatorConfig
-from trainfit.memory.events import CATEGORIES
 from trainfit.memory.predict import allocator_room
 from trainfit.models.registry import family
 from trainfit.models.setting import Setting
 from trainfit.planning.plan import Candidate, Plan, knobs
 from trainfit.reports.profile import doubts, gib, interval
 from trainfit.step.names import Checkpointing, Precision
+from trainfit.tracing.events import CATEGORIES
 from trainfit.training.recipe import DEFAULT_EFFECTIVE_BATCH, Recipe
 
 SCHEMA = 1

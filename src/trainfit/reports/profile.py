@@ -6,10 +6,10 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from trainfit.gpus.catalogue import GIB, MIB
-from trainfit.memory.events import CATEGORIES
 from trainfit.memory.hidden import HiddenRow
 from trainfit.memory.predict import MemoryPrediction, Prediction
 from trainfit.memory.profile import ModuleRow, Profile, Sample
+from trainfit.tracing.events import CATEGORIES
 
 SCHEMA = 1
 _WIDTH, _HEIGHT = 72, 12

@@ -5,13 +5,13 @@ from html import escape
 from itertools import accumulate, groupby
 
 from trainfit.gpus.catalogue import GIB, MIB
-from trainfit.memory.events import CATEGORIES
 from trainfit.memory.hidden import HiddenRow
 from trainfit.memory.predict import Prediction
 from trainfit.memory.profile import Profile, Sample
 from trainfit.reports import svg
 from trainfit.reports.html_tables import bullets, byte_bars
 from trainfit.reports.profile import category_rows, doubts, gib, interval, limit_bytes, scale_bytes, sentence
+from trainfit.tracing.events import CATEGORIES
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 960, 340, 56, 34, 26
 _COLORS = ("#4ea5b7", "#7f8fa9", "#e889ab", "#b39ddb", "#e38a42", "#c9b458", "#6aa84f", "#8c6d5a", "#9e9e9e", "#bdbdbd")

@@ -6,14 +6,14 @@ from functools import partial
 
 import torch
 
-from trainfit.data.samples import ImageRecord, Sample
 from trainfit.errors import OutOfMemory
 from trainfit.models.workload import ImageDetections, Workload
 from trainfit.step import ranks
 from trainfit.step.attempt import attempt
 from trainfit.step.names import Precision
 from trainfit.step.precision import autocast
-from trainfit.training.coco_ap import ApResult, Detections, Evaluator, IouKind, gather_detections
+from trainfit.tasks.detection.coco_ap import ApResult, Detections, Evaluator, IouKind, gather_detections
+from trainfit.tasks.detection.samples import ImageRecord, Sample
 from trainfit.training.loader import evaluation_loader
 from trainfit.training.oom import Halving
 

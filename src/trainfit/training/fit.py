@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from trainfit.data.masks import require_masks
-from trainfit.data.samples import Sample
 from trainfit.errors import OutOfMemory, TrainfitError
 from trainfit.models.registry import model_name
 from trainfit.step import ranks
 from trainfit.step.names import Precision
 from trainfit.step.precision import resolve_precision
 from trainfit.step.training_step import StepResult
+from trainfit.tasks.detection.coco_ap import ApResult
+from trainfit.tasks.detection.masks import require_masks
+from trainfit.tasks.detection.samples import Sample
 from trainfit.training import run_folder
-from trainfit.training.coco_ap import ApResult
 from trainfit.training.distributed import process_group
 from trainfit.training.evaluation import evaluate_model
 from trainfit.training.journal import Journal

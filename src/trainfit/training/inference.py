@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainfit.data.images import ImageDefect, read_header
-from trainfit.data.samples import ImageRecord
 from trainfit.errors import TrainfitError
 from trainfit.models.registry import from_metadata
 from trainfit.models.workload import ImageDetections, Workload
 from trainfit.step.names import Precision
 from trainfit.step.precision import autocast
+from trainfit.tasks.detection.samples import ImageRecord
+from trainfit.tasks.images import ImageDefect, read_header
 from trainfit.training.run_folder import BEST, LAST, load_weights
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from trainfit.data.samples import ImageRecord, Sample
 from trainfit.errors import TrainfitError
 from trainfit.models.workload import Decoder, Workload
 from trainfit.step import ranks
+from trainfit.tasks.detection.samples import ImageRecord, Sample
 from trainfit.training.schedule import mix
 
 ORDER, SIZE, SAMPLE, STEP = range(4)

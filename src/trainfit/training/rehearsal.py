@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from trainfit.data.samples import ImageRecord, Sample
 from trainfit.errors import TrainfitError
 from trainfit.models.workload import Workload
 from trainfit.step.training_step import TrainingStep
+from trainfit.tasks.detection.samples import ImageRecord, Sample
 from trainfit.training.evaluation import detect, evaluating
 from trainfit.training.oom import Halving, Survivor, snapshot
 

@@ -4,8 +4,6 @@ import os
 
 import torch
 
-from trainfit.data.read import read_dataset, require_no_errors
-from trainfit.data.samples import Dataset
 from trainfit.models.registry import make_workload
 from trainfit.models.workload import OptimizerSettings, Workload
 from trainfit.step.checkpointing import checkpoint_first
@@ -13,6 +11,8 @@ from trainfit.step.ema import averaged_copy
 from trainfit.step.names import Precision
 from trainfit.step.optimizer import make_optimizer
 from trainfit.step.training_step import TrainingStep
+from trainfit.tasks.detection.read import read_dataset, require_no_errors
+from trainfit.tasks.detection.samples import Dataset
 from trainfit.training.loader import usable_cores
 from trainfit.training.mask_stage import evaluated_weights
 from trainfit.training.recipe import Recipe

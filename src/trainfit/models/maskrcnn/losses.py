@@ -11,8 +11,8 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss, maskrcnn_loss
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 
-from trainfit.data.samples import Sample
 from trainfit.step.terms import LossTerm, Objective
+from trainfit.tasks.detection.samples import Sample
 
 STRIDE = 32
 """Canvases are multiples of it (torchvision's `size_divisible`)."""

@@ -6,13 +6,13 @@ import torch
 from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn_v2
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from trainfit.data.samples import Sample
 from trainfit.models.fixed_step import FixedStep, fixed_evaluation, fixed_step
 from trainfit.models.images import crowded_sample
 from trainfit.models.maskrcnn.caps import cap_detections, cap_training_samples
 from trainfit.models.maskrcnn.losses import detect, make_objective
 from trainfit.models.setting import Setting
 from trainfit.step.checkpointing import repeated_blocks
+from trainfit.tasks.detection.samples import Sample
 
 MIN_SIZE, MAX_SIZE = 800, 1333
 """Short side after the resize, and the longest side allowed (torchvision's defaults)."""

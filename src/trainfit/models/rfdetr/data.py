@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from rfdetr.utilities.tensors import NestedTensor
 
-from trainfit.data.images import read_image
-from trainfit.data.masks import decode_rle
-from trainfit.data.samples import ImageRecord, Sample, Segmentation
+from trainfit.tasks.detection.masks import decode_rle
+from trainfit.tasks.detection.samples import ImageRecord, Sample, Segmentation
+from trainfit.tasks.images import read_image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from rfdetr.models.criterion import SetCriterion
 
-from trainfit.data.samples import Sample
 from trainfit.models.rfdetr.data import to_batch, to_targets
 from trainfit.step.terms import LossTerm, Objective
+from trainfit.tasks.detection.samples import Sample
 
 TERMS = {
     "loss_ce": "class",

@@ -17,13 +17,13 @@ from rfdetr.datasets.coco import compute_multi_scale_scales
 from rfdetr.models import build_criterion_from_config, build_model_from_config
 from rfdetr.models.lwdetr import LWDETR
 
-from trainfit.data.masks import Rle, encode_masks
-from trainfit.data.samples import Sample
 from trainfit.errors import TrainfitError
 from trainfit.models.rfdetr.data import make_sample, to_batch
 from trainfit.models.rfdetr.interop import MASK_HEAD, attach_mask_head, export_upstream, load_weights
 from trainfit.models.rfdetr.losses import make_objective
 from trainfit.models.workload import Decoder, ImageDetections, OptimizerSettings
+from trainfit.tasks.detection.masks import Rle, encode_masks
+from trainfit.tasks.detection.samples import Sample
 
 CONFIGS: Mapping[str, type[upstream.ModelConfig]] = {
     "rfdetr-nano": upstream.RFDETRNanoConfig,

@@ -4,10 +4,10 @@ import shlex
 from collections.abc import Mapping
 
 from trainfit.errors import TrainfitError
-from trainfit.memory.events import CATEGORIES
 from trainfit.models.setting import Setting
 from trainfit.reports.emit.tool import Job, call, means, register
 from trainfit.reports.profile import gib
+from trainfit.tracing.events import CATEGORIES
 
 ENCODER_BLOCKS = 12
 """Of RF-DETR's DINOv2: the first of its blocks, and all that upstream's gradient_checkpointing covers (rfdetr 1.11.2)."""

@@ -15,11 +15,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trainfit.errors import TrainfitError
-from trainfit.memory import fake_autocast, fake_cuda, fakeify
-from trainfit.memory.fake_cuda import Target
-from trainfit.memory.recorder import Recorder
-from trainfit.memory.shadow import Shadows, tensors_in
-from trainfit.memory.trace_cache import StoredTrace
+from trainfit.tracing import fake_autocast, fake_cuda, fakeify
+from trainfit.tracing.fake_cuda import Target
+from trainfit.tracing.recorder import Recorder
+from trainfit.tracing.shadow import Shadows, tensors_in
+from trainfit.tracing.stored_trace import StoredTrace
 
 Device = Literal["cuda", "cpu"]
 

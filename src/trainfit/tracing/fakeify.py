@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from trainfit.memory.fake_cuda import replace
-from trainfit.memory.shadow import forget
+from trainfit.tracing.fake_cuda import replace
+from trainfit.tracing.shadow import forget
 
 
 class FakeCuda(TorchFunctionMode):

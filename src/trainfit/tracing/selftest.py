@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from trainfit.errors import TrainfitError
-from trainfit.memory.fake_cuda import Target
-from trainfit.memory.trace import trace_step
+from trainfit.tracing.fake_cuda import Target
+from trainfit.tracing.trace import trace_step
 
 
 class _Net(nn.Module):

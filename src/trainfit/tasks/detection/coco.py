@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainfit.data.admit import RawImage, RawObject, admit, relative
-from trainfit.data.images import read_headers
-from trainfit.data.samples import Dataset, Finding, ImageRecord
 from trainfit.errors import TrainfitError
+from trainfit.tasks.detection.admit import RawImage, RawObject, admit, relative
+from trainfit.tasks.detection.samples import Dataset, Finding, ImageRecord
+from trainfit.tasks.images import read_headers
 
 SPLIT_WORDS = {
     "train": "train",

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import _foreach_supported_types as optimizer_foreach_types
 from torch.utils._foreach_utils import _foreach_supported_types as foreach_types
 
-from trainfit.memory.fake_autocast import HALF, forget_casts, libraries, register_autocast
+from trainfit.tracing.fake_autocast import HALF, forget_casts, libraries, register_autocast
 
 aten = torch.ops.aten
 PRIM_DEVICE = torch.ops.prim.device.default

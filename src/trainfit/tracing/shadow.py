@@ -20,7 +20,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from trainfit.memory.fake_cuda import replace
+from trainfit.tracing.fake_cuda import replace
 
 aten = torch.ops.aten
 _LIKE = {

@@ -16,11 +16,10 @@ from typing import Any, Literal
 import trainfit
 from trainfit.cache import cache_folder
 from trainfit.errors import TrainfitError
-from trainfit.memory import worker
-from trainfit.memory.events import Trace
 from trainfit.models.registry import family
 from trainfit.models.setting import Setting
-from trainfit.timing.counts import OpCount
+from trainfit.tracing import worker
+from trainfit.tracing.stored_trace import StoredTrace
 
 SCHEMA = 1
 PACKAGES = ("torch", "torchvision", "rfdetr", "timm", "open_clip_torch")
@@ -43,7 +42,7 @@ class TraceRequest:
     """cuda: fake tensors; cpu: the step really runs here, with the CPU's kernels: slow, and needs the memory."""
 
     def to_json(self) -> dict[str, Any]:
-        """As the tracing process reads it (`memory.worker.run`)."""
+        """As the tracing process reads it (`tracing.worker.run`)."""
         return {
             "factory": _FACTORY[self.part],
             "kwargs": {"setting": self.setting.to_json()},
@@ -51,40 +50,6 @@ class TraceRequest:
             "device": self.device,
             "steps": 2,
         }
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredTrace:
-    """What a traced step did (`memory.trace.trace_step`)."""
-
-    trace: Trace
-    """Every allocation and free, from the building of the model on; marks "window 0", "window 1", ..."""
-    ops: tuple[OpCount, ...]
-    """Operators of the last window."""
-    made_up: tuple[str, ...] = ()
-    """Operators that were given a made-up value, because a trace does not know it."""
-    upper_bounds: tuple[str, ...] = ()
-    """Those of them that got the largest possible shape."""
-    blocks: int = 0
-    """Blocks of the model that activation checkpointing may compute again."""
-
-    def to_json(self) -> str:
-        """As `from_json` reads it."""
-        own = {"made_up": self.made_up, "upper_bounds": self.upper_bounds, "blocks": self.blocks}
-        record = {"trace": json.loads(self.trace.to_json()), "ops": [row.to_row() for row in self.ops], **own}
-        return json.dumps(record, separators=(",", ":"))
-
-    @classmethod
-    def from_json(cls, text: str) -> "StoredTrace":
-        """What `to_json` wrote. Raises TrainfitError when another version wrote it."""
-        record = json.loads(text)
-        return cls(
-            trace=Trace.from_json(json.dumps(record["trace"])),
-            ops=tuple(map(OpCount.from_row, record["ops"])),
-            made_up=tuple(record["made_up"]),
-            upper_bounds=tuple(record["upper_bounds"]),
-            blocks=record["blocks"],
-        )
 
 
 def get_trace(request: TraceRequest, *, cache: bool = True) -> StoredTrace:
@@ -127,7 +92,7 @@ def versions() -> dict[str, str]:
     """Versions of what a step is made from; of trainfit, a digest of the code that builds and traces it."""
     found = {dist.name: dist.version for name in PACKAGES for dist in metadata.distributions(name=name)}
     source = Path(trainfit.__file__).parent
-    files = sorted(file for room in ("models", "step", "memory", "data") for file in (source / room).rglob("*.py"))
+    files = sorted(file for room in ("models", "step", "tracing", "tasks") for file in (source / room).rglob("*.py"))
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     return {**found, "trainfit": digest}
 

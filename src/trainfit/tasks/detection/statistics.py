@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from trainfit.data.samples import ImageRecord
+from trainfit.tasks.detection.samples import ImageRecord
 
 PERCENTILES = (50, 90, 95, 99)
 HISTOGRAM_EDGES = (0, 1, 2, 3, 5, 9, 17, 33, 65, 129, 257, 513)

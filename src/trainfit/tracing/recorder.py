@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainfit.memory.counts import Counter
-from trainfit.memory.events import Category, TensorInfo, Trace
-from trainfit.memory.fake_cuda import PRIM_DEVICE, answer_device, laid_out, on_cuda
-from trainfit.memory.shadow import Shadows, tensors_in
+from trainfit.tracing.counts import Counter
+from trainfit.tracing.events import Category, TensorInfo, Trace
+from trainfit.tracing.fake_cuda import PRIM_DEVICE, answer_device, laid_out, on_cuda
+from trainfit.tracing.shadow import Shadows, tensors_in
 
 aten = torch.ops.aten
 # In these backward formulas C++ writes out of place, into a second full-size tensor, when a dispatch mode watches; a

@@ -8,8 +8,8 @@ import torch
 from faster_coco_eval import mask as mask_api
 from numpy.typing import NDArray
 
-from trainfit.data.samples import ImageRecord
 from trainfit.errors import TrainfitError
+from trainfit.tasks.detection.samples import ImageRecord
 
 Rle = dict[str, Any]
 """One mask as COCO compresses it: `size` [height, width] and `counts` (bytes)."""

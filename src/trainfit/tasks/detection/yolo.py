@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from trainfit.data.admit import RawImage, RawObject, admit, relative
-from trainfit.data.images import IMAGE_SUFFIXES, ImageHeader, read_headers
-from trainfit.data.samples import Dataset, Finding, ImageRecord, Segmentation
 from trainfit.errors import TrainfitError
+from trainfit.tasks.detection.admit import RawImage, RawObject, admit, relative
+from trainfit.tasks.detection.samples import Dataset, Finding, ImageRecord, Segmentation
+from trainfit.tasks.images import IMAGE_SUFFIXES, ImageHeader, read_headers
 
 
 def find_yolo(path: Path) -> Path | None:

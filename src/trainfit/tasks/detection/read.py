@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from trainfit.cache import cache_folder
-from trainfit.data.coco import find_coco, read_coco
-from trainfit.data.sample_set import SAMPLE_SET_VERSION, write_sample_set
-from trainfit.data.samples import Dataset, Finding, ImageRecord
-from trainfit.data.voc import find_voc, read_voc
-from trainfit.data.yolo import find_yolo, read_yolo
 from trainfit.errors import TrainfitError
+from trainfit.tasks.detection.coco import find_coco, read_coco
+from trainfit.tasks.detection.sample_set import SAMPLE_SET_VERSION, write_sample_set
+from trainfit.tasks.detection.samples import Dataset, Finding, ImageRecord
+from trainfit.tasks.detection.voc import find_voc, read_voc
+from trainfit.tasks.detection.yolo import find_yolo, read_yolo
 
 _READERS = {"coco": read_coco, "yolo": read_yolo, "voc": read_voc}
 _FINDERS = {"coco": find_coco, "yolo": find_yolo, "voc": find_voc}

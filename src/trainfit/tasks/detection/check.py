@@ -5,10 +5,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from trainfit.data.admit import relative
-from trainfit.data.images import read_image
-from trainfit.data.samples import Dataset, Finding, ImageRecord
 from trainfit.errors import TrainfitError
+from trainfit.tasks.detection.admit import relative
+from trainfit.tasks.detection.samples import Dataset, Finding, ImageRecord
+from trainfit.tasks.images import read_image
 
 
 def check_dataset(dataset: Dataset, *, progress: Callable[[int, int], None] | None = None) -> Dataset:

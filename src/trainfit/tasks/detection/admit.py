@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from trainfit.data.images import ImageDefect, ImageHeader
-from trainfit.data.samples import Finding, ImageRecord, Segmentation, Severity
+from trainfit.tasks.detection.samples import Finding, ImageRecord, Segmentation, Severity
+from trainfit.tasks.images import ImageDefect, ImageHeader
 
 Box = tuple[float, float, float, float]
 """x0, y0, x1, y1 in pixels."""

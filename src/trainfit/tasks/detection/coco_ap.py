@@ -11,9 +11,9 @@ from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval import mask as mask_api
 from numpy.typing import NDArray
 
-from trainfit.data.masks import Rle
-from trainfit.data.samples import ImageRecord
 from trainfit.errors import TrainfitError
+from trainfit.tasks.detection.masks import Rle
+from trainfit.tasks.detection.samples import ImageRecord
 
 IouKind = Literal["bbox", "segm"]
 SIZES = 4
@@ -32,7 +32,7 @@ class Detections:
     classes: NDArray[np.integer[Any]]
     """(n,): index into the class names given to `evaluate`; others are left out, as COCO leaves them out."""
     masks: Sequence[Rle] | None = None
-    """n masks (see `trainfit.data.masks`), or None from a model that gives boxes only."""
+    """n masks (see `trainfit.tasks.detection.masks`), or None from a model that gives boxes only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,11 +8,11 @@ from xml.etree.ElementTree import Element, ParseError
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
-from trainfit.data.admit import Box, RawImage, RawObject, admit, relative
-from trainfit.data.coco import SPLIT_WORDS
-from trainfit.data.images import IMAGE_SUFFIXES, read_headers
-from trainfit.data.samples import Dataset, Finding, ImageRecord
 from trainfit.errors import TrainfitError
+from trainfit.tasks.detection.admit import Box, RawImage, RawObject, admit, relative
+from trainfit.tasks.detection.coco import SPLIT_WORDS
+from trainfit.tasks.detection.samples import Dataset, Finding, ImageRecord
+from trainfit.tasks.images import IMAGE_SUFFIXES, read_headers
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 

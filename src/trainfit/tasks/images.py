@@ -9,8 +9,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from trainfit.data.samples import ImageRecord
 from trainfit.errors import TrainfitError
+from trainfit.tasks.detection.samples import ImageRecord
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 

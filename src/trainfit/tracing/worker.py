@@ -1,0 +1,57 @@
+"""The tracing process: `run` starts it and asks it for a trace; as a program this module is that process."""
+
+import importlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainfit.errors import TrainfitError
+from trainfit.process import ask
+
+
+def run(request: Mapping[str, Any], name: str) -> str:
+    """The JSON of a StoredTrace for `request` (see `TraceRequest.to_json`), made in a process of its own. Needs no torch.
+
+    Raises:
+        TrainfitError: the step cannot be built or traced, or the process died; `name` is what was traced.
+    """
+    # One thread: a trace computes next to nothing, and spinning threads slow a busy machine many times over.
+    text, last_words = ask("trainfit.tracing.worker", request, OMP_NUM_THREADS="1")
+    if text is None:
+        raise TrainfitError(f"tracing {name}: {last_words}")
+    if text.startswith('{"error"'):
+        raise TrainfitError(json.loads(text)["error"])
+    return text
+
+
+def main(request: Path, answer: Path) -> None:
+    """Trace what `request` names and write a StoredTrace, or {"error": message}, to `answer`."""
+    record = json.loads(request.read_text())
+    sys.path[:] = record["path"]
+
+    from trainfit.tracing.fake_cuda import Target
+    from trainfit.tracing.selftest import selftest
+    from trainfit.tracing.trace import trace_step
+
+    target = Target(**record["target"] | {"capability": tuple(record["target"]["capability"])})
+    try:
+        if record["device"] == "cuda":
+            selftest(target)
+        module, _, function = record["factory"].partition(":")
+        factory = getattr(importlib.import_module(module), function)
+        result = trace_step(
+            lambda device: factory(device=device, **record["kwargs"]),
+            target=target,
+            device=record["device"],
+            steps=record["steps"],
+        )
+    except TrainfitError as error:
+        answer.write_text(json.dumps({"error": str(error)}))
+        return
+    answer.write_text(result.to_json())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
