@@ -22,6 +22,7 @@ from trainfit.tracing.trace_cache import kernel_class
 
 PARAMETERS = 4 * 3 * (64 * 64 + 64)  # of Blocks
 ROWS = 4 * trace_cases.BATCH * trace_cases.WIDTH  # bytes of one activation of Blocks
+BACKWARD = {"aten.convolution_backward": torch.nn.Conv2d, "aten.cudnn_batch_norm_backward": torch.nn.BatchNorm2d}
 LOSS = 4 + 4  # the loss and its gradient
 
 
@@ -85,6 +86,16 @@ def test_tied_weights_are_one_parameter(traced: dict[str, Any]) -> None:
 def test_backward_names_the_module_of_the_forward(traced: dict[str, Any]) -> None:
     assert {"model.blocks.0.0", "model.blocks.2.1"} <= set(traced["none"]["modules"])
     assert {"model.blocks.0.0", "model.blocks.2.1"} <= set(traced["non-reentrant"]["modules"])
+
+
+@pytest.mark.parametrize("case", ["resnet", "resnet clip, 2 micro-batches, EMA"])
+def test_backward_of_a_convolution_is_credited_to_it_and_not_to_the_norm_behind_it(
+    case: str, traced: dict[str, Any]
+) -> None:
+    names = {f"model.{name}": type(module) for name, module in trace_cases.resnet().named_modules()}
+    credited = {op: {module for each, module in traced[case]["backward of"] if each == op} for op in BACKWARD}
+    for op, kind in BACKWARD.items():
+        assert credited[op] == {name for name, own in names.items() if own is kind}
 
 
 def test_flops_equal_those_of_pytorchs_counter(traced: dict[str, Any]) -> None:

@@ -272,6 +272,9 @@ def summary(result: StoredTrace) -> dict[str, Any]:
         "flops": sum(row.flops for row in result.ops),
         "ops": sorted({(row.op, row.phase) for row in result.ops}),
         "launches": sum(row.count for row in result.ops if row.phase == "forward"),
+        "backward of": sorted(
+            {(tensor.op, tensor.module) for tensor in result.trace.tensors if tensor.phase == "backward"}
+        ),
         "modules": sorted({tensor.module for tensor in result.trace.tensors if tensor.phase == "backward"}),
         "made_up": result.made_up,
         "upper_bounds": result.upper_bounds,

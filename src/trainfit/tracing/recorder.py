@@ -99,8 +99,10 @@ class Recorder(TorchDispatchMode):
             path = self._module_of_node.get(node._sequence_nr(), "")
         else:
             path = ""
-        if self.phase == "forward":  # The node that this operator belongs to was numbered just before it.
-            self._module_of_node[torch.autograd._get_sequence_nr() - 1] = path
+        if self.phase == "forward":
+            # The newest node was numbered just before its first operator. A later operator without a node of its own
+            # (BatchNorm's `num_batches_tracked.add_`) still sees that number, perhaps from another module.
+            self._module_of_node.setdefault(torch.autograd._get_sequence_nr() - 1, path)
         return path
 
     # ---- storages
