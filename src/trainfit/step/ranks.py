@@ -1,11 +1,14 @@
 """What the ranks of a data parallel run agree on. Every function is the identity in a run of one process."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # pyright: ignore[reportUnusedImport]
 
+from trainfit.errors import TrainfitError
 from trainfit.step.attempt import Result, attempt
 
 # `torch.distributed.nn.functional` holds the process group that is there when it is first imported (default arguments):
@@ -15,6 +18,23 @@ from trainfit.step.attempt import Result, attempt
 ANOTHER_RANK = "another rank ran out of memory"
 BUCKET_BYTES = 25 * 2**20
 """Gradients travel in buckets of this size, as DistributedDataParallel's do (torch/nn/parallel/distributed.py)."""
+
+
+class LostRankError(TrainfitError):
+    """Another process of the run is gone or does not answer, so no collective is possible any more."""
+
+
+@contextmanager
+def collective() -> Generator[None]:
+    """Around collective calls: what gloo and NCCL raise where another rank is gone becomes a `LostRankError`.
+
+    Both raise plain RuntimeErrors, whose texts change from release to release; a collective has no other reason to fail.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = "it does not answer" if "timed out" in str(error).lower() else "its connection is closed"
+        raise LostRankError(f"another process of this run was lost ({reason})") from error
 
 
 def rank() -> int:
@@ -35,8 +55,19 @@ def sum_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
     if world_size() == 1:
         return dict(values)
     total = torch.tensor([values[key] for key in sorted(values)], dtype=torch.float64)
-    dist.all_reduce(total)
+    with collective():
+        dist.all_reduce(total)
     return dict(zip(sorted(values), total.tolist(), strict=True))
+
+
+def gather(value: Result) -> list[Result]:
+    """The values of all ranks, in their order; values are pickled."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    with collective():
+        dist.all_gather_object(values, value)
+    return values
 
 
 def any_rank(condition: bool) -> bool:
@@ -62,7 +93,8 @@ def from_first_rank(make: Callable[[], str]) -> str:
     """What `make` gives on rank 0, on every rank; the others do not call it."""
     value = [make() if rank() == 0 else ""]
     if world_size() > 1:
-        dist.broadcast_object_list(value)
+        with collective():
+            dist.broadcast_object_list(value)
     return value[0]
 
 

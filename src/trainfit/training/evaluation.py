@@ -1,7 +1,7 @@
 """Evaluation of a detector on the validation images."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 
 import torch
@@ -16,6 +16,8 @@ from trainfit.tasks.detection.coco_ap import ApResult, Detections, Evaluator, Io
 from trainfit.tasks.detection.samples import ImageRecord, Sample
 from trainfit.training.loader import evaluation_loader
 from trainfit.training.oom import Halving
+
+WHERE = "evaluation"
 
 
 def evaluate_model(
@@ -39,24 +41,30 @@ def evaluate_model(
     micro-batch and keeps the event, of optimizer step `step`.
 
     Raises:
-        OutOfMemory: one image alone does not fit.
+        OutOfMemory: one image alone does not fit, here or on another rank; all ranks raise.
     """
     loader = evaluation_loader(records, workload, micro_batch=micro_batch, workers=workers)
     in_parts = in_parts or Halving(micro_batch, device)
     action = partial(detect, model, workload, precision=precision, device=device)
 
-    def found() -> Iterator[Detections]:
+    def own_share() -> Generator[Detections]:
         done = 0
-        for batch in loader:
-            samples = [s for s in batch if isinstance(s, Sample)]
-            yield from in_parts(action, samples, step=step, where="evaluation")
-            done += len(batch)
-            progress(min(len(records), done * ranks.world_size()), len(records))
+        with evaluating(model, device):
+            for batch in loader:
+                samples = [s for s in batch if isinstance(s, Sample)]
+                yield from in_parts(action, samples, step=step, where=WHERE)
+                done += len(batch)
+                progress(min(len(records), done * ranks.world_size()), len(records))
+
+    def all_shares(own: Iterable[Detections]) -> Iterable[Detections]:
+        if ranks.world_size() == 1:
+            return own
+        return gather_detections(in_parts.on_all_ranks(lambda: list(own), step=step, where=WHERE))
 
     kinds: list[IouKind] = ["bbox", "segm"] if workload.masks else ["bbox"]
     evaluators = {kind: Evaluator(records, workload.classes, iou=kind) for kind in kinds}
-    with evaluating(model, device):
-        for one in found() if ranks.world_size() == 1 else gather_detections(found()):
+    with closing(own_share()) as own:
+        for one in all_shares(own):
             for evaluator in evaluators.values():
                 evaluator.add(one)
     return {kind: evaluator.result() for kind, evaluator in evaluators.items()}

@@ -109,7 +109,8 @@ class _Run:
         self.survivor = Survivor(self.batching.micro_batch, blocks=self.workload.blocks(self.step.model))
         self.eval_micro_batch = recipe.eval_micro_batch or self.batching.micro_batch
         self.in_parts = Halving(self.eval_micro_batch, device, self.survivor.survived)
-        self.told, self.owed = 0, False
+        self.told, self.pending_evaluation = 0, False
+        self.saved_step: int | None = None
         if recipe.resume:
             self._resume(self.folder / run_folder.STATE)
             self.survivor.survived += [Survival(**row) for row in run_folder.events(self.folder, "oom")]
@@ -119,6 +120,7 @@ class _Run:
         self.journal = Journal(
             self.folder,
             after_step=self.done,
+            pending_evaluation=self.pending_evaluation,
             total_steps=self.total_steps,
             steps_per_epoch=self.steps_per_epoch,
             device=device,
@@ -132,7 +134,10 @@ class _Run:
         self._announce(self.batching)
 
     def _write_recipe(self) -> None:
-        text = encode(dataclasses.replace(self.recipe, out=self.folder))
+        batching: dict[str, int | None] = {"effective_batch": self.batching.effective_batch}
+        if self.recipe.accumulation is not None:  # it would mean another effective batch on another number of ranks
+            batching |= {"micro_batch": self.batching.micro_batch, "accumulation": None}
+        text = encode(dataclasses.replace(self.recipe, out=self.folder, **batching))
         run_folder.write_text(self.folder / run_folder.RECIPE, text)
         if self.recipe.plan is not None:
             run_folder.write_text(self.folder / PLAN, self.recipe.plan.read_text())
@@ -163,7 +168,17 @@ class _Run:
             raise type(error)(
                 f"{error}; go on from the saved state with trainfit train --resume {self.folder}"
             ) from None
+        except ranks.LostRankError as error:
+            self.journal.close(self.done, interrupted=True, unseen=self.noise.reason)
+            raise ranks.LostRankError(f"{error} in the window after step {self.done}; {self._way_back()}") from None
         return self._finish(interrupted)
+
+    def _way_back(self) -> str:
+        """How to go on once ranks are lost: nothing can be saved then, because a save follows an agreement."""
+        if self.saved_step is None:
+            return "no state was saved yet: start again"
+        launch = f"torchrun --nproc-per-node {ranks.world_size()} -m trainfit"
+        return f"go on from the state saved after step {self.saved_step} with {launch} train --resume {self.folder}"
 
     def _loop(self, stop: Callable[[], bool]) -> bool:
         """A window, its numbers, and what is due after it; whether `stop` ended it."""
@@ -174,9 +189,9 @@ class _Run:
             self.step, self.survivor, self.in_parts, self.workload, train, size=size, share=share, number=self.done
         )
         self._tell()
-        if self.owed:
+        if self.pending_evaluation:
             self._evaluate()
-            self._save()
+            self._save_state()
         loader = training_loader(
             train, self.workload.decoder(), self.plan, steps=steps, augment=self.recipe.augment, workers=self.workers
         )
@@ -193,10 +208,13 @@ class _Run:
             if due or last or agreed["save"]:
                 self.journal.flush()
             self._check_finite()
-            if due:
-                self._evaluate()
+            self.pending_evaluation = due
             if due or last or agreed["save"]:
                 self._save()
+            if due:  # the state is saved already: whatever ends the evaluation, a resume repeats only the evaluation
+                self._evaluate()
+                self._save_state()
+            if due or last or agreed["save"]:
                 saved_at = time.monotonic()
                 self.journal.event("pause", self.done, paused_s=self.journal.clock.pause())
             if last:
@@ -245,7 +263,6 @@ class _Run:
         return rest == 0 and self.recipe.eval_every > 0 and epoch % self.recipe.eval_every == 0
 
     def _evaluate(self) -> None:
-        self.owed = True
         self.ap = evaluate_model(
             self.step.ema or self.step.model,
             self.workload,
@@ -258,7 +275,7 @@ class _Run:
             step=self.done - 1,
             in_parts=self.in_parts,
         )
-        self.owed = False
+        self.pending_evaluation = False
         self._tell()
         row: dict[str, Any] = {"step": self.done, "epoch": (self.done - 1) // self.steps_per_epoch}
         for kind, result in self.ap.items():
@@ -280,6 +297,10 @@ class _Run:
 
     def _save(self) -> None:
         """Everything that a resume needs, and the weights as they stand."""
+        self._save_weights(run_folder.LAST)
+        self._save_state()
+
+    def _save_state(self) -> None:
         state = {
             "step": self.done,
             "model": self.step.model.state_dict(),
@@ -289,10 +310,12 @@ class _Run:
             "best": self.best,
             "skipped": self.skipped,
             "survivor": self.survivor.state(),
-            "owed": self.owed,
+            "pending_evaluation": self.pending_evaluation,
+            "world_size": ranks.world_size(),
         }
-        self._save_weights(run_folder.LAST)
         _on_first_rank(lambda: run_folder.save_state(self.folder / run_folder.STATE, state))
+        ranks.gather(None)  # no rank leaves before the state is on the disk: torchrun would end the one that writes it
+        self.saved_step = self.done
 
     def _resume(self, path: Path) -> None:
         if not path.exists():
@@ -306,8 +329,14 @@ class _Run:
         self.step.scaler.load_state_dict(state["scaler"])
         self.done, self.best, self.skipped = state["step"], state["best"], state["skipped"]
         self.survivor.load(state["survivor"])
-        self.owed = state["owed"]
+        self.pending_evaluation = state["pending_evaluation"]
+        self.saved_step = self.done
         self.show.note(f"going on after step {self.done}")
+        if state["world_size"] != ranks.world_size():
+            self.show.note(
+                f"the run goes on with {ranks.world_size()} process(es) after {state['world_size']}: the effective batch "
+                f"stays {self.batching.effective_batch}; dropout draws other random numbers"
+            )
 
     def _finish(self, interrupted: bool) -> RunSummary:
         if not interrupted and ranks.rank() == 0:

@@ -34,6 +34,7 @@ class Journal:
         folder: Path,
         *,
         after_step: int,
+        pending_evaluation: bool,
         total_steps: int,
         steps_per_epoch: int,
         device: torch.device,
@@ -43,11 +44,16 @@ class Journal:
         tensorboard: bool,
         show: Progress,
     ) -> None:
-        """Open the files of a run that has done `after_step` steps and began at `began` (time.perf_counter)."""
+        """Open the files of a run that has done `after_step` steps and began at `began` (time.perf_counter).
+
+        With `pending_evaluation` the evaluation after the last of these steps is still to be done.
+        """
         first = ranks.rank() == 0
         self.device, self.show, self.workers, self.effective_batch = device, show, workers, effective_batch
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
-        self.metrics = Metrics(folder, keep_through=after_step) if first else None
+        self.metrics = (
+            Metrics(folder, keep_through=after_step, pending_evaluation=pending_evaluation) if first else None
+        )
         self.events = event_writer(folder) if tensorboard and first else None
         self.telemetry = _writable(folder / TELEMETRY) if first else None
         self.clock = Clock(device, began)

@@ -245,7 +245,11 @@ class Survivor:
 
 
 class Halving:
-    """Runs an action without gradients on parts of what it is given, smaller ones from the moment memory runs out."""
+    """Runs an action without gradients on parts of what it is given, smaller ones from the moment memory runs out.
+
+    Within a share each rank halves by itself, because no collective comes between its parts; `on_all_ranks` brings the
+    ranks together afterwards.
+    """
 
     def __init__(self, micro_batch: int, device: torch.device, survived: list[Survival] | None = None) -> None:
         """Start with this micro-batch; events are added to `survived`."""
@@ -275,6 +279,33 @@ class Halving:
                     raise OutOfMemory(stop_message(self.survived[-1], None))
                 self.micro_batch, may_repeat = self.micro_batch if same else smaller, not same
         return results
+
+    def on_all_ranks(self, action: Callable[[], Result], *, step: int, where: str) -> Result:
+        """The result of an action that calls this object on every rank, each for its own share; a collective call.
+
+        Afterwards all ranks have the smallest micro-batch that one of them needed.
+
+        Raises:
+            OutOfMemory: the action raised it here or on another rank; all ranks raise, so that none waits for another.
+        """
+        if ranks.world_size() == 1:
+            return action()
+        result: list[Result] = []
+        failure = ""
+        try:
+            result.append(action())
+        except OutOfMemory as error:
+            failure = str(error)
+        outcomes: list[tuple[str, int]] = ranks.gather((failure, self.micro_batch))
+        failures = [f"rank {number}: {text}" for number, (text, _) in enumerate(outcomes) if text]
+        if failures:
+            raise OutOfMemory(failures[0])
+        smallest = min(micro_batch for _, micro_batch in outcomes)
+        if smallest < self.micro_batch:
+            known: dict[str, Any] = {"step": step, "where": where, "micro_batch": self.micro_batch}
+            self.survived.append(Survival(cause="other rank", next_micro_batch=smallest, **known))
+            self.micro_batch = smallest
+        return result[0]
 
 
 def survival_line(event: Survival) -> str:

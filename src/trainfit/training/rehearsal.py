@@ -48,7 +48,7 @@ def rehearse(
         force: On the CPU too.
 
     Raises:
-        OutOfMemory: the ladder is exhausted.
+        OutOfMemory: the ladder is exhausted, here or on another rank; all ranks raise.
     """
     if step.device.type != "cuda" and not force:
         return
@@ -62,13 +62,16 @@ def rehearse(
                     found.append(decode(record, size=side, augment=False, generator=torch.Generator()))
         return (found * count)[:count]
 
-    restore = keep(step)
-    try:
-        survivor.run(step, worst(size, min(share, 2 * survivor.micro_batch)), number=number, where=WHERE)
+    def evaluate() -> None:
         model = step.ema or step.model
         with evaluating(model, step.device):
             found = partial(detect, model, workload, precision=step.precision, device=step.device)
             in_parts(found, worst(workload.resolution, in_parts.micro_batch), step=number, where=WHERE)
+
+    restore = keep(step)
+    try:
+        survivor.run(step, worst(size, min(share, 2 * survivor.micro_batch)), number=number, where=WHERE)
+        in_parts.on_all_ranks(evaluate, step=number, where=WHERE)
     finally:
         restore()
 

@@ -135,11 +135,19 @@ def load_state(path: Path) -> dict[str, Any]:
 class Metrics:
     """A run folder's `METRICS`: an append-only JSON-lines file that can be cut back to a step."""
 
-    def __init__(self, folder: Path, *, keep_through: int) -> None:
-        """Open it without the lines of steps after `keep_through` (a resumed run writes them again)."""
+    def __init__(self, folder: Path, *, keep_through: int, pending_evaluation: bool = False) -> None:
+        """Open it without the lines that a resumed run writes again.
+
+        These are the lines of steps after `keep_through` and, with `pending_evaluation`, the evaluation's after that step.
+        """
+
+        def stays(row: Mapping[str, Any]) -> bool:
+            again = pending_evaluation and row["step"] == keep_through and "loss" not in row
+            return row["step"] <= keep_through and not again
+
         self.path = path = folder / METRICS
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= keep_through]
+        kept = [line for line in lines if line.endswith("\n") and stays(json.loads(line))]
         if kept != lines:
             write_text(path, "".join(kept))
 
