@@ -5,13 +5,14 @@ A window is traced with two micro-batches: the second finds the gradients of the
 
 import json
 import lzma
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import FLOPS_RATES, Gpu, find_gpu
 from trainfit.gpus.context import ByteRange, cublas_workspace_bytes
 from trainfit.memory.allocator import AllocatorConfig
@@ -24,6 +25,7 @@ from trainfit.timing.roofline import HOST_BYTES_PER_S, TimeEstimate, later, line
 from trainfit.tracing.events import Trace
 from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace_cache import (
+    DAMAGE,
     TraceRequest,
     cache_path,
     get_trace,
@@ -45,6 +47,7 @@ ALIKE = {(8, 6): (8, 0), (10, 0): (9, 0), (6, 1): (7, 5)}
 RATES_LIKE = "RTX 3060"
 """Whose rates rank settings for a card of which only the memory is known."""
 Part = Literal["training", "evaluation"]
+T = TypeVar("T")
 _scaled: dict[TraceRequest, ScaledTrace | None] = {}
 """Those of this process; a custom model's are nowhere else."""
 
@@ -161,8 +164,8 @@ class Pricer:
 
     def _alone(self, request: TraceRequest) -> StoredTrace:
         """The request's own trace: the package has those of one image."""
-        text = shipped(request, ALONE) if request.setting.micro_batch == 1 else None
-        return get_trace(request, cache=self.cache) if text is None else StoredTrace.from_json(text)
+        found = shipped(request, StoredTrace.from_json, ALONE) if request.setting.micro_batch == 1 else None
+        return found or get_trace(request, cache=self.cache)
 
 
 def _stored(scaled: ScaledTrace, trace: Trace) -> StoredTrace:
@@ -198,15 +201,21 @@ def _at(request: TraceRequest, number: int) -> TraceRequest:
 
 def _load(request: TraceRequest, *, cache: bool) -> ScaledTrace | None:
     """From the package, from the disk, or traced now; None where the step's traces cannot be scaled."""
-    text = shipped(request)
-    if text is None and cache:
-        text = stored(_path(request, "scaled"))
-    if text is not None:
-        return ScaledTrace.from_json(text) if text else None
+    found = shipped(request, ScaledTrace.from_json)
+    if found is not None:
+        return found
+    known = stored(_path(request, "scaled"), _optional_scaled) if cache else None
+    if known is not None:
+        return known[0]
     made = make_scaled(request, cache=cache)
     if cache and family(request.setting.model) != "custom":
-        store(_path(request, "scaled"), made.to_json() if made else "")
+        store(_path(request, "scaled"), made.to_json() if made else "null")
     return made
+
+
+def _optional_scaled(text: str) -> tuple[ScaledTrace | None]:
+    """The stored scaled trace; (None,) where it is known that the step's traces cannot be scaled."""
+    return (None if text == "null" else ScaledTrace.from_json(text),)
 
 
 def make_scaled(request: TraceRequest, *, cache: bool) -> ScaledTrace | None:
@@ -227,8 +236,14 @@ def _path(request: TraceRequest, kind: str) -> Path:
 def known_needs(request: TraceRequest, *, cache: bool) -> dict[str, tuple[int, int]]:
     """Needs by micro-batch, EMA, workspace and allocator that were worked out before: (low, high) bytes. It grows."""
     known: dict[str, Any] = _shipped_needs().get(shipped_name(request), {}) if is_shipped(request) else {}
-    text = stored(_path(request, "needs")) if cache and family(request.setting.model) != "custom" else None
-    return {**known, **(json.loads(text) if text else {})}
+    mine = (
+        stored(_path(request, "needs"), _parsed_needs) if cache and family(request.setting.model) != "custom" else None
+    )
+    return {**known, **(mine or {})}
+
+
+def _parsed_needs(text: str) -> dict[str, tuple[int, int]]:
+    return {key: (int(low), int(high)) for key, (low, high) in json.loads(text).items()}
 
 
 # ---- traces that come with the package
@@ -247,13 +262,13 @@ def shipped_folder() -> Path:
 @cache
 def _shipped_versions() -> dict[str, str]:
     path = shipped_folder() / "versions.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return _read_shipped(path, json.loads) if path.exists() else {}
 
 
 @cache
 def _shipped_needs() -> dict[str, Any]:
     path = shipped_folder() / "needs.json.xz"
-    return json.loads(lzma.decompress(path.read_bytes())) if path.exists() else {}
+    return _read_shipped(path, json.loads) if path.exists() else {}
 
 
 def is_shipped(request: TraceRequest, kind: str = "") -> bool:
@@ -263,8 +278,24 @@ def is_shipped(request: TraceRequest, kind: str = "") -> bool:
     return same and (shipped_folder() / f"{shipped_name(request)}{kind}.xz").exists()
 
 
-def shipped(request: TraceRequest, kind: str = "") -> str | None:
+def shipped(request: TraceRequest, parse: Callable[[str], T], kind: str = "") -> T | None:
     """The scaled (or `ALONE`) trace that the package has for a request; None: it has none for what is installed."""
     if not is_shipped(request, kind):
         return None
-    return lzma.decompress((shipped_folder() / f"{shipped_name(request)}{kind}.xz").read_bytes()).decode()
+    return _read_shipped(shipped_folder() / f"{shipped_name(request)}{kind}.xz", parse)
+
+
+def _read_shipped(path: Path, parse: Callable[[str], T]) -> T:
+    """Parse a file of the package.
+
+    Raises:
+        TrainfitError: it is damaged; only a new installation mends it.
+    """
+    try:
+        data = path.read_bytes()
+        return parse((lzma.decompress(data) if path.suffix == ".xz" else data).decode())
+    except (OSError, lzma.LZMAError, *DAMAGE) as error:
+        raise TrainfitError(
+            f"{path}, a file of the installed package, is damaged ({type(error).__name__}): "
+            "reinstall it with pip install --force-reinstall --no-deps trainfit"
+        ) from error

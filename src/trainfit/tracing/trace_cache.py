@@ -2,16 +2,19 @@
 
 import gzip
 import hashlib
+import io
 import json
+import logging
 import os
 import tempfile
-from collections.abc import Iterable
+import zlib
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import trainfit
 from trainfit.cache import cache_folder
@@ -22,7 +25,12 @@ from trainfit.tracing import worker
 from trainfit.tracing.stored_trace import StoredTrace
 
 SCHEMA = 1
+LARGEST_TEXT_BYTES = 1 << 30
+"""Of a stored text, decompressed. The largest trace of a built-in model has some 30 MB; more is damage."""
+DAMAGE = (EOFError, ValueError, LookupError, TypeError, AttributeError, zlib.error, RecursionError, TrainfitError)
+"""What reading and parsing raise for a file that is not what `store` wrote, besides gzip's OSError without a number."""
 PACKAGES = ("torch", "torchvision", "rfdetr", "timm", "open_clip_torch")
+T = TypeVar("T")
 _FACTORY = {
     "training": "trainfit.models.registry:build_step",
     "evaluation": "trainfit.models.registry:build_eval_step",
@@ -62,11 +70,12 @@ def get_trace(request: TraceRequest, *, cache: bool = True) -> StoredTrace:
     if not cache or family(request.setting.model) == "custom":
         return StoredTrace.from_json(_traced(request))
     path = cache_path(request)
-    text = stored(path)
-    if text is None:
+    found = stored(path, StoredTrace.from_json)
+    if found is None:
         text = _traced(request)
         store(path, text)
-    return StoredTrace.from_json(text)
+        found = StoredTrace.from_json(text)
+    return found
 
 
 def get_traces(requests: Iterable[TraceRequest], *, cache: bool = True) -> tuple[StoredTrace, ...]:
@@ -124,9 +133,35 @@ def kernel_class(capability: tuple[int, int] | None) -> tuple[int, int]:
     return (8, 0) if capability >= (8, 0) else (7, 5) if capability >= (7, 0) else (6, 1)
 
 
-def stored(path: Path) -> str | None:
-    """What `store` wrote, or None."""
-    return gzip.decompress(path.read_bytes()).decode() if path.exists() else None
+def stored(path: Path, parse: Callable[[str], T]) -> T | None:
+    """What `store` wrote, parsed; None where there is nothing.
+
+    A damaged file is removed with a warning in the log, so that it is made anew.
+
+    Raises:
+        TrainfitError: the file exists and cannot be read.
+    """
+    try:
+        return parse(_decompressed(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except gzip.BadGzipFile as error:
+        reason = str(error)
+    except OSError as error:
+        raise TrainfitError(f"{path}: cannot be read ({error.strerror}); remove it or use --no-cache") from error
+    except DAMAGE as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+    logging.getLogger(__name__).warning("%s is damaged (%.100s): removed, and made anew", path, reason)
+    path.unlink(missing_ok=True)
+    return None
+
+
+def _decompressed(data: bytes) -> str:
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        text = file.read(LARGEST_TEXT_BYTES + 1)
+    if not 0 < len(text) <= LARGEST_TEXT_BYTES:
+        raise ValueError("empty" if not text else "too large")
+    return text.decode()
 
 
 def store(path: Path, text: str) -> None:
