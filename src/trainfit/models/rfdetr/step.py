@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from trainfit.models.fixed_step import FixedStep, fixed_evaluation, fixed_step
 from trainfit.models.images import crowded_sample
+from trainfit.models.rfdetr.matching import solves_on_device
 from trainfit.models.rfdetr.workload import RfDetr, RfDetrKnobs
 from trainfit.models.setting import Setting
 from trainfit.models.workload import OptimizerSettings
@@ -54,12 +55,27 @@ def _step(workload: RfDetr, setting: Setting, device: torch.device) -> FixedStep
         blocks=workload.blocks,
     )
     if isinstance(next(step.model.parameters()), FakeTensor):
-        _assignment._solve_to_indices = _solve_on_host  # pyright: ignore[reportPrivateUsage]
+        on_device = solves_on_device(torch.cuda.get_device_capability())
+        _assignment._solve_to_indices = _solve_on_device if on_device else _solve_on_host  # pyright: ignore[reportPrivateUsage]
     return step
 
 
+def _solve_on_device(costs: torch.Tensor, matches: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stand in for upstream's Triton kernel, which a trace cannot run: the costs stay on the device.
+
+    `costs` is (problems, queries, targets); row and column of every match, both (problems, matches) on the host, are any
+    assignment: a trace does not know the costs. The kernel takes targets by queries, contiguous
+    (torch_linear_assignment 0.1.0, `_triton.batch_linear_assignment`).
+    """
+    _, queries, targets = costs.shape
+    if targets < queries:
+        costs = costs.transpose(1, 2).contiguous()
+    index = torch.arange(matches).repeat(costs.shape[0], 1)
+    return index, index.clone()
+
+
 def _solve_on_host(costs: torch.Tensor, _matches: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Upstream's solver without its Triton kernel, which a trace cannot run: row and column of every match.
+    """Solve with SciPy, as upstream does where its Triton kernel does not run: row and column of every match.
 
     `costs` is (problems, queries, targets) with fewer targets than queries; both results are (problems, targets).
     """
