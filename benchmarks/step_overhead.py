@@ -18,7 +18,8 @@ from collections.abc import Callable
 import torch
 from rfdetr.utilities.tensors import NestedTensor
 
-from trainfit.models.rfdetr.data import IMAGENET_MEAN, IMAGENET_STD, to_targets
+from trainfit.models.images import IMAGENET_MEAN, IMAGENET_STD
+from trainfit.models.rfdetr.data import to_targets
 from trainfit.models.rfdetr.workload import RfDetr, RfDetrKnobs
 from trainfit.models.workload import OptimizerSettings
 from trainfit.step.training_step import TrainingStep

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from trainfit.errors import TrainfitError
 from trainfit.models.fixed_step import FixedStep, fixed_evaluation, fixed_step
-from trainfit.models.images import IMAGENET_MEAN, IMAGENET_STD, stack_images
+from trainfit.models.images import IMAGENET_MEAN, IMAGENET_STD, stack_images, to_device
 from trainfit.models.setting import Setting
 from trainfit.step.terms import LossTerm, Objective
 
@@ -55,7 +55,7 @@ def logits(model: torch.nn.Module, images: Sequence[LabelledImage]) -> torch.Ten
 
 def _terms(model: torch.nn.Module, images: Sequence[LabelledImage], _canvas: tuple[int, int]) -> Mapping[str, LossTerm]:
     found = logits(model, images)
-    labels = torch.tensor([i.label for i in images]).to(found.device, non_blocking=True)
+    labels = to_device([torch.tensor([i.label for i in images])], found)
     return {"class": LossTerm(total=functional.cross_entropy(found, labels, reduction="sum"), kind="images")}
 
 

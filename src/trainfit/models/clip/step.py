@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from trainfit.errors import TrainfitError
 from trainfit.models.fixed_step import FixedStep, fixed_evaluation, fixed_step
-from trainfit.models.images import stack_images
+from trainfit.models.images import stack_images, to_device
 from trainfit.models.setting import Setting
 from trainfit.step.contrastive import Contrastive
 from trainfit.step.terms import LossTerm, Objective
@@ -57,7 +57,7 @@ def features(model: torch.nn.Module, pairs: Sequence[Pair]) -> tuple[torch.Tenso
     """Normalised image and text features, each (n, d)."""
     like = next(model.parameters())
     images = stack_images([pair.image for pair in pairs], like, mean=MEAN, std=STD)
-    texts = torch.stack([pair.text for pair in pairs]).to(like.device, non_blocking=True)
+    texts = to_device([pair.text[None] for pair in pairs], like)
     of_images, of_texts, *_ = model(images, texts)
     return of_images, of_texts
 

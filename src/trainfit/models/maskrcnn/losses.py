@@ -11,6 +11,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss, maskrcnn_loss
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 
+from trainfit.models.images import to_device
 from trainfit.step.terms import LossTerm, Objective
 from trainfit.tasks.detection.samples import Sample
 
@@ -58,7 +59,7 @@ def terms(model: torch.nn.Module, samples: Sequence[Sample], canvas: tuple[int, 
 
 def to_image(sample: Sample, like: torch.Tensor) -> torch.Tensor:
     """(3, height, width) in 0..1, in the device and dtype of `like`."""
-    return sample.image.to(like.device, non_blocking=True).to(like.dtype).div_(255)
+    return to_device([sample.image], like).to(like.dtype).div_(255)
 
 
 def _target(sample: Sample, like: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -68,7 +69,7 @@ def _target(sample: Sample, like: torch.Tensor) -> dict[str, torch.Tensor]:
         "labels": sample.classes + 1,  # 0 is the background
         "masks": sample.masks.view(torch.uint8),
     }
-    return {name: value.to(like.device, non_blocking=True) for name, value in target.items()}
+    return {name: to_device([value], like) for name, value in target.items()}
 
 
 def _pad(images: torch.Tensor, canvas: tuple[int, int]) -> torch.Tensor:

@@ -10,12 +10,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from rfdetr.utilities.tensors import NestedTensor
 
+from trainfit.models.images import IMAGENET_MEAN, IMAGENET_STD, normalise_, to_device
 from trainfit.tasks.detection.masks import decode_rle
 from trainfit.tasks.detection.samples import ImageRecord, Sample, Segmentation
 from trainfit.tasks.images import read_image
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 SHORT_SIDES = (400, 500, 600)
 """The DETR recipe's intermediate sizes; crops are 384 px to the short side of it (rfdetr 1.11.2 datasets/coco.py)."""
 SMALLEST_CROP = 384
@@ -112,31 +111,36 @@ def to_batch(samples: Sequence[Sample], canvas: tuple[int, int], like: torch.Ten
     Images smaller than the window's canvas are padded at the right and bottom and masked there.
     """
     height, width = canvas
-    full = all(s.image.shape[1:] == (height, width) for s in samples)
+    sizes = [(sample.image.shape[1], sample.image.shape[2]) for sample in samples]
+    full = all(size == canvas for size in sizes)
     pixels = torch.zeros((len(samples), 3, height, width), dtype=torch.uint8, pin_memory=like.is_cuda)
-    mask = torch.ones((len(samples), height, width), dtype=torch.bool)
-    for i, sample in enumerate(samples):
-        _, h, w = sample.image.shape
+    padding = torch.full((len(samples), height, width), not full, dtype=torch.bool, device=like.device)
+    for i, (sample, (h, w)) in enumerate(zip(samples, sizes, strict=True)):
         pixels[i, :, :h, :w] = sample.image
-        mask[i, :h, :w] = False
-    images = pixels.to(like.device, non_blocking=True).to(like.dtype).div_(255)
-    mean, std = (
-        torch.tensor(v, device=like.device, dtype=like.dtype)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD)
-    )
-    images.sub_(mean).div_(std)
-    mask = torch.zeros_like(mask) if full else mask
-    return NestedTensor(images, mask.to(like.device, non_blocking=True), no_padding=full)
+        padding[i, :h, :w].fill_(False)
+    images = pixels.to(like.device, non_blocking=True).to(like.dtype)
+    return NestedTensor(normalise_(images, IMAGENET_MEAN, IMAGENET_STD), padding, no_padding=full)
 
 
 def to_targets(samples: Sequence[Sample], like: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    """Upstream's targets: `labels`, `boxes` as cx, cy, w, h over the image's own size, `masks` where there are any."""
-    targets: list[dict[str, torch.Tensor]] = []
-    for sample in samples:
-        _, height, width = sample.image.shape
-        x0, y0, x1, y1 = sample.boxes.to(like.dtype).unbind(1)
-        boxes = torch.stack(((x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height), 1)
-        target = {"labels": sample.classes, "boxes": boxes}
-        if sample.masks is not None:
-            target["masks"] = sample.masks
-        targets.append({key: value.to(like.device, non_blocking=True) for key, value in target.items()})
-    return targets
+    """Upstream's targets: `labels`, `boxes` as cx, cy, w, h over the image's own size, `masks` where there are any.
+
+    Each kind is copied to the device once for all samples; what is returned are views of it.
+    """
+    packed = {
+        "labels": to_device([sample.classes for sample in samples], like),
+        "boxes": to_device([_relative_boxes(sample, like.dtype) for sample in samples], like),
+    }
+    masks = [sample.masks for sample in samples if sample.masks is not None]
+    if masks:
+        packed["masks"] = to_device(masks, like)
+    counts = [len(sample.classes) for sample in samples]
+    kinds = [values.split(counts) for values in packed.values()]
+    return [dict(zip(packed, of_sample, strict=True)) for of_sample in zip(*kinds, strict=True)]
+
+
+def _relative_boxes(sample: Sample, dtype: torch.dtype) -> torch.Tensor:
+    """(n, 4): cx, cy, w, h as fractions of the image's size."""
+    _, height, width = sample.image.shape
+    x0, y0, x1, y1 = sample.boxes.to(dtype).unbind(1)
+    return torch.stack(((x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height), 1)
