@@ -107,6 +107,16 @@ def test_average_on_the_host_frees_its_bytes_and_takes_time() -> None:
     )
 
 
+def test_evaluation_of_ema_weights_on_the_host_pays_for_bringing_them() -> None:
+    """Against the trace of that very setting: training without them, evaluation with them."""
+    setting = replace(NETWORK, micro_batch=4, accumulation=2, ema=True, ema_on_host=True)
+    priced, traced = Pricer(gpu=GPU).predict(setting, (4, 4)), predict(setting, GPU)
+    for found, known in ((priced.training, traced.training), (priced.evaluation, traced.evaluation)):
+        assert found.profile.peak_allocated_bytes == pytest.approx(known.profile.peak_allocated_bytes, rel=0.002)
+        assert found.high_bytes == pytest.approx(known.high_bytes, rel=0.01)
+    assert priced.evaluation.profile.peak_op == traced.evaluation.profile.peak_op
+
+
 def test_a_model_without_blocks_is_planned() -> None:
     plan = make_plan(replace(NETWORK, model="timm:resnet10t"), gpu_with_memory("1200MiB"), effective_batch=64)
     assert {each.setting.checkpointing for each in plan.candidates} == {"none"}

@@ -16,6 +16,7 @@ from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import FLOPS_RATES, Gpu, find_gpu
 from trainfit.gpus.context import ByteRange, cublas_workspace_bytes
 from trainfit.memory.allocator import AllocatorConfig
+from trainfit.memory.host_ema import ema_for_evaluation, without_ema
 from trainfit.memory.predict import Prediction, needed, predict_traced
 from trainfit.memory.profile import last_window
 from trainfit.memory.scaling import ScaledTrace, scale
@@ -160,7 +161,10 @@ class Pricer:
             since = last_window(scaled.trace) if part == "evaluation" else None
             made = scaled.at(setting.micro_batch, eval_micro_batch=evaluated, evaluated_from=since)
             found = _stored(scaled, made)
-        return _without_ema(found) if setting.ema_on_host else found
+        if not setting.ema_on_host:
+            return found
+        moved = without_ema(found.trace) if part == "training" else ema_for_evaluation(found.trace)
+        return replace(found, trace=moved)
 
     def _alone(self, request: TraceRequest) -> StoredTrace:
         """The request's own trace: the package has those of one image."""
@@ -185,12 +189,6 @@ def rated(gpu: Gpu) -> Gpu:
         return gpu
     like = find_gpu(RATES_LIKE)
     return replace(gpu, **{name: getattr(like, name) for name in ("bandwidth_bytes_per_s", *FLOPS_RATES)})
-
-
-def _without_ema(stored: StoredTrace) -> StoredTrace:
-    """The averaged weights are in the CPU's memory instead."""
-    sizes = (replace(t, nbytes=0) if t.category == "EMA" else t for t in stored.trace.tensors)
-    return replace(stored, trace=replace(stored.trace, tensors=tuple(sizes)))
 
 
 def _at(request: TraceRequest, number: int) -> TraceRequest:
