@@ -1,6 +1,7 @@
 """Step time: seconds counted by hand, and laws. How near it is to a real card: `benchmarks/timm_rtx3090.py report`."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import Gpu, find_gpu, gpu_with_memory
+from trainfit.step.precision import set_matmul_precision
+from trainfit.timing import roofline
 from trainfit.timing.counts import OpCount
 from trainfit.timing.roofline import KINDS, Efficiency, Kind, step_seconds
 from trainfit.tracing.counts import Counter
@@ -36,7 +39,8 @@ def count(op: str = "aten.mm", **values: Any) -> OpCount:
         (count(flops=20e12, bytes=1e9), "tensor cores", 2),
         (count(flops=20e12, bytes=3e9), "memory", 3),
         (count(flops=20e12, dtype="bfloat16"), "plain arithmetic", 20),
-        (count(flops=20e12, dtype="float32"), "plain arithmetic", 20),
+        (count(flops=20e12, dtype="float32"), "tensor cores", 10),
+        (count("aten._efficient_attention_forward", flops=20e12, dtype="float32"), "plain arithmetic", 20),
         (count("aten.convolution", flops=20e12, dtype="float32"), "tensor cores", 10),
         (count("aten.convolution.grouped1", flops=1, bytes=1e9), "memory", 3),
         (count("aten.convolution.grouped16", flops=50e12, bytes=1e9), "tensor cores", 5),
@@ -50,6 +54,29 @@ def test_a_row_takes_as_long_as_what_it_waits_for(row: OpCount, kind: Kind, seco
     assert estimate.seconds == pytest.approx(seconds)
     assert estimate.parts_s == pytest.approx({**dict.fromkeys(KINDS, 0), kind: seconds})
     assert estimate.bound == kind
+
+
+def test_float32_products_are_priced_as_training_runs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An A100 has 156 TFLOP/s of TF32 and 19.5 of float32 (NVIDIA A100 datasheet); a T4 has no TF32."""
+    product = count("aten.addmm", dtype="float32")
+    assert roofline.matrix_rate(product, find_gpu("A100")) == (156e12, True)
+    assert roofline.matrix_rate(product, find_gpu("T4")) == (pytest.approx(8.1e12, rel=0.01), False)
+    monkeypatch.setattr(roofline, "TF32_MATMULS", False)
+    assert roofline.matrix_rate(product, find_gpu("A100")) == (19.5e12, False)
+
+
+def test_one_place_sets_the_precision_of_float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    set_matmul_precision(torch.device("cpu"))
+    assert asked == []
+    set_matmul_precision(torch.device("cuda"))
+    assert (asked == ["high"]) == roofline.TF32_MATMULS
+    source = Path(roofline.__file__).parents[1]
+    assert [path.name for path in source.rglob("*.py") if "torch.set_float32" in path.read_text()] == [
+        "names.py",
+        "precision.py",
+    ]
 
 
 def test_rows_add_up_and_python_starts_kernels_meanwhile() -> None:

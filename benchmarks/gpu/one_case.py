@@ -17,6 +17,7 @@ from settings import SUITE, Case
 
 from trainfit.measure.trial import Windows, run_windows
 from trainfit.models.registry import build_eval_step, build_step, family
+from trainfit.step.precision import set_matmul_precision
 from trainfit.tracing.trace_cache import versions
 
 WINDOWS = Windows(warm_up=3, least=3, most=13, enough_s=10)
@@ -67,8 +68,7 @@ def main(name: str, device_name: str, answer: str, history: str) -> None:
     if case is not None:
         importlib.import_module(f"trainfit.models.{family(case.setting.model)}.step")
     sys.stdin.readline()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # as `trainfit train` does
+    set_matmul_precision(device)
     if case is None:
         found: dict[str, Any] = {"outcome": "ran", "kernels": kernels.sample_all()}
     else:

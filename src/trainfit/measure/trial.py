@@ -15,6 +15,7 @@ from trainfit.errors import TrainfitError
 from trainfit.models.registry import build_step
 from trainfit.models.setting import Setting
 from trainfit.step.attempt import attempt
+from trainfit.step.precision import set_matmul_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +120,7 @@ def main(request: Path, answer: Path) -> None:
     asked = json.loads(request.read_text())
     sys.path[:] = asked["path"]
     setting, device = Setting.from_json(asked["setting"]), torch.device(asked["device"])
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # as `trainfit train` does
+    set_matmul_precision(device)
     try:
         found = run_windows(
             lambda: build_step(setting=asked["setting"], device=device),

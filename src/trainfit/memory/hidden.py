@@ -16,6 +16,7 @@ from trainfit.gpus.context import (
     cuda_context_bytes,
     driver_reserved_bytes,
 )
+from trainfit.timing.counts import MATMULS
 from trainfit.tracing.events import TensorInfo, Trace
 
 Within = Literal["reserved", "process", "card"]
@@ -77,9 +78,6 @@ WINOGRAD = 36 / 16
 MODEL_ERROR = 0.049
 """Mean error of replayed reserved memory against 173 public A100 measurements of 66 timm models (older torch, one fitted
 constant); to be replaced by the errors of our own measurements."""
-MATMULS = frozenset(
-    f"aten.{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "_scaled_mm", "_int_mm")
-)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,9 @@ from typing import Literal
 
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 """auto: bf16 on CUDA capability 8.0 and later, fp16 on older GPUs, fp32 on the CPU."""
+MATMUL_PRECISION: Literal["highest", "high"] = "high"
+"""`torch.set_float32_matmul_precision` on CUDA: "high" lets float32 matrix products run as TF32 where the GPU has it
+(capability 8.0 and above), as upstream trains. Convolutions do so by torch's default."""
 Checkpointing = int | Literal["none", "all"]
 """Blocks of the model, from the first, whose forward is computed again in backward."""
 Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-8bit", "sgd"]

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from trainfit.errors import TrainfitError
-from trainfit.step.names import Precision
+from trainfit.step.names import MATMUL_PRECISION, Precision
 
 AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,6 +26,12 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
     if precision == "bf16" and capability < (8, 0):
         raise TrainfitError(f"--precision bf16 needs CUDA capability 8.0, this GPU has {capability}; use fp16 or auto")
     return precision
+
+
+def set_matmul_precision(device: torch.device) -> None:
+    """Let float32 matrix products on CUDA run as `MATMUL_PRECISION` says, for the whole process; nothing elsewhere."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision(MATMUL_PRECISION)
 
 
 def autocast(precision: Precision, device_type: str) -> AbstractContextManager[object]:

@@ -4,6 +4,11 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
+MATMULS = frozenset(
+    f"aten.{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "_scaled_mm", "_int_mm")
+)
+"""Operators that cuBLAS runs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OpCount:

@@ -13,7 +13,8 @@ from typing import Literal, get_args
 
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import Gpu
-from trainfit.timing.counts import OpCount
+from trainfit.step.names import MATMUL_PRECISION
+from trainfit.timing.counts import MATMULS, OpCount
 
 Kind = Literal["tensor cores", "plain arithmetic", "memory", "launches", "optimizer"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -24,6 +25,7 @@ WIDE_GROUP = 33
 swsl_resnext101_32x4d (4 to 32) runs at the speed of its bytes, regnetv_040 (64) at a hundredth of it."""
 
 
+TF32_MATMULS = MATMUL_PRECISION == "high"
 HOST_BYTES_PER_S = 3e9
 """Tensors copied to the CPU's memory and worked on there (averaged weights). Not measured: half of what pageable copies
 over PCIe 3.0 x16 reach."""
@@ -177,8 +179,9 @@ def _memory_factor(row: OpCount, efficiency: Efficiency) -> float:
 def matrix_rate(row: OpCount, gpu: Gpu) -> tuple[float, bool]:
     """FLOP/s for a row's data type, and whether matrix units give them.
 
-    float32 convolutions use TF32 and float32 matrix products do not: torch's defaults. Without a unit for the type it
-    is the float32 rate.
+    float32 convolutions use TF32 (torch's default), float32 matrix products too where training lets them
+    (`step.names.MATMUL_PRECISION`; AMD's need an environment variable that nothing here sets). Fused attention in float32,
+    and what has no unit for its type, runs at the float32 rate.
     """
     assert gpu.fp32_flops_per_s is not None
     if row.dtype == "float16":
@@ -186,7 +189,8 @@ def matrix_rate(row: OpCount, gpu: Gpu) -> tuple[float, bool]:
     elif row.dtype == "bfloat16":
         rate = gpu.bf16_flops_per_s
     else:
-        rate = gpu.tf32_flops_per_s if row.op.startswith("aten.convolution") else None
+        as_tf32 = row.op.startswith("aten.convolution") or (TF32_MATMULS and gpu.gfx is None and row.op in MATMULS)
+        rate = gpu.tf32_flops_per_s if as_tf32 else None
     return (gpu.fp32_flops_per_s, False) if rate is None else (rate, True)
 
 

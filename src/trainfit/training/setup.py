@@ -10,6 +10,7 @@ from trainfit.step.checkpointing import checkpoint_first
 from trainfit.step.ema import averaged_copy
 from trainfit.step.names import Precision
 from trainfit.step.optimizer import make_optimizer
+from trainfit.step.precision import set_matmul_precision
 from trainfit.step.training_step import TrainingStep
 from trainfit.tasks.detection.read import read_dataset, require_no_errors
 from trainfit.tasks.detection.samples import Dataset
@@ -49,8 +50,7 @@ def make_step(
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # A core for the loader: threads that spin for a core that is taken make a step up to 30 times slower.
         torch.set_num_threads(max(1, usable_cores() - 1))
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, as upstream trains
+    set_matmul_precision(device)
     torch.manual_seed(recipe.seed)
     model = workload.build()
     weights = str(evaluated_weights(recipe.from_run)) if recipe.from_run else recipe.weights
