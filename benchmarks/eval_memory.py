@@ -43,7 +43,7 @@ def make_records(path: Path, count: int, size: tuple[int, int]) -> list[ImageRec
                 classes=rng.integers(0, 3, OBJECTS),
                 crowd=np.zeros(OBJECTS, np.bool_),
                 areas=np.full(OBJECTS, np.pi * (0.04 * height) ** 2),
-                segmentations=tuple([c.ravel().tolist()] for c in corners),
+                segmentations=tuple((c.ravel(),) for c in corners),
                 object_ids=np.arange(OBJECTS) + number * OBJECTS,
             )
         )

@@ -26,7 +26,7 @@ from trainfit.errors import TrainfitError
 from trainfit.reports.ap_table import ap_line, ap_table
 from trainfit.tasks.detection.coco_ap import ApResult, Detections, IouKind, evaluate, gather_detections
 from trainfit.tasks.detection.masks import encode_masks
-from trainfit.tasks.detection.samples import ImageRecord
+from trainfit.tasks.detection.samples import ImageRecord, packed
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data sets are not beside this checkout")
@@ -54,7 +54,7 @@ def records_of(world: World) -> list[ImageRecord]:
                 classes=np.array([index[o["category_id"]] for o in objects], np.int64),
                 crowd=np.array([o.get("iscrowd", 0) for o in objects], np.bool_),
                 areas=np.array([o["area"] for o in objects], np.float64),
-                segmentations=tuple(o.get("segmentation") for o in objects),
+                segmentations=tuple(packed(o.get("segmentation")) for o in objects),
                 object_ids=np.array([o["id"] for o in objects], np.int64),
             )
         )
@@ -126,7 +126,9 @@ def perturbed(world: World, iou: IouKind, seed: int) -> list[Detections]:
 
 def moved(record: ImageRecord, row: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     shape: Any = record.segmentations[row]
-    parts: Any = oracle_mask.frPyObjects(shape, record.height, record.width)
+    parts: Any = oracle_mask.frPyObjects(
+        list(shape) if isinstance(shape, tuple) else shape, record.height, record.width
+    )
     mask: NDArray[np.uint8] = oracle_mask.decode(oracle_mask.merge(parts) if isinstance(parts, list) else parts)
     return np.roll(mask, tuple(rng.integers(-3, 4, 2)), (0, 1))
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from trainfit.errors import TrainfitError
 from trainfit.models.registry import from_metadata, make_workload, model_name
+from trainfit.models.rfdetr import data
 from trainfit.models.rfdetr.data import make_sample
 from trainfit.models.rfdetr.workload import CONFIGS, RfDetr, RfDetrKnobs, legal_resolution
 from trainfit.models.workload import OptimizerSettings
@@ -136,7 +137,7 @@ def make_record(tmp_path: Path, *, width: int = 90, height: int = 60) -> ImageRe
         classes=np.array([1]),
         crowd=np.array([False]),
         areas=np.array([1200.0]),
-        segmentations=([[30.0, 20.0, 70.0, 20.0, 70.0, 50.0, 30.0, 50.0]],),
+        segmentations=((np.array([30.0, 20.0, 70.0, 20.0, 70.0, 50.0, 30.0, 50.0]),),),
         object_ids=np.array([1]),
     )
 
@@ -152,6 +153,28 @@ def test_crops_and_flips_keep_boxes_and_masks_on_the_object(tmp_path: Path, seed
     rows, columns = white.nonzero().unbind(1)
     seen = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
     assert (sample.boxes[0] - seen).abs().max() <= 2
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_boxes_draw_no_mask_and_are_the_same_as_with_masks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, augment: bool
+) -> None:
+    record = make_record(tmp_path)
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(8) for _ in range(2)]
+    with_masks = [make_sample(record, size=96, augment=augment, masks=True, generator=g) for g in seeds[::2]]
+
+    def refuse(*_arguments: object) -> None:
+        raise AssertionError("a mask is drawn for boxes")
+
+    for drawing in ("frPyObjects", "merge", "decode"):
+        monkeypatch.setattr(data.rle, drawing, refuse)
+    monkeypatch.setattr(data, "decode_rle", refuse)
+    for sample, generator in zip(with_masks, seeds[1::2], strict=True):
+        boxes = make_sample(record, size=96, augment=augment, masks=False, generator=generator)
+        assert boxes.masks is None
+        assert torch.equal(boxes.boxes, sample.boxes)
+        assert torch.equal(boxes.classes, sample.classes)
+        assert torch.equal(boxes.image, sample.image)
 
 
 def test_without_augmentation_the_sample_is_upstreams_resize(tmp_path: Path) -> None:

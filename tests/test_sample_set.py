@@ -51,7 +51,7 @@ def test_masks_cover_what_is_painted(folder: Path) -> None:
         painted = np.ptp(pixels, axis=2) > 60  # shapes are colourful, the background is dull
         masks = np.zeros((len(record.classes), record.height, record.width), np.bool_)
         for n, polygons in enumerate(record.segmentations):
-            (encoded,) = coco_mask.frPyObjects(cast(Any, polygons), record.height, record.width)
+            (encoded,) = coco_mask.frPyObjects(cast(Any, list(polygons or ())), record.height, record.width)
             masks[n] = coco_mask.decode(encoded)
             x, y, width, height = coco_mask.toBbox(encoded)
             # 2 px: a sharp tip covers no pixel's middle

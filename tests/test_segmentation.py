@@ -30,7 +30,7 @@ from trainfit.models.workload import OptimizerSettings
 from trainfit.step.ema import averaged_copy, update_ema
 from trainfit.step.window import accumulate, cut
 from trainfit.tasks.detection.masks import decode_rle
-from trainfit.tasks.detection.samples import ImageRecord, Sample
+from trainfit.tasks.detection.samples import ImageRecord, Sample, packed
 from trainfit.training import run_folder
 from trainfit.training.recipe import Recipe
 
@@ -308,7 +308,7 @@ def record_of(tmp_path: Path, segmentation: Any) -> ImageRecord:
         classes=np.array([0, 1]),
         crowd=np.array([True, False]),
         areas=np.array([5400.0, 1200.0]),
-        segmentations=(whole, segmentation),
+        segmentations=(whole, packed(segmentation)),
         object_ids=np.array([1, 2]),
     )
 

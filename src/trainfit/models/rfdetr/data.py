@@ -11,8 +11,8 @@ from PIL import Image
 from rfdetr.utilities.tensors import NestedTensor
 
 from trainfit.models.images import IMAGENET_MEAN, IMAGENET_STD, normalise_, to_device
-from trainfit.tasks.detection.masks import decode_rle
-from trainfit.tasks.detection.samples import ImageRecord, Sample, Segmentation
+from trainfit.tasks.detection.masks import Rle, decode_rle
+from trainfit.tasks.detection.samples import ImageRecord, Polygons, Sample
 from trainfit.tasks.images import read_image
 
 SHORT_SIDES = (400, 500, 600)
@@ -28,7 +28,8 @@ def make_sample(record: ImageRecord, *, size: int, augment: bool, masks: bool, g
 
     The crop's distribution is upstream's (short side to 400, 500 or 600, a square of 384 px or more out of it, then the
     target size); the pixels are resampled once, not twice. Without `augment`: the resize alone, as for evaluation.
-    Boxes are clipped to the crop; objects that are left without area are dropped; crowds are left out.
+    Boxes are clipped to the crop; objects whose box is left without area are dropped, as upstream drops them; crowds are
+    left out. Masks are drawn only where `masks` wants them.
     """
     image = read_image(record)
     region = (0.0, 0.0, float(record.width), float(record.height))
@@ -42,17 +43,19 @@ def make_sample(record: ImageRecord, *, size: int, augment: bool, masks: bool, g
     boxes = ((record.boxes - np.array([region[0], region[1]] * 2)) * scale).clip(0, size)
     keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]) & ~record.crowd
     boxes = boxes[keep]
+    drawn = None
+    if masks:
+        drawn = _masks([s for s, k in zip(record.segmentations, keep, strict=True) if k], boxes, region, size, record)
     pixels = torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1).contiguous()
-    drawn = _masks([s for s, k in zip(record.segmentations, keep, strict=True) if k], boxes, region, size, record)
     if flip:
         pixels = pixels.flip(2)
         boxes = boxes[:, [2, 1, 0, 3]] * [-1, 1, -1, 1] + [size, 0, size, 0]
-        drawn = drawn[:, :, ::-1]
+        drawn = drawn[:, :, ::-1] if drawn is not None else None
     return Sample(
         image=pixels,
         boxes=torch.from_numpy(boxes.astype(np.float32)),
         classes=torch.from_numpy(record.classes[keep]),
-        masks=torch.from_numpy(drawn.copy()) if masks else None,
+        masks=torch.from_numpy(drawn.copy()) if drawn is not None else None,
         image_id=record.id,
         original_size=(record.height, record.width),
     )
@@ -75,7 +78,7 @@ def _random_crop(width: int, height: int, generator: torch.Generator) -> Region:
 
 
 def _masks(
-    segmentations: Sequence[Segmentation | None],
+    segmentations: Sequence[Polygons | Rle | None],
     boxes: NDArray[np.float64],
     region: Region,
     size: int,
@@ -89,8 +92,8 @@ def _masks(
     x0, y0, x1, y1 = region
     scale = np.array([size / (x1 - x0), size / (y1 - y0)])
     for i, segmentation in enumerate(segmentations):
-        if isinstance(segmentation, list) and segmentation:
-            polygons = [((np.reshape(p, (-1, 2)) - [x0, y0]) * scale).ravel().tolist() for p in segmentation]
+        if isinstance(segmentation, tuple):
+            polygons = [((polygon.reshape(-1, 2) - [x0, y0]) * scale).ravel().tolist() for polygon in segmentation]
             drawn[i] = rle.decode(rle.merge(cast(list[dict[str, Any]], rle.frPyObjects(polygons, size, size)))).astype(
                 np.bool_
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainfit.tasks.detection.samples import Finding, ImageRecord, Segmentation, Severity
+from trainfit.tasks.detection.samples import Finding, ImageRecord, Segmentation, Severity, packed
 from trainfit.tasks.images import ImageDefect, ImageHeader
 
 Box = tuple[float, float, float, float]
@@ -149,7 +149,7 @@ def _record(raw: RawImage, size: tuple[int, int], findings: list[Finding]) -> Im
         classes=np.array([thing.class_index for thing in kept], np.int64),
         crowd=np.array([thing.crowd for thing in kept], np.bool_),
         areas=np.array([thing.area or side[0] * side[1] for thing, side in zip(kept, sides, strict=True)], np.float64),
-        segmentations=tuple(segmentations),
+        segmentations=tuple(map(packed, segmentations)),
         object_ids=np.array([thing.id for thing in kept], np.int64),
     )
 

@@ -215,7 +215,10 @@ def _true(record: ImageRecord, row: int, iou: IouKind) -> dict[str, Any]:
         raise TrainfitError(f"{record.path.name} object {row} has no mask: evaluate boxes, or add its mask")
     annotation = {"image_id": record.id, "category_id": int(record.classes[row]), "bbox": _box(record.boxes[row])}
     figures = {"area": float(record.areas[row]), "iscrowd": int(record.crowd[row])}
-    return annotation | figures | {"segmentation": record.segmentations[row]}
+    mask = record.segmentations[row]
+    if isinstance(mask, tuple):  # the library takes lists
+        return annotation | figures | {"segmentation": [polygon.tolist() for polygon in mask]}
+    return annotation | figures | {"segmentation": mask}
 
 
 def _found(image: Detections, row: int, iou: IouKind) -> dict[str, Any]:

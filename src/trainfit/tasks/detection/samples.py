@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 Segmentation = list[list[float]] | dict[str, Any]
 """One object's mask as COCO writes it: polygons (x0, y0, x1, y1, ... in pixels), or an RLE with `size` and `counts`."""
+Polygons = tuple[NDArray[np.float64], ...]
+"""One object's outlines, each (2 x points,): x0, y0, x1, y1, ... in pixels. As arrays they take a tenth of the memory of lists."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -31,9 +33,17 @@ class ImageRecord:
     """(n,): a region of many objects: ignored by training, "don't care" in evaluation."""
     areas: NDArray[np.float64]
     """(n,): pixels; the mask's area where the file states it, else the box's. COCO sorts objects into sizes by it."""
-    segmentations: tuple[Segmentation | None, ...]
+    segmentations: tuple[Polygons | dict[str, Any] | None, ...]
+    """n masks: polygons or an RLE as COCO writes it; None where the object has a box alone."""
     object_ids: NDArray[np.int64]
     """(n,): the annotation ids of the file, or a running number."""
+
+
+def packed(segmentation: Segmentation | None) -> Polygons | dict[str, Any] | None:
+    """The form that records keep: polygons as arrays, an RLE as it is."""
+    if isinstance(segmentation, list):
+        return tuple(np.array(polygon, np.float64) for polygon in segmentation)
+    return segmentation
 
 
 Severity = Literal["error", "skipped", "mended", "note"]
