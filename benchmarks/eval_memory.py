@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from trainfit.models.rfdetr.workload import RfDetr, RfDetrKnobs
+from trainfit.models.rfdetr.family import RfDetrKnobs
+from trainfit.models.rfdetr.workload import RfDetr
 from trainfit.tasks.detection.samples import ImageRecord
 from trainfit.training.evaluation import evaluate_model
 

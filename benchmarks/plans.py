@@ -23,7 +23,7 @@ from trainfit.gpus.catalogue import GIB, Gpu, find_gpu
 from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.predict import process_budget
 from trainfit.memory.priced import Pricer
-from trainfit.models.setting import Setting
+from trainfit.models.setting import Setting, make_setting, setting_from_json
 from trainfit.planning.knobs import cuts
 from trainfit.planning.make import make_plan, precision_for
 from trainfit.planning.plan import Plan
@@ -143,7 +143,7 @@ def heuristic_rows(models: Sequence[str]) -> Iterator[Sequence[str]]:
     """The first guide's table."""
     for name, micro_batch, accumulation, checkpointing in HEURISTIC:
         for model in models:
-            gpu, base = find_gpu(name), Setting(model=model)
+            gpu, base = find_gpu(name), make_setting(model=model)
             wanted = replace(base, micro_batch=micro_batch, accumulation=accumulation, checkpointing=checkpointing)
             rival, plan = Rival(wanted, gpu, 16), make_plan(base, gpu)
             again = " + checkpointing" if checkpointing == "all" else ""
@@ -161,7 +161,7 @@ def guide_rows() -> Iterator[Sequence[str]]:
     """The second guide's table."""
     for name, size, stage, micro_batch, accumulation, multi_scale in GUIDE:
         gpu, changes = find_gpu(name), {"stage": stage, "multi_scale": multi_scale}
-        base = Setting.from_json({**Setting(model=f"rtdetr-seg-{size}").to_json(), **changes})
+        base = setting_from_json({**make_setting(model=f"rtdetr-seg-{size}").to_json(), **changes})
         rival = Rival(replace(base, micro_batch=micro_batch, accumulation=accumulation), gpu, 8)
         plan = make_plan(base, gpu, effective_batch=8)
         yield (
@@ -189,7 +189,7 @@ def used_rows() -> Iterator[Sequence[str]]:
     for size, micro_batch, resolution, used in USED:
         cells: list[str] = []
         for stage in ("detector", "masks", "single"):
-            base = Setting(model=f"rtdetr-seg-{size}", stage=stage, multi_scale=False, precision="fp16")
+            base = make_setting(model=f"rtdetr-seg-{size}", stage=stage, multi_scale=False, precision="fp16")
             needs = pricer.needs(replace(base, micro_batch=micro_batch, accumulation=2, resolution=resolution))
             verdict = (
                 "fits" if needs.high_bytes <= budget else "runs out" if needs.low_bytes > budget else "may run out"
@@ -205,14 +205,14 @@ def used_rows() -> Iterator[Sequence[str]]:
 def effect_rows() -> Iterator[Sequence[str]]:
     """What the guides say that knobs do."""
     pricer = Pricer(gpu=find_gpu("GTX 1650 Ti"))
-    base = Setting(model="rtdetr-seg-nano", accumulation=2, multi_scale=False, precision="fp16")
+    base = make_setting(model="rtdetr-seg-nano", accumulation=2, multi_scale=False, precision="fp16")
     for knob, said, changes in EFFECTS:
-        other = Setting.from_json({**base.to_json(), **changes})
+        other = setting_from_json({**base.to_json(), **changes})
         yield f"{knob} (rtdetr-seg-nano)", said, effect(pricer, base, other)
     for name, micro_batch, accumulation, _ in HEURISTIC[2:4]:
         pricer = Pricer(gpu=find_gpu(name))
         for model in MODELS[:4]:
-            base = Setting(model=model, micro_batch=micro_batch, accumulation=accumulation)
+            base = make_setting(model=model, micro_batch=micro_batch, accumulation=accumulation)
             base = replace(base, precision=precision_for(base, pricer.gpu))
             said = effect(pricer, base, replace(base, checkpointing="all"))
             yield f"checkpointing ({model}, {micro_batch} on {name})", "30 to 40 % less, about 20 % slower", said
@@ -223,7 +223,7 @@ def spread_rows() -> Iterator[Sequence[str]]:
     gpu = find_gpu("T4")
     for gpus, micro_batch, accumulation in SPREAD:
         for model in MODELS[:4]:
-            base = Setting(model=model)
+            base = make_setting(model=model)
             plan, theirs = (make_plan(base, gpu, gpus=gpus, micro_batch=b) for b in (None, micro_batch))
             rival = theirs.chosen
             assert rival is not None
@@ -270,7 +270,7 @@ def grid_rows() -> Iterator[Sequence[str]]:
     """Every card with every model."""
     for name in CARDS:
         for model in MODELS:
-            gpu, base = find_gpu(name), Setting(model=model)
+            gpu, base = find_gpu(name), make_setting(model=model)
             micro_batch, checkpointing = recommended(gpu)
             wanted = replace(base, micro_batch=micro_batch, accumulation=16 // micro_batch, checkpointing=checkpointing)
             rival, plan = Rival(wanted, gpu, 16), make_plan(base, gpu)

@@ -10,7 +10,8 @@ import argparse
 
 import torch
 
-from trainfit.models.rfdetr.workload import RfDetr, RfDetrKnobs, Stage
+from trainfit.models.rfdetr.family import RfDetrKnobs, Stage
+from trainfit.models.rfdetr.workload import RfDetr
 from trainfit.models.workload import OptimizerSettings
 from trainfit.tasks.detection.samples import Sample
 

@@ -20,7 +20,8 @@ from rfdetr.utilities.tensors import NestedTensor
 
 from trainfit.models.images import IMAGENET_MEAN, IMAGENET_STD
 from trainfit.models.rfdetr.data import to_targets
-from trainfit.models.rfdetr.workload import RfDetr, RfDetrKnobs
+from trainfit.models.rfdetr.family import RfDetrKnobs
+from trainfit.models.rfdetr.workload import RfDetr
 from trainfit.models.workload import OptimizerSettings
 from trainfit.step.training_step import TrainingStep
 from trainfit.step.window import cut

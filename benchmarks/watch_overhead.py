@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from trainfit.models.rfdetr.workload import RfDetr, RfDetrKnobs
+from trainfit.models.rfdetr.family import RfDetrKnobs
+from trainfit.models.rfdetr.workload import RfDetr
 from trainfit.models.workload import OptimizerSettings
 from trainfit.step.optimizer import make_adamw
 from trainfit.step.training_step import StepResult, TrainingStep

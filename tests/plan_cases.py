@@ -7,7 +7,7 @@ from typing import Any
 from test_profile import make_prediction
 from trainfit.gpus.catalogue import GIB, find_gpu
 from trainfit.gpus.context import ByteRange
-from trainfit.models.setting import Setting
+from trainfit.models.setting import Setting, make_setting
 from trainfit.planning.plan import Candidate, Loading, Plan, Saving
 from trainfit.step.names import Checkpointing
 
@@ -49,7 +49,7 @@ def make_plan(
     **knobs: Any,
 ) -> Plan:
     """A plan for an RTX 3090; `chosen` is one of its candidates, None where nothing fits."""
-    setting = Setting(model=model, precision=knobs.pop("precision", "bf16"), **knobs)
+    setting = make_setting(model=model, precision=knobs.pop("precision", "bf16"), **knobs)
     budget = ByteRange(low_bytes=int(budget_gib * GIB), high_bytes=int((budget_gib + 0.2) * GIB))
     share = -(-effective_batch // gpus)
     sizes = [b for b in micro_batches if b <= share]

@@ -214,7 +214,7 @@ def test_what_does_not_go_together() -> None:
         emit(make_plan((4, "none"), gpus=3), "lightning")
     with pytest.raises(TrainfitError, match="neither gradient accumulation nor activation checkpointing"):
         emit(make_plan((4, "none"), model="maskrcnn-r50-v1"), "detectron2")
-    with pytest.raises(TrainfitError, match="rfdetr has no --recipe masks"):
+    with pytest.raises(TrainfitError, match="rfdetr has no --stage masks"):
         emit(make_plan((4, "none"), model="rfdetr-seg-nano", stage="masks"), "rfdetr")
     with pytest.raises(ValueError, match="two tools"):
         register("rfdetr")(lambda _: ("", ()))

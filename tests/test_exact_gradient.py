@@ -10,7 +10,8 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainfit.models.rfdetr.workload import RfDetr, RfDetrKnobs
+from trainfit.models.rfdetr.family import RfDetrKnobs
+from trainfit.models.rfdetr.workload import RfDetr
 from trainfit.step import ranks
 from trainfit.step.terms import CountKind, LossTerm, Objective
 from trainfit.step.window import accumulate, cut

@@ -21,12 +21,14 @@ from trainfit.errors import TrainfitError
 from trainfit.models.classifier import step as classifier
 from trainfit.models.clip import step as clip
 from trainfit.models.custom.step import CustomTask, custom_step
+from trainfit.models.family import family_of
 from trainfit.models.images import crowded_sample
 from trainfit.models.maskrcnn import losses as maskrcnn
 from trainfit.models.maskrcnn import step as maskrcnn_step
-from trainfit.models.registry import build_eval_step, build_step, family, make_workload, model_name
-from trainfit.models.rfdetr.workload import RfDetr, RfDetrKnobs
-from trainfit.models.setting import Setting
+from trainfit.models.registry import build_eval_step, build_step, make_workload
+from trainfit.models.rfdetr.family import RfDetrKnobs
+from trainfit.models.rfdetr.workload import RfDetr
+from trainfit.models.setting import make_setting, setting_from_json
 from trainfit.models.workload import OptimizerSettings
 from trainfit.step import ranks
 from trainfit.step.checkpointing import checkpoint_first, repeated_blocks
@@ -70,21 +72,21 @@ def error(found: dict[str, torch.Tensor], known: dict[str, torch.Tensor]) -> flo
     precision=st.sampled_from(["auto", "fp32", "bf16", "fp16"]),
 )
 def test_a_setting_survives_json(**knobs: Any) -> None:
-    setting = Setting(model="maskrcnn-r50-v1", **knobs)
-    assert Setting.from_json(json.loads(json.dumps(setting.to_json()))) == setting
+    setting = make_setting(model="maskrcnn-r50-v1", **knobs)
+    assert setting_from_json(json.loads(json.dumps(setting.to_json()))) == setting
 
 
 def test_a_setting_refuses_what_cannot_be() -> None:
     with pytest.raises(TrainfitError, match="--micro-batch must be at least 1, not 0"):
-        Setting(model="rfdetr-nano", micro_batch=0)
+        make_setting(model="rfdetr-nano", micro_batch=0)
 
 
 def test_names_of_models() -> None:
-    assert model_name("MaskRCNN R50_v1") == "maskrcnn-r50-v1"
+    assert family_of("MaskRCNN R50_v1")[1] == "maskrcnn-r50-v1"
     named = ["rtdetr-seg-base", "maskrcnn-r50-v2", "clip:ViT-B-16", "timm:resnet50", "my.file:task"]
-    assert [family(model_name(name)) for name in named] == ["rfdetr", "maskrcnn", "clip", "classifier", "custom"]
+    assert [family_of(name)[0].name for name in named] == ["rfdetr", "maskrcnn", "clip", "classifier", "custom"]
     with pytest.raises(TrainfitError, match="Perhaps you meant maskrcnn-r50-v1"):
-        model_name("maskrcnn-r50-1")
+        family_of("maskrcnn-r50-1")[1]
     with pytest.raises(TrainfitError, match="training of timm:resnet50 is not there yet"):
         make_workload("timm:resnet50", ("a",), {})
     with pytest.raises(TrainfitError, match="Perhaps you meant timm:resnet50"):
@@ -373,7 +375,7 @@ def own_task() -> CustomTask:
 
 
 def test_own_model_with_a_mean_loss_is_exact_and_labelled() -> None:
-    step = custom_step(own_task(), Setting(model="x:y", micro_batch=5, optimizer="sgd"), CPU)
+    step = custom_step(own_task(), make_setting(model="x:y", micro_batch=5, optimizer="sgd"), CPU)
     images, values = torch.utils.data.default_collate(list(step.window))
     mean_square(step.model, (images, values)).backward()
     known = gradients(step.model)
@@ -393,7 +395,7 @@ def test_own_task_is_found_in_the_working_directory(tmp_path: Path, monkeypatch:
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path.copy())
-    step = build_step(setting=Setting(model="my_task:task", micro_batch=2, accumulation=2).to_json(), device=CPU)
+    step = build_step(setting=make_setting(model="my_task:task", micro_batch=2, accumulation=2).to_json(), device=CPU)
     result: Any = step.run()
     assert result.micro_batches == 2
     for name, cause in (
@@ -402,7 +404,7 @@ def test_own_task_is_found_in_the_working_directory(tmp_path: Path, monkeypatch:
         ("my_task:other", "CustomTask"),
     ):
         with pytest.raises(TrainfitError, match=cause):
-            build_step(setting=Setting(model=name).to_json(), device=CPU)
+            build_step(setting=make_setting(model=name).to_json(), device=CPU)
 
 
 # ---- every family runs
@@ -414,7 +416,14 @@ def test_own_task_is_found_in_the_working_directory(tmp_path: Path, monkeypatch:
         {"model": "timm:resnet10t", "resolution": 64, "channels_last": True},
         {"model": "clip:tiny", "contrastive": "cached", "optimizer": "adamw-foreach"},
         {"model": "maskrcnn-r50-v2", "resolution": 64, "objects_per_image": 3, "ema": True},
-        {"model": "rfdetr-seg-nano", "resolution": 72, "groups": 2, "num_queries": 20, "objects_per_image": 3},
+        {
+            "model": "rfdetr-seg-nano",
+            "resolution": 72,
+            "groups": 2,
+            "num_queries": 20,
+            "objects_per_image": 3,
+            "multi_scale": False,
+        },
     ],
     ids=lambda knobs: knobs["model"],
 )
@@ -423,7 +432,7 @@ def test_every_family_trains_and_evaluates_a_window(
 ) -> None:
     tiny_clip(tmp_path, "tiny", {}, dropout=False)
     monkeypatch.setattr(maskrcnn_step, "build_model", few_regions(maskrcnn_step.build_model))
-    setting = Setting(**knobs, multi_scale=False, accumulation=2, eval_micro_batch=2, classes=4)
+    setting = make_setting(**knobs, accumulation=2, eval_micro_batch=2, classes=4)
     step = build_eval_step(setting=setting.to_json(), device=CPU)
     before = gradients_free_copy(step.model)
     result: Any = step.run()

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from test_profile import OPS, make_trace
-from trainfit.models import registry
-from trainfit.models.setting import Setting
+from trainfit.models.family import family_of
+from trainfit.models.setting import make_setting
 from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace_cache import get_traces
 
@@ -51,7 +51,7 @@ def test_suite_is_large_and_its_names_are_its_own() -> None:
 
 def test_suite_covers_what_it_is_for() -> None:
     cases = suite()
-    first = {registry.family(case.setting.model) for case in cases[:6]}
+    first = {case.setting.family.name for case in cases[:6]}
     assert first == {"rfdetr", "maskrcnn", "clip", "classifier", "custom"}
     assert {case.card_gib for case in cases} == {None, 4, 6, 8, 12, 16, 24}
     assert {case.setting.precision for case in cases} == {"fp32", "bf16", "fp16"}
@@ -69,7 +69,7 @@ def test_every_model_exists() -> None:
     import timm
 
     for name in {case.setting.model for case in suite()}:
-        assert registry.model_name(name) == name
+        assert family_of(name)[1] == name
         kind, _, rest = name.partition(":")
         if kind == "timm":
             assert timm.is_model(rest)
@@ -78,7 +78,7 @@ def test_every_model_exists() -> None:
         elif rest:
             from trainfit.models.custom.step import load_task
 
-            load_task(Setting(model=name))  # raises for a function that is not there
+            load_task(make_setting(model=name))  # raises for a function that is not there
 
 
 def test_dry_run_is_recorded_and_not_repeated(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_without_measurements_it_says_so(tmp_path: Path) -> None:
 
 
 def a_record(reserved_mib: int, outcome: str = "ran", card_gib: int | None = None) -> dict[str, Any]:
-    case = module("settings").Case(setting=Setting(model="timm:resnet50", micro_batch=4), card_gib=card_gib)
+    case = module("settings").Case(setting=make_setting(model="timm:resnet50", micro_batch=4), card_gib=card_gib)
     return {
         "name": case.name,
         "case": case.to_json(),

@@ -27,7 +27,7 @@ from trainfit.measure.process import context_bytes, run_trial
 from trainfit.measure.search import Measured, Predicted, forecast, knee, search
 from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.predict import assess
-from trainfit.models.setting import Setting
+from trainfit.models.setting import make_setting
 from trainfit.reports.measure import measured_json, measured_text
 from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace_cache import TraceRequest
@@ -206,7 +206,7 @@ def test_out_of_memory_is_a_result_and_the_search_goes_down(tasks: Path, monkeyp
     monkeypatch.setattr(Bench, "_predict", predict)
     lines: list[str] = []
     bench = Bench(
-        setting=Setting(model="measured_tasks:full"), card=None, windows={"most": 3, "least": 3}, show=lines.append
+        setting=make_setting(model="measured_tasks:full"), card=None, windows={"most": 3, "least": 3}, show=lines.append
     )
     rows = list(bench.run())
     assert [(row.micro_batch, row.outcome) for row in rows] == [(4, "out of memory"), (2, "ran"), (1, "ran")]
@@ -494,7 +494,7 @@ def test_calibration_is_a_median_with_its_spread() -> None:
 @pytest.mark.usefixtures("tasks")
 def test_load_takes_what_holds_here() -> None:
     """This torch, this code, the driver of the last line, no cap, the last of a setting's trials; cut lines are left out."""
-    setting = Setting(model="timm:resnet10t").to_json()
+    setting = make_setting(model="timm:resnet10t").to_json()
 
     def keep(speed: float, **changes: Any) -> None:
         row = asdict(measured(1, speed, said=predicted(images_per_s=100.0)))
@@ -556,7 +556,7 @@ Kept in FILE"""
 
 
 def report_bench(card: DetectedGpu | None, **values: Any) -> Bench:
-    return Bench(setting=Setting(model="rfdetr-nano"), card=card, **values)
+    return Bench(setting=make_setting(model="rfdetr-nano"), card=card, **values)
 
 
 def test_report_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

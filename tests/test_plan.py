@@ -17,8 +17,8 @@ from trainfit.measure.calibration import Calibration
 from trainfit.memory import priced
 from trainfit.memory.predict import predict
 from trainfit.memory.priced import Pricer, is_shipped
-from trainfit.models.registry import published
-from trainfit.models.setting import Setting
+from trainfit.models.rfdetr.family import PUBLISHED
+from trainfit.models.setting import make_setting, setting_from_json
 from trainfit.planning import make
 from trainfit.planning.knobs import cuts
 from trainfit.planning.make import learning_rate, loading, make_plan
@@ -26,7 +26,7 @@ from trainfit.planning.plan import read_plan, with_plan
 from trainfit.training.recipe import Recipe
 
 SMALL = ("plan", "timm:resnet18", "--resolution", "64", "--gpu", "RTX 3060")
-NETWORK = Setting(model="timm:resnet18", resolution=64, precision="bf16")
+NETWORK = make_setting(model="timm:resnet18", resolution=64, precision="bf16")
 GPU = find_gpu("RTX 3060")
 
 
@@ -42,7 +42,7 @@ def test_plan_agrees_with_the_prediction_of_its_setting(capsys: pytest.CaptureFi
     chosen = found["chosen"]["setting"]
     assert chosen["micro_batch"] * chosen["accumulation"] == 12
     assert chosen["precision"] == "bf16"
-    setting = Setting.from_json(chosen)
+    setting = setting_from_json(chosen)
     alone = predict(replace(setting, accumulation=2), GPU)
     assert found["chosen"]["needs"]["high_bytes"] == pytest.approx(alone.needs.high_bytes, rel=0.01)
     assert alone.verdict == "fits"
@@ -192,14 +192,14 @@ def test_the_card_of_this_machine_is_asked_for(capsys: pytest.CaptureFixture[str
 
 
 def test_learning_rate_follows_the_effective_batch() -> None:
-    nano = Setting(model="rfdetr-nano")
+    nano = make_setting(model="rfdetr-nano")
     assert "stays" in learning_rate(nano, 16)
     assert "multiply it by 2 (root" in learning_rate(nano, 64)
     assert "multiply it by 4 (linear" in learning_rate(replace(nano, optimizer="sgd"), 64)
 
 
 def test_workers_keep_up_as_far_as_the_cores_go() -> None:
-    nano = Setting(model="rfdetr-nano")
+    nano = make_setting(model="rfdetr-nano")
     ample = loading(nano, 16, images_per_s=100, gpus=1, decode_s=0.02, cores=16)
     assert ample.workers == 3  # 100 x 0.02 s, and a fifth more
     scarce = loading(nano, 16, images_per_s=100, gpus=1, decode_s=0.2, cores=4)
@@ -233,7 +233,7 @@ def test_published_sizes_are_upstreams() -> None:
     from trainfit.models.rfdetr.workload import CONFIGS, WITH_MASKS
 
     for name, kind in {**CONFIGS, **WITH_MASKS}.items():
-        fields, known = kind.model_fields, published(name)
+        fields, known = kind.model_fields, PUBLISHED[name]
         assert known is not None
         assert known.resolution == fields["resolution"].default
         assert known.block == fields["patch_size"].default * fields["num_windows"].default
@@ -258,7 +258,7 @@ def test_a_shipped_model_is_planned_without_torch(tmp_path: Path, gpu: str, micr
 
 
 def test_a_shipped_trace_equals_a_fresh_one() -> None:
-    setting = Setting(model="rfdetr-nano", precision="bf16", checkpointing="none")
+    setting = make_setting(model="rfdetr-nano", precision="bf16", checkpointing="none")
     pricer = Pricer(gpu=find_gpu("A100"))
     request = pricer.request(setting, "training")
     assert is_shipped(request)
@@ -275,7 +275,7 @@ def test_more_memory_is_never_slower_for_a_shipped_model() -> None:
     """Nor does a plan exceed its budget."""
     speeds: list[float] = []
     for gib in (6, 8, 10, 12, 16, 24):
-        plan = make_plan(Setting(model="rfdetr-nano"), gpu_with_memory(f"{gib}GiB"))
+        plan = make_plan(make_setting(model="rfdetr-nano"), gpu_with_memory(f"{gib}GiB"))
         speeds.append(plan.chosen.images_per_s or 0 if plan.chosen else 0)
         assert plan.chosen is None or plan.chosen.needs.high_bytes <= plan.budget.low_bytes
     assert all(later >= 0.97 * earlier for earlier, later in pairwise(speeds))

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from plan_cases import MICRO_BATCHES, make_plan
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import GIB, MIB, find_gpu
-from trainfit.models.registry import family, make_workload
+from trainfit.models.family import family_of
+from trainfit.models.registry import make_workload
 from trainfit.planning.plan import Plan, knobs
 from trainfit.reports.plan import (
     CARDS_GIB,
     ROWS,
-    TRAINED,
     budget_bars,
     card_room_bytes,
     plan_json,
@@ -143,7 +143,7 @@ def test_smallest_card() -> None:
                 ema_on_host=True, optimizer="adamw-8bit", eval_micro_batch=1,
             ),
             "trainfit train rfdetr-nano --data DIR --micro-batch 2 --eval-micro-batch 1 --checkpointing 3 --precision bf16 "
-            "--resolution 320 --no-multi-scale --num-queries 50 --groups 2 --optimizer adamw-8bit --ema-on-host "
+            "--optimizer adamw-8bit --ema-on-host --resolution 320 --no-multi-scale --num-queries 50 --groups 2 "
             "--freeze-encoder --workers 3",
         ),
     ],
@@ -171,7 +171,7 @@ def test_the_command_makes_the_plans_recipe(plan: Plan) -> None:
 def test_what_is_not_trained_has_no_command(model: str) -> None:
     """The families with a command are those that training takes."""
     command = train_command(make_plan((4, "none"), model=model))
-    if family(model) in TRAINED:
+    if family_of(model)[0].workload is not None:
         make_workload(model, ("thing",), {})
         assert command.startswith("trainfit train")
     else:

@@ -14,12 +14,20 @@ from trainfit.errors import TrainfitError
 from trainfit.gpus.context import ByteRange
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.predict import Prediction, predict_traced
-from trainfit.models.setting import Setting
-from trainfit.planning.knobs import LEARNS, batches, cuts, turned
+from trainfit.models.rfdetr.family import RfDetrSetting
+from trainfit.models.setting import Setting, make_setting
+from trainfit.planning.knobs import batches, cuts, turned
 from trainfit.planning.search import KNEE, Found, Wish, frontier, search
 from trainfit.timing.roofline import KINDS, TimeEstimate
 
-BASE = Setting(model="rfdetr-nano", precision="bf16")
+
+def groups_of(setting: Setting) -> int | None:
+    """The query groups of a setting of RF-DETR."""
+    assert isinstance(setting, RfDetrSetting)
+    return setting.groups
+
+
+BASE = make_setting(model="rfdetr-nano", precision="bf16")
 
 
 def estimate(seconds: float) -> TimeEstimate:
@@ -53,7 +61,7 @@ class Formula:
 
     def needs(self, setting: Setting) -> ByteRange:
         kept = self.image + self.block * (self.blocks_ - self.count(setting))
-        groups = {None: 1.0, 4: 0.6, 1: 0.4}[setting.groups]
+        groups = {None: 1.0, 4: 0.6, 1: 0.4}[groups_of(setting)]
         high = self.fixed + self.averaged * (not setting.ema_on_host) + int(kept * groups * setting.micro_batch)
         return ByteRange(low_bytes=high * 9 // 10, high_bytes=high)
 
@@ -189,9 +197,9 @@ def test_knobs_that_change_learning_are_turned_only_when_allowed() -> None:
     assert find(1049).chosen is None
     allowed = find(1049, allow=("groups",))
     assert allowed.chosen is not None
-    assert allowed.chosen.setting.groups == 1  # 4 groups would need 1060
-    assert find(1061, allow=("groups",)).chosen.setting.groups == 4  # pyright: ignore[reportOptionalMemberAccess]
-    assert find(100_000, allow=LEARNS).chosen == find(100_000).chosen
+    assert groups_of(allowed.chosen.setting) == 1  # 4 groups would need 1060
+    assert groups_of(find(1061, allow=("groups",)).chosen.setting) == 4  # pyright: ignore[reportOptionalMemberAccess]
+    assert find(100_000, allow=BASE.family.learns).chosen == find(100_000).chosen
 
 
 def test_fixed_knobs_stay() -> None:

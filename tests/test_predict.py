@@ -16,7 +16,7 @@ from trainfit import cli
 from trainfit.gpus.catalogue import MIB, Gpu, find_gpu, gpu_with_memory
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.predict import allocator_room, assess, trace_requests
-from trainfit.models.setting import Setting
+from trainfit.models.setting import Setting, make_setting
 from trainfit.tracing import trace_cache
 from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace_cache import TraceRequest, cache_path
@@ -65,7 +65,7 @@ def test_nominal_memory_pays_the_driver() -> None:
 
 def test_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another file for whatever changes the trace; the same for what does not."""
-    setting, gpu = Setting(model="timm:resnet10t"), find_gpu("RTX 3090")
+    setting, gpu = make_setting(model="timm:resnet10t"), find_gpu("RTX 3090")
 
     def path(setting: Setting = setting, gpu: Gpu = gpu) -> Path:
         return cache_path(trace_requests(setting, gpu)[0])
@@ -156,7 +156,7 @@ def test_stored_trace_needs_no_torch(stored: Path) -> None:
     code = (
         "import subprocess, sys, trainfit.cli.predict as p; from trainfit.models.setting import Setting; "
         "subprocess.Popen = None; "
-        "s = Setting(model='timm:resnet10t', resolution=64, micro_batch=2); "
+        "s = make_setting(model='timm:resnet10t', resolution=64, micro_batch=2); "
         "p.predict(p.Predict(setting=s, gpu='RTX 3060')); assert 'torch' not in sys.modules"
     )
     environment = {"XDG_CACHE_HOME": str(stored), "PYTHONPATH": ":".join(sys.path)}
@@ -183,7 +183,7 @@ def test_errors_in_one_line(arguments: tuple[str, ...], message: str, capsys: py
 
 def test_own_models_are_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their code may have changed: a stored trace is not even looked for."""
-    request = TraceRequest(setting=Setting(model="mine:task"), part="training", capability=(8, 6))
+    request = TraceRequest(setting=make_setting(model="mine:task"), part="training", capability=(8, 6))
     path = cache_path(request)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"not a trace")
@@ -203,14 +203,14 @@ def test_optimizer_state_bytes() -> None:
     """
     import timm
 
-    model = timm.create_model("resnet10t", num_classes=Setting(model="timm:resnet10t").classes)
+    model = timm.create_model("resnet10t", num_classes=make_setting(model="timm:resnet10t").classes)
     sizes = [p.numel() for p in model.parameters()]
     expected = {
         "adamw-fused": sum(8 * n for n in sizes),
         "adamw-8bit": sum(8 * n if n < 4096 else 2 * n + 8 * -(-n // 256) for n in sizes),
     }
     for optimizer, state_bytes in expected.items():
-        setting = Setting(model="timm:resnet10t", resolution=64, micro_batch=2, precision="fp32", ema=False)
+        setting = make_setting(model="timm:resnet10t", resolution=64, micro_batch=2, precision="fp32", ema=False)
         request = trace_requests(replace(setting, optimizer=optimizer), find_gpu("RTX 3060"))[0]  # pyright: ignore[reportArgumentType]
         tensors = trace_cache.get_trace(request, cache=False).trace.tensors
         traced = sum(t.nbytes for t in tensors if t.category == "optimizer state")

@@ -15,7 +15,7 @@ from trainfit.memory.allocator import replay
 from trainfit.memory.hidden import complete
 from trainfit.memory.predict import Prediction, predict_traced
 from trainfit.memory.profile import SAMPLES, make_profile
-from trainfit.models.setting import Setting
+from trainfit.models.setting import make_setting
 from trainfit.reports.profile import profile_json, profile_text
 from trainfit.reports.profile_html import profile_html
 from trainfit.timing.counts import OpCount
@@ -54,7 +54,7 @@ def make_prediction(memory_mib: int = 2000, config: AllocatorConfig | None = Non
     stored = StoredTrace(
         trace=make_trace(), ops=OPS, made_up=("aten.item", "aten.nonzero"), upper_bounds=("aten.nonzero",)
     )
-    setting = Setting(model="rfdetr-nano", micro_batch=4, objects_per_image=7)
+    setting = make_setting(model="rfdetr-nano", micro_batch=4, objects_per_image=7)
     made = predict_traced(setting, gpu, training=stored, evaluation=stored, config=config or AllocatorConfig())
     # A time of its own: the fitted efficiencies may change, and this text is about the text.
     parts: dict[Kind, float] = {**dict.fromkeys(KINDS, 0.0), "tensor cores": 0.06, "memory": 0.035}

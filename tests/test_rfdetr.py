@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 
 from trainfit.errors import TrainfitError
-from trainfit.models.registry import from_metadata, make_workload, model_name
+from trainfit.models.family import family_of
+from trainfit.models.registry import from_metadata, make_workload
 from trainfit.models.rfdetr import data
 from trainfit.models.rfdetr.data import make_sample
-from trainfit.models.rfdetr.workload import CONFIGS, RfDetr, RfDetrKnobs, legal_resolution
+from trainfit.models.rfdetr.family import RfDetrKnobs
+from trainfit.models.rfdetr.workload import CONFIGS, RfDetr, legal_resolution
 from trainfit.models.workload import OptimizerSettings
 from trainfit.step.ema import ema_decay, update_ema
 from trainfit.tasks.detection.samples import ImageRecord
@@ -85,12 +87,12 @@ def test_ema_is_upstreams() -> None:
 
 @pytest.mark.parametrize("typed", ["rfdetr-nano", "RF-DETR Nano", "rf-detr-nano", "rfdetr_nano"])
 def test_names_as_people_type_them(typed: str) -> None:
-    assert model_name(typed) == "rfdetr-nano"
+    assert family_of(typed)[1] == "rfdetr-nano"
 
 
 def test_unknown_model_suggests() -> None:
     with pytest.raises(TrainfitError, match="Perhaps you meant rfdetr-nano"):
-        model_name("rfdetr-nanno")
+        family_of("rfdetr-nanno")[1]
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
@@ -118,8 +120,8 @@ def test_resolution_snaps_or_refuses() -> None:
 
 
 def test_multi_scale_sizes_reach_upstreams_largest() -> None:
-    assert max(make_workload("rfdetr-nano", ("a",), {}).sizes(multi_scale=True)) == 544  # evidence: x 2.01 pixels
-    assert make_workload("rfdetr-nano", ("a",), {}).sizes(multi_scale=False) == (384,)
+    assert max(make_workload("rfdetr-nano", ("a",), {}).sizes()) == 544  # evidence: x 2.01 pixels
+    assert make_workload("rfdetr-nano", ("a",), {"multi_scale": False}).sizes() == (384,)
 
 
 def make_record(tmp_path: Path, *, width: int = 90, height: int = 60) -> ImageRecord:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import trace_cases
 from trainfit.memory.allocator import replay
 from trainfit.memory.scaling import ScaledTrace, scale
-from trainfit.models.setting import Setting
+from trainfit.models.setting import make_setting
 from trainfit.tracing.events import TensorInfo, Trace
 from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace import trace_step
@@ -123,7 +123,7 @@ def test_rf_detr_at_a_micro_batch_that_was_not_traced() -> None:
     knobs: dict[str, Any] = {"resolution": 64, "groups": 1, "num_queries": 20, "multi_scale": False}
     requests = {
         b: TraceRequest(
-            setting=Setting(model="rfdetr-nano", micro_batch=b, precision="bf16", **knobs),
+            setting=make_setting(model="rfdetr-nano", micro_batch=b, precision="bf16", **knobs),
             part="training",
             capability=(8, 0),
         )

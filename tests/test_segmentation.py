@@ -22,10 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import rows, run, shared_data
 from trainfit.cli.guide import translate
 from trainfit.errors import TrainfitError
-from trainfit.models.registry import from_metadata, make_workload, model_name
+from trainfit.models.family import family_of
+from trainfit.models.registry import from_metadata, make_workload
 from trainfit.models.rfdetr import workload as rfdetr_workload
 from trainfit.models.rfdetr.data import make_sample, to_batch, to_targets
-from trainfit.models.rfdetr.workload import RfDetr, RfDetrKnobs, Stage, masks_of
+from trainfit.models.rfdetr.family import RfDetrKnobs, Stage
+from trainfit.models.rfdetr.workload import RfDetr, masks_of
 from trainfit.models.workload import OptimizerSettings
 from trainfit.step.ema import averaged_copy, update_ema
 from trainfit.step.window import accumulate, cut
@@ -433,7 +435,7 @@ def test_the_guides_sizes_have_its_resolutions_and_queries(size: str, resolution
     assert isinstance(workload, RfDetr)
     assert (workload.resolution, workload.config.num_queries, workload.masks) == (resolution, 300, True)
     assert not make_workload(f"rtdetr-seg-{size}", ("a",), {"stage": "detector"}).masks
-    assert model_name(f"RT-DETR Seg {size}") == workload.name
+    assert family_of(f"RT-DETR Seg {size}")[1] == workload.name
 
 
 def test_base_builds_without_a_download(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import trace_cases
 from trainfit.errors import TrainfitError
-from trainfit.memory.priced import ALIKE
+from trainfit.models.rfdetr.family import kernels as rfdetr_kernels
 from trainfit.tracing import worker
 from trainfit.tracing.fake_cuda import Target, attention_kernel
 from trainfit.tracing.stored_trace import StoredTrace
@@ -192,7 +192,7 @@ def test_one_card_stands_for_others(capability: tuple[int, int], head: int, dtyp
     """For heads as RF-DETR has them, of 32 and 64 numbers: the attention kernel is the stand-in's."""
     stands = kernel_class(capability)
     assert kernel_class(stands) == stands
-    stands = ALIKE.get(stands, stands)
+    stands = rfdetr_kernels(stands)
     query = torch.empty(2, 4, 10, head, dtype=dtype, device="meta", requires_grad=True)
     for mask in (None, torch.empty(10, 10, dtype=dtype, device="meta")):
         kernels = [

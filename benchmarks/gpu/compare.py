@@ -24,7 +24,6 @@ from trainfit.gpus.context import cuda_context_bytes
 from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.predict import Verdict, assess, trace_requests
 from trainfit.memory.profile import last_window
-from trainfit.models.registry import family
 from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace_cache import TraceRequest, get_traces
 
@@ -119,7 +118,7 @@ def judge(record: Mapping[str, Any], stored: StoredTrace) -> Compared:
     ratio = predicted.time.seconds * speed["images_per_s"] / images if predicted.time and speed else None
     return Compared(
         name=case.name,
-        family=family(case.setting.model),
+        family=case.setting.family.name,
         ran=record["outcome"] == "ran",
         verdict=predicted.verdict,
         measured_bytes=peak["reserved_bytes"],

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.segmentation import deeplabv3_resnet50
 
+from trainfit.models.custom.family import CustomSetting
 from trainfit.models.custom.step import CustomTask
-from trainfit.models.setting import Setting
 
 
 class _Logits(nn.Module):
@@ -20,7 +20,7 @@ class _Logits(nn.Module):
         return found.transpose(1, 2) if self.transposed else found["out"]
 
 
-def deeplab(setting: Setting) -> CustomTask:
+def deeplab(setting: CustomSetting) -> CustomTask:
     """Semantic segmentation at 256 pixels."""
     side = setting.resolution or 256
 
@@ -35,7 +35,7 @@ def deeplab(setting: Setting) -> CustomTask:
     return CustomTask(build_model=build, make_sample=sample, loss=_cross_entropy)
 
 
-def encoder(setting: Setting) -> CustomTask:
+def encoder(setting: CustomSetting) -> CustomTask:
     """A transformer that says the class of each of 256 tokens."""
 
     def build() -> nn.Module:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain, zip_longest
 from typing import Any, Literal
 
-from trainfit.models.setting import Setting
+from trainfit.models.setting import Setting, make_setting, setting_from_json
 
 GIB = 2**30
 TAKEN_BYTES = GIB
@@ -27,26 +27,28 @@ class Case:
     @property
     def name(self) -> str:
         """Every knob that is not at its default, so it changes only with what is measured."""
-        s, default = self.setting, Setting(model=self.setting.model)
+        s, default = self.setting, make_setting(model=self.setting.model)
+        own = s.to_json()
+        changed = {name for name, value in own.items() if value != getattr(default, name)}
         flags = {
-            "ckpt": s.checkpointing != "none",
-            s.optimizer: s.optimizer != default.optimizer,
+            "ckpt": "checkpointing" in changed,
+            s.optimizer: "optimizer" in changed,
             "ema": s.ema is True,
             "noema": s.ema is False,
-            "onescale": not s.multi_scale,
-            "nhwc": s.channels_last,
-            f"canvas{'x'.join(map(str, s.canvas or ()))}": s.canvas is not None,
-            f"classes{s.classes}": s.classes != default.classes,
-            f"objects{s.objects_per_image}": s.objects_per_image != default.objects_per_image,
-            f"queries{s.num_queries}": s.num_queries is not None,
-            f"groups{s.groups}": s.groups is not None,
-            s.stage: s.stage != default.stage,
-            s.contrastive: s.contrastive != default.contrastive,
+            "onescale": "multi_scale" in changed,
+            "nhwc": "channels_last" in changed,
+            f"canvas{'x'.join(map(str, own.get('canvas') or ()))}": "canvas" in changed,
+            f"classes{s.classes}": "classes" in changed,
+            f"objects{own.get('objects_per_image')}": "objects_per_image" in changed,
+            f"queries{own.get('num_queries')}": "num_queries" in changed,
+            f"groups{own.get('groups')}": "groups" in changed,
+            f"{own.get('stage')}": "stage" in changed,
+            f"{own.get('contrastive')}": "contrastive" in changed,
             f"eval{s.eval_micro_batch or s.micro_batch}": self.part == "evaluation",
             "expandable": self.expandable,
             f"card{self.card_gib}": self.card_gib is not None,
         }
-        size = f"-r{s.resolution}" if s.resolution else ""
+        size = f"-r{own['resolution']}" if own["resolution"] else ""
         steps = f"x{s.accumulation}" if s.accumulation > 1 else ""
         start = f"{s.model.replace(':', '-')}{size}-b{s.micro_batch}{steps}-{s.precision}"
         return "-".join((start, *(flag for flag, there in flags.items() if there)))
@@ -69,13 +71,13 @@ class Case:
     def from_json(cls, record: Mapping[str, Any]) -> "Case":
         """What `to_json` gave."""
         values = dict(record)
-        values["setting"] = Setting.from_json(values["setting"])
+        values["setting"] = setting_from_json(values["setting"])
         return cls(**values)
 
 
 def _cases(model: str, base: Mapping[str, Any], *changes: Mapping[str, Any]) -> list[Case]:
     """The base itself, then the base with each of the changes: fields of `Setting` and of `Case`."""
-    first = Setting(model=model, **base)
+    first = make_setting(model=model, **base)
     made = [Case(setting=first)]
     for change in changes:
         around = {key: value for key, value in change.items() if key in ("part", "expandable", "card_gib")}

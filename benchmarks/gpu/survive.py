@@ -23,7 +23,7 @@ import torch
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 sys.path.insert(0, str(SOURCE))  # a bare machine has trainfit's source, not trainfit installed
 
-from trainfit.models.setting import Setting  # noqa: E402
+from trainfit.models.setting import Setting, make_setting, setting_from_json  # noqa: E402
 
 LIMIT_S = 180  # of a process on a GPU
 MODELS: dict[str, dict[str, Any]] = {
@@ -43,7 +43,7 @@ def draw(count: int, seed: int) -> list[tuple[Setting, float]]:
         model = rng.choice(sorted(MODELS))
         knobs = {"accumulation": (1, 2, 3), "precision": ("auto", "fp32")} | MODELS[model]
         chosen: dict[str, Any] = {name: rng.choice(values) for name, values in knobs.items()}
-        drawn.append((Setting(model=model, **chosen), round(rng.uniform(0.4, 1.05), 3)))
+        drawn.append((make_setting(model=model, **chosen), round(rng.uniform(0.4, 1.05), 3)))
     return drawn
 
 
@@ -82,7 +82,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.one:
         case = json.loads(arguments.one)
-        print(json.dumps(train(Setting.from_json(case["setting"]), case["share"], arguments.windows, arguments.device)))
+        print(json.dumps(train(setting_from_json(case["setting"]), case["share"], arguments.windows, arguments.device)))
         return 0
     drawn = draw(arguments.count, arguments.seed)
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -111,7 +111,7 @@ def main() -> int:
 
 
 def _words(setting: Setting) -> str:
-    default = Setting(model="").to_json()
+    default = make_setting(model=setting.model).to_json()
     return ", ".join(f"{key} {value}" for key, value in setting.to_json().items() if value != default[key])
 
 

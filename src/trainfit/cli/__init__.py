@@ -4,29 +4,35 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import tyro
 
+from trainfit.cli.arguments import setting_type, typed
 from trainfit.cli.guide import translate
 from trainfit.errors import TrainfitError
 
 
-def commands() -> Mapping[str, Callable[..., int]]:
-    """Command name -> function; its parameters are the flags, its result the exit code."""
+def commands(words: Sequence[str]) -> Mapping[str, Callable[..., int]]:
+    """Command name -> function; its parameters are the flags, its result the exit code.
+
+    `words` is the command line: flags of a model's commands are those of its family.
+    """
     from trainfit.cli.check_data import check_data
     from trainfit.cli.detect import detect
     from trainfit.cli.evaluate import evaluate
-    from trainfit.cli.measure import measure
-    from trainfit.cli.plan import plan
-    from trainfit.cli.predict import predict
+    from trainfit.cli.measure import Measure, measure
+    from trainfit.cli.plan import Plan, plan
+    from trainfit.cli.predict import Predict, predict
     from trainfit.cli.report import report
     from trainfit.cli.train import train
 
+    kind: Any = setting_type(words[1:])
     return {
-        "plan": plan,
+        "plan": typed(plan, Plan[kind], words),
         "train": train,
-        "predict": predict,
-        "measure": measure,
+        "predict": typed(predict, Predict[kind], words),
+        "measure": typed(measure, Measure[kind], words),
         "check-data": check_data,
         "detect": detect,
         "evaluate": evaluate,
@@ -39,9 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Upstream's imports meet torch's deprecations; a user can do nothing about them.
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
     try:
-        code = tyro.extras.subcommand_cli_from_dict(
-            dict(commands()), prog="trainfit", args=translate(sys.argv[1:] if arguments is None else arguments)
-        )
+        words = translate(sys.argv[1:] if arguments is None else arguments)
+        code = tyro.extras.subcommand_cli_from_dict(dict(commands(words)), prog="trainfit", args=words)
     except TrainfitError as error:
         print(f"trainfit: error: {error}", file=sys.stderr)
         code = error.exit_code

@@ -12,8 +12,10 @@ def translate(arguments: Sequence[str]) -> list[str]:
 
     Underscores and hyphens are the same, and so are `--flag value` and `--flag=value`. `--multi-scale 0|1` becomes a switch.
     """
-    if not arguments or arguments[0] != "train":
-        return list(arguments)
+    if arguments and arguments[0] != "train":
+        return ["--stage" if argument == "--recipe" else argument for argument in arguments]
+    if not arguments:
+        return []
     rest = [part for argument in arguments[1:] for part in _parts(argument)]
     result = ["train"]
     while rest:

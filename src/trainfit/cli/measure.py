@@ -4,12 +4,14 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Generic, Literal
 
 import tyro
 
+from trainfit.cli.arguments import AnySetting
 from trainfit.errors import OutOfMemory, TrainfitError
 from trainfit.gpus.catalogue import GIB, gpu_with_memory
 from trainfit.gpus.context import cuda_context_bytes
@@ -18,17 +20,16 @@ from trainfit.measure.bench import Bench
 from trainfit.measure.calibration import load
 from trainfit.measure.search import Measured
 from trainfit.memory.alloc_conf import AllocatorConfig
-from trainfit.models.registry import model_name
-from trainfit.models.setting import Setting
+from trainfit.models.setting import Setting, named, setting_from_json
 from trainfit.planning.plan import read_plan
 from trainfit.reports.measure import measured_json, measured_text
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measure:
+class Measure(Generic[AnySetting]):
     """Speed and memory of a setting on this machine's GPU, beside the prediction; without a GPU, the CPU's speed alone."""
 
-    setting: tyro.conf.OmitArgPrefixes[tyro.conf.PositionalRequiredArgs[Setting]]
+    setting: tyro.conf.OmitArgPrefixes[tyro.conf.PositionalRequiredArgs[AnySetting]]
     """The model, and every knob of its step. --micro-batch is where the search begins if nothing can be predicted."""
     plan: Path | None = None
     """File that `trainfit plan --out` wrote: its setting is measured."""
@@ -44,14 +45,14 @@ class Measure:
     """Print JSON (schema 1) instead of text."""
 
 
-def measure(arguments: Annotated[Measure, tyro.conf.arg(name="")]) -> int:
+def measure(arguments: Measure[Setting], _given: AbstractSet[str]) -> int:
     """Measure a setting on the real device; the exit code is 3 if nothing ran."""
-    setting = replace(arguments.setting, model=model_name(arguments.setting.model))
+    setting = named(arguments.setting)
     if arguments.plan is not None:
         record = read_plan(arguments.plan)
         if record["model"] != setting.model:
             raise TrainfitError(f"--plan {arguments.plan} is for {record['model']}, not {setting.model}")
-        setting = Setting.from_json(record["setting"])
+        setting = setting_from_json(record["setting"])
     sizes = _sizes(arguments.micro_batches)
     if arguments.steps < 1:
         raise TrainfitError(f"--steps must be at least 1, not {arguments.steps}")

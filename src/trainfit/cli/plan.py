@@ -3,34 +3,34 @@
 import json
 import os
 import sys
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Generic, Literal
 
 import tyro
 
+from trainfit.cli.arguments import AnySetting
 from trainfit.cli.predict import chosen_gpu
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import Gpu
 from trainfit.gpus.detect import detect_gpus
 from trainfit.memory.alloc_conf import AllocatorConfig
-from trainfit.models.registry import model_name
-from trainfit.models.setting import Setting
+from trainfit.models.setting import Setting, named
 from trainfit.planning.dataset import decode_seconds, for_data
 from trainfit.planning.make import DEFAULT_EFFECTIVE_BATCH, make_plan
 from trainfit.planning.plan import to_json
 from trainfit.reports.emit import emit
 from trainfit.reports.plan import plan_json, plan_text
 from trainfit.reports.plan_html import plan_html
-from trainfit.step.names import Checkpointing, Optimizer, Precision
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(Generic[AnySetting]):
     """Of all settings that fit a GPU, the fastest; the GPU need not be there."""
 
-    model: tyro.conf.Positional[str]
-    """rfdetr-nano, maskrcnn-r50-v2, clip:ARCH, timm:NAME, or module:function of your own."""
+    setting: tyro.conf.OmitArgPrefixes[tyro.conf.PositionalRequiredArgs[AnySetting]]
+    """The model, and its knobs as wanted. --micro-batch and --checkpointing, where given, are planned with alone."""
     gpu: str | None = None
     """Name of the card, for instance "RTX 3060"; without it and --memory, the first card of this machine."""
     memory: str | None = None
@@ -41,37 +41,8 @@ class Plan:
     """Data set: its classes, fullest image, canvas and decoding time are used."""
     effective_batch: int = DEFAULT_EFFECTIVE_BATCH
     """Images per optimizer step over all GPUs; held exactly."""
-    allow: tuple[Literal["multi-scale", "groups", "queries", "resolution", "encoder", "optimizer"], ...] = ()
+    allow: tuple[str, ...] = ()
     """Knobs that change what is learned and may be turned where nothing fits otherwise."""
-    micro_batch: int | None = None
-    """Plan with this one alone."""
-    eval_micro_batch: int | None = None
-    """Images in one forward of evaluation, instead of the fastest."""
-    checkpointing: Checkpointing | None = None
-    """Blocks computed again in backward, instead of the fewest that fit."""
-    precision: Precision = "auto"
-    optimizer: Optimizer = "adamw-fused"
-    resolution: int | None = None
-    """Side of the square input in pixels; Mask R-CNN: the short side. As published unless given."""
-    multi_scale: bool = True
-    """RF-DETR: the largest of the training sizes is priced."""
-    num_queries: int | None = None
-    groups: int | None = None
-    """RF-DETR: query groups in training."""
-    recipe: Annotated[Literal["single", "detector", "masks"], tyro.conf.arg(aliases=["--stage"])] = "single"
-    """RF-DETR with masks: which stage trains."""
-    canvas: tuple[int, int] | None = None
-    """Mask R-CNN: height and width in pixels that micro-batches are padded to; the worst there is unless given."""
-    channels_last: bool = False
-    """Classifiers: NHWC."""
-    freeze_encoder: bool = False
-    ema: bool | None = None
-    """Averaged weights; as the family is trained unless given."""
-    classes: int = 80
-    objects_per_image: int = 100
-    """In the fullest image."""
-    contrastive: Literal["cached", "plain"] = "cached"
-    """CLIP: see trainfit predict."""
     alloc_conf: str = ""
     """As PYTORCH_ALLOC_CONF, for instance expandable_segments:True."""
     emit: Literal["rfdetr", "detectron2", "open_clip", "lightning", "transformers", "accelerate"] | None = None
@@ -88,13 +59,13 @@ class Plan:
     """Store the traces, and use stored ones."""
 
 
-def plan(arguments: Annotated[Plan, tyro.conf.arg(name="")]) -> int:
+def plan(arguments: Plan[Setting], given: AbstractSet[str]) -> int:
     """Plan the fastest training that fits a GPU, without the GPU; the exit code is 1 where nothing fits."""
     for path in (arguments.html, arguments.out):
         if path is not None and path.exists() and not arguments.force:
             raise TrainfitError(f"{path} exists; choose another name or use --force")
     gpu = _gpu(arguments)
-    setting, decode_s = _setting(arguments), None
+    setting, decode_s = named(arguments.setting), None
     if arguments.data is not None:
         from trainfit.tasks.detection.read import read_dataset
 
@@ -105,8 +76,8 @@ def plan(arguments: Annotated[Plan, tyro.conf.arg(name="")]) -> int:
         gpu,
         effective_batch=arguments.effective_batch,
         gpus=arguments.gpus,
-        micro_batch=arguments.micro_batch,
-        checkpointing=arguments.checkpointing,
+        micro_batch=setting.micro_batch if "micro_batch" in given else None,
+        checkpointing=setting.checkpointing if "checkpointing" in given else None,
         allow=arguments.allow,
         config=AllocatorConfig.from_env_string(arguments.alloc_conf),
         cache=arguments.cache,
@@ -127,25 +98,13 @@ def plan(arguments: Annotated[Plan, tyro.conf.arg(name="")]) -> int:
     return 0 if found.chosen is not None else 1
 
 
-KNOBS = (
-    *("eval_micro_batch", "precision", "optimizer", "resolution", "multi_scale", "num_queries", "groups"),
-    *("canvas", "channels_last", "freeze_encoder", "ema", "classes", "objects_per_image", "contrastive"),
-)
-"""Flags that are fields of `Setting` by the same name."""
-
-
 def write(path: Path, text: str) -> None:
     """Write a result and say so."""
     path.write_text(text, encoding="utf-8")
     print(f"wrote {path}", file=sys.stderr)
 
 
-def _setting(arguments: Plan) -> Setting:
-    knobs = {name: getattr(arguments, name) for name in KNOBS}
-    return Setting(model=model_name(arguments.model), stage=arguments.recipe, **knobs)
-
-
-def _gpu(arguments: Plan) -> Gpu:
+def _gpu(arguments: Plan[Setting]) -> Gpu:
     """The card that was named, or the first of this machine with what is free of it."""
     if arguments.gpu is not None or arguments.memory is not None:
         return chosen_gpu(arguments.gpu, arguments.memory)

@@ -3,18 +3,19 @@
 import json
 import pickle
 import sys
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Generic, Literal
 
 import tyro
 
+from trainfit.cli.arguments import AnySetting
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import Gpu, find_gpu, gpu_with_memory
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.predict import predict_traced, trace_requests
-from trainfit.models.registry import model_name
-from trainfit.models.setting import Setting
+from trainfit.models.setting import Setting, named
 from trainfit.planning.dataset import for_data
 from trainfit.reports.memory_viewer import snapshot
 from trainfit.reports.profile import profile_json, profile_text
@@ -23,10 +24,10 @@ from trainfit.tracing.trace_cache import get_traces, is_stored
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predict:
+class Predict(Generic[AnySetting]):
     """Whether a setting fits a GPU that need not be there: memory of a training step and of evaluation."""
 
-    setting: tyro.conf.OmitArgPrefixes[tyro.conf.PositionalRequiredArgs[Setting]]
+    setting: tyro.conf.OmitArgPrefixes[tyro.conf.PositionalRequiredArgs[AnySetting]]
     """The model, and every knob of its step."""
     gpu: str | None = None
     """Name of the card, for instance "RTX 3060"."""
@@ -51,14 +52,14 @@ class Predict:
     needs the memory, in float32 and with the CPU's kernels."""
 
 
-def predict(arguments: Annotated[Predict, tyro.conf.arg(name="")]) -> int:
+def predict(arguments: Predict[Setting], _given: AbstractSet[str]) -> int:
     """Predict whether a setting fits a GPU, without the GPU; the exit code is 0, whatever the verdict."""
     files = [path for path in (arguments.html, arguments.snapshot) if path is not None]
     for path in files:
         if path.exists() and not arguments.force:
             raise TrainfitError(f"{path} exists; choose another name or use --force")
     gpu, config = chosen_gpu(arguments.gpu, arguments.memory), AllocatorConfig.from_env_string(arguments.alloc_conf)
-    setting = replace(arguments.setting, model=model_name(arguments.setting.model))
+    setting = named(arguments.setting)
     if arguments.data is not None:
         from trainfit.tasks.detection.read import read_dataset
 

@@ -13,7 +13,7 @@ import torch
 
 from trainfit.errors import TrainfitError
 from trainfit.models.registry import build_step
-from trainfit.models.setting import Setting
+from trainfit.models.setting import setting_from_json
 from trainfit.step.attempt import attempt
 from trainfit.step.precision import set_matmul_precision
 
@@ -119,7 +119,7 @@ def main(request: Path, answer: Path) -> None:
     """Measure what `request` names; `answer` gets the record of `run_windows`, or {"outcome": "refused", "message"}."""
     asked = json.loads(request.read_text())
     sys.path[:] = asked["path"]
-    setting, device = Setting.from_json(asked["setting"]), torch.device(asked["device"])
+    setting, device = setting_from_json(asked["setting"]), torch.device(asked["device"])
     set_matmul_precision(device)
     try:
         found = run_windows(

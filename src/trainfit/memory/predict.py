@@ -8,7 +8,6 @@ from trainfit.gpus.context import ByteRange, cuda_context_bytes
 from trainfit.memory.allocator import AllocatorConfig, OutOfMemoryAt, Replay, replay
 from trainfit.memory.hidden import MODEL_ERROR, Completed, HiddenRow, complete, hidden_rows, reserved_rows
 from trainfit.memory.profile import Profile, last_window, make_profile
-from trainfit.models.registry import family
 from trainfit.models.setting import Setting
 from trainfit.timing.roofline import TimeEstimate, step_seconds
 from trainfit.tracing.events import Trace
@@ -190,16 +189,9 @@ def replay_on(gpu: Gpu, trace: Trace, config: AllocatorConfig) -> Replay:
 
 
 def _assumptions(setting: Setting, gpu: Gpu) -> tuple[str, ...]:
-    kind = family(setting.model)
     # 1152 MiB: an RTX 5060 Ti on Windows (llama.cpp log: 16,310 MiB in all, 15,158 free before any training).
     lines = ["One process, the card to itself (a desktop may hold 1.1 GiB: --memory); evaluation follows training."]
-    if kind in ("rfdetr", "maskrcnn"):
-        lines.append(f"The fullest image has {setting.objects_per_image} objects (--objects-per-image, or --data).")
-    if kind == "rfdetr" and setting.multi_scale:
-        lines.append("Multi-scale training: the largest of its sizes.")
-    if kind == "maskrcnn":
-        canvas = "x".join(map(str, setting.canvas)) if setting.canvas else "the worst there is"
-        lines.append(f"All region samplers are full; the canvas is {canvas} (--data narrows it).")
+    lines += setting.family.assumptions(setting)
     if gpu.capability is None:
         lines.append("Compute capability unknown: kernels are those of capability 8.0.")
     if gpu.memory_is_nominal:

@@ -20,7 +20,6 @@ from trainfit.memory.host_ema import ema_for_evaluation, without_ema
 from trainfit.memory.predict import Prediction, needed, predict_traced
 from trainfit.memory.profile import last_window
 from trainfit.memory.scaling import ScaledTrace, scale
-from trainfit.models.registry import family
 from trainfit.models.setting import Setting
 from trainfit.timing.roofline import HOST_BYTES_PER_S, TimeEstimate, later, line_seconds, step_seconds, window_seconds
 from trainfit.tracing.events import Trace
@@ -43,8 +42,6 @@ TRACED_ACCUMULATION = 2
 SHIPPED = "shipped"
 ALONE = "-alone"
 """Traces of one image, beside the scaled ones: below the micro-batches that are traced for scaling."""
-ALIKE = {(8, 6): (8, 0), (10, 0): (9, 0), (6, 1): (7, 5)}
-"""Capabilities whose kernels differ for attention heads of more than 128 numbers, or not of a multiple of 8: not RF-DETR's."""
 RATES_LIKE = "RTX 3060"
 """Whose rates rank settings for a card of which only the memory is known."""
 Part = Literal["training", "evaluation"]
@@ -55,7 +52,7 @@ _scaled: dict[TraceRequest, ScaledTrace | None] = {}
 
 def scalable(setting: Setting) -> bool:
     """Whether micro-batches of its window do not know of each other: a contrastive window is one loss."""
-    return family(setting.model) != "clip" or setting.contrastive == "plain"
+    return not setting.family.coupled(setting)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +73,7 @@ class Pricer:
         if key not in known:
             found = needed(self._trace(setting, "training"), self.gpu, self.config)
             known[key] = (found.low_bytes, found.high_bytes)
-            if self.cache and scalable(setting) and family(setting.model) != "custom":
+            if self.cache and scalable(setting) and setting.family.cacheable:
                 store(_path(request, "needs"), json.dumps(known))
         low, high = known[key]
         return ByteRange(low_bytes=low, high_bytes=high)
@@ -129,11 +126,7 @@ class Pricer:
             setting = replace(setting, accumulation=min(TRACED_ACCUMULATION, setting.accumulation))
         if scalable(setting):
             setting = replace(setting, micro_batch=1, accumulation=TRACED_ACCUMULATION, eval_micro_batch=None)
-        capability = kernel_class(self.gpu.capability)
-        if family(setting.model) in ("rfdetr", "maskrcnn"):
-            capability = ALIKE.get(capability, capability)
-        if family(setting.model) == "maskrcnn" and capability == (9, 0):
-            capability = (8, 0)  # it has no attention
+        capability = setting.family.kernels(kernel_class(self.gpu.capability))
         return TraceRequest(setting=setting, part=part, capability=capability)
 
     def _scaled(self, setting: Setting, part: Part) -> ScaledTrace | None:
@@ -206,7 +199,7 @@ def _load(request: TraceRequest, *, cache: bool) -> ScaledTrace | None:
     if known is not None:
         return known[0]
     made = make_scaled(request, cache=cache)
-    if cache and family(request.setting.model) != "custom":
+    if cache and request.setting.family.cacheable:
         store(_path(request, "scaled"), made.to_json() if made else "null")
     return made
 
@@ -234,9 +227,7 @@ def _path(request: TraceRequest, kind: str) -> Path:
 def known_needs(request: TraceRequest, *, cache: bool) -> dict[str, tuple[int, int]]:
     """Needs by micro-batch, EMA, workspace and allocator that were worked out before: (low, high) bytes. It grows."""
     known: dict[str, Any] = _shipped_needs().get(shipped_name(request), {}) if is_shipped(request) else {}
-    mine = (
-        stored(_path(request, "needs"), _parsed_needs) if cache and family(request.setting.model) != "custom" else None
-    )
+    mine = stored(_path(request, "needs"), _parsed_needs) if cache and request.setting.family.cacheable else None
     return {**known, **(mine or {})}
 
 

@@ -54,7 +54,6 @@ def fixed_step(
     model: torch.nn.Module,
     objective: Objective | Contrastive,
     window: Sequence[Any],
-    ema: bool = False,
     groups: Callable[[torch.nn.Module], list[dict[str, Any]]] | None = None,
     blocks: Callable[[torch.nn.Module], Sequence[torch.nn.Module]] = repeated_blocks,
 ) -> FixedStep:
@@ -66,24 +65,20 @@ def fixed_step(
         model: In train mode, on the CPU.
         objective: Its losses.
         window: CPU samples of one effective batch.
-        ema: The family's own choice, where the setting leaves it open.
         groups: Model on the device -> optimizer groups; by default all trainable parameters in one.
         blocks: Model -> what activation checkpointing computes again, in order.
     """
     parts = blocks(model)
     checkpoint_first(parts, setting.checkpointing)
-    if setting.channels_last:
-        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     model.to(device)
     own = groups(model) if groups else [{"params": [p for p in model.parameters() if p.requires_grad]}]
-    averaged = ema if setting.ema is None else setting.ema
     training = TrainingStep(
         model=model,
         objective=objective,
         optimizer=make_optimizer(setting.optimizer, [{"lr": 1e-4, **group} for group in own]),
         device=device,
         precision=resolve_precision(setting.precision, device),
-        ema=averaged_copy(model, on_host=setting.ema_on_host) if averaged else None,
+        ema=averaged_copy(model, on_host=setting.ema_on_host) if setting.keeps_ema else None,
     )
     return FixedStep(training=training, window=window, micro_batch=setting.micro_batch, blocks=len(parts))
 

@@ -1,77 +1,108 @@
 """A setting: one choice of every knob. Imports no torch, so that planning with stored traces starts at once."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any, ClassVar
 
 from trainfit.errors import TrainfitError
+from trainfit.models.family import Family, families, family_of
 from trainfit.step.names import Checkpointing, Optimizer, Precision
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is predicted, planned and trained: plain values, so that it can be sent to another process as JSON.
+    """The knobs that every family has. A family adds its own in a subclass; `make_setting` makes that of a model.
 
-    A knob that a family has not got (queries of a classifier) does nothing there.
+    Values are plain, so that a setting can be sent to another process as JSON.
     """
 
+    family: ClassVar[Family]
+    """The family whose setting it is; `models.family.register` sets it."""
+
     model: str
-    """rfdetr-nano, maskrcnn-r50-v2, clip:ARCH, timm:NAME, or module:function of your own."""
+    """Name of the model: `trainfit models` lists them; clip:ARCH, timm:NAME, or module:function of your own."""
     micro_batch: int = 1
-    """Images (or pairs) in one forward and backward."""
+    """Images (or pairs) in one forward and backward on one GPU; changes memory and speed, not the result."""
     accumulation: int = 1
-    """Micro-batches per optimizer step."""
+    """Micro-batches per optimizer step and GPU."""
     eval_micro_batch: int | None = None
-    """Images in one forward of evaluation; None: `micro_batch`."""
-    resolution: int | None = None
-    """Pixels: side of the square input; Mask R-CNN: the short side after the resize. None: as published."""
-    canvas: tuple[int, int] | None = None
-    """Mask R-CNN: (height, width) in pixels that micro-batches are padded to. None: the worst, which is a window of
-    images with the longest allowed side, upright and lying by turns."""
-    precision: Precision = "auto"
+    """Images in one forward of evaluation; the micro-batch unless given."""
     checkpointing: Checkpointing = "none"
-    """Activation checkpointing: how many of the model's blocks, from the first, are computed again in backward."""
+    """Activation checkpointing: how many of the model's blocks, from the first, are recomputed in backward."""
+    precision: Precision = "auto"
+    """auto: bf16 on CUDA capability 8.0 and later, fp16 on older GPUs, fp32 on the CPU."""
     optimizer: Optimizer = "adamw-fused"
-    """sgd has momentum; adamw-8bit is bitsandbytes' (extra `8bit`)."""
+    """sgd has momentum 0.9; adamw-8bit is that of bitsandbytes (extra `8bit`)."""
     ema: bool | None = None
-    """Keep an averaged copy of the weights on the device. None: as the family is trained: RF-DETR yes, others no."""
+    """Keep EMA weights, for evaluation and the best checkpoint. As the family is trained unless given."""
     ema_on_host: bool = False
-    """Keep that copy in the CPU's memory: less on the GPU, more time."""
-    freeze_encoder: bool = False
-    """RF-DETR: the encoder does not train."""
-    multi_scale: bool = True
-    """RF-DETR: the training size changes with every window; the largest one is priced."""
-    channels_last: bool = False
-    """Store images and convolution weights as NHWC. Classifiers."""
+    """Keep the EMA weights in host memory: less on the GPU, more time."""
     classes: int = 80
     """Classes of the data set, background not counted."""
-    objects_per_image: int = 100
-    """Objects in the fullest image; the default is that of rf-detr's own memory probe."""
-    num_queries: int | None = None
-    """RF-DETR: object queries. None: as published."""
-    groups: int | None = None
-    """RF-DETR: query groups in training. None: as published."""
-    stage: Literal["single", "detector", "masks"] = "single"
-    """RF-DETR-Seg: `single`: everything trains; `detector`: without the mask head; `masks`: the mask head alone."""
-    contrastive: Literal["cached", "plain"] = "cached"
-    """CLIP: `cached`: the loss of the whole window, exactly; `plain`: each micro-batch is contrasted with itself alone
-    and the losses are averaged, which is another loss where `accumulation` > 1."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        for name in ("micro_batch", "accumulation", "eval_micro_batch", "resolution", "classes", "objects_per_image"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise TrainfitError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        """Refuse values that cannot be used."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            lowest = 0 if each.name == "checkpointing" else 1
+            if type(value) is int and value < lowest:
+                raise TrainfitError(f"--{each.name.replace('_', '-')} must be at least {lowest}, not {value}")
+
+    @property
+    def keeps_ema(self) -> bool:
+        """Whether EMA weights are kept."""
+        return self.family.ema if self.ema is None else self.ema
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values by field name."""
         return asdict(self)
 
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> "Setting":
-        """What `to_json` gave, after any trip through JSON (which has no tuples)."""
-        values = dict(record)
-        if values.get("canvas") is not None:
-            values["canvas"] = tuple(values["canvas"])
-        return cls(**values)
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionSetting(Setting):
+    """The knobs of families that detect objects."""
+
+    objects_per_image: int = 100
+    """Objects in the fullest image; the default is that of rf-detr's own memory probe."""
+
+
+def make_setting(model: str, **knobs: Any) -> Setting:
+    """The setting of a model as people type it; `knobs` are fields of its family's setting.
+
+    Raises:
+        TrainfitError: no such model, or its family has no such knob.
+    """
+    family, name = family_of(model)
+    known = [each.name for each in fields(family.setting) if each.name != "model"]
+    for knob in knobs:
+        if knob not in known:
+            near = get_close_matches(knob, known, n=1)
+            hint = f" Perhaps you meant {near[0]}." if near else ""
+            raise TrainfitError(f"{name} has no knob {knob!r}.{hint} It has {', '.join(known)}")
+    return family.setting(model=name, **knobs)
+
+
+def named(setting: Setting) -> Setting:
+    """The setting with the model's canonical name.
+
+    Raises:
+        TrainfitError: no such model.
+    """
+    return replace(setting, model=family_of(setting.model)[1])
+
+
+def setting_from_json(record: Mapping[str, Any]) -> Setting:
+    """What `Setting.to_json` gave, as a setting of the model's family.
+
+    Knobs of other families are left out: until version 0.1 a setting had those of all.
+
+    Raises:
+        TrainfitError: no such model, or no family has such a knob.
+    """
+    family, name = family_of(record["model"])
+    own = {each.name for each in fields(family.setting)}
+    others = {each.name for other in families().values() for each in fields(other.setting)} - own
+    values = {key: value for key, value in record.items() if key not in others}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return make_setting(name, **{key: value for key, value in values.items() if key != "model"})

@@ -76,7 +76,7 @@ class Workload(Protocol):
         """What activation checkpointing may compute again, in order; of a model as `build` made it."""
         ...
 
-    def sizes(self, *, multi_scale: bool) -> tuple[int, ...]:
+    def sizes(self) -> tuple[int, ...]:
         """Side lengths that training draws from, one a window."""
         ...
 

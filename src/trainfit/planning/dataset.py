@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from trainfit.errors import TrainfitError
-from trainfit.models.registry import family
 from trainfit.models.setting import Setting
 
 if TYPE_CHECKING:
@@ -18,33 +17,23 @@ SAMPLED = 8
 
 
 def for_data(setting: Setting, dataset: "Dataset") -> Setting:
-    """Classes, most objects in an image, and Mask R-CNN's canvas: as high and as wide as any image after the resize."""
+    """The setting with its number of classes, and what else the training images determine of the family's knobs."""
     from trainfit.tasks.detection import statistics as of_data
 
     found = of_data.statistics(dataset.splits["train"])
-    canvas = setting.canvas
-    if family(setting.model) == "maskrcnn":
-        from trainfit.models.maskrcnn.losses import resized
-        from trainfit.models.maskrcnn.step import MAX_SIZE, MIN_SIZE
-
-        low = setting.resolution or MIN_SIZE
-        high = round(low * MAX_SIZE / MIN_SIZE)
-        sizes = [resized(h, w, min_size=low, max_size=high) for (w, h), _ in found.canvas_sizes]
-        canvas = max(h for h, _ in sizes), max(w for _, w in sizes)
-    objects = max(1, found.objects_per_image_max)
-    return replace(setting, classes=len(dataset.classes), objects_per_image=objects, canvas=canvas)
+    return setting.family.for_data(replace(setting, classes=len(dataset.classes)), found)
 
 
 def decode_seconds(setting: Setting, dataset: "Dataset") -> float | None:
     """Seconds that one loader process takes for an image here; None for families without a loader of their own."""
-    if family(setting.model) != "rfdetr":
+    if setting.family.workload is None:
         return None
     import torch
 
     from trainfit.models.registry import make_workload
 
-    workload = make_workload(setting.model, dataset.classes, {"resolution": setting.resolution, "stage": setting.stage})
-    decode, size = workload.decoder(), max(workload.sizes(multi_scale=setting.multi_scale))
+    workload = make_workload(setting.model, dataset.classes, setting.to_json())
+    decode, size = workload.decoder(), max(workload.sizes())
     torch.set_num_threads(1)  # as in a loader process
     times: list[float] = []
     for record in dataset.splits["train"][:SAMPLED]:

@@ -12,10 +12,8 @@ from trainfit.gpus.context import ByteRange
 from trainfit.measure.calibration import Calibration, load
 from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.predict import Prediction, process_budget
-from trainfit.memory.priced import RATES_LIKE, TRACED_ACCUMULATION, Pricer, rated, scalable
-from trainfit.models.registry import family, published
+from trainfit.memory.priced import RATES_LIKE, TRACED_ACCUMULATION, Pricer, rated
 from trainfit.models.setting import Setting
-from trainfit.planning.knobs import LEARNS
 from trainfit.planning.plan import Loading, Plan
 from trainfit.planning.search import Found, Wish, frontier, search
 from trainfit.step.names import Checkpointing
@@ -24,8 +22,6 @@ from trainfit.timing.roofline import TimeEstimate, later
 DEFAULT_EFFECTIVE_BATCH = 16
 LINK_BYTES_PER_S = 10e9
 """Between GPUs, each way: what PCIe 4.0 x8 to x16 leaves in practice. Not measured; NVLink is faster."""
-REFERENCE_BATCH = {"rfdetr": 16}
-"""Effective batch that the default learning rates of a family's recipe are for (rf-detr: 4 images x 4 accumulated)."""
 TRAINER_BYTES, WORKER_BYTES = 3 * GIB, 150 * MIB
 """Host memory of the trainer with CUDA's libraries, and of a loader process beside what it shares with the trainer (23 MiB
 measured on Linux before it decodes anything; the rest is for decoding)."""
@@ -88,7 +84,7 @@ def make_plan(
         gpus: Cards of this kind, one process each.
         micro_batch: Plan with this one alone.
         checkpointing: Plan with this alone.
-        allow: Of `knobs.LEARNS`, what may be turned where nothing fits otherwise.
+        allow: Of `Family.learns`, what may be turned where nothing fits otherwise.
         config: The allocator's; by default torch's.
         cache: Store traces, and use stored ones.
         decode_s: Seconds that one worker takes for one image; None where no data set was given.
@@ -98,7 +94,7 @@ def make_plan(
     Raises:
         TrainfitError: what is wanted cannot be, or a step cannot be traced.
     """
-    _refuse_impossible(effective_batch, gpus=gpus, micro_batch=micro_batch, allow=allow)
+    _refuse_impossible(setting, effective_batch, gpus=gpus, micro_batch=micro_batch, allow=allow)
     config = config or AllocatorConfig()
     setting = replace(setting, precision=precision_for(setting, gpu))
     pricer = Pricer(gpu=gpu, config=config, cache=cache)
@@ -121,10 +117,13 @@ def make_plan(
     return _plan(wish, found, gpu, budget, load_for, calibration)
 
 
-def _refuse_impossible(effective_batch: int, *, gpus: int, micro_batch: int | None, allow: tuple[str, ...]) -> None:
+def _refuse_impossible(
+    setting: Setting, effective_batch: int, *, gpus: int, micro_batch: int | None, allow: tuple[str, ...]
+) -> None:
     for knob in allow:
-        if knob not in LEARNS:
-            raise TrainfitError(f"--allow {knob}: no such knob; there are {', '.join(LEARNS)}")
+        if knob not in setting.family.learns:
+            known = ", ".join(setting.family.learns) or "none"
+            raise TrainfitError(f"--allow {knob}: no such knob of {setting.model}; there are: {known}")
     if effective_batch < gpus:
         raise TrainfitError(f"--effective-batch {effective_batch} is less than the {gpus} GPUs: give at least {gpus}")
     share = -(-effective_batch // gpus)
@@ -183,7 +182,7 @@ def precision_for(setting: Setting, gpu: Gpu) -> Literal["fp32", "fp16", "bf16"]
 def learning_rate(setting: Setting, effective_batch: int) -> str:
     """What the effective batch means for the learning rate, in a sentence."""
     said = "The learning rate follows the effective batch, not how it is cut"
-    reference = REFERENCE_BATCH.get(family(setting.model))
+    reference = setting.family.reference_batch
     if reference is None:
         return f"{said}."
     if reference == effective_batch:
@@ -212,12 +211,7 @@ def loading(
         reason = f"an image takes {1000 * decode_s:.0f} ms to load, a GPU trains {images_per_s / gpus:.0f} a second"
         if wanted > most:
             reason += f"; {wanted} would be needed, {most} is what the cores allow: loading will be the limit"
-    size = published(setting.model)
-    side = setting.resolution or (size.resolution if size else 640)
-    pixels = (side * 1.4 if setting.multi_scale and size else side) ** 2
-    masks = setting.objects_per_image if "seg" in setting.model or family(setting.model) == "maskrcnn" else 0
-    sample_bytes = int(pixels * (3 + masks))
-    windows = (PREFETCH * workers + 1) * share * sample_bytes
+    windows = (PREFETCH * workers + 1) * share * setting.family.sample_bytes(setting)
     return Loading(workers=workers, host_bytes=gpus * (TRAINER_BYTES + workers * WORKER_BYTES + windows), reason=reason)
 
 
@@ -225,7 +219,11 @@ def _assumptions(
     wish: Wish, gpu: Gpu, prediction: Prediction | None, calibration: Calibration | None
 ) -> tuple[str, ...]:
     lines = list(prediction.assumptions) if prediction else []
-    if prediction and scalable(wish.setting) and prediction.setting.accumulation < TRACED_ACCUMULATION:
+    if (
+        prediction
+        and not wish.setting.family.coupled(wish.setting)
+        and prediction.setting.accumulation < TRACED_ACCUMULATION
+    ):
         lines.append("One micro-batch a window is priced like two, whose gradients stay: a little too much.")
     if rated(gpu) is not gpu:
         lines.append(f"The card's rates are not known: settings are ranked with those of an {RATES_LIKE}.")

@@ -10,7 +10,7 @@ from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import Gpu
 from trainfit.gpus.context import ByteRange
 from trainfit.memory.predict import Prediction
-from trainfit.models.registry import model_name
+from trainfit.models.family import family_of
 from trainfit.models.setting import Setting
 from trainfit.training.recipe import Recipe
 
@@ -98,24 +98,11 @@ def knobs(plan: Plan) -> dict[str, Any]:
     """What training takes from a plan: names are those of `training.recipe.Recipe`. The plan must have a chosen setting."""
     assert plan.chosen is not None
     setting = plan.chosen.setting
-    names = {
-        "effective_batch": plan.effective_batch,
-        "micro_batch": setting.micro_batch,
-        "eval_micro_batch": setting.eval_micro_batch,
-        "checkpointing": setting.checkpointing,
-        "precision": setting.precision,
-        "resolution": setting.resolution,
-        "multi_scale": setting.multi_scale,
-        "num_queries": setting.num_queries,
-        "groups": setting.groups,
-        "optimizer": setting.optimizer,
-        "ema": setting.ema,
-        "ema_on_host": setting.ema_on_host,
-        "freeze_encoder": setting.freeze_encoder,
-        "recipe": setting.stage,
-        "workers": plan.loading.workers,
-    }
-    return {name: value for name, value in names.items() if value is not None}
+    own = {"recipe" if name == "stage" else name: value for name, value in setting.to_json().items()}
+    batch = {"effective_batch": plan.effective_batch}
+    taken = {field.name for field in fields(Recipe)} - {"model", "accumulation"}
+    values = batch | own | {"workers": plan.loading.workers}
+    return {name: value for name, value in values.items() if name in taken and value is not None}
 
 
 def with_plan(recipe: Recipe) -> Recipe:
@@ -127,7 +114,7 @@ def with_plan(recipe: Recipe) -> Recipe:
     if recipe.plan is None:
         return recipe
     record = read_plan(recipe.plan)
-    if recipe.model and model_name(recipe.model) != record["model"]:
+    if recipe.model and family_of(recipe.model)[1] != record["model"]:
         raise TrainfitError(f"--plan {recipe.plan} is for {record['model']}, not {recipe.model}: drop one of the two")
     defaults = {each.name: each.default for each in fields(Recipe)}
     taken = {name: value for name, value in record["knobs"].items() if getattr(recipe, name) == defaults[name]}

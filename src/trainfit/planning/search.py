@@ -6,9 +6,8 @@ from typing import Literal, Protocol
 
 from trainfit.gpus.context import ByteRange
 from trainfit.memory.predict import Prediction
-from trainfit.memory.priced import scalable
 from trainfit.models.setting import Setting
-from trainfit.planning.knobs import FREE, LEARNS, batches, coupled_batches, cuts, turned
+from trainfit.planning.knobs import FREE, batches, coupled_batches, cuts, turned
 from trainfit.planning.plan import Candidate, Saving
 from trainfit.step.names import Checkpointing
 from trainfit.timing.roofline import TimeEstimate
@@ -58,7 +57,7 @@ class Wish:
     checkpointing: Checkpointing | None = None
     """Plan with this alone; None: the least that fits."""
     allow: tuple[str, ...] = ()
-    """Of `knobs.LEARNS`: what may be turned where nothing fits otherwise."""
+    """Of `Family.learns`: what may be turned where nothing fits otherwise."""
 
     @property
     def share(self) -> int:
@@ -113,7 +112,7 @@ class _Search:
     def batches(self) -> tuple[int, ...]:
         if self.wish.micro_batch is not None:
             return (self.wish.micro_batch,)
-        return (batches if scalable(self.wish.setting) else coupled_batches)(self.wish.share)
+        return (coupled_batches if self.wish.setting.family.coupled(self.wish.setting) else batches)(self.wish.share)
 
     def largest(self, base: Setting) -> int | None:
         """The largest micro-batch that fits, by bisection; prices the next larger one too."""
@@ -208,7 +207,9 @@ class _Search:
     def evaluation(self, chosen: Candidate) -> tuple[Candidate, Prediction] | None:
         """With the evaluation micro-batch that is fastest by `KNEE` and fits; None: not even one image fits."""
         wanted = self.wish.setting.eval_micro_batch
-        of_training = EVAL_MICRO_BATCHES if scalable(chosen.setting) else (chosen.setting.micro_batch,)
+        of_training = (
+            (chosen.setting.micro_batch,) if chosen.setting.family.coupled(chosen.setting) else EVAL_MICRO_BATCHES
+        )
         sizes = of_training if wanted is None else (wanted,)
         time = {e: self.prices.seconds(chosen.setting, (e,), "evaluation").seconds / e for e in sizes}
         knee = next(e for e in sizes if time[e] <= (1 + KNEE) * min(time.values()))
@@ -220,11 +221,12 @@ class _Search:
         return None
 
     def savings(self, smallest: Candidate) -> Iterator[Saving]:
-        for knob in (*FREE, *LEARNS):
+        learns = self.wish.setting.family.learns
+        for knob in (*FREE, *learns):
             for flag, setting in turned(smallest.setting, knob):
                 self.note(f"pricing {flag}")
                 freed = smallest.needs.high_bytes - self.prices.needs(setting).high_bytes
-                yield Saving(knob=flag, saved_bytes=freed, learns_differently=knob in LEARNS)
+                yield Saving(knob=flag, saved_bytes=freed, learns_differently=knob in learns)
 
 
 def search(wish: Wish, prices: Prices, *, note: Callable[[str], None] = lambda _: None) -> Found:
@@ -234,7 +236,7 @@ def search(wish: Wish, prices: Prices, *, note: Callable[[str], None] = lambda _
     """
     found = _Search(wish, prices, note)
     best = found.best()
-    knobs = [knob for knob in LEARNS if knob in wish.allow]
+    knobs = [knob for knob in wish.setting.family.learns if knob in wish.allow]
     while best is None and knobs:
         for flag, setting in turned(wish.setting, knobs.pop(0)):
             note(f"nothing fits: trying {flag}")

@@ -8,7 +8,7 @@ from trainfit.gpus.catalogue import GIB, Gpu, all_gpus, gpu_with_memory
 from trainfit.gpus.context import ByteRange, cuda_context_bytes
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.predict import allocator_room
-from trainfit.models.registry import family
+from trainfit.models.family import family_of
 from trainfit.models.setting import Setting
 from trainfit.planning.plan import Candidate, Plan, knobs
 from trainfit.reports.profile import doubts, gib, interval
@@ -20,8 +20,6 @@ SCHEMA = 1
 ROWS = 14
 """Of the table of candidates, at most."""
 CARDS_GIB = (4, 6, 8, 12, 16, 24, 40, 48, 80)
-TRAINED = ("rfdetr",)
-"""Families that `trainfit train` trains; `models.registry.make_workload` refuses the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +260,7 @@ def assumptions(plan: Plan) -> tuple[str, ...]:
 
 def train_command(plan: Plan) -> str:
     """The command that trains with the plan, flags that are not the recipe's defaults; the plan must have a chosen setting."""
-    if family(plan.model) not in TRAINED:
+    if family_of(plan.model)[0].workload is None:
         return f"(trainfit does not train {plan.model} yet: --emit writes this plan for another tool)"
     chosen = knobs(plan)
     defaults = {field.name: field.default for field in fields(Recipe)}

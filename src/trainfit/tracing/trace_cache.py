@@ -19,7 +19,6 @@ from typing import Any, Literal, TypeVar
 import trainfit
 from trainfit.cache import cache_folder
 from trainfit.errors import TrainfitError
-from trainfit.models.registry import family
 from trainfit.models.setting import Setting
 from trainfit.tracing import worker
 from trainfit.tracing.stored_trace import StoredTrace
@@ -67,7 +66,7 @@ def get_trace(request: TraceRequest, *, cache: bool = True) -> StoredTrace:
         TrainfitError: the step cannot be built or traced, or the trace cannot be stored.
     """
     # The code of a user's own model may have changed, and nothing here would notice.
-    if not cache or family(request.setting.model) == "custom":
+    if not cache or not request.setting.family.cacheable:
         return StoredTrace.from_json(_traced(request))
     path = cache_path(request)
     found = stored(path, StoredTrace.from_json)
@@ -113,9 +112,8 @@ def _traced(request: TraceRequest) -> str:
 
 def packages_of(setting: Setting) -> dict[str, str]:
     """Installed versions of what a built-in family's steps are made from; of torch, the part that is not a patch."""
-    upstream = {"rfdetr": "rfdetr", "maskrcnn": "torchvision", "clip": "open_clip_torch", "classifier": "timm"}
     found = versions()
-    wanted = ("torch", upstream.get(family(setting.model), "torch"))
+    wanted = ("torch", *setting.family.packages)
     return {name: ".".join(found.get(name, "").split(".")[: 2 if name == "torch" else 3]) for name in wanted}
 
 

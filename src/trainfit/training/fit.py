@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from trainfit.errors import OutOfMemory, TrainfitError
-from trainfit.models.registry import model_name
+from trainfit.models.family import family_of
 from trainfit.step import ranks
 from trainfit.step.names import Precision
 from trainfit.step.precision import resolve_precision
@@ -84,7 +84,7 @@ class _Run:
         began = time.perf_counter()
         self.recipe, self.device, self.show = recipe, device, show
         self.batching = resolve_batching(recipe, ranks.world_size())
-        folder = partial(run_folder.prepare, recipe.out, model_name(recipe.model), resume=recipe.resume is not None)
+        folder = partial(run_folder.prepare, recipe.out, family_of(recipe.model)[1], resume=recipe.resume is not None)
         self.folder = Path(ranks.from_first_rank(lambda: str(folder())))
         self.dataset = load_data(recipe, show)
         self.workload = workload_of(recipe, self.dataset.classes)
@@ -95,7 +95,7 @@ class _Run:
         self.plan = WindowPlan(
             images=len(self.dataset.splits["train"]),
             effective_batch=self.batching.effective_batch,
-            sizes=self.workload.sizes(multi_scale=recipe.multi_scale),
+            sizes=self.workload.sizes(),
             seed=recipe.seed,
             rank=ranks.rank(),
             world_size=ranks.world_size(),

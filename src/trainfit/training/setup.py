@@ -39,7 +39,10 @@ def load_data(recipe: Recipe, show: Progress) -> Dataset:
 
 def workload_of(recipe: Recipe, classes: tuple[str, ...]) -> Workload:
     """The recipe's model for these classes."""
-    knobs = {name: getattr(recipe, name) for name in ("resolution", "snap", "num_queries", "groups", "freeze_encoder")}
+    knobs = {
+        name: getattr(recipe, name)
+        for name in ("resolution", "snap", "num_queries", "groups", "freeze_encoder", "multi_scale")
+    }
     return make_workload(recipe.model, classes, knobs | {"stage": recipe.recipe})
 
 

@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional
 
 from trainfit.errors import TrainfitError
+from trainfit.models.classifier.family import PREFIX, ClassifierSetting
 from trainfit.models.fixed_step import FixedStep, fixed_evaluation, fixed_step
 from trainfit.models.images import IMAGENET_MEAN, IMAGENET_STD, stack_images, to_device
-from trainfit.models.setting import Setting
 from trainfit.step.terms import LossTerm, Objective
 
 
@@ -62,10 +62,12 @@ def _terms(model: torch.nn.Module, images: Sequence[LabelledImage], _canvas: tup
 OBJECTIVE = Objective(terms=_terms, counts=lambda images: {"class": float(len(images))})
 
 
-def build_step(setting: Setting, device: torch.device) -> FixedStep:
+def build_step(setting: ClassifierSetting, device: torch.device) -> FixedStep:
     """Training by cross entropy."""
-    name = setting.model.removeprefix("timm:")
+    name = setting.model.removeprefix(PREFIX)
     model = build_model(name, classes=setting.classes, resolution=setting.resolution)
+    if setting.channels_last:
+        model.to(memory_format=torch.channels_last)
     side = setting.resolution or model.default_cfg["input_size"][-1]
     g = torch.Generator().manual_seed(0)
     sample = LabelledImage(image=torch.randint(0, 256, (3, side, side), generator=g, dtype=torch.uint8), label=0)
@@ -73,7 +75,7 @@ def build_step(setting: Setting, device: torch.device) -> FixedStep:
     return fixed_step(setting, device, model=model, objective=OBJECTIVE, window=window)
 
 
-def build_eval_step(setting: Setting, device: torch.device) -> FixedStep:
+def build_eval_step(setting: ClassifierSetting, device: torch.device) -> FixedStep:
     """Classification of a micro-batch."""
     training = build_step(setting, device)
     return fixed_evaluation(setting, training, logits, training.window[0])

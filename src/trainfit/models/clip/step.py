@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional
 
 from trainfit.errors import TrainfitError
+from trainfit.models.clip.family import PREFIX, ClipSetting
 from trainfit.models.fixed_step import FixedStep, fixed_evaluation, fixed_step
 from trainfit.models.images import stack_images, to_device
-from trainfit.models.setting import Setting
 from trainfit.step.contrastive import Contrastive
 from trainfit.step.terms import LossTerm, Objective
 
@@ -43,10 +43,10 @@ def build_model(architecture: str, *, resolution: int | None = None) -> torch.nn
     known = open_clip.list_models()
     if architecture not in known:
         near = get_close_matches(architecture, known, n=1)
-        hint = f" Perhaps you meant clip:{near[0]}." if near else ""
+        hint = f" Perhaps you meant {PREFIX}{near[0]}." if near else ""
         raise TrainfitError(f"open_clip has no architecture {architecture!r}.{hint}")
     if "multimodal_cfg" in (open_clip.get_model_config(architecture) or {}):
-        raise TrainfitError(f"clip:{architecture} has losses besides the contrastive one, which are not there yet")
+        raise TrainfitError(f"{PREFIX}{architecture} has losses besides the contrastive one, which are not there yet")
     model: Any = open_clip.create_model(
         architecture, load_weights=False, pretrained_text=False, force_image_size=resolution, output_dict=False
     )
@@ -93,9 +93,9 @@ PLAIN = Objective(terms=_plain_terms, counts=lambda pairs: {"contrastive": float
 """Each micro-batch contrasted with itself alone: a mean of means."""
 
 
-def build_step(setting: Setting, device: torch.device) -> FixedStep:
+def build_step(setting: ClipSetting, device: torch.device) -> FixedStep:
     """Training on full texts."""
-    model = build_model(setting.model.removeprefix("clip:"), resolution=setting.resolution)
+    model = build_model(setting.model.removeprefix(PREFIX), resolution=setting.resolution)
     return fixed_step(
         setting,
         device,
@@ -105,7 +105,7 @@ def build_step(setting: Setting, device: torch.device) -> FixedStep:
     )
 
 
-def build_eval_step(setting: Setting, device: torch.device) -> FixedStep:
+def build_eval_step(setting: ClipSetting, device: torch.device) -> FixedStep:
     """Features of a micro-batch, as zero-shot evaluation computes them."""
     training = build_step(setting, device)
     return fixed_evaluation(setting, training, features, training.window[0])

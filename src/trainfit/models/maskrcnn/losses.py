@@ -1,7 +1,6 @@
 """Mask R-CNN's losses as sums with counts, on torchvision's own parts."""
 
 from collections.abc import Mapping, Sequence
-from math import floor
 from typing import Any, cast
 
 import torch
@@ -12,6 +11,7 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss, maskrcnn_loss
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 
 from trainfit.models.images import to_device
+from trainfit.models.maskrcnn.family import resized
 from trainfit.step.terms import LossTerm, Objective
 from trainfit.tasks.detection.samples import Sample
 
@@ -36,12 +36,6 @@ def make_objective(min_size: int, max_size: int, canvas: tuple[int, int] | None 
         return canvas or (max(h for h, _ in sizes), max(w for _, w in sizes))
 
     return Objective(terms=terms, counts=lambda _: {}, samples_counts=TERMS, canvas=window_canvas)
-
-
-def resized(height: int, width: int, *, min_size: int, max_size: int) -> tuple[int, int]:
-    """What `GeneralizedRCNNTransform` makes of an image (torchvision 0.29 transform.py `_resize_image_and_masks`)."""
-    scale = min(min_size / min(height, width), max_size / max(height, width))
-    return floor(height * scale), floor(width * scale)
 
 
 def terms(model: torch.nn.Module, samples: Sequence[Sample], canvas: tuple[int, int]) -> Mapping[str, LossTerm]:

@@ -9,13 +9,11 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from trainfit.models.fixed_step import FixedStep, fixed_evaluation, fixed_step
 from trainfit.models.images import crowded_sample
 from trainfit.models.maskrcnn.caps import cap_detections, cap_training_samples
+from trainfit.models.maskrcnn.family import MaskRcnnSetting
 from trainfit.models.maskrcnn.losses import detect, make_objective
-from trainfit.models.setting import Setting
 from trainfit.step.checkpointing import repeated_blocks
 from trainfit.tasks.detection.samples import Sample
 
-MIN_SIZE, MAX_SIZE = 800, 1333
-"""Short side after the resize, and the longest side allowed (torchvision's defaults)."""
 TRAINED_LAYERS = ("layer2", "layer3", "layer4")
 """Of the ResNet; torchvision trains these when it starts from pretrained weights."""
 
@@ -39,10 +37,9 @@ def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
     return repeated_blocks(model.get_submodule("backbone.body"))
 
 
-def build_step(setting: Setting, device: torch.device) -> FixedStep:
+def build_step(setting: MaskRcnnSetting, device: torch.device) -> FixedStep:
     """Training on images of the longest allowed side, upright and lying by turns, all samplers full (`caps`)."""
-    min_size = setting.resolution or MIN_SIZE
-    max_size = round(min_size * MAX_SIZE / MIN_SIZE)
+    min_size, max_size = setting.sides
     model = build_model(setting.model, classes=setting.classes, min_size=min_size, max_size=max_size)
     cap_training_samples(model.roi_heads)  # pyright: ignore[reportArgumentType]
     cap_detections(model.roi_heads)  # pyright: ignore[reportArgumentType]
@@ -54,13 +51,13 @@ def build_step(setting: Setting, device: torch.device) -> FixedStep:
     return fixed_step(setting, device, model=model, objective=objective, window=window, blocks=blocks)
 
 
-def build_eval_step(setting: Setting, device: torch.device) -> FixedStep:
+def build_eval_step(setting: MaskRcnnSetting, device: torch.device) -> FixedStep:
     """Detection on images of the longest allowed side, with as many objects as it may return (`caps`)."""
     training = build_step(setting, device)
     return fixed_evaluation(setting, training, detect, training.window[0])
 
 
-def _sample(setting: Setting, height: int, width: int) -> Sample:
+def _sample(setting: MaskRcnnSetting, height: int, width: int) -> Sample:
     if setting.canvas is not None:
         height, width = setting.canvas
     return crowded_sample(height, width, objects=setting.objects_per_image, classes=setting.classes, masks=True)

@@ -9,18 +9,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from trainfit.models.fixed_step import FixedStep, fixed_evaluation, fixed_step
 from trainfit.models.images import crowded_sample
+from trainfit.models.rfdetr.family import RfDetrSetting
 from trainfit.models.rfdetr.matching import solves_on_device
-from trainfit.models.rfdetr.workload import RfDetr, RfDetrKnobs
-from trainfit.models.setting import Setting
+from trainfit.models.rfdetr.workload import RfDetr, make_workload
 from trainfit.models.workload import OptimizerSettings
 
 
-def build_step(setting: Setting, device: torch.device) -> FixedStep:
+def build_step(setting: RfDetrSetting, device: torch.device) -> FixedStep:
     """Training on the largest size with the fullest images."""
     return _step(_workload(setting), setting, device)
 
 
-def build_eval_step(setting: Setting, device: torch.device) -> FixedStep:
+def build_eval_step(setting: RfDetrSetting, device: torch.device) -> FixedStep:
     """Detection at the model's resolution."""
     workload = _workload(setting)
     side = workload.resolution
@@ -28,19 +28,12 @@ def build_eval_step(setting: Setting, device: torch.device) -> FixedStep:
     return fixed_evaluation(setting, _step(workload, setting, device), workload.detect, sample)
 
 
-def _workload(setting: Setting) -> RfDetr:
-    knobs = RfDetrKnobs(
-        resolution=setting.resolution,
-        num_queries=setting.num_queries,
-        groups=setting.groups,
-        freeze_encoder=setting.freeze_encoder,
-        stage=setting.stage,
-    )
-    return RfDetr(setting.model, tuple(f"class {n}" for n in range(setting.classes)), knobs)
+def _workload(setting: RfDetrSetting) -> RfDetr:
+    return make_workload(setting.model, tuple(f"class {n}" for n in range(setting.classes)), setting.to_json())
 
 
-def _step(workload: RfDetr, setting: Setting, device: torch.device) -> FixedStep:
-    side = max(workload.sizes(multi_scale=setting.multi_scale))
+def _step(workload: RfDetr, setting: RfDetrSetting, device: torch.device) -> FixedStep:
+    side = max(workload.sizes())
     sample = crowded_sample(
         side, side, objects=setting.objects_per_image, classes=setting.classes, masks=workload.masks
     )
@@ -50,7 +43,6 @@ def _step(workload: RfDetr, setting: Setting, device: torch.device) -> FixedStep
         model=workload.build(),
         objective=workload.objective,
         window=[sample] * (setting.micro_batch * setting.accumulation),
-        ema=True,
         groups=partial(workload.parameter_groups, settings=OptimizerSettings()),
         blocks=workload.blocks,
     )

@@ -6,10 +6,9 @@ import logging
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from rfdetr import config as upstream
@@ -19,6 +18,7 @@ from rfdetr.models.lwdetr import LWDETR
 
 from trainfit.errors import TrainfitError
 from trainfit.models.rfdetr.data import make_sample, to_batch
+from trainfit.models.rfdetr.family import RfDetrKnobs
 from trainfit.models.rfdetr.interop import MASK_HEAD, attach_mask_head, export_upstream, load_weights
 from trainfit.models.rfdetr.losses import make_objective
 from trainfit.models.workload import Decoder, ImageDetections, OptimizerSettings
@@ -48,25 +48,6 @@ WITH_MASKS: Mapping[str, type[upstream.ModelConfig]] = {
 """Detection sizes with upstream's mask head added, by the names of the RT-DETR-Seg guide; see docs/segmentation.md."""
 
 ENCODER_LAYERS = "backbone.0.encoder.encoder.encoder.layer"
-
-Stage = Literal["single", "detector", "masks"]
-"""`single`: everything trains; `detector`: without the mask head; `masks`: the mask head alone trains."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RfDetrKnobs:
-    """What a user may change of the published model."""
-
-    resolution: int | None = None
-    """Side of the square input in pixels; None is the published one."""
-    snap: bool = True
-    """Take the nearest legal resolution where the wanted one is not legal."""
-    num_queries: int | None = None
-    groups: int | None = None
-    """Query groups in training (upstream's group_detr)."""
-    freeze_encoder: bool = False
-    """The encoder does not train."""
-    stage: Stage = "single"
 
 
 class RfDetr:
@@ -131,8 +112,8 @@ class RfDetr:
         layers = (ENCODER_LAYERS, "transformer.decoder.layers")
         return [layer for name in layers for layer in model.get_submodule(name).children()]
 
-    def sizes(self, *, multi_scale: bool) -> tuple[int, ...]:
-        if not multi_scale:
+    def sizes(self) -> tuple[int, ...]:
+        if not self.knobs.multi_scale:
             return (self.resolution,)
         return tuple(compute_multi_scale_scales(self.resolution, True, self.config.patch_size, self.config.num_windows))
 
@@ -247,3 +228,9 @@ def _encoder_groups(
     backbone: Any = model.get_submodule("backbone.0")
     pairs = backbone.get_named_param_lr_pairs(arguments, prefix="backbone.0")
     return {name: (group["lr"], group["weight_decay"]) for name, group in pairs.items()}
+
+
+def make_workload(name: str, classes: tuple[str, ...], knobs: Mapping[str, Any]) -> RfDetr:
+    """The workload of a model; of `knobs`, the fields of `RfDetrKnobs` are taken."""
+    own = {field.name: knobs[field.name] for field in dataclasses.fields(RfDetrKnobs) if field.name in knobs}
+    return RfDetr(name, classes, RfDetrKnobs(**own))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from trainfit.errors import TrainfitError
-from trainfit.models.registry import family
+from trainfit.models.family import family_of
 from trainfit.planning.plan import Candidate, Plan
 from trainfit.reports.emit import models, trainers
 from trainfit.reports.emit.tool import TOOLS, Job, Tool
@@ -37,7 +37,7 @@ def emit(plan: Plan, tool: str) -> Emitted:
         near = get_close_matches(tool, TOOLS, n=1)
         hint = f" Perhaps you meant {near[0]}." if near else ""
         raise TrainfitError(f"--emit {tool}: no such tool.{hint} Tools: {', '.join(TOOLS)}")
-    found, kind = TOOLS[tool], family(plan.model)
+    found, kind = TOOLS[tool], family_of(plan.model)[0].name
     if plan.chosen is None:
         raise TrainfitError(f"--emit {tool}: nothing fits {plan.gpu.name}, so there is nothing to write")
     if found.families and kind not in found.families:

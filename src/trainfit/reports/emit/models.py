@@ -4,6 +4,9 @@ import shlex
 from collections.abc import Mapping
 
 from trainfit.errors import TrainfitError
+from trainfit.models.clip.family import ClipSetting
+from trainfit.models.maskrcnn.family import MaskRcnnSetting
+from trainfit.models.rfdetr.family import RfDetrSetting
 from trainfit.models.setting import Setting
 from trainfit.reports.emit.tool import Job, call, means, register
 from trainfit.reports.profile import gib
@@ -28,8 +31,9 @@ def _rfdetr_blocks(setting: Setting) -> bool:
 def _rfdetr(job: Job) -> tuple[str, list[str]]:
     """Source: rfdetr 1.11.2 config.py `ModelConfig`, `TrainConfig`."""
     setting, gpus = job.setting, job.plan.gpus
+    assert isinstance(setting, RfDetrSetting)
     if setting.model not in RFDETR_CLASSES or setting.stage != "single":
-        what = setting.model if setting.model not in RFDETR_CLASSES else f"--recipe {setting.stage}"
+        what = setting.model if setting.model not in RFDETR_CLASSES else f"--stage {setting.stage}"
         raise TrainfitError(f"--emit rfdetr: rfdetr has no {what}; trainfit train has")
     model: dict[str, object] = {"gradient_checkpointing": True} if job.checkpoints else {}
     model |= {"resolution": setting.resolution} if setting.resolution else {}
@@ -92,7 +96,8 @@ def _detectron2(job: Job) -> tuple[str, list[str]]:
     import yaml
 
     setting = job.setting
-    short = setting.resolution or 800
+    assert isinstance(setting, MaskRcnnSetting)
+    short, longest = setting.sides
     model: dict[str, object] = {"MASK_ON": True, "ROI_HEADS": {"NUM_CLASSES": setting.classes}}
     if setting.model == "maskrcnn-r50-v2":
         model = {
@@ -107,7 +112,7 @@ def _detectron2(job: Job) -> tuple[str, list[str]]:
     record = {
         "_BASE_": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml",
         "MODEL": model,
-        "INPUT": {"MIN_SIZE_TRAIN": [short], "MAX_SIZE_TRAIN": round(short * 1333 / 800)},
+        "INPUT": {"MIN_SIZE_TRAIN": [short], "MAX_SIZE_TRAIN": longest},
         "SOLVER": {"IMS_PER_BATCH": job.plan.effective_batch, "AMP": {"ENABLED": setting.precision != "fp32"}},
         "DATALOADER": {"NUM_WORKERS": job.plan.loading.workers},
     }
@@ -127,6 +132,7 @@ def _detectron2(job: Job) -> tuple[str, list[str]]:
 def _open_clip(job: Job) -> tuple[str, list[str]]:
     """Source: open_clip 3.3 open_clip_train/params.py; its `--accum-freq` contrasts the whole window, as trainfit does."""
     setting, gpus = job.setting, job.plan.gpus
+    assert isinstance(setting, ClipSetting)
     architecture = setting.model.removeprefix("clip:")
     precision = {"fp32": "fp32", "bf16": "amp_bf16", "fp16": "amp"}[setting.precision]
     flags = [

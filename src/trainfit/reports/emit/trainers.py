@@ -1,33 +1,32 @@
 """Tools that train the user's own model: lightning, transformers, accelerate."""
 
-from trainfit.models.registry import family
-from trainfit.models.setting import Setting
+from dataclasses import fields
+
+from trainfit.models.setting import Setting, make_setting
 from trainfit.reports.emit.tool import Job, call, means, register
 from trainfit.reports.plan import blocks_text
+
+EXPRESSED = {
+    *("model", "micro_batch", "accumulation", "eval_micro_batch", "precision", "checkpointing", "optimizer"),
+    *("classes", "objects_per_image", "canvas", "contrastive"),
+}
+"""Knobs that these tools are given, and what the data set determines."""
 
 
 def _own_code(setting: Setting) -> list[str]:
     """What is neither batch nor precision, and stands in the user's own code with tools that bring no model."""
-    published = Setting(model=setting.model)
-    names = (
-        "resolution",
-        "num_queries",
-        "groups",
-        "ema",
-        "ema_on_host",
-        "freeze_encoder",
-        "multi_scale",
-        "channels_last",
-    )
+    published = make_setting(setting.model)
     chosen = [
-        f"{name} {getattr(setting, name)}" for name in names if getattr(setting, name) != getattr(published, name)
+        f"{each.name} {getattr(setting, each.name)}"
+        for each in fields(setting)
+        if each.name not in EXPRESSED and getattr(setting, each.name) != getattr(published, each.name)
     ]
     return [f"Yours to set in the model's code: {', '.join(chosen)}."] if chosen else []
 
 
 def _contrast(setting: Setting) -> list[str]:
     """Of tools that know no contrastive window."""
-    if family(setting.model) != "clip" or setting.accumulation == 1:
+    if not setting.family.coupled(setting) or setting.accumulation == 1:
         return means(setting)
     return [
         f"A pair is contrasted with the {setting.micro_batch} of its micro-batch alone: another loss than the plan's."
@@ -60,7 +59,7 @@ def _optimizer_is_yours(setting: Setting) -> list[str]:
 
 def _transformers_blocks(setting: Setting) -> bool:
     """False for RF-DETR: transformers 5.23 refuses checkpointing for it."""
-    return family(setting.model) != "rfdetr" or setting.checkpointing == "none"
+    return setting.family.name != "rfdetr" or setting.checkpointing == "none"
 
 
 @register("transformers", checkpoints=_transformers_blocks)

@@ -1,0 +1,40 @@
+"""The classifiers of timm as a family. Imports no torch."""
+
+from dataclasses import dataclass
+
+from trainfit.models.family import Family, register
+from trainfit.models.setting import Setting
+
+PREFIX = "timm:"
+PIXELS_OF_A_SAMPLE = 640**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierSetting(Setting):
+    """A setting of a classifier."""
+
+    resolution: int | None = None
+    """Side of the square input in pixels; as published unless given."""
+    channels_last: bool = False
+    """Store images and convolution weights as NHWC."""
+
+
+def match(typed: str) -> str | None:
+    """Any name that begins with "timm:"; timm says whether there is such a model when it is built."""
+    return typed if typed.startswith(PREFIX) and typed != PREFIX else None
+
+
+@register
+def family() -> Family:
+    """The family of timm's models."""
+    return Family(
+        name="classifier",
+        setting=ClassifierSetting,
+        models=("timm:NAME",),
+        match=match,
+        step="trainfit.models.classifier.step",
+        extra="timm",
+        packages=("timm",),
+        learns=("optimizer",),
+        sample_bytes=lambda setting: 3 * (setting.resolution**2 if setting.resolution else PIXELS_OF_A_SAMPLE),
+    )

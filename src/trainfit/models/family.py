@@ -1,0 +1,165 @@
+"""What every room knows of a family of models, and the register of families. Imports no torch."""
+
+import importlib
+import os
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from trainfit.errors import TrainfitError
+
+if TYPE_CHECKING:
+    from trainfit.models.setting import Setting
+
+ENTRY_POINTS = "trainfit.families"
+"""The group of entry points under which an installed package names modules that register families."""
+VARIABLE = "TRAINFIT_FAMILIES"
+"""Environment variable: modules, separated by commas, that register families and are on the module path."""
+Capability = tuple[int, int]
+
+
+def _nothing_to_turn(_setting: Any, _knob: str) -> Iterator[tuple[str, Any]]:
+    yield from ()
+
+
+def _as_it_is(setting: Any, _statistics: Any) -> Any:
+    return setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """The models that share a training step. A function that returns one is made known by `register`.
+
+    Functions that take a setting take the family's own kind of setting.
+    """
+
+    name: str
+    """As its folder is named."""
+    setting: "type[Setting]"
+    """The dataclass of a setting: the knobs that all families have and the family's own."""
+    models: tuple[str, ...]
+    """Names of its models, for lists and suggestions. An open set is written as a pattern, for instance "timm:NAME"."""
+    match: Callable[[str], str | None]
+    """What a user typed -> the canonical name of the model, or None for a model of another family."""
+    step: str
+    """Module with `build_step` and `build_eval_step`; it is imported with torch, when a step is built."""
+    workload: str | None = None
+    """"module:function" of (model name, classes, knobs) -> `Workload`; None: it is predicted, and not trained."""
+    task: str | None = None
+    """The room in `tasks/` that reads its data and measures it; None where there is none."""
+    extra: str | None = None
+    """The optional dependency of trainfit that it needs."""
+    packages: tuple[str, ...] = ()
+    """Distributions, besides torch, that its steps are made from: a stored trace is of their versions."""
+    last: bool = False
+    """Whether it is asked for a name after all others, because its names could be theirs."""
+    cacheable: bool = True
+    """Whether traces may be stored: not where the model's code may change without notice."""
+    ema: bool = False
+    """Whether EMA weights are kept where the setting leaves it open."""
+    reference_batch: int | None = None
+    """Effective batch that the default learning rates are for."""
+    coupled: Callable[[Any], bool] = lambda _: False
+    """Setting -> whether all samples of a window meet in one loss, so that micro-batches know of each other."""
+    kernels: Callable[[Capability], Capability] = lambda capability: capability
+    """Compute capability -> one that stands for all on which the family's kernels are the same."""
+    learns: tuple[str, ...] = ()
+    """Knobs that free memory and change what is learned, the gentlest first; `--allow` names them."""
+    turns: Callable[[Any, str], Iterator[tuple[str, Any]]] = _nothing_to_turn
+    """(setting, knob) -> (flag, setting) for each turn of one of `learns` that frees memory, the gentlest first."""
+    assumptions: Callable[[Any], Sequence[str]] = lambda _: ()
+    """Setting -> what a prediction takes for granted, in sentences."""
+    for_data: Callable[[Any, Any], Any] = _as_it_is
+    """(setting, the task's statistics of a data set) -> the setting with what the statistics determine."""
+    sample_bytes: Callable[[Any], int] = lambda _: 0
+    """Setting -> bytes of one decoded sample in host memory."""
+
+
+_families: dict[str, Family] = {}
+_modules: dict[str, str] = {}
+"""Family name -> the module that registered it."""
+
+
+def register(make: Callable[[], Family]) -> Callable[[], Family]:
+    """Decorate a function that returns a `Family`: its models are known from then on.
+
+    Raises:
+        ValueError: another module registered a family of this name.
+    """
+    family = make()
+    module = make.__module__
+    if _modules.get(family.name, module) != module:
+        raise ValueError(f"two families are named {family.name}: {_modules[family.name]} and {module}")
+    family.setting.family = family
+    _families[family.name] = family
+    _modules[family.name] = module
+    return make
+
+
+def families() -> Mapping[str, Family]:
+    """All families by name: those of the package, of installed packages and of `TRAINFIT_FAMILIES`."""
+    if not _discovered:
+        _discover()
+    return _families
+
+
+_discovered: list[bool] = []
+
+
+def _discover() -> None:
+    """Import every module that registers families, once."""
+    _discovered.append(True)
+    package = importlib.import_module("trainfit.models")
+    for folder in pkgutil.iter_modules(package.__path__):
+        if folder.ispkg:
+            importlib.import_module(f"trainfit.models.{folder.name}.family")
+    named = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
+    named += [point.value for point in metadata.entry_points(group=ENTRY_POINTS)]
+    for module in named:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise TrainfitError(f"{VARIABLE}: {module} cannot be imported ({error})") from error
+
+
+def registering_modules() -> tuple[str, ...]:
+    """Modules outside the package that registered families: another process has to import them too."""
+    return tuple(sorted({module for module in _modules.values() if not module.startswith("trainfit.")}))
+
+
+def find(typed: str) -> tuple[Family, str] | None:
+    """The family of a model as people type it, and the model's canonical name; None where no family has it."""
+    for family in sorted(families().values(), key=lambda each: each.last):
+        name = family.match(typed.strip())
+        if name is not None:
+            return family, name
+    return None
+
+
+def family_of(typed: str) -> tuple[Family, str]:
+    """The family of a model as people type it, and the model's canonical name.
+
+    Raises:
+        TrainfitError: no family has such a model; the message names the nearest.
+    """
+    found = find(typed)
+    if found is not None:
+        return found
+    models = model_names()
+    near = get_close_matches(dashed(typed), models, n=1, cutoff=0.6)
+    hint = f" Perhaps you meant {near[0]}." if near else ""
+    raise TrainfitError(f"no model named {typed!r}.{hint} Models: {', '.join(models)}")
+
+
+def model_names() -> tuple[str, ...]:
+    """The models of all families; names first, patterns last."""
+    names = [name for family in families().values() for name in family.models]
+    return tuple(sorted(names, key=lambda name: ":" in name))
+
+
+def dashed(typed: str) -> str:
+    """A model's name in lower case, with hyphens for spaces and underscores."""
+    return typed.strip().lower().replace(" ", "-").replace("_", "-")

@@ -1,0 +1,162 @@
+"""RF-DETR and the RT-DETR-Seg guide's models as a family. Imports no torch."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from trainfit.models.family import Capability, Family, dashed, register
+from trainfit.models.setting import DetectionSetting
+
+Stage = Literal["single", "detector", "masks"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """What a model was published with."""
+
+    resolution: int
+    """Side of the square input in pixels."""
+    block: int
+    """Legal resolutions are its multiples."""
+    queries: int
+
+
+def _published(resolution: int, block: int, queries: int) -> Published:
+    return Published(resolution=resolution, block=block, queries=queries)
+
+
+PUBLISHED = {
+    "rfdetr-nano": _published(384, 32, 300),
+    "rfdetr-small": _published(512, 32, 300),
+    "rfdetr-medium": _published(576, 32, 300),
+    "rfdetr-large": _published(704, 32, 300),
+    "rfdetr-seg-nano": _published(312, 12, 100),
+    "rfdetr-seg-small": _published(384, 24, 100),
+    "rfdetr-seg-medium": _published(432, 24, 200),
+    "rfdetr-seg-large": _published(504, 24, 200),
+    "rfdetr-seg-xlarge": _published(624, 24, 300),
+    "rfdetr-seg-2xlarge": _published(768, 24, 300),
+    "rtdetr-seg-nano": _published(384, 32, 300),
+    "rtdetr-seg-small": _published(512, 32, 300),
+    "rtdetr-seg-base": _published(560, 56, 300),
+    "rtdetr-seg-medium": _published(576, 32, 300),
+    "rtdetr-seg-large": _published(560, 56, 300),
+}
+"""Upstream's configurations (a test compares), here so that planning needs no torch.
+rtdetr-seg: detection sizes with a mask head, as the RT-DETR-Seg guide names them."""
+GROUPS = 13
+"""Query groups in training, of every published model."""
+LARGEST_SCALE = 1.4
+"""The largest of the multi-scale sizes, as a multiple of the resolution, for a sample's bytes; the sizes differ by model."""
+KERNELS_ALIKE = {(8, 6): (8, 0), (10, 0): (9, 0), (6, 1): (7, 5)}
+"""These differ in kernels for attention heads of more than 128 numbers, or not of a multiple of 8: not RF-DETR's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RfDetrKnobs:
+    """What a user may change of the published model."""
+
+    resolution: int | None = None
+    """Side of the square input in pixels; as published unless given."""
+    snap: bool = True
+    """Take the nearest legal resolution where the wanted one is not legal."""
+    multi_scale: bool = True
+    """Draw the training size anew for every window; the largest is up to 1.4 times the resolution, and is the one priced."""
+    num_queries: int | None = None
+    """Object queries; as published unless given."""
+    groups: int | None = None
+    """Query groups in training (upstream's group_detr); 13 unless given."""
+    freeze_encoder: bool = False
+    """Train all but the encoder."""
+    stage: Stage = "single"
+    """For models with masks. single: everything trains at once; detector: without the mask head; masks: the mask head alone,
+    on a frozen detector."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RfDetrSetting(RfDetrKnobs, DetectionSetting):
+    """A setting of an RF-DETR."""
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether masks are trained."""
+        return "-seg-" in self.model and self.stage != "detector"
+
+
+def match(typed: str) -> str | None:
+    """The canonical name of a model: "RF-DETR Nano", "rfdetr_nano" and "rf-detr-nano" are rfdetr-nano."""
+    name = dashed(typed).replace("rf-detr", "rfdetr").replace("rt-detr", "rtdetr")
+    return name if name in PUBLISHED else None
+
+
+def kernels(capability: Capability) -> Capability:
+    """The capability whose traces serve this one."""
+    return KERNELS_ALIKE.get(capability, capability)
+
+
+def turns(setting: RfDetrSetting, knob: str) -> Iterator[tuple[str, RfDetrSetting]]:
+    """(flag, setting) for each turn of one knob that frees memory."""
+    published = PUBLISHED[setting.model]
+    if knob == "resolution":
+        now = setting.resolution or published.resolution
+        for share in (0.75, 0.5):
+            side = max(published.block, int(now * share) // published.block * published.block)
+            if side < now:
+                yield f"--resolution {side}", replace(setting, resolution=side)
+    if knob == "multi-scale" and setting.multi_scale:
+        yield "--no-multi-scale", replace(setting, multi_scale=False)
+    if knob == "groups":
+        for groups in (4, 1):
+            if groups < (setting.groups or GROUPS):
+                yield f"--groups {groups}", replace(setting, groups=groups)
+    if knob == "queries":
+        half = (setting.num_queries or published.queries) // 2
+        if half:
+            yield f"--num-queries {half}", replace(setting, num_queries=half)
+    if knob == "encoder" and not setting.freeze_encoder and setting.stage != "masks":
+        yield "--freeze-encoder", replace(setting, freeze_encoder=True)
+
+
+def assumptions(setting: RfDetrSetting) -> Sequence[str]:
+    """What a prediction takes for granted."""
+    lines = [f"The fullest image has {setting.objects_per_image} objects (--objects-per-image, or --data)."]
+    if setting.multi_scale:
+        lines.append("Multi-scale training: the largest of its sizes.")
+    return lines
+
+
+def for_data(setting: RfDetrSetting, statistics: Any) -> RfDetrSetting:
+    """The objects of the fullest image."""
+    objects = max(1, statistics.objects_per_image_max)
+    return replace(setting, objects_per_image=objects)
+
+
+def sample_bytes(setting: RfDetrSetting) -> int:
+    """An image of the largest size, and a mask of a byte a pixel for each object."""
+    side = setting.resolution or PUBLISHED[setting.model].resolution
+    pixels = (side * LARGEST_SCALE if setting.multi_scale else side) ** 2
+    masks = setting.objects_per_image if "-seg-" in setting.model else 0
+    return int(pixels * (3 + masks))
+
+
+@register
+def family() -> Family:
+    """The family of the models in `PUBLISHED`."""
+    return Family(
+        name="rfdetr",
+        setting=RfDetrSetting,
+        models=tuple(PUBLISHED),
+        match=match,
+        step="trainfit.models.rfdetr.step",
+        workload="trainfit.models.rfdetr.workload:make_workload",
+        task="detection",
+        packages=("rfdetr",),
+        ema=True,
+        reference_batch=16,
+        kernels=kernels,
+        learns=("multi-scale", "groups", "queries", "resolution", "encoder", "optimizer"),
+        turns=turns,
+        assumptions=assumptions,
+        for_data=for_data,
+        sample_bytes=sample_bytes,
+    )
