@@ -35,6 +35,7 @@ def journal_s(result: StepResult, windows: int = 200) -> float:
         journal = Journal(
             Path(folder),
             after_step=0,
+            pending_evaluation=False,
             total_steps=windows,
             steps_per_epoch=windows,
             device=CPU,

@@ -101,6 +101,11 @@ class LineWorkload:
         torch.save(dict(weights), path)
 
 
+def line_workload(_recipe: Recipe, classes: tuple[str, ...]) -> LineWorkload:
+    """Stands in for `training.setup.workload_of`."""
+    return LineWorkload(classes)
+
+
 def use(workload: LineWorkload | None = None) -> None:
     """Let every run of this process train a `LineWorkload`."""
     fit.workload_of = lambda _recipe, classes: workload or LineWorkload(classes)  # type: ignore[assignment,return-value]
@@ -194,7 +199,7 @@ def test_a_killed_rank_is_named_in_one_line_and_one_rank_goes_on(
     saved = run_folder.load_state(out / run_folder.STATE)["step"]
     assert f"saved after step {saved} with torchrun --nproc-per-node 2 -m trainfit train --resume {out}" in last
     # With one rank the effective batch of 2 ranks x 2 micro-batches of 1 stays.
-    monkeypatch.setattr(fit, "workload_of", lambda _recipe, classes: LineWorkload(classes))
+    monkeypatch.setattr(fit, "workload_of", line_workload)
     assert run("train", "--resume", out, "--max-steps", saved + 1) == 0
     noted = capsys.readouterr().err
     assert "goes on with 1 process(es) after 2: the effective batch stays 4" in noted
