@@ -196,6 +196,18 @@ def test_learning_rate_follows_the_effective_batch() -> None:
     assert "stays" in learning_rate(nano, 16)
     assert "multiply it by 2 (root" in learning_rate(nano, 64)
     assert "multiply it by 4 (linear" in learning_rate(replace(nano, optimizer="sgd"), 64)
+    assert "multiply it by 0.707 (root" in learning_rate(nano, 2)
+
+
+def test_learning_rate_stays_where_upstream_trains_with_it() -> None:
+    from rfdetr.config import TrainConfig
+
+    theirs = TrainConfig(dataset_dir=".", output_dir=".")
+    assert isinstance(theirs.batch_size, int)
+    for batch in (theirs.batch_size * theirs.grad_accum_steps, theirs.auto_batch_target_effective):
+        assert "stays" in learning_rate(Setting(model="rfdetr-nano"), batch)
+    assert Recipe.lr == theirs.lr
+    assert Recipe.lr_encoder == theirs.lr_encoder
 
 
 def test_workers_keep_up_as_far_as_the_cores_go() -> None:

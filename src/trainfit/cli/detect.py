@@ -1,6 +1,7 @@
 """trainfit detect."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ def detect(
     images: tyro.conf.Positional[tuple[Path, ...]],
     /,
     *,
+    model: str | None = None,
     threshold: float = 0.5,
     draw: Path | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
@@ -20,8 +22,9 @@ def detect(
     """Find objects in images with a trained run.
 
     Args:
-        run: Run folder, or a weights file of one.
+        run: Run folder, or a weights file: of trainfit, of the upstream project, or `pretrained` (downloads it).
         images: Image files.
+        model: Model that upstream's weights are of, for instance rfdetr-nano.
         threshold: Least score that is shown.
         draw: Folder for pictures with the boxes drawn in.
         device: Where to run.
@@ -34,7 +37,9 @@ def detect(
 
     if not images:
         raise TrainfitError("name at least one image: trainfit detect RUN IMAGE")
-    detector = inference.load_detector(run, choose_device(device, 0))
+    detector = inference.load_detector(run, choose_device(device, 0), model=model)
+    for remark in detector.remarks:
+        print(remark, file=sys.stderr)
     rows: list[dict[str, object]] = []
     for path, found in zip(images, inference.detect(detector, images), strict=True):
         rows += (lines := detection_lines(path, found, detector.workload.classes, threshold))

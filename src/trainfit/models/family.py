@@ -48,6 +48,9 @@ class Family:
     """Module with `build_step` and `build_eval_step`; it is imported with torch, when a step is built."""
     workload: str | None = None
     """"module:function" of (model name, classes, knobs) -> `Workload`; None: it is predicted, and not trained."""
+    checkpoint: str | None = None
+    """"module:function" of (model name, file of upstream's or `pretrained`) -> (`Workload`, the model with the file's
+    weights and classes, remarks for the user); None: such files cannot be evaluated."""
     task: str | None = None
     """The room in `tasks/` that reads its data and measures it; None where there is none."""
     extra: str | None = None
@@ -60,8 +63,8 @@ class Family:
     """Whether traces may be stored: not where the model's code may change without notice."""
     ema: bool = False
     """Whether EMA weights are kept where the setting leaves it open."""
-    reference_batch: int | None = None
-    """Effective batch that the default learning rates are for."""
+    reference_batches: tuple[int, int] | None = None
+    """Least and largest effective batch that upstream itself trains with at the default learning rates."""
     coupled: Callable[[Any], bool] = lambda _: False
     """Setting -> whether all samples of a window meet in one loss, so that micro-batches know of each other."""
     kernels: Callable[[Capability], Capability] = lambda capability: capability

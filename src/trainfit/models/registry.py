@@ -37,8 +37,7 @@ def make_workload(name: str, classes: tuple[str, ...], knobs: Mapping[str, Any])
     family, name = family_of(name)
     if family.workload is None:
         raise TrainfitError(f"training of {name} is not there yet; `trainfit predict {name}` works")
-    module, _, function = family.workload.partition(":")
-    make = getattr(importlib.import_module(module), function)
+    make = _imported(family.workload)
     return make(name, classes, {key: value for key, value in knobs.items() if value is not None})
 
 
@@ -53,3 +52,21 @@ def from_metadata(metadata: Mapping[str, str]) -> "Workload":
     except KeyError as error:
         raise TrainfitError(f"not a weights file of trainfit: its metadata lacks {error}") from error
     return make_workload(name, tuple(classes), knobs)
+
+
+def from_upstream(name: str, weights: str) -> "tuple[Workload, torch.nn.Module, list[str]]":
+    """A model for inference from a checkpoint of its upstream project, or `pretrained`; and remarks for the user.
+
+    Raises:
+        TrainfitError: no such model or file, or not a checkpoint of this model.
+    """
+    family, name = family_of(name)
+    if family.checkpoint is None:
+        raise TrainfitError(f"checkpoints of {name} cannot be evaluated yet")
+    return _imported(family.checkpoint)(name, weights)
+
+
+def _imported(path: str) -> Any:
+    """What "module:function" names."""
+    module, _, function = path.partition(":")
+    return getattr(importlib.import_module(module), function)

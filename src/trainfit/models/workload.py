@@ -58,6 +58,8 @@ class Workload(Protocol):
     """Side of the square input in pixels."""
     masks: bool
     """Whether it trains on masks and finds them."""
+    max_detections: int
+    """Detections for each image and class that the family's own evaluation counts (COCO's is 100)."""
     objective: Objective
 
     def build(self) -> torch.nn.Module:

@@ -182,15 +182,17 @@ def precision_for(setting: Setting, gpu: Gpu) -> Literal["fp32", "fp16", "bf16"]
 def learning_rate(setting: Setting, effective_batch: int) -> str:
     """What the effective batch means for the learning rate, in a sentence."""
     said = "The learning rate follows the effective batch, not how it is cut"
-    reference = setting.family.reference_batch
+    reference = setting.family.reference_batches
     if reference is None:
         return f"{said}."
-    if reference == effective_batch:
-        return f"{said}: the recipe's rate is for {reference}, so it stays."
-    ratio = effective_batch / reference
+    least, largest = reference
+    if least <= effective_batch <= largest:
+        return f"{said}: upstream takes the recipe's rate for {least} as for {largest}, so it stays."
+    nearest = largest if effective_batch > largest else least
+    ratio = effective_batch / nearest
     if setting.optimizer == "sgd":
-        return f"{said}: the recipe's is for {reference}; for SGD multiply it by {ratio:.3g} (linear; Goyal 2017)."
-    return f"{said}: the recipe's is for {reference}; for Adam multiply it by {sqrt(ratio):.3g} (root; Malladi 2022)."
+        return f"{said}: the recipe's is for {nearest}; for SGD multiply it by {ratio:.3g} (linear; Goyal 2017)."
+    return f"{said}: the recipe's is for {nearest}; for Adam multiply it by {sqrt(ratio):.3g} (root; Malladi 2022)."
 
 
 def loading(

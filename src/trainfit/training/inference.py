@@ -1,4 +1,4 @@
-"""A trained run as a detector."""
+"""A trained run, or a checkpoint of a model's upstream project, as a detector."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from trainfit.errors import TrainfitError
-from trainfit.models.registry import from_metadata
+from trainfit.models.family import family_of
+from trainfit.models.registry import from_metadata, from_upstream
 from trainfit.models.workload import ImageDetections, Workload
 from trainfit.step.names import Precision
 from trainfit.step.precision import autocast
@@ -25,14 +26,26 @@ class Detector:
     model: torch.nn.Module
     device: torch.device
     precision: Precision
+    remarks: tuple[str, ...] = ()
+    """What the user should know of how the weights were loaded."""
 
 
-def load_detector(run: Path, device: torch.device, precision: Precision = "fp32") -> Detector:
-    """The best weights of a run folder (the last ones where there was no evaluation yet), or a weights file of one.
+def load_detector(
+    run: Path, device: torch.device, precision: Precision = "fp32", *, model: str | None = None
+) -> Detector:
+    """The best weights of a run folder (the last ones where there was no evaluation yet), or one weights file.
+
+    Args:
+        run: Run folder or weights file; with `model` also a checkpoint of upstream's, or `pretrained`.
+        device: Where the model goes.
+        precision: What it computes in.
+        model: The model's name: needed for a checkpoint of upstream's.
 
     Raises:
-        TrainfitError: neither a run folder with weights nor a weights file of trainfit.
+        TrainfitError: neither a run folder with weights nor a weights file, or the weights of another model.
     """
+    if str(run) == "pretrained" or (run.is_file() and run.suffix != ".safetensors"):
+        return _load_upstream(run, device, precision, model)
     candidates = [run] if run.is_file() else [run / BEST, run / LAST]
     path = next((p for p in candidates if p.is_file()), None)
     if path is None:
@@ -41,9 +54,19 @@ def load_detector(run: Path, device: torch.device, precision: Precision = "fp32"
         )
     weights, metadata = load_weights(path)
     workload = from_metadata(metadata)
-    model = workload.build()
-    model.load_state_dict(weights)
-    return Detector(workload=workload, model=model.to(device).eval(), device=device, precision=precision)
+    if model is not None and family_of(model)[1] != workload.name:
+        raise TrainfitError(f"{path} holds weights of {workload.name}, not {model}: leave --model out")
+    network = workload.build()
+    network.load_state_dict(weights)
+    return Detector(workload=workload, model=network.to(device).eval(), device=device, precision=precision)
+
+
+def _load_upstream(weights: Path, device: torch.device, precision: Precision, model: str | None) -> Detector:
+    if model is None:
+        raise TrainfitError(f"{weights} does not say which model it is of: give --model, for instance rfdetr-nano")
+    workload, network, remarks = from_upstream(model, str(weights))
+    network = network.to(device).eval()
+    return Detector(workload=workload, model=network, device=device, precision=precision, remarks=tuple(remarks))
 
 
 def detect(detector: Detector, images: Sequence[Path], *, micro_batch: int = 4) -> Iterator[ImageDetections]:

@@ -12,6 +12,7 @@ from trainfit.errors import TrainfitError
 from trainfit.step.names import Checkpointing, Optimizer, Precision
 
 DEFAULT_EFFECTIVE_BATCH = 16
+"""Why this many: docs/training.md."""
 DEFAULT_MICRO_BATCH = 4
 
 
@@ -39,7 +40,7 @@ class Recipe:
     snap: bool = True
     """Take the nearest legal resolution where the wanted one is not legal."""
     effective_batch: int | None = None
-    """Images per optimizer step over all GPUs (default 16)."""
+    """Images per optimizer step over all GPUs (default 16; docs/training.md says why)."""
     micro_batch: int | None = None
     """Images per forward and backward on one GPU; changes memory and speed, not the result."""
     accumulation: int | None = None

@@ -46,6 +46,8 @@ PUBLISHED = {
 rtdetr-seg: detection sizes with a mask head, as the RT-DETR-Seg guide names them."""
 GROUPS = 13
 """Query groups in training, of every published model."""
+REFERENCE_BATCHES = (4, 16)
+"""rfdetr 1.11.2 config.py: batch_size 4 x grad_accum_steps 1, and auto_batch_target_effective 16, the default before 1.10."""
 LARGEST_SCALE = 1.4
 """The largest of the multi-scale sizes, as a multiple of the resolution, for a sample's bytes; the sizes differ by model."""
 KERNELS_ALIKE = {(8, 6): (8, 0), (10, 0): (9, 0), (6, 1): (7, 5)}
@@ -149,10 +151,11 @@ def family() -> Family:
         match=match,
         step="trainfit.models.rfdetr.step",
         workload="trainfit.models.rfdetr.workload:make_workload",
+        checkpoint="trainfit.models.rfdetr.workload:from_upstream",
         task="detection",
         packages=("rfdetr",),
         ema=True,
-        reference_batch=16,
+        reference_batches=REFERENCE_BATCHES,
         kernels=kernels,
         learns=("multi-scale", "groups", "queries", "resolution", "encoder", "optimizer"),
         turns=turns,

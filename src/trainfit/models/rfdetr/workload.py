@@ -19,8 +19,16 @@ from rfdetr.models.lwdetr import LWDETR
 from trainfit.errors import TrainfitError
 from trainfit.models.rfdetr.data import make_sample, to_batch
 from trainfit.models.rfdetr.family import RfDetrKnobs
-from trainfit.models.rfdetr.interop import MASK_HEAD, attach_mask_head, export_upstream, load_weights
+from trainfit.models.rfdetr.interop import (
+    MASK_HEAD,
+    attach_mask_head,
+    export_upstream,
+    fill,
+    find_weights,
+    load_weights,
+)
 from trainfit.models.rfdetr.losses import make_objective
+from trainfit.models.rfdetr.weights_file import read_weights
 from trainfit.models.workload import Decoder, ImageDetections, OptimizerSettings
 from trainfit.tasks.detection.masks import Rle, encode_masks
 from trainfit.tasks.detection.samples import Sample
@@ -47,29 +55,39 @@ WITH_MASKS: Mapping[str, type[upstream.ModelConfig]] = {
 }
 """Detection sizes with upstream's mask head added, by the names of the RT-DETR-Seg guide; see docs/segmentation.md."""
 
+LARGEST_RESOLUTION = 4096
+"""Pixels; a file that says more is not believed."""
 ENCODER_LAYERS = "backbone.0.encoder.encoder.encoder.layer"
 
 
 class RfDetr:
     """A `Workload`. See that protocol for what the methods do."""
 
-    def __init__(self, name: str, classes: tuple[str, ...], knobs: RfDetrKnobs | None = None) -> None:
-        """Make the configuration; no weights yet."""
+    def __init__(
+        self, name: str, classes: tuple[str, ...], knobs: RfDetrKnobs | None = None, *, outputs: int | None = None
+    ) -> None:
+        """Make the configuration; no weights yet.
+
+        `outputs` is the number of rows of the class heads: one more than there are classes, if not given. A class
+        named "" is a row that is no class.
+        """
         knobs = knobs or RfDetrKnobs()
+        outputs = outputs or len(classes) + 1
         self.name = name
         self.classes = classes
         self.knobs = knobs
-        self.config = make_config(name, len(classes), knobs)
+        self.config = make_config(name, outputs - 1, knobs)
         self.resolution = self.config.resolution
         self.masks = self.config.segmentation_head
         train_config = upstream.SegmentationTrainConfig if self.masks else upstream.TrainConfig
-        criterion, self.postprocess = build_criterion_from_config(
-            self.config, train_config(dataset_dir=".", output_dir=".")
-        )
+        train = train_config(dataset_dir=".", output_dir=".")
+        criterion, self.postprocess = build_criterion_from_config(self.config, train)
         criterion.train()  # it counts groups in train mode
         if knobs.stage == "masks":
             criterion.losses = ["masks"]  # the others are constants of a frozen detector
         self.criterion = criterion
+        self.max_detections = train.eval_max_dets
+        self.is_class = torch.tensor([name != "" for name in classes] + [False] * (outputs - len(classes)))
         self.objective = make_objective(
             criterion, groups=self.config.group_detr, masks=self.masks, masks_only=knobs.stage == "masks"
         )
@@ -127,9 +145,10 @@ class RfDetr:
         sizes = torch.tensor([s.original_size for s in samples], device=like.device)
         logits = outputs.pop("pred_masks", None)  # upstream would make all masks of all images at image size at once
         _, _, queries = self.postprocess._select_topk(outputs["pred_logits"])  # pyright: ignore[reportPrivateUsage]
+        is_class = self.is_class.to(like.device)
         found: list[ImageDetections] = []
         for i, (sample, result) in enumerate(zip(samples, self.postprocess(outputs, sizes), strict=True)):
-            known = result["labels"] < len(self.classes)  # the last output is no class
+            known = is_class[result["labels"]]
             found.append(
                 ImageDetections(
                     image_id=sample.image_id,
@@ -147,6 +166,33 @@ class RfDetr:
 
     def export(self, weights: Mapping[str, torch.Tensor], path: Path) -> None:
         export_upstream(self.config, weights, self.classes, path)
+
+
+def from_upstream(name: str, weights: str) -> tuple[RfDetr, torch.nn.Module, list[str]]:
+    """A model for inference as a checkpoint of upstream's has it, filled with its weights; and remarks for the user.
+
+    Classes, queries and resolution are the file's; where it does not say, the published ones of `name`. Classes that
+    the file does not name are called "class 0" and so on. One query group is built: inference uses the first alone.
+
+    Raises:
+        TrainfitError: as `interop.load_weights`.
+    """
+    with _quiet():
+        file = read_weights(find_weights(make_config(name, 1, RfDetrKnobs()), weights))
+        names = file.class_names or tuple(f"class {row}" for row in range(file.class_rows - 1))
+        layout, resolution = file.query_layout, file.config.get("resolution")
+        knobs = RfDetrKnobs(
+            resolution=resolution if isinstance(resolution, int) and 0 < resolution <= LARGEST_RESOLUTION else None,
+            num_queries=layout[1] if layout else None,
+            groups=1,
+        )
+        workload = RfDetr(name, names, knobs, outputs=file.class_rows)
+        published = type(workload.config).model_fields["num_select"].default
+        selected = file.config.get("num_select")
+        workload.postprocess.num_select = selected if isinstance(selected, int) and selected > 0 else published
+        model = workload.build()
+        remarks = fill(cast(LWDETR, model), workload.config, file, name=name, classes=None)
+    return workload, model, remarks
 
 
 MASK_PIXELS_AT_ONCE = 2**24
