@@ -243,12 +243,16 @@ def some_as_objects(detections: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return objects
 
 
+def silent(*_: object) -> None:
+    """The library's progress lines, dropped."""
+
+
 def oracle_ap(world: World, category_of_row: dict[int, int], max_detections: int) -> float:
     """COCO's evaluation of upstream's detections, with the class head's rows as `category_of_row` has them."""
     known = [row for row in world.detections if row["category_id"] in category_of_row]
     results = [row | {"category_id": category_of_row[row["category_id"]]} for row in known]
-    truth = COCO(copy.deepcopy(world.truth), print_function=lambda *_: None)
-    run_ = COCOeval_faster(truth, truth.loadRes(results), "bbox", print_function=lambda *_: None)
+    truth = COCO(copy.deepcopy(world.truth), print_function=silent)
+    run_ = COCOeval_faster(truth, truth.loadRes(results), "bbox", print_function=silent)
     run_.params.maxDets = [1, 10, max_detections]
     run_.evaluate()
     run_.accumulate()

@@ -101,10 +101,11 @@ def _upstream(path: Path) -> WeightsFile:
     if not isinstance(checkpoint, dict):
         raise TrainfitError(f"{path}: not a checkpoint of RF-DETR (no dictionary)")
     content = cast(dict[str, Any], checkpoint)
-    state = content.get("model")
-    if state is None and isinstance(content.get("state_dict"), dict):
-        state = {_bare(key): value for key, value in content["state_dict"].items()}
-    _require_model(state, path)
+    tensors = content.get("model")
+    if tensors is None and isinstance(content.get("state_dict"), dict):
+        own = [key for key in content["state_dict"] if str(key).startswith("model.")]
+        tensors = {_bare(key): content["state_dict"][key] for key in own}
+    state = _require_model(tensors, path)
     config = _as_dict(content.get("args", content.get("hyper_parameters"))) | _as_dict(content.get("model_config"))
     names = _row_names(config.get("class_names"), state["class_embed.bias"].shape[0])
     return WeightsFile(path=path, state=state, config=config, class_names=names)
@@ -115,7 +116,7 @@ def _bare(key: Any) -> str:
     return str(key).removeprefix("model.").removeprefix("_orig_mod.")
 
 
-def _require_model(state: Any, path: Path) -> None:
+def _require_model(state: Any, path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or "class_embed.bias" not in state:
         raise TrainfitError(f"{path}: not a checkpoint of RF-DETR (no `model` with a `class_embed`)")
     tensors = cast(dict[Any, Any], state)
@@ -124,6 +125,7 @@ def _require_model(state: Any, path: Path) -> None:
         raise TrainfitError(f"{path}: not a checkpoint of RF-DETR ({odd} is no tensor)")
     if tensors["class_embed.bias"].ndim != 1 or not len(tensors["class_embed.bias"]):
         raise TrainfitError(f"{path}: not a checkpoint of RF-DETR (class_embed.bias is no vector)")
+    return tensors
 
 
 def _as_dict(values: Any) -> dict[str, Any]:
