@@ -202,10 +202,11 @@ def test_learning_rate_follows_the_effective_batch() -> None:
 def test_learning_rate_stays_where_upstream_trains_with_it() -> None:
     from rfdetr.config import TrainConfig
 
+    nano = make_setting(model="rfdetr-nano")
     theirs = TrainConfig(dataset_dir=".", output_dir=".")
     assert isinstance(theirs.batch_size, int)
     for batch in (theirs.batch_size * theirs.grad_accum_steps, theirs.auto_batch_target_effective):
-        assert "stays" in learning_rate(Setting(model="rfdetr-nano"), batch)
+        assert "stays" in learning_rate(nano, batch)
     assert Recipe.lr == theirs.lr
     assert Recipe.lr_encoder == theirs.lr_encoder
 
