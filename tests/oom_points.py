@@ -12,9 +12,11 @@ import torch
 from test_exact_gradient import make_sample, nano
 from test_families import pairs, tiny_clip
 from test_oom import FailAt, make_step
+from test_update import two_types_step, windows
 from trainfit.models.clip import step as clip
 from trainfit.models.workload import OptimizerSettings
 from trainfit.step.contrastive import Contrastive
+from trainfit.step.names import Optimizer
 from trainfit.step.training_step import TrainingStep
 from trainfit.training.oom import Halving, Survivor
 from trainfit.training.rehearsal import keep
@@ -34,7 +36,7 @@ MICRO_BATCH = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A tiny model in float64 with a window."""
+    """A tiny model with a window."""
 
     step: TrainingStep
     window: Sequence[Any]
@@ -50,14 +52,15 @@ class Outcome:
     split: bool
     """Whether the window was cut otherwise afterwards."""
     error: float
-    """Difference of parameters, averages and optimizer state, over what the undisturbed window moved them by; 0 means equal
-    bit for bit."""
+    """Difference of parameters, EMA weights, optimizer state and loss scale, over what the undisturbed window moved them by;
+    0 means equal bit for bit."""
 
 
-def rfdetr() -> Family:
-    """RF-DETR Nano at 64 px, one group of 30 queries; 3 images, one of them empty."""
+def rfdetr(_folder: Any, optimizer: Optimizer, scaler: bool) -> Family:
+    """RF-DETR Nano in float64 at 64 px, one group of 30 queries; 3 images, one of them empty."""
     workload, model = nano(groups=1)
-    step = make_step(model, workload.objective, workload.parameter_groups(model, OptimizerSettings()))
+    groups = workload.parameter_groups(model, OptimizerSettings())
+    step = make_step(model, workload.objective, groups, optimizer=optimizer, scaler=scaler)
 
     def detect(model: torch.nn.Module, samples: Sequence[Any]) -> list[torch.Tensor]:
         return [found.scores for found in workload.detect(model, samples)]
@@ -65,10 +68,11 @@ def rfdetr() -> Family:
     return Family(step=step, window=[make_sample(n, i) for i, n in enumerate((0, 3, 5))], detect=detect)
 
 
-def contrastive(folder: Any) -> Family:
-    """CLIP with two-layer towers: a coupled loss."""
+def contrastive(folder: Any, optimizer: Optimizer, scaler: bool) -> Family:
+    """CLIP with two-layer towers in float64: a coupled loss."""
     model = tiny_clip(folder, "tiny-oom", {}, dropout=False)
-    step = make_step(model, Contrastive(features=clip.features, rows_loss=clip.rows_loss, chunk_rows=4))
+    objective = Contrastive(features=clip.features, rows_loss=clip.rows_loss, chunk_rows=4)
+    step = make_step(model, objective, optimizer=optimizer, scaler=scaler)
 
     def detect(model: torch.nn.Module, samples: Sequence[Any]) -> list[torch.Tensor]:
         return list(clip.features(model, samples)[0])
@@ -76,8 +80,21 @@ def contrastive(folder: Any) -> Family:
     return Family(step=step, window=pairs(5), detect=detect)
 
 
+def two_types(_folder: Any, optimizer: Optimizer, scaler: bool, *, overflow: bool = False) -> Family:
+    """Two linear layers of float64 and float32; `overflow`: the loss of the window is infinite."""
+
+    def detect(model: torch.nn.Module, samples: Sequence[Any]) -> list[torch.Tensor]:
+        return list(model(torch.stack(list(samples))))
+
+    step = two_types_step(optimizer, scaler=scaler)
+    return Family(step=step, window=windows(overflow=overflow)[0], detect=detect)
+
+
 class Injector:
-    """Runs one window and its evaluation again and again from the same state, with an error at a given operator."""
+    """Runs one window and its evaluation again and again from the same state, with an error at a given operator.
+
+    The state is that after one window, so that the optimizer's is not zeros.
+    """
 
     def __init__(self, family: Family) -> None:
         """Run once undisturbed."""
@@ -86,6 +103,7 @@ class Injector:
         self.mode = FailAt()
         self._record()
         torch.manual_seed(5)
+        Survivor(MICRO_BATCH).run(self.step, self.window, number=0)
         self.restore, start = keep(self.step), self._everything()
         self._run(FailAt(), Survivor(MICRO_BATCH))
         self.operators = self.mode.seen
@@ -119,9 +137,10 @@ class Injector:
 
     def _everything(self) -> torch.Tensor:
         assert self.step.ema is not None
-        slots = [value for own in self.step.optimizer.state.values() for value in own.values()]
-        every = [*self.step.model.state_dict().values(), *self.step.ema.state_dict().values(), *slots]
-        return torch.cat([tensor.flatten().double() for tensor in every])
+        every: list[Any] = [*self.step.model.state_dict().values(), *self.step.ema.state_dict().values()]
+        every += [value for own in self.step.optimizer.state.values() for value in own.values()]
+        every += [*self.step.scaler.state_dict().values(), self.step.skipped_windows]
+        return torch.cat([torch.as_tensor(value, dtype=torch.float64).flatten() for value in every])
 
     def point(self, number: int, message: str) -> Outcome:
         """Inject an error at operator `number` (from 1); AssertionError where a sample is lost or seen twice."""
@@ -136,7 +155,8 @@ class Injector:
         last = max(errors for errors, _ in self.seen)
         assert Counter(i for errors, i in self.seen if errors == last) == Counter(map(id, self.window))
         for ours, known in zip(self.found, self.known_found, strict=True):
-            torch.testing.assert_close(ours, known, rtol=1e-9, atol=1e-9)
+            tolerance = 1e-9 if ours.dtype == torch.float64 else 1e-5
+            torch.testing.assert_close(ours, known, rtol=tolerance, atol=tolerance, equal_nan=True)
         if not split and where != "evaluation":
             assert torch.equal(torch.get_rng_state(), self.known_rng)
         difference = (self._everything() - self.known).norm() / self.moved
@@ -149,7 +169,15 @@ def outcomes(injector: Injector, points: int, seed: int) -> list[Outcome]:
     return [injector.point(n, TOO_LITTLE if i % 2 else IN_PIECES) for i, n in enumerate(drawn.tolist())]
 
 
-FAMILIES: dict[str, Callable[[Any], Family]] = {
-    "rfdetr": lambda _folder: rfdetr(),
+def every_operator(injector: Injector) -> list[Outcome]:
+    """An error at each operator in turn, answered by the same cut once more."""
+    return [injector.point(number, IN_PIECES) for number in range(1, injector.operators + 1)]
+
+
+FAMILIES: dict[str, Callable[[Any, Optimizer, bool], Family]] = {
+    "rfdetr": rfdetr,
     "clip": contrastive,
+    "two-types": two_types,
+    "overflow": partial(two_types, overflow=True),
 }
+"""Builders: (folder for files, optimizer, whether fp16's loss scaler is enabled) -> family."""

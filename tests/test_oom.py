@@ -14,7 +14,8 @@ from test_exact_gradient import Toy, make_sample, toy_objective
 from trainfit.errors import OutOfMemory
 from trainfit.step.attempt import attempt, is_out_of_memory
 from trainfit.step.contrastive import Contrastive
-from trainfit.step.optimizer import make_adamw
+from trainfit.step.names import Optimizer
+from trainfit.step.optimizer import make_optimizer
 from trainfit.step.terms import CountKind, Objective
 from trainfit.step.training_step import TrainingStep
 from trainfit.training.oom import Survivor
@@ -44,10 +45,20 @@ class FailAt(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def make_step(model: torch.nn.Module, objective: Objective | Contrastive, groups: Any = None) -> TrainingStep:
-    optimizer = make_adamw(groups or [{"params": [p], "lr": 1e-2} for p in model.parameters()])
+def make_step(
+    model: torch.nn.Module,
+    objective: Objective | Contrastive,
+    groups: Any = None,
+    *,
+    optimizer: Optimizer = "adamw-fused",
+    scaler: bool = False,
+) -> TrainingStep:
+    """A step with EMA; `scaler`: with the loss scaler that fp16 has on a GPU."""
+    made = make_optimizer(optimizer, groups or [{"params": [p], "lr": 1e-2} for p in model.parameters()])
     ema = copy.deepcopy(model).requires_grad_(False)
-    return TrainingStep(model=model, objective=objective, optimizer=optimizer, device=CPU, ema=ema)
+    step = TrainingStep(model=model, objective=objective, optimizer=made, device=CPU, ema=ema)
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaler)
+    return step
 
 
 def toy_step(kind: CountKind) -> TrainingStep:

@@ -1,4 +1,4 @@
-"""The two exceptions of the package."""
+"""The exceptions of the package."""
 
 
 class TrainfitError(Exception):
@@ -11,3 +11,7 @@ class OutOfMemory(TrainfitError):  # noqa: N818 - the field's own word
     """No setting left to try fits the memory. The message has the numbers and the smallest change that fits."""
 
     exit_code = 3
+
+
+class HalfUpdated(OutOfMemory):
+    """Memory ran out in the middle of an update: this state must not be saved; the one saved before stands."""

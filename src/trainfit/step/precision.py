@@ -44,3 +44,14 @@ def autocast(precision: Precision, device_type: str) -> AbstractContextManager[o
 def grad_scaler(precision: Precision, device_type: str) -> torch.amp.GradScaler:
     """A loss scaler that does something for fp16 only (bf16 has fp32's range)."""
     return torch.amp.GradScaler(device_type, enabled=precision == "fp16")
+
+
+def start_scaler(scaler: torch.amp.GradScaler, device: torch.device) -> None:
+    """Make the scaler's two scalars on the device, if they are not there: both or, where memory runs out, none.
+
+    `GradScaler.scale` makes them when it is first called, and would never make the second if that one had failed
+    (torch 2.15 amp/grad_scaler.py, `_lazy_init_scale_growth_tracker`).
+    """
+    if scaler.is_enabled() and scaler._growth_tracker is None:  # pyright: ignore[reportPrivateUsage]
+        scaler._scale = None  # pyright: ignore[reportPrivateUsage]
+        scaler.scale(torch.zeros((), device=device))

@@ -11,8 +11,9 @@ from trainfit.step import ranks
 from trainfit.step.contrastive import Contrastive, accumulate_contrastive
 from trainfit.step.ema import ema_decay, update_ema
 from trainfit.step.names import Precision
-from trainfit.step.precision import grad_scaler
+from trainfit.step.precision import grad_scaler, start_scaler
 from trainfit.step.terms import Objective
+from trainfit.step.units import Unit, by_kind, step_unit, units_of
 from trainfit.step.window import accumulate, cut
 
 
@@ -27,6 +28,16 @@ class StepResult:
     images: int
     """Images of this rank's share."""
     micro_batches: int
+
+
+@dataclass(kw_only=True, eq=False)
+class _Scaled:
+    """Parameters of one device and dtype, as the optimizer that `GradScaler.unscale_` takes.
+
+    The scaler keeps one state for each, so that a kind that is unscaled is not unscaled again with another.
+    """
+
+    param_groups: list[dict[str, Any]]
 
 
 @dataclass(kw_only=True)
@@ -50,6 +61,8 @@ class TrainingStep:
         """Make the loss scaler; fp16 alone needs it."""
         self.scaler = grad_scaler(self.precision, self.device.type)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.skipped_windows = 0
+        """Windows in a row, up to the last, whose step was skipped because the gradient overflowed (fp16 alone)."""
         self._norm = torch.zeros(())
         self._overflow = False
         self._phases: list[Callable[[], None]] = []
@@ -75,54 +88,68 @@ class TrainingStep:
             watch = self.after_micro_batch
             window_gradient = partial(accumulate, self.model, self.objective, after_micro_batch=watch)
         micro_batches = cut(window, micro_batch)
+        start_scaler(self.scaler, self.device)
         return window_gradient(micro_batches, device=self.device, precision=self.precision, scaler=self.scaler)
 
     def update(self, step: int) -> torch.Tensor:
-        """Sum the gradient over the ranks, clip it, step, average, clear it; returns its norm before clipping.
+        """Sum the gradient over the ranks, unscale and clip it, step, update EMA, clear it; returns its norm before clipping.
 
         Each phase happens as a whole or not at all, so after a failure `update` may be called again: it goes on with
         the phases that are left, and the parameters end up as if nothing had failed.
+
+        Raises:
+            HalfUpdated: a phase failed and could not be undone.
         """
         if not self._phases:
-            groups = [partial(self._step_group, group) for group in self.optimizer.param_groups]
-            summed = partial(ranks.sum_gradients, self.parameters)
-            self._phases = [summed, self._clip, *groups, partial(self._average, step), self._clear]
+            self._phases = self._make_phases(step)
         while self._phases:
             self._phases[0]()
             del self._phases[0]
         return self._norm
 
-    def _clip(self) -> None:
-        self._norm = torch.zeros(())
-        if any(p.grad is not None for p in self.parameters):  # else not one image of the window could be read
-            self.scaler.unscale_(self.optimizer)
-            limit = self.clip_norm if self.clip_norm > 0 else float("inf")
-            self._norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+    def _make_phases(self, step: int) -> list[Callable[[], None]]:
+        """The update's phases, of which each changes tensors by one operator, or undoes what it changed.
+
+        An operator may fail before it changes anything, when it allocates; the ones that end a phase (`_foreach_mul_` and
+        the like, on tensors of one device and dtype) allocate nothing.
+        """
+        kinds = by_kind(self.parameters)
+        phases: list[Callable[[], None]] = [partial(ranks.sum_gradients, self.parameters)]
+        if self.scaler.is_enabled():
+            phases += [partial(self._unscale, _Scaled(param_groups=[{"params": kind}])) for kind in kinds]
+        phases.append(self._measure)
+        if self.clip_norm > 0:
+            phases += [partial(self._clip, kind) for kind in kinds]
+        phases += [partial(self._step_unit, unit) for unit in units_of(self.optimizer)]
+        return [*phases, partial(self._average, step), self._update_scale, self._clear]
+
+    def _unscale(self, part: _Scaled) -> None:
+        if any(p.grad is not None for p in part.param_groups[0]["params"]):
+            self.scaler.unscale_(part)  # pyright: ignore[reportArgumentType]
+
+    def _measure(self) -> None:
+        gradients = [p.grad for p in self.parameters if p.grad is not None]  # none: not one image could be read
+        self._norm = torch.nn.utils.get_total_norm(gradients)
         self._overflow = self.scaler.is_enabled() and not bool(torch.isfinite(self._norm))
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        """Step one parameter group; fp16's overflow (a norm that is no number) skips it, as `GradScaler.step` would."""
-        if self._overflow:
-            return
-        counters = [c for p in group["params"] if isinstance(c := self.optimizer.state[p].get("step"), torch.Tensor)]
-        before = torch.stack(counters) if counters else None
-        every, self.optimizer.param_groups = self.optimizer.param_groups, [group]
-        try:
-            self.optimizer.step()
-        except BaseException:
-            # The fused kernel updates a group (of one device and dtype) or fails, but torch counts the step before.
-            if before is not None:
-                torch._foreach_copy_(counters, list(before))  # pyright: ignore[reportPrivateUsage]
-            raise
-        finally:
-            self.optimizer.param_groups = every
+    def _clip(self, parameters: Sequence[torch.Tensor]) -> None:
+        if not self._overflow:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, self._norm)
+
+    def _step_unit(self, unit: Unit) -> None:
+        """Step one unit; fp16's overflow (a norm that is no number) skips it, as `GradScaler.step` would."""
+        if not self._overflow:
+            step_unit(self.optimizer, unit)
 
     def _average(self, step: int) -> None:
         if self.ema is not None:
             decay, tau = self.ema_settings
             update_ema(self.ema, self.model, ema_decay(step, decay=decay, tau=tau))
 
-    def _clear(self) -> None:
+    def _update_scale(self) -> None:
         if self.scaler.is_enabled() and any(p.grad is not None for p in self.parameters):
             self.scaler.update()
+
+    def _clear(self) -> None:
+        self.skipped_windows = self.skipped_windows + 1 if self._overflow else 0
         self.optimizer.zero_grad(set_to_none=True)

@@ -35,6 +35,10 @@ from trainfit.training.schedule import lr_factor, mix, set_lr
 from trainfit.training.setup import load_data, make_step, workload_of
 from trainfit.training.telemetry import Progress, Silent, memory_bytes
 
+MOST_SKIPPED = 32
+"""Windows in a row that fp16 may skip. Each halves the loss scale: 32 of them bring it from 2**16, where it starts, to 2**-16,
+where only gradients above 4e9 overflow fp16; a run that skips as many has diverged, or its loss is not a number."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
@@ -222,12 +226,21 @@ class _Run:
         return interrupted
 
     def _check_finite(self) -> None:
-        if not self.journal.finite and self.precision != "fp16":  # the loss scaler skips such windows in fp16
-            self.journal.close(self.done, interrupted=True, unseen=self.noise.reason)
-            raise TrainfitError(
-                f"the loss or its gradient is no longer finite at step {self.done}: go on from {self.folder} with a lower "
-                "--lr, or --precision fp32"
-            )
+        if self.precision == "fp16":  # the loss scaler skips a window that is not finite, and tries a smaller scale
+            if self.step.skipped_windows < MOST_SKIPPED:
+                return
+            what = f"was not finite in {MOST_SKIPPED} windows in a row, which fp16 skipped, the last of them step {self.done}"
+        elif self.journal.finite:
+            return
+        else:
+            what = f"is no longer finite at step {self.done}"
+        self.journal.flush()
+        self.journal.close(self.done, interrupted=True, unseen=self.noise.reason)
+        last = self.folder / run_folder.LAST
+        weights = f"; --weights {last} starts from the last saved weights" if last.exists() else ""
+        raise TrainfitError(
+            f"the loss or its gradient {what}: start a new run with a lower --lr, or with --precision fp32{weights}"
+        )
 
     def _window(self, window: Sequence[Sample]) -> StepResult:
         factor = lr_factor(self.done, self.recipe, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
@@ -310,6 +323,7 @@ class _Run:
             "best": self.best,
             "skipped": self.skipped,
             "survivor": self.survivor.state(),
+            "skipped_windows": self.step.skipped_windows,
             "pending_evaluation": self.pending_evaluation,
             "world_size": ranks.world_size(),
         }
@@ -329,6 +343,7 @@ class _Run:
         self.step.scaler.load_state_dict(state["scaler"])
         self.done, self.best, self.skipped = state["step"], state["best"], state["skipped"]
         self.survivor.load(state["survivor"])
+        self.step.skipped_windows = state["skipped_windows"]
         self.pending_evaluation = state["pending_evaluation"]
         self.saved_step = self.done
         self.show.note(f"going on after step {self.done}")

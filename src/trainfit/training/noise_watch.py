@@ -40,7 +40,9 @@ class NoiseWatch:
     def window(self, number: int) -> Generator[None]:
         """Around the gradient of window `number`, counted from 0; watches it if it is one to be watched."""
         self._due = not self._refused and number % EVERY == EVERY - 1
-        self._images, self._parts, self._sum = 0, 0, torch.zeros((), device=self.step.device)
+        self._images = 0
+        self._parts = 0
+        self._sum: torch.Tensor | None = None  # made within the gradient, where running out of memory is survived
         if not self._due:
             yield
             return
@@ -52,8 +54,10 @@ class NoiseWatch:
             norms.append(torch.linalg.vector_norm(gradient.detach(), dtype=dtype))
 
         def after_micro_batch(images: int) -> None:
-            self._sum = self._sum + torch.stack(norms).square().sum() / images
-            self._images, self._parts = self._images + images, self._parts + 1
+            share = torch.stack(norms).square().sum() / images
+            self._sum = share if self._sum is None else self._sum + share
+            self._images += images
+            self._parts += 1
             norms.clear()
 
         hooks = [p.register_hook(note) for p in self.step.parameters if p.requires_grad]
@@ -75,7 +79,8 @@ class NoiseWatch:
         if not self._due:
             return None
         # Micro-batch j's share of the window's gradient is g_j b_j / B.
-        values = {"shares": float(self._sum) / self._scale**2, "images": float(self._images)}
+        shares = 0.0 if self._sum is None else float(self._sum)
+        values = {"shares": shares / self._scale**2, "images": float(self._images)}
         values |= {"parts": float(self._parts), "bad": float(disturbed or self._images != result.images)}
         total = ranks.sum_over_ranks(values)
         gradient_square = float(result.gradient_norm) ** 2

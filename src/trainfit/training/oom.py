@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from trainfit.errors import OutOfMemory, TrainfitError
+from trainfit.errors import HalfUpdated, OutOfMemory, TrainfitError
 from trainfit.gpus.detect import detect_gpus
 from trainfit.step import ranks
 from trainfit.step.attempt import Result, attempt
@@ -19,10 +19,6 @@ from trainfit.step.training_step import StepResult, TrainingStep
 from trainfit.training.shortage import Cause, cause_of, shortage
 
 Item = TypeVar("Item")
-
-
-class HalfUpdated(OutOfMemory):
-    """No memory in the middle of an update: this state must not be saved; the one saved before stands."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,16 +139,28 @@ class Survivor:
 
     def state(self) -> dict[str, int]:
         """Where on the ladder it is, for a saved state."""
-        names = ("_asked", "micro_batch", "checkpointing", "_larger", "_may_rise", "_quiet", "_same_again")
-        return {name: int(getattr(self, name)) for name in names}
+        return {
+            "asked": self._asked,
+            "micro_batch": self.micro_batch,
+            "checkpointing": int(self.checkpointing),
+            "larger": self._larger,
+            "may_rise": int(self._may_rise),
+            "quiet": self._quiet,
+            "same_again": int(self._same_again),
+        }
 
     def load(self, state: Mapping[str, int]) -> None:
         """Go on where `state` was, unless another micro-batch is asked for now than then."""
-        if state["_asked"] == self._asked:
-            for name, value in state.items():
-                setattr(self, name, value)
-            if self.checkpointing:
-                checkpoint_first(self.blocks, "all")
+        if state["asked"] != self._asked:
+            return
+        self.micro_batch = state["micro_batch"]
+        self.checkpointing = bool(state["checkpointing"])
+        self._larger = state["larger"]
+        self._may_rise = bool(state["may_rise"])
+        self._quiet = state["quiet"]
+        self._same_again = bool(state["same_again"])
+        if self.checkpointing:
+            checkpoint_first(self.blocks, "all")
 
     def run(self, step: TrainingStep, window: Sequence[Any], *, number: int, where: str = "window") -> StepResult:
         """Train on one window, whatever it takes; `number` is the optimizer steps done so far.

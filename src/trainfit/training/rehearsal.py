@@ -91,7 +91,9 @@ def keep(step: TrainingStep) -> Callable[[], None]:
     for module in (step.model, step.ema):
         values += module.state_dict().values() if module else ()
     copies = [(value, value.detach().to("cpu", copy=True)) for value in values if isinstance(value, torch.Tensor)]
-    scaler, restore_state = step.scaler.state_dict(), snapshot(step.model, step.device)
+    scaler = step.scaler.state_dict()
+    skipped_windows = step.skipped_windows
+    restore_state = snapshot(step.model, step.device)
 
     def restore() -> None:
         for own, before in slots:
@@ -103,6 +105,7 @@ def keep(step: TrainingStep) -> Callable[[], None]:
             for value, before in copies:
                 value.copy_(before)
         step.scaler.load_state_dict(scaler)
+        step.skipped_windows = skipped_windows
         step.optimizer.zero_grad(set_to_none=True)
         restore_state()
 
