@@ -251,6 +251,7 @@ def test_published_sizes_are_upstreams() -> None:
         assert known.resolution == fields["resolution"].default
         assert known.block == fields["patch_size"].default * fields["num_windows"].default
         assert known.queries == fields["num_queries"].default
+        assert known.decoder_layers == fields["dec_layers"].default
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from trainfit.memory.allocator import AllocatorConfig, OutOfMemoryAt, Replay, re
 from trainfit.memory.hidden import MODEL_ERROR, Completed, HiddenRow, complete, hidden_rows, reserved_rows
 from trainfit.memory.profile import Profile, last_window, make_profile
 from trainfit.models.setting import Setting
-from trainfit.timing.roofline import TimeEstimate, step_seconds
+from trainfit.timing.roofline import TimeEstimate, step_seconds, with_host_work
 from trainfit.tracing.events import Trace
 from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace_cache import TraceRequest, get_traces, kernel_class
@@ -96,6 +96,9 @@ def predict_traced(
 ) -> Prediction:
     """Predict from the traces that `trace_requests` names. A pure function."""
     trained = assess(training, gpu, config)
+    if trained.time is not None:
+        waits = setting.accumulation * setting.family.host_seconds(setting, setting.micro_batch, gpu.capability)
+        trained = replace(trained, time=with_host_work(trained.time, waits))
     evaluated = assess(evaluation, gpu, config, since=last_window(evaluation.trace))
     return Prediction(
         setting=setting,

@@ -21,7 +21,15 @@ from trainfit.memory.predict import Prediction, needed, predict_traced
 from trainfit.memory.profile import last_window
 from trainfit.memory.scaling import ScaledTrace, scale
 from trainfit.models.setting import Setting
-from trainfit.timing.roofline import HOST_BYTES_PER_S, TimeEstimate, later, line_seconds, step_seconds, window_seconds
+from trainfit.timing.roofline import (
+    HOST_BYTES_PER_S,
+    TimeEstimate,
+    later,
+    line_seconds,
+    step_seconds,
+    window_seconds,
+    with_host_work,
+)
 from trainfit.tracing.events import Trace
 from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace_cache import (
@@ -96,6 +104,9 @@ class Pricer:
                 alone = self._trace(replace(setting, **{knob: most}), part).ops
                 ops, points = (alone, alone), (most, most + 1)
             found = window_seconds(ops, points, gpu, cuts=cuts, traced_accumulation=traced)
+        if part == "training":
+            waits = (setting.family.host_seconds(setting, images, self.gpu.capability) for images in cuts)
+            found = with_host_work(found, sum(waits))
         if setting.ema_on_host and part == "training":
             base = scaled or self._trace(replace(setting, ema_on_host=False), part)
             nbytes = sum(tensor.nbytes for tensor in base.trace.tensors if tensor.category == "EMA")

@@ -79,6 +79,9 @@ class Family:
     """(setting, the task's statistics of a data set) -> the setting with what the statistics determine."""
     sample_bytes: Callable[[Any], int] = lambda _: 0
     """Setting -> bytes of one decoded sample in host memory."""
+    host_seconds: Callable[[Any, int, Capability | None], float] = lambda *_: 0.0
+    """(setting, images, compute capability) -> seconds of a training micro-batch that the GPU waits for and that no operator
+    of a trace shows."""
 
 
 _families: dict[str, Family] = {}

@@ -16,7 +16,7 @@ from trainfit.gpus.catalogue import Gpu
 from trainfit.step.names import MATMUL_PRECISION
 from trainfit.timing.counts import MATMULS, OpCount
 
-Kind = Literal["tensor cores", "plain arithmetic", "memory", "launches", "optimizer"]
+Kind = Literal["tensor cores", "plain arithmetic", "memory", "launches", "optimizer", "host work"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ONCE = ("update", "optimizer")
 """Phases that come once a window."""
@@ -67,7 +67,8 @@ class TimeEstimate:
     """The whole step."""
     parts_s: dict[Kind, float]
     """"tensor cores": matrix products at a matrix unit's rate; "plain arithmetic": those without one; "memory": what
-    waits for the memory bus; "launches": between kernels, or waiting for Python; "optimizer": all after backward."""
+    waits for the memory bus; "launches": between kernels, or waiting for Python; "optimizer": all after backward; "host
+    work": what the GPU waits for meanwhile (`with_host_work`)."""
     bound: Kind
     """The largest part."""
     calibrated: bool
@@ -196,6 +197,16 @@ def matrix_rate(row: OpCount, gpu: Gpu) -> tuple[float, bool]:
 
 def later(estimate: TimeEstimate, seconds: float) -> TimeEstimate:
     """With `seconds` more of work once a window."""
+    return _longer(estimate, "optimizer", seconds)
+
+
+def with_host_work(estimate: TimeEstimate, seconds: float) -> TimeEstimate:
+    """With `seconds` of work on the host whose result the GPU waits for, and nothing is started meanwhile."""
+    return _longer(estimate, "host work", seconds)
+
+
+def _longer(estimate: TimeEstimate, kind: Kind, seconds: float) -> TimeEstimate:
     parts = dict(estimate.parts_s)
-    parts["optimizer"] += seconds
-    return replace(estimate, seconds=estimate.seconds + seconds, parts_s=parts)
+    parts[kind] += seconds
+    bound: Kind = max(parts, key=lambda each: parts[each])
+    return replace(estimate, seconds=estimate.seconds + seconds, parts_s=parts, bound=bound)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from trainfit.models.family import Capability, Family, dashed, register
+from trainfit.models.rfdetr.matching import matching_seconds
 from trainfit.models.setting import DetectionSetting
 
 Stage = Literal["single", "detector", "masks"]
@@ -19,28 +20,29 @@ class Published:
     block: int
     """Legal resolutions are its multiples."""
     queries: int
+    decoder_layers: int
 
 
-def _published(resolution: int, block: int, queries: int) -> Published:
-    return Published(resolution=resolution, block=block, queries=queries)
+def _published(resolution: int, block: int, queries: int, decoder_layers: int) -> Published:
+    return Published(resolution=resolution, block=block, queries=queries, decoder_layers=decoder_layers)
 
 
 PUBLISHED = {
-    "rfdetr-nano": _published(384, 32, 300),
-    "rfdetr-small": _published(512, 32, 300),
-    "rfdetr-medium": _published(576, 32, 300),
-    "rfdetr-large": _published(704, 32, 300),
-    "rfdetr-seg-nano": _published(312, 12, 100),
-    "rfdetr-seg-small": _published(384, 24, 100),
-    "rfdetr-seg-medium": _published(432, 24, 200),
-    "rfdetr-seg-large": _published(504, 24, 200),
-    "rfdetr-seg-xlarge": _published(624, 24, 300),
-    "rfdetr-seg-2xlarge": _published(768, 24, 300),
-    "rtdetr-seg-nano": _published(384, 32, 300),
-    "rtdetr-seg-small": _published(512, 32, 300),
-    "rtdetr-seg-base": _published(560, 56, 300),
-    "rtdetr-seg-medium": _published(576, 32, 300),
-    "rtdetr-seg-large": _published(560, 56, 300),
+    "rfdetr-nano": _published(384, 32, 300, 2),
+    "rfdetr-small": _published(512, 32, 300, 3),
+    "rfdetr-medium": _published(576, 32, 300, 4),
+    "rfdetr-large": _published(704, 32, 300, 4),
+    "rfdetr-seg-nano": _published(312, 12, 100, 4),
+    "rfdetr-seg-small": _published(384, 24, 100, 4),
+    "rfdetr-seg-medium": _published(432, 24, 200, 5),
+    "rfdetr-seg-large": _published(504, 24, 200, 5),
+    "rfdetr-seg-xlarge": _published(624, 24, 300, 6),
+    "rfdetr-seg-2xlarge": _published(768, 24, 300, 6),
+    "rtdetr-seg-nano": _published(384, 32, 300, 2),
+    "rtdetr-seg-small": _published(512, 32, 300, 3),
+    "rtdetr-seg-base": _published(560, 56, 300, 3),
+    "rtdetr-seg-medium": _published(576, 32, 300, 4),
+    "rtdetr-seg-large": _published(560, 56, 300, 3),
 }
 """Upstream's configurations (a test compares), here so that planning needs no torch.
 rtdetr-seg: detection sizes with a mask head, as the RT-DETR-Seg guide names them."""
@@ -133,6 +135,20 @@ def for_data(setting: RfDetrSetting, statistics: Any) -> RfDetrSetting:
     return replace(setting, objects_per_image=objects)
 
 
+def host_seconds(setting: RfDetrSetting, images: int, capability: Capability | None) -> float:
+    """Hungarian matching of a training micro-batch, every image as full as the fullest."""
+    published = PUBLISHED[setting.model]
+    return matching_seconds(
+        images=images,
+        objects=setting.objects_per_image,
+        queries=setting.num_queries or published.queries,
+        groups=setting.groups or GROUPS,
+        layers=published.decoder_layers,
+        masks=setting.has_masks,
+        capability=capability,
+    )
+
+
 def sample_bytes(setting: RfDetrSetting) -> int:
     """An image of the largest size, and a mask of a byte a pixel for each object."""
     side = setting.resolution or PUBLISHED[setting.model].resolution
@@ -162,4 +178,5 @@ def family() -> Family:
         assumptions=assumptions,
         for_data=for_data,
         sample_bytes=sample_bytes,
+        host_seconds=host_seconds,
     )
