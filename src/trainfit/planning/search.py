@@ -127,19 +127,22 @@ class _Search:
         return sizes[low] if low >= 0 else None
 
     def fastest(self, base: Setting) -> Candidate | None:
-        """The fastest that fits of one base, at the smallest micro-batch of equal speed."""
+        """Of one base, the smallest micro-batch within `KNEE` of the fastest that fits: the rest is left as headroom."""
         largest = self.largest(base)
         if largest is None:
             return None
         sizes = self.worth(largest)
         best = min(sizes, key=lambda b: (self.speed(base, b), b))
-        while (found := self.price(base, best)).verdict != "fits":  # memory that does not grow with the micro-batch
+        while self.price(base, best).verdict != "fits":  # memory that does not grow with the micro-batch
             sizes.remove(best)
             best = min(sizes, key=lambda b: (self.speed(base, b), b))
+        slowest = (1 + KNEE) * self.speed(base, best)
+        within = [b for b in sizes if b <= best and self.speed(base, b) <= slowest]
+        best = next(b for b in within if self.price(base, b).verdict == "fits")
         smaller = [b for b in self.batches() if b < best]
         if smaller:
             self.price(base, smaller[-1])
-        return found
+        return self.price(base, best)
 
     def ideal(self, base: Setting) -> float:
         """Seconds of a window with nothing computed again, whatever memory it takes: nothing is faster."""
@@ -278,14 +281,18 @@ def frontier(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
 def _explained(each: Candidate, best: Candidate | None, chosen: Candidate | None, wish: Wish) -> Candidate:
     """With the reason, in words and numbers."""
     if best is not None and chosen is not None and each.setting == best.setting:
-        return replace(chosen, verdict="chosen", reason="the fastest that fits")
+        return replace(chosen, verdict="chosen", reason=f"smallest within {KNEE:.0%} of the fastest that fits")
     if each.verdict == "does not fit":
         over = (each.needs.high_bytes - wish.budget_bytes) / 2**30
         return replace(each, reason=f"may need {over:.2f} GiB more than there is")
     if best is None:
         return replace(each, reason="training fits, evaluation does not")
     slower = _seconds(each) / _seconds(best) - 1
-    return replace(each, reason=f"{slower:.0%} slower" if slower > 0.0005 else "as fast, and needs more")
+    if abs(slower) <= 0.0005:
+        return replace(each, reason="as fast, and needs more")
+    if slower < 0:
+        return replace(each, reason=f"{-slower:.1%} faster, and needs more")
+    return replace(each, reason=f"{slower:.0%} slower")
 
 
 def _seconds(candidate: Candidate) -> float:
