@@ -33,6 +33,8 @@ class Predict(Generic[AnySetting]):
     """Name of the card, for instance "RTX 3060"."""
     memory: str | None = None
     """Memory of the card, for instance 8GiB: instead of --gpu, or of what that card has."""
+    gpus: int = 1
+    """Cards of this kind that train together: each also holds NCCL's buffers and that of the gradient exchange."""
     data: str | None = None
     """Data set that tells --classes, --objects-per-image and --canvas; it overrides them."""
     alloc_conf: str = ""
@@ -58,6 +60,8 @@ def predict(arguments: Predict[Setting], _given: AbstractSet[str]) -> int:
     for path in files:
         if path.exists() and not arguments.force:
             raise TrainfitError(f"{path} exists; choose another name or use --force")
+    if arguments.gpus < 1:
+        raise TrainfitError(f"--gpus must be at least 1, not {arguments.gpus}")
     gpu, config = chosen_gpu(arguments.gpu, arguments.memory), AllocatorConfig.from_env_string(arguments.alloc_conf)
     setting = named(arguments.setting)
     if arguments.data is not None:
@@ -68,7 +72,9 @@ def predict(arguments: Predict[Setting], _given: AbstractSet[str]) -> int:
     if sys.stderr.isatty() and not (arguments.cache and all(map(is_stored, requests))):
         print(f"tracing {setting.model}, some 20 s; the next time it is stored", file=sys.stderr)
     training, evaluation = get_traces(requests, cache=arguments.cache)
-    prediction = predict_traced(setting, gpu, training=training, evaluation=evaluation, config=config)
+    prediction = predict_traced(
+        setting, gpu, training=training, evaluation=evaluation, config=config, gpus=arguments.gpus
+    )
     print(json.dumps(profile_json(prediction)) if arguments.as_json else profile_text(prediction))
     if arguments.html is not None:
         arguments.html.write_text(profile_html(prediction), encoding="utf-8")

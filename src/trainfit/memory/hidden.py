@@ -16,6 +16,7 @@ from trainfit.gpus.context import (
     cuda_context_bytes,
     driver_reserved_bytes,
 )
+from trainfit.memory.ranks import exchange_bytes, nccl_bytes
 from trainfit.timing.counts import MATMULS
 from trainfit.tracing.events import TensorInfo, Trace
 
@@ -157,12 +158,19 @@ def _partners(trace: Trace) -> dict[tuple[str, str], int]:
     return sizes
 
 
-def hidden_rows(gpu: Gpu) -> tuple[HiddenRow, ...]:
-    """What the caching allocator never gets: the process's own, and what others hold of the card."""
+def hidden_rows(gpu: Gpu, gpus: int = 1) -> tuple[HiddenRow, ...]:
+    """What the traced step's allocator never gets: the process's own, one of `gpus`, and what others hold of the card."""
     context, driver = cuda_context_bytes(), driver_reserved_bytes(gpu)
     rows = [_row("CUDA context", context, "process", "300 to 600 MiB seen with torch >= 2, lazy loading")]
     if gpu.memory_is_nominal:
         rows.append(_row("driver", driver, "card", "nominal memory less the driver's total, over the catalogue"))
+    if gpus > 1:
+        rows.append(
+            _row("NCCL", nccl_bytes(gpu), "process", "2 to 32 channels of 24 MiB (NVIDIA/nccl issues 986, 1685)")
+        )
+        rows.append(
+            _row("gradient exchange", exchange_bytes(), "process", "the buffer that a bucket of gradients is sent from")
+        )
     return tuple(rows)
 
 

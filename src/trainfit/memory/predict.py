@@ -81,41 +81,49 @@ def trace_requests(
     )
 
 
-def predict(setting: Setting, gpu: Gpu, *, config: AllocatorConfig = _DEFAULTS, cache: bool = True) -> Prediction:
-    """Predict training and evaluation; two processes trace what is not stored (seconds).
+def predict(
+    setting: Setting, gpu: Gpu, *, config: AllocatorConfig = _DEFAULTS, gpus: int = 1, cache: bool = True
+) -> Prediction:
+    """Predict training and evaluation on one of `gpus` cards; two processes trace what is not stored (seconds).
 
     Raises:
         TrainfitError: the step cannot be built or traced; the message says why.
     """
     training, evaluation = get_traces(trace_requests(setting, gpu), cache=cache)
-    return predict_traced(setting, gpu, training=training, evaluation=evaluation, config=config)
+    return predict_traced(setting, gpu, training=training, evaluation=evaluation, config=config, gpus=gpus)
 
 
 def predict_traced(
-    setting: Setting, gpu: Gpu, *, training: StoredTrace, evaluation: StoredTrace, config: AllocatorConfig
+    setting: Setting,
+    gpu: Gpu,
+    *,
+    training: StoredTrace,
+    evaluation: StoredTrace,
+    config: AllocatorConfig,
+    gpus: int = 1,
 ) -> Prediction:
     """Predict from the traces that `trace_requests` names. A pure function."""
-    trained = assess(training, gpu, config)
+    trained = assess(training, gpu, config, gpus=gpus)
     if trained.time is not None:
         waits = setting.accumulation * setting.family.host_seconds(setting, setting.micro_batch, gpu.capability)
         trained = replace(trained, time=with_host_work(trained.time, waits))
-    evaluated = assess(evaluation, gpu, config, since=last_window(evaluation.trace))
+    evaluated = assess(evaluation, gpu, config, since=last_window(evaluation.trace), gpus=gpus)
     return Prediction(
         setting=setting,
         gpu=gpu,
         config=config,
         verdict=_VERDICTS[max(_VERDICTS.index(part.verdict) for part in (trained, evaluated))],
-        budget=process_budget(gpu, config),
+        budget=process_budget(gpu, config, gpus),
         training=trained,
         evaluation=evaluated,
-        assumptions=_assumptions(setting, gpu),
+        assumptions=_assumptions(setting, gpu, gpus),
     )
 
 
-def allocator_room(gpu: Gpu, config: AllocatorConfig) -> ByteRange:
-    """What the driver can give to the caching allocator, at worst and at best."""
-    taken_low = sum(row.low_bytes for row in hidden_rows(gpu))
-    taken_high = sum(row.high_bytes for row in hidden_rows(gpu))
+def allocator_room(gpu: Gpu, config: AllocatorConfig, gpus: int = 1) -> ByteRange:
+    """What the driver can give to the caching allocator for the step, at worst and at best, on one of `gpus` cards."""
+    taken_low = sum(row.low_bytes for row in hidden_rows(gpu, gpus))
+    taken_high = sum(row.high_bytes for row in hidden_rows(gpu, gpus))
     share = config.per_process_memory_fraction
     limit = gpu.memory_bytes if share is None else int(gpu.memory_bytes * share)
     return ByteRange(
@@ -124,9 +132,9 @@ def allocator_room(gpu: Gpu, config: AllocatorConfig) -> ByteRange:
     )
 
 
-def process_budget(gpu: Gpu, config: AllocatorConfig) -> ByteRange:
+def process_budget(gpu: Gpu, config: AllocatorConfig, gpus: int = 1) -> ByteRange:
     """What one process may have of the card, its CUDA context included, at worst and at best."""
-    room, context = allocator_room(gpu, config), cuda_context_bytes()
+    room, context = allocator_room(gpu, config, gpus), cuda_context_bytes()
     return ByteRange(low_bytes=room.low_bytes + context.high_bytes, high_bytes=room.high_bytes + context.low_bytes)
 
 
@@ -142,20 +150,22 @@ def needed(stored: StoredTrace, gpu: Gpu, config: AllocatorConfig) -> ByteRange:
     )
 
 
-def assess(stored: StoredTrace, gpu: Gpu, config: AllocatorConfig, *, since: int = 0) -> MemoryPrediction:
+def assess(
+    stored: StoredTrace, gpu: Gpu, config: AllocatorConfig, *, since: int = 0, gpus: int = 1
+) -> MemoryPrediction:
     """Replay a trace at the card's real capacity, unknowns at their lowest and at their highest.
 
     `since`: event of the stored trace from which the profile seeks its peak.
     """
     low, high = completed(stored, gpu, upper=False), completed(stored, gpu, upper=True)
-    tried = replay_on(gpu, low.trace, config)
+    tried = replay_on(gpu, low.trace, config, gpus)
     likely = tried if tried.oom is None else replay(low.trace, capacity_bytes=None, config=config, timeline=True)
     worst = replay(high.trace, capacity_bytes=None, config=config)
     low_reserved = likely.peak_reserved_bytes
     inserted = reserved_rows(low, high, low_bytes=low_reserved, high_bytes=worst.peak_reserved_bytes)
     high_reserved = low_reserved + sum(row.high_bytes - row.low_bytes for row in inserted)
     verdict: Verdict = "tight"
-    if high_reserved <= allocator_room(gpu, config).low_bytes:
+    if high_reserved <= allocator_room(gpu, config, gpus).low_bytes:
         verdict = "fits"
     elif tried.oom is not None:
         verdict = "does not fit"
@@ -167,7 +177,7 @@ def assess(stored: StoredTrace, gpu: Gpu, config: AllocatorConfig, *, since: int
         retries=tried.retries,
         oom=tried.oom,
         profile=make_profile(low.trace, likely, since=low.begins[since]),
-        hidden=(*hidden_rows(gpu), *inserted),
+        hidden=(*hidden_rows(gpu, gpus), *inserted),
         time=step_seconds(stored.ops, gpu) if gpu.bandwidth_bytes_per_s and gpu.fp32_flops_per_s else None,
         made_up=stored.made_up,
         upper_bounds=stored.upper_bounds,
@@ -180,20 +190,22 @@ def completed(stored: StoredTrace, gpu: Gpu, *, upper: bool) -> Completed:
     return complete(stored.trace, gpu, upper=upper, half_precision="float32" not in dtypes)
 
 
-def replay_on(gpu: Gpu, trace: Trace, config: AllocatorConfig) -> Replay:
+def replay_on(gpu: Gpu, trace: Trace, config: AllocatorConfig, gpus: int = 1) -> Replay:
     """With all the memory that the process may get."""
     return replay(
         trace,
-        capacity_bytes=allocator_room(gpu, config).high_bytes,
+        capacity_bytes=allocator_room(gpu, config, gpus).high_bytes,
         config=config,
         device_bytes=gpu.memory_bytes,
         timeline=True,
     )
 
 
-def _assumptions(setting: Setting, gpu: Gpu) -> tuple[str, ...]:
+def _assumptions(setting: Setting, gpu: Gpu, gpus: int) -> tuple[str, ...]:
     # 1152 MiB: an RTX 5060 Ti on Windows (llama.cpp log: 16,310 MiB in all, 15,158 free before any training).
     lines = ["One process, the card to itself (a desktop may hold 1.1 GiB: --memory); evaluation follows training."]
+    if gpus > 1:
+        lines.append(f"{gpus} GPUs of one machine, a process each: NCCL's buffers are bounds, not measurements.")
     lines += setting.family.assumptions(setting)
     if gpu.capability is None:
         lines.append("Compute capability unknown: kernels are those of capability 8.0.")

@@ -70,6 +70,8 @@ class Pricer:
     gpu: Gpu
     config: AllocatorConfig = field(default_factory=AllocatorConfig)
     cache: bool = True
+    gpus: int = 1
+    """Cards that train together, one process each."""
 
     def needs(self, setting: Setting) -> ByteRange:
         """What one process needs for training: CUDA context and reserved memory."""
@@ -116,7 +118,9 @@ class Pricer:
     def predict(self, setting: Setting, cuts: Sequence[int]) -> Prediction:
         """Training and evaluation, with the time of a window."""
         training, evaluation = self._trace(setting, "training"), self._trace(setting, "evaluation")
-        found = predict_traced(setting, self.gpu, training=training, evaluation=evaluation, config=self.config)
+        found = predict_traced(
+            setting, self.gpu, training=training, evaluation=evaluation, config=self.config, gpus=self.gpus
+        )
         return replace(found, training=replace(found.training, time=self.seconds(setting, cuts)))
 
     def blocks(self, setting: Setting) -> int:

@@ -97,11 +97,11 @@ def make_plan(
     _refuse_impossible(setting, effective_batch, gpus=gpus, micro_batch=micro_batch, allow=allow)
     config = config or AllocatorConfig()
     setting = replace(setting, precision=precision_for(setting, gpu))
-    pricer = Pricer(gpu=gpu, config=config, cache=cache)
+    pricer = Pricer(gpu=gpu, config=config, cache=cache, gpus=gpus)
     calibration = load(gpu.name)
     prices = Calibrated(pricer=pricer, found=calibration)
     note(f"pricing {setting.model} on {gpu.name}; what was never traced takes half a minute, once")
-    budget = process_budget(gpu, config)
+    budget = process_budget(gpu, config, gpus)
     wish = Wish(
         setting=setting,
         effective_batch=effective_batch,
