@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+from dataclasses import replace
 
 import trainfit.step
 from test_predict import STORED
@@ -44,7 +45,7 @@ def test_what_just_fits_one_gpu_is_tight_on_several() -> None:
     assert hidden_rows(gpu, 1) == hidden_rows(gpu)
 
     def verdict(memory_bytes: int, gpus: int) -> str:
-        card = type(gpu)(**{**vars(gpu), "memory_bytes": memory_bytes})
+        card = replace(gpu, memory_bytes=memory_bytes)
         found = predict_traced(setting, card, training=STORED, evaluation=STORED, config=CONFIG, gpus=gpus)
         assert {"NCCL", "gradient exchange"} <= {row.name for row in found.training.hidden} or gpus == 1
         return found.verdict

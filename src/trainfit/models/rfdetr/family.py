@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from trainfit.models.family import Capability, Family, dashed, register
+from trainfit.models.family import Capability, DrawnSizes, Family, dashed, register
 from trainfit.models.rfdetr.matching import matching_seconds
+from trainfit.models.rfdetr.sizes import drawn
 from trainfit.models.setting import DetectionSetting
 
 Stage = Literal["single", "detector", "masks"]
@@ -125,7 +126,7 @@ def assumptions(setting: RfDetrSetting) -> Sequence[str]:
     """What a prediction takes for granted."""
     lines = [f"The fullest image has {setting.objects_per_image} objects (--objects-per-image, or --data)."]
     if setting.multi_scale:
-        lines.append("Multi-scale training: the largest of its sizes.")
+        lines.append("Multi-scale training: memory at the largest of its sizes, time as the mean over all.")
     return lines
 
 
@@ -146,6 +147,22 @@ def host_seconds(setting: RfDetrSetting, images: int, capability: Capability | N
         layers=published.decoder_layers,
         masks=setting.has_masks,
         capability=capability,
+    )
+
+
+def drawn_sizes(setting: RfDetrSetting) -> DrawnSizes | None:
+    """The sizes of multi-scale training; the largest is traced."""
+    if not setting.multi_scale:
+        return None
+    published = PUBLISHED[setting.model]
+    queries = (setting.num_queries or published.queries) * (setting.groups or GROUPS)
+    return drawn(
+        setting.model,
+        resolution=setting.resolution or published.resolution,
+        published=published.resolution,
+        block=published.block,
+        queries_share=queries / (published.queries * GROUPS),
+        masks=setting.has_masks,
     )
 
 
@@ -178,5 +195,6 @@ def family() -> Family:
         assumptions=assumptions,
         for_data=for_data,
         sample_bytes=sample_bytes,
+        drawn_sizes=drawn_sizes,
         host_seconds=host_seconds,
     )
