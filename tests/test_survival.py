@@ -19,10 +19,11 @@ from test_oom import FailAt, everything, make_step
 from trainfit.errors import OutOfMemory, TrainfitError
 from trainfit.gpus import detect
 from trainfit.models.rfdetr.workload import RfDetr
+from trainfit.step import training_step
 from trainfit.step.terms import LossTerm, Objective
 from trainfit.tasks.detection.sample_set import write_sample_set
 from trainfit.tasks.detection.samples import Sample
-from trainfit.training import oom, run_folder
+from trainfit.training import fit, oom, run_folder
 from trainfit.training.oom import Halving, Ran, Survival, Survivor, others_on, stop_message, survival_line
 from trainfit.training.shortage import cause_of, shortage
 
@@ -436,3 +437,68 @@ def test_a_run_that_stops_goes_on_and_tells_everything(
     printed = capsys.readouterr().out
     assert "survived    3 out-of-memory errors" in printed
     assert "out of memory at step 1 (window, micro-batch 2): micro-batch now 1" in printed
+
+
+def test_an_update_that_fails_for_good_resumes_to_the_undisturbed_run(
+    sample_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The half done update is not saved: the state of the step before stands, and a resume goes on from it."""
+    arguments = ["train", "rfdetr-nano", "--data", sample_set, *TINY, "--optimizer", "adamw-foreach", "--workers", 0]
+    arguments += ["--effective-batch", 4, "--micro-batch", 4, "--max-steps", 2, "--save-minutes", 0, "--eval-every", 0]
+    sqrt = torch._foreach_sqrt  # pyright: ignore[reportPrivateUsage]
+    calls: list[int] = []
+    most = [10**6]
+
+    def full(tensors: Any) -> Any:
+        calls.append(1)
+        if len(calls) > most[0]:
+            raise torch.OutOfMemoryError(SMALL)
+        return sqrt(tensors)
+
+    monkeypatch.setattr(torch, "_foreach_sqrt", full)
+    assert run(*arguments, "--out", tmp_path / "undisturbed") == 0
+    most[0] = len(calls) - 1  # fails at the last unit of the second step, and whenever it is tried again
+    assert most[0] > 4
+    calls.clear()
+    assert run(*arguments, "--out", tmp_path / "run") == 3
+    assert "no memory for the optimizer's update at step 2" in capsys.readouterr().err
+    assert run_folder.load_state(tmp_path / "run" / run_folder.STATE)["step"] == 1
+    monkeypatch.setattr(torch, "_foreach_sqrt", sqrt)
+    assert run("train", "--resume", tmp_path / "run") == 0
+    states = [run_folder.load_state(tmp_path / name / run_folder.STATE) for name in ("undisturbed", "run")]
+    assert all(torch.equal(value, states[1]["model"][name]) for name, value in states[0]["model"].items())
+
+
+def test_fp16_stops_after_windows_that_are_never_finite(
+    sample_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The count of skipped windows survives a resume; the parameters are those before the first of them."""
+    monkeypatch.setattr(fit, "MOST_SKIPPED", 4)
+    monkeypatch.setattr(fit, "resolve_precision", lambda *_: "fp16")
+
+    def scaler(_precision: str, device_type: str) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(device_type)
+
+    monkeypatch.setattr(training_step, "grad_scaler", scaler)
+    accumulate = training_step.accumulate
+
+    def not_a_number(*positional: Any, **options: Any) -> Any:
+        losses = accumulate(*positional, **options | {"precision": "fp32"})
+        for parameter in positional[0].parameters():
+            if parameter.grad is not None:
+                parameter.grad.fill_(float("nan"))
+        return losses
+
+    monkeypatch.setattr(training_step, "accumulate", not_a_number)
+    out = tmp_path / "run"
+    arguments = ["train", "rfdetr-nano", "--data", sample_set, *TINY, "--out", out, "--workers", 0, "--eval-every", 0]
+    arguments += ["--effective-batch", 2, "--micro-batch", 2, "--save-minutes", 0, "--epochs", 2]
+    assert run(*arguments, "--max-steps", 8) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "not finite in 4 windows in a row, which fp16 skipped, the last of them step 4: start a new run" in line
+    assert f"--weights {out / run_folder.LAST}" in line
+    saved = run_folder.load_state(out / run_folder.STATE)
+    assert (saved["step"], saved["skipped_windows"]) == (3, 3)
+    assert run("train", "--resume", out) == 2  # one more is enough
+    assert [row["step"] for row in rows(out)] == [1, 2, 3, 4]
+    assert all(torch.isfinite(value).all() for value in saved["model"].values())
