@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from trainfit.models.rfdetr.family import RfDetrKnobs
 from trainfit.models.rfdetr.workload import RfDetr
-from trainfit.step import ranks
+from trainfit.step.exchange import sum_gradients
 from trainfit.step.terms import CountKind, LossTerm, Objective
 from trainfit.step.window import accumulate, cut
 from trainfit.tasks.detection.samples import Sample
@@ -99,7 +99,7 @@ def rank_gradient(rank: int, world_size: int, rendezvous: str, result: str) -> N
     workload, model = nano()
     window = [make_sample(n, i) for i, n in enumerate((0, 3, 20, 8, 2))]
     accumulate(model, workload.objective, cut(window[rank::world_size], 2), device=CPU)
-    ranks.sum_gradients(model.parameters())
+    sum_gradients(model.parameters())
     torch.save(gradient(model), f"{result}-{rank}")
     dist.destroy_process_group()
 

@@ -30,10 +30,10 @@ from trainfit.models.rfdetr.family import RfDetrKnobs
 from trainfit.models.rfdetr.workload import RfDetr
 from trainfit.models.setting import make_setting, setting_from_json
 from trainfit.models.workload import OptimizerSettings
-from trainfit.step import ranks
 from trainfit.step.checkpointing import checkpoint_first, repeated_blocks
 from trainfit.step.contrastive import Contrastive, accumulate_contrastive
 from trainfit.step.ema import averaged_copy, ema_decay, update_ema
+from trainfit.step.exchange import sum_gradients
 from trainfit.step.window import accumulate, cut
 from trainfit.tasks.detection.samples import Sample
 
@@ -189,7 +189,7 @@ def rank_gradient(rank: int, folder: str) -> None:
         model.zero_grad(set_to_none=True)
         start = sum(shares[:rank])
         accumulate_contrastive(model, clip.CACHED, cut(pairs(7)[start : start + shares[rank]], 2), device=CPU)
-        ranks.sum_gradients(model.parameters())
+        sum_gradients(model.parameters())
         torch.save(gradients(model), f"{folder}/gradient-{rank}-{number}")
     dist.destroy_process_group()
 

@@ -1,6 +1,7 @@
 """A window whose loss couples every pair of samples: exact gradient by cached features, at the memory of a micro-batch."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ def accumulate_contrastive(
     device: torch.device,
     precision: Precision = "fp32",
     scaler: torch.amp.GradScaler | None = None,
+    last_backward: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> dict[str, torch.Tensor]:
     """Add the window's gradient to `.grad`, equal to that of one big batch on all ranks together.
 
@@ -42,7 +44,7 @@ def accumulate_contrastive(
     al. 2021, arXiv 2101.06983). The last micro-batch keeps its graph: one micro-batch is the plain step. Buffers
     (BatchNorm's running statistics) move once a micro-batch.
     Where one rank runs out of memory before a collective all raise, so that none waits; behind the last it raises alone.
-    Call `ranks.sum_gradients` afterwards: gradients are summed over ranks, not averaged.
+    Gradients are to be summed over the ranks, not averaged; see `accumulate`.
 
     Returns:
         {"contrastive": this rank's share of the window's loss}, a scalar on `device`.
@@ -69,14 +71,17 @@ def accumulate_contrastive(
     if last is None:
         return {"contrastive": loss}
     parts = gradient.split([len(m) for m in micro_batches])
-    last.backward(parts[-1])
+    with last_backward() if len(parts) == 1 else nullcontext():
+        last.backward(parts[-1])
     buffers = [buffer.clone() for buffer in model.buffers()]
     with torch.random.fork_rng(devices=devices):
         torch.set_rng_state(cpu_state)
         for d, state in zip(devices, device_states, strict=True):
             torch.cuda.set_rng_state(state, d)
-        for micro_batch, part in zip(micro_batches[:-1], parts[:-1], strict=True):
-            forward(micro_batch).backward(part)
+        for number, micro_batch in enumerate(micro_batches[:-1], 1):
+            again = forward(micro_batch)
+            with last_backward() if number == len(parts) - 1 else nullcontext():
+                again.backward(parts[number - 1])
     with torch.no_grad():
         for buffer, after in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(after)

@@ -1,6 +1,7 @@
 """The training step: one window's gradient, clip, optimizer step, EMA. Predicted, measured and trained with alike."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -8,8 +9,10 @@ from typing import Any
 import torch
 
 from trainfit.step import ranks
+from trainfit.step.attempt import attempt
 from trainfit.step.contrastive import Contrastive, accumulate_contrastive
 from trainfit.step.ema import ema_decay, update_ema
+from trainfit.step.exchange import GradientExchange
 from trainfit.step.names import Precision
 from trainfit.step.precision import grad_scaler, start_scaler
 from trainfit.step.terms import Objective
@@ -56,6 +59,8 @@ class TrainingStep:
     """(decay, tau) of `ema_decay`."""
     after_micro_batch: Callable[[int], None] | None = None
     """Called with the number of images after each backward; never for a `Contrastive` objective."""
+    requests: Callable[[], Mapping[str, float]] = dict
+    """Numbers that the window's agreement sums over the ranks (whether a rank wants to stop); asked once a window."""
 
     def __post_init__(self) -> None:
         """Make the loss scaler; fp16 alone needs it."""
@@ -66,6 +71,12 @@ class TrainingStep:
         self._norm = torch.zeros(())
         self._overflow = False
         self._phases: list[Callable[[], None]] = []
+        self._exchange: GradientExchange | None = None
+        if ranks.world_size() > 1:
+            start_scaler(self.scaler, self.device)  # allocates now, not in a window before the ranks' first agreement
+            self._exchange = GradientExchange(self._in_model_order())
+            self._exchange.watch_backward()
+        self.agreed: dict[str, float] = {}
 
     def run(self, window: Sequence[Any], *, micro_batch: int, step: int) -> StepResult:
         """Train on one window: exact gradient, one unscale, one clip, one optimizer step, one EMA update.
@@ -81,18 +92,49 @@ class TrainingStep:
         return StepResult(losses=losses, gradient_norm=gradient_norm, images=len(window), micro_batches=parts)
 
     def gradient(self, window: Sequence[Any], *, micro_batch: int) -> dict[str, torch.Tensor]:
-        """This rank's gradient of the window, in `.grad`; returns its share of the losses. Changes no parameter."""
+        """The window's gradient over all ranks, in `.grad`; returns this rank's share of the losses.
+
+        Changes no parameter. The ranks agree once, at the end: `agreed` then has the sums of `requests`.
+
+        Raises:
+            torch.OutOfMemoryError: memory ran out, here or on another rank. All ranks raise.
+        """
+        if ranks.world_size() == 1:
+            losses = self._own_gradient(window, micro_batch, nullcontext)
+            self.agreed = dict(self.requests())
+            return losses
+        exchange = self._exchange
+        assert exchange is not None, "make the step after the process group"
+        losses, failure = attempt(lambda: self._own_gradient(window, micro_batch, exchange.last_backward))
+        self.agreed = exchange.finish(failure, self.requests())
+        assert losses is not None
+        return losses
+
+    def _own_gradient(
+        self, window: Sequence[Any], micro_batch: int, last_backward: Callable[[], AbstractContextManager[None]]
+    ) -> dict[str, torch.Tensor]:
+        """The gradient of this rank's share."""
         if isinstance(self.objective, Contrastive):
             window_gradient = partial(accumulate_contrastive, self.model, self.objective)
         else:
             watch = self.after_micro_batch
             window_gradient = partial(accumulate, self.model, self.objective, after_micro_batch=watch)
-        micro_batches = cut(window, micro_batch)
         start_scaler(self.scaler, self.device)
-        return window_gradient(micro_batches, device=self.device, precision=self.precision, scaler=self.scaler)
+        return window_gradient(
+            cut(window, micro_batch),
+            device=self.device,
+            precision=self.precision,
+            scaler=self.scaler,
+            last_backward=last_backward,
+        )
+
+    def _in_model_order(self) -> list[torch.nn.Parameter]:
+        """The optimizer's parameters, neighbours in the model side by side: their gradients are there together."""
+        place = {id(p): number for number, p in enumerate(self.model.parameters())}
+        return sorted(self.parameters, key=lambda p: place.get(id(p), len(place)))
 
     def update(self, step: int) -> torch.Tensor:
-        """Sum the gradient over the ranks, unscale and clip it, step, update EMA, clear it; returns its norm before clipping.
+        """Unscale and clip the gradient, step, update EMA, clear it; returns its norm before clipping.
 
         Each phase happens as a whole or not at all, so after a failure `update` may be called again: it goes on with
         the phases that are left, and the parameters end up as if nothing had failed.
@@ -114,7 +156,7 @@ class TrainingStep:
         the like, on tensors of one device and dtype) allocate nothing.
         """
         kinds = by_kind(self.parameters)
-        phases: list[Callable[[], None]] = [partial(ranks.sum_gradients, self.parameters)]
+        phases: list[Callable[[], None]] = []
         if self.scaler.is_enabled():
             phases += [partial(self._unscale, _Scaled(param_groups=[{"params": kind}])) for kind in kinds]
         phases.append(self._measure)

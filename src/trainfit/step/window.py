@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,13 +28,15 @@ def accumulate(
     precision: Precision = "fp32",
     scaler: torch.amp.GradScaler | None = None,
     after_micro_batch: Callable[[int], None] | None = None,
+    last_backward: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> dict[str, torch.Tensor]:
     """Add the window's gradient to `.grad`, equal to that of one big batch (reference R1) on all ranks together.
 
     Every term is a sum S over the window divided by a count N of the window: backward of S_j / N for each micro-batch j
     adds up to the gradient of S / N exactly, as long as N is final before the first backward. Counts that targets give
     are; `sampled` ones are made so by a pass without gradients whose random numbers the real pass draws again.
-    Call `ranks.sum_gradients` afterwards: gradients are summed over ranks, not averaged.
+    Gradients are to be summed over the ranks, not averaged: `exchange.sum_gradients` does it afterwards, a
+    `GradientExchange` whose `last_backward` is given here does it meanwhile.
 
     Returns:
         The window's loss by term (scalars on `device`, this rank's share: they sum over ranks to the window's loss).
@@ -47,12 +50,13 @@ def accumulate(
         counts |= {name: sampled.get(name, 0.0) for name in objective.samples_counts}
     counts = ranks.sum_over_ranks(counts)
     losses: dict[str, torch.Tensor] = {name: torch.zeros((), device=device) for name in counts}
-    for micro_batch in micro_batches:
+    for number, micro_batch in enumerate(micro_batches, 1):
         with autocast(precision, device.type):
             terms = objective.terms(model, micro_batch, size)
         shares = {name: share(name, term, counts, len(micro_batch)) for name, term in terms.items()}
         loss = torch.stack(list(shares.values())).sum()
-        (scaler.scale(loss) if scaler is not None else loss).backward()
+        with last_backward() if number == len(micro_batches) else nullcontext():
+            (scaler.scale(loss) if scaler is not None else loss).backward()
         for name, value in shares.items():
             losses[name] = losses[name] + value.detach()
         if after_micro_batch is not None:

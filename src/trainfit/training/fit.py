@@ -186,7 +186,7 @@ class _Run:
 
     def _loop(self, stop: Callable[[], bool]) -> bool:
         """A window, its numbers, and what is due after it; whether `stop` ended it."""
-        interrupted, saved_at = False, time.monotonic()
+        interrupted = False
         train, steps = self.dataset.splits["train"], range(self.done, self.total_steps)
         size, share = max(self.plan.sizes), -(-self.batching.effective_batch // ranks.world_size())
         rehearse(
@@ -199,31 +199,37 @@ class _Run:
         loader = training_loader(
             train, self.workload.decoder(), self.plan, steps=steps, augment=self.recipe.augment, workers=self.workers
         )
+        self.saved_at = time.monotonic()
+        self.step.requests = partial(self._requests, stop)
         for items in self.journal.clock.fetch(loader):
             result = self._window(self._readable(items))
             self.done += 1
             lr = max(group["lr"] for group in self.step.optimizer.param_groups)
             self.journal.window(result, step=self.done, lr=lr, size=self.plan.size(self.done - 1))
             due = self._due()
-            wishes = {"stop": float(stop()), "save": float(time.monotonic() - saved_at > 60 * self.recipe.save_minutes)}
-            agreed = ranks.sum_over_ranks(wishes)
-            interrupted = agreed["stop"] > 0
+            interrupted = self.step.agreed["stop"] > 0
             last = interrupted or self.done == self.total_steps
-            if due or last or agreed["save"]:
+            save = due or last or self.step.agreed["save"] > 0
+            if save:
                 self.journal.flush()
             self._check_finite()
             self.pending_evaluation = due
-            if due or last or agreed["save"]:
+            if save:
                 self._save()
             if due:  # the state is saved already: whatever ends the evaluation, a resume repeats only the evaluation
                 self._evaluate()
                 self._save_state()
-            if due or last or agreed["save"]:
-                saved_at = time.monotonic()
+            if save:
+                self.saved_at = time.monotonic()
                 self.journal.event("pause", self.done, paused_s=self.journal.clock.pause())
             if last:
                 break
         return interrupted
+
+    def _requests(self, stop: Callable[[], bool]) -> dict[str, float]:
+        """What this rank wants the ranks to do after the window: they do it where one of them wants it."""
+        unsaved_s = time.monotonic() - self.saved_at
+        return {"stop": float(stop()), "save": float(unsaved_s > 60 * self.recipe.save_minutes)}
 
     def _check_finite(self) -> None:
         if self.precision == "fp16":  # the loss scaler skips a window that is not finite, and tries a smaller scale
@@ -327,7 +333,12 @@ class _Run:
             "pending_evaluation": self.pending_evaluation,
             "world_size": ranks.world_size(),
         }
-        _on_first_rank(lambda: run_folder.save_state(self.folder / run_folder.STATE, state))
+
+        def write() -> None:
+            run_folder.save_state(self.folder / run_folder.STATE, state)
+            self.saved_step = self.done
+
+        _on_first_rank(write)
         ranks.gather(None)  # no rank leaves before the state is on the disk: torchrun would end the one that writes it
         self.saved_step = self.done
 

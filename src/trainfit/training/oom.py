@@ -174,11 +174,10 @@ class Survivor:
             self._rise(number)
         while True:
             losses, failure = attempt(lambda: step.gradient(window, micro_batch=self.micro_batch))
+            if losses is not None:  # on every rank, or on none
+                break
             failure = None if failure == ranks.ANOTHER_RANK else failure
             agreed = self._agree(failure, len(window))
-            if not agreed["failed"]:
-                break
-            losses = None
             step.optimizer.zero_grad(set_to_none=True)
             restore()
             free_cached(step.device)
@@ -186,16 +185,15 @@ class Survivor:
         gradient_norm = self._update(step, number)
         self._quiet += where == "window"
         self._remember(step, window)
-        assert losses is not None
         parts = -(-len(window) // self.micro_batch)
         return StepResult(losses=losses, gradient_norm=gradient_norm, images=len(window), micro_batches=parts)
 
     def _agree(self, failure: str | None, images: int) -> dict[str, float]:
-        """How many ranks failed, how many of them only less would help, their mean numbers, and the window's images."""
+        """After a failure: how many ranks only less would help, their mean numbers, and the window's images."""
         short = shortage(failure or "")
         small = failure is not None and cause_of(short, outside_bytes=self._outside_bytes) in ("memory", "taken")
         numbers = {"needs": short.needs_bytes, "usable": short.usable_bytes} if short else {"needs": 0, "usable": 0}
-        flags = {"failed": failure is not None, "small": small, "known": short is not None, "images": images}
+        flags = {"small": small, "known": short is not None, "images": images}
         agreed = ranks.sum_over_ranks({key: float(value) for key, value in (numbers | flags).items()})
         return agreed | {key: agreed[key] / max(agreed["known"], 1) for key in numbers}
 
