@@ -61,7 +61,7 @@ def terms(model: torch.nn.Module, samples: Sequence[Sample], _canvas: tuple[int,
 class LineWorkload:
     """What a run asks of a detector."""
 
-    name, resolution, masks = "rfdetr-nano", SIDE, False
+    name, resolution, masks, max_detections = "rfdetr-nano", SIDE, False, 100
     objective = Objective(terms=terms, counts=lambda window: {"loss": float(len(window))})
 
     def __init__(self, classes: tuple[str, ...]) -> None:
