@@ -15,6 +15,7 @@ from trainfit.memory.priced import Pricer
 from trainfit.models.rfdetr import step
 from trainfit.models.rfdetr.family import PUBLISHED, RfDetrSetting, host_seconds
 from trainfit.models.rfdetr.matching import COST_S, PROBLEM_S, matching_seconds
+from trainfit.tracing.stored_trace import StoredTrace
 
 
 def test_a_traced_solve_gives_what_upstream_gives_but_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +44,8 @@ def test_a_traced_solve_leaves_the_costs_on_the_device() -> None:
 def matching(**values: Any) -> float:
     """Of four images on a T4, Nano's problems."""
     own: dict[str, Any] = {"images": 4, "objects": 30, "queries": 300, "groups": 13, "layers": 2, "masks": False}
-    return matching_seconds(**{**own, "capability": (7, 5), **values})
+    chosen: dict[str, Any] = {**own, "capability": (7, 5), **values}
+    return matching_seconds(**chosen)
 
 
 @pytest.mark.parametrize(
@@ -96,8 +98,15 @@ def test_as_many_problems_as_upstream_solves(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_window_pays_for_the_matching_of_each_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pricer, "_scaled", lambda *_: None)
-    monkeypatch.setattr(Pricer, "_trace", lambda *_: STORED)
+
+    def scaled(*_: Any) -> None:
+        return None
+
+    def trace(*_: Any) -> StoredTrace:
+        return STORED
+
+    monkeypatch.setattr(Pricer, "_scaled", scaled)
+    monkeypatch.setattr(Pricer, "_trace", trace)
     setting, gpu = RfDetrSetting(model="rfdetr-nano", micro_batch=4, accumulation=3, precision="fp16"), find_gpu("T4")
     one_s = host_seconds(setting, 1, (7, 5))
     window = Pricer(gpu=gpu).seconds(setting, (4, 4, 2))
