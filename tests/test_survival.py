@@ -474,7 +474,11 @@ def test_fp16_stops_after_windows_that_are_never_finite(
 ) -> None:
     """The count of skipped windows survives a resume; the parameters are those before the first of them."""
     monkeypatch.setattr(fit, "MOST_SKIPPED", 4)
-    monkeypatch.setattr(fit, "resolve_precision", lambda *_: "fp16")
+
+    def fp16(_precision: str, _device: torch.device) -> str:
+        return "fp16"
+
+    monkeypatch.setattr(fit, "resolve_precision", fp16)
 
     def scaler(_precision: str, device_type: str) -> torch.amp.GradScaler:
         return torch.amp.GradScaler(device_type)
