@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -20,21 +21,46 @@ class CheckData:
     """Print JSON (schema 1) instead of text."""
     decode: bool = True
     """Decode every image; without it, only what the files' heads and ends tell."""
+    allow_outside: bool = False
+    """Read files that the data set names but does not hold: absolute paths, `..`, links."""
 
 
-def check_data(arguments: CheckData) -> int:
+def check_data(arguments: Annotated[CheckData, tyro.conf.arg(name="")]) -> int:
     """Say what a data set holds, and every defect with file and id; exit code 1 where training would refuse it."""
     from trainfit.reports.check_data import check_data_json, check_data_text
     from trainfit.tasks.detection.check import check_dataset
     from trainfit.tasks.detection.read import read_dataset
 
-    dataset = read_dataset(arguments.data, format=arguments.format)
+    dataset = read_dataset(arguments.data, format=arguments.format, allow_outside=arguments.allow_outside)
     if arguments.decode:
-        dataset = check_dataset(dataset, progress=_progress if sys.stderr.isatty() else None)
-    print(json.dumps(check_data_json(dataset), indent=2) if arguments.as_json else check_data_text(dataset))
+        dataset = check_dataset(dataset, progress=_Progress())
+    if arguments.as_json:
+        print(json.dumps(check_data_json(dataset), indent=2))
+    else:
+        print(check_data_text(dataset, ascii_only=not _prints_blocks()))
     return int(any(finding.severity == "error" for finding in dataset.findings))
 
 
-def _progress(done: int, total: int) -> None:
-    if done % 50 == 0 or done == total:
-        print(f"\rdecoded {done} of {total} images", end="\n" if done == total else "", file=sys.stderr, flush=True)
+def _prints_blocks() -> bool:
+    try:
+        "█".encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class _Progress:
+    """On stderr from the second second on: one live line in a terminal, else a line every ten seconds."""
+
+    def __init__(self) -> None:
+        self.live = sys.stderr.isatty()
+        self.next_s = time.monotonic() + 1
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show how many images are decoded."""
+        now = time.monotonic()
+        if now < self.next_s:
+            return
+        self.next_s = now + (0.2 if self.live else 10)
+        start, end = ("\r", "\n" if done == total else "") if self.live else ("", "\n")
+        print(f"{start}decoded {done} of {total} images", end=end, file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from trainfit.reports.words import printable
 from trainfit.tasks.detection.samples import Dataset, Finding
 from trainfit.tasks.detection.statistics import DatasetStatistics, statistics
 
@@ -19,19 +20,22 @@ _HEADINGS = {
 }
 
 
-def check_data_text(dataset: Dataset) -> str:
-    """Counts, objects per image, canvas sizes, then every finding, grouped by kind; nothing is cut short."""
+def check_data_text(dataset: Dataset, *, ascii_only: bool = False) -> str:
+    """Counts, objects per image, canvas sizes, then every finding, grouped by kind; nothing is cut short.
+
+    `ascii_only` draws the bars of `#`, for an output that has no block characters.
+    """
     by_split = {split: statistics(records) for split, records in dataset.splits.items()}
     everything = statistics([record for records in dataset.splits.values() for record in records])
     sections = [
         [f"{dataset.root}: {dataset.format}, {len(dataset.classes)} classes"],
         _counts(dataset, by_split),
-        _histogram(everything),
+        _histogram(everything, ascii_only=ascii_only),
         _canvases(everything),
         *_groups(dataset.findings),
         [_verdict(dataset.findings)],
     ]
-    return "\n\n".join("\n".join(lines) for lines in sections)
+    return "\n\n".join("\n".join(map(printable, lines)) for lines in sections)
 
 
 def check_data_json(dataset: Dataset) -> dict[str, Any]:
@@ -59,7 +63,7 @@ def _counts(dataset: Dataset, by_split: Mapping[str, DatasetStatistics]) -> list
         ("  most", [s.objects_per_image_max for s in by_split.values()]),
     ]
     rows += [
-        (f"class {name}", [s.objects_per_class.get(index, 0) for s in by_split.values()])
+        (printable(f"class {name}"), [s.objects_per_class.get(index, 0) for s in by_split.values()])
         for index, name in enumerate(dataset.classes)
     ]
     width = max(len(label) for label, _ in rows)
@@ -67,16 +71,21 @@ def _counts(dataset: Dataset, by_split: Mapping[str, DatasetStatistics]) -> list
     return [header, *(f"{label:<{width}}" + "".join(f"{value:>10}" for value in values) for label, values in rows)]
 
 
-def _histogram(everything: DatasetStatistics) -> list[str]:
+def _histogram(everything: DatasetStatistics, *, ascii_only: bool) -> list[str]:
     bins = everything.objects_per_image_histogram
     most = max((count for _, _, count in bins), default=1)
     labels = [str(low) if low == high else f"{low}-{high}" for low, high, _ in bins]
-    lines = [f"  {label:>7} {_bar(n / most)} {n}" for label, (_, _, n) in zip(labels, bins, strict=True)]
+    lines = [
+        f"  {label:>7} {_bar(n / most, ascii_only=ascii_only)} {n}"
+        for label, (_, _, n) in zip(labels, bins, strict=True)
+    ]
     return ["Objects per image (crowds apart), images", *lines]
 
 
-def _bar(share: float) -> str:
+def _bar(share: float, *, ascii_only: bool) -> str:
     """A bar of block characters, an eighth of a character exact."""
+    if ascii_only:
+        return "#" * round(share * _BAR_WIDTH)
     eighths = round(share * _BAR_WIDTH * 8)
     return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
 

@@ -1,4 +1,11 @@
-"""Numbers in words."""
+"""Numbers and foreign text in words."""
+
+
+def printable(text: str) -> str:
+    """Text of unknown origin (class names, file names) without what a terminal would obey: escapes become visible."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def duration(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """Image files: what can be told without decoding, and the decoding itself."""
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from trainfit.errors import TrainfitError
 from trainfit.tasks.detection.samples import ImageRecord
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+"""What Pillow may take a file for, whatever its name: it opens some 40 formats by content, PostScript among them."""
+MOST_PIXELS = 89_478_485
+"""The largest image, where Pillow starts to warn of decompression bombs: decoding and turning it takes 0.7 GiB."""
 
-# What Pillow raises on damaged files, found by opening and loading some 9,000 damaged files of six formats.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-
+_LONGEST_REASON = 200
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -61,10 +64,14 @@ def read_header(path: Path) -> ImageHeader | ImageDefect:
     (trailing bytes after the end mark are harmless). Pillow itself refuses to open a WebP that is cut off. Known
     limits: damage in the middle of a file, and other formats cut off, are found by decoding alone (`check_dataset`).
     """
-    if not path.is_file():
-        return ImageDefect(kind="missing image", message="no such file")
+    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for names that no file can have
+        special = os.path.exists(path)  # noqa: PTH110
+        return ImageDefect(kind="missing image", message="no regular file" if special else "no such file")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                what = f"{image.width} x {image.height}, more than {MOST_PIXELS // 10**6} million pixels; cut it into tiles"
+                return ImageDefect(kind="image too large", message=what)
             if image.mode in ("I", "F"):
                 return ImageDefect(kind="unreadable image", message="32 bits a channel; convert it to 8 bits")
             header = ImageHeader(size=image.size, orientation=_orientation(image))
@@ -73,10 +80,11 @@ def read_header(path: Path) -> ImageHeader | ImageDefect:
             try:
                 if not complete:
                     image.load()
-            except UNREADABLE as error:
+            except Exception as error:
                 return ImageDefect(kind="truncated image", message=_reason(error, path))
             return header
-    except UNREADABLE as error:
+    # Pillow's plugins raise whatever their parsers meet: struct.error, KeyError, MemoryError, SyntaxError, ...
+    except Exception as error:
         return ImageDefect(kind="unreadable image", message=_reason(error, path))
 
 
@@ -97,10 +105,10 @@ def read_image(record: ImageRecord) -> Image.Image:
         TrainfitError: the file is missing, damaged or of another size; it names the file.
     """
     try:
-        with Image.open(record.path) as image:
+        with Image.open(record.path, formats=FORMATS) as image:
             orientation = _orientation(image)
             rgb = _rgb(image)
-    except UNREADABLE as error:
+    except Exception as error:  # as in `read_header`
         reason = _reason(error, record.path)
         raise TrainfitError(f"{record.path}: {reason}; replace the file or take it out of the data set") from error
     header = ImageHeader(size=rgb.size, orientation=orientation)
@@ -137,6 +145,9 @@ def _rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("P", "PA", "LA"):  # a palette with transparency warns unless it goes through RGBA
         return image.convert("RGBA").convert("RGB")
+    if image.mode == "RGB":
+        image.load()
+        return image
     return image.convert("RGB")
 
 
@@ -145,4 +156,4 @@ def _reason(error: BaseException, path: Path) -> str:
         return "no such file"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     text = text.replace(f" {str(path)!r}", "").replace("\n", " ")
-    return text or type(error).__name__
+    return text[:_LONGEST_REASON] or type(error).__name__

@@ -8,11 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
+from trainfit.tasks.detection.folder import OUTSIDE, shown
+from trainfit.tasks.detection.masks import rle_fault, usable_polygons
 from trainfit.tasks.detection.samples import Finding, ImageRecord, Segmentation, Severity, packed
 from trainfit.tasks.images import ImageDefect, ImageHeader
 
 Box = tuple[float, float, float, float]
 """x0, y0, x1, y1 in pixels."""
+SMALLEST_BOX = 0.1
+"""Pixels: a box whose part in the image is narrower or lower has no area once it is scaled and rounded to float32."""
+MOST_OBJECTS = 2_000
+"""Objects of one image: their masks alone take 0.8 GiB at 640 px."""
+LONGEST_PATH = 300
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,9 +56,12 @@ def admit(raws: Sequence[RawImage], root: Path, split: str) -> tuple[tuple[Image
     - Annotated size differs from the file's: the file is right, and the boxes are kept as written if all of them fit
       (mended). The image is skipped if one does not fit, or if both sizes have the same shape: then the file was
       most likely resized after annotation, and boxes that fit by chance would still be wrong.
-    - Box: not finite, zero or negative size, wholly outside: skipped; overhanging by more than 1 px: clipped
-      (mended); by at most 1 px: rounding, left as it is.
-    - Polygon with fewer than three points: dropped (mended); an RLE of another size than the image: object skipped.
+    - Image outside of the data set: an error, and not opened. With more than `MOST_OBJECTS` objects: skipped.
+    - Box: not finite, negative size, less than `SMALLEST_BOX` in the image: skipped; overhanging by more than 1 px:
+      clipped (mended); by at most 1 px: rounding, left as it is.
+    - Polygon with fewer than three points or an endless outline: dropped (mended), the object keeps its box; an RLE
+      whose counts are not those of the image: object skipped.
+    - Objects with the class and box of another: noted.
     """
     findings: list[Finding] = []
     records: list[ImageRecord] = []
@@ -65,8 +75,9 @@ def admit(raws: Sequence[RawImage], root: Path, split: str) -> tuple[tuple[Image
 
 
 def relative(path: Path, root: Path) -> str:
-    """`path` as findings name it: relative to the data set where it lies in it."""
-    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+    """`path` as findings name it: relative to the data set where it lies in it, cut off where it is endless."""
+    name = (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+    return name if len(name) <= LONGEST_PATH else f"{name[:LONGEST_PATH]}..."
 
 
 def _finding(severity: Severity, kind: str, where: str, message: str) -> Finding:
@@ -92,7 +103,12 @@ def _canvas(raw: RawImage, root: Path, findings: list[Finding]) -> tuple[int, in
     """The (width, height) that the record gets, or None if the image is left out."""
     file, header, lost = relative(raw.path, root), raw.header, f"its {len(raw.objects)} objects are left out"
     if isinstance(header, ImageDefect):
-        findings.append(_finding("skipped", header.kind, raw.where, f"{file}: {header.message}; {lost}"))
+        severity = "error" if header.kind == OUTSIDE else "skipped"
+        findings.append(_finding(severity, header.kind, raw.where, f"{file}: {header.message}; {lost}"))
+        return None
+    if len(raw.objects) > MOST_OBJECTS:
+        what = f"{file} has {len(raw.objects)} objects, more than {MOST_OBJECTS}; cut it into tiles; {lost}"
+        findings.append(_finding("skipped", "too many objects", raw.where, what))
         return None
     if header.orientation != 1:
         applied = raw.size in (None, header.upright)
@@ -135,7 +151,10 @@ def _record(raw: RawImage, size: tuple[int, int], findings: list[Finding]) -> Im
             continue
         kept.append(thing)
         boxes.append(_clipped(thing, size, findings))
-        segmentations.append(_polygons(thing, findings))
+        segmentations.append(_segmentation(thing, size, findings))
+    if twice := len(kept) - len({(thing.class_index, thing.box) for thing in kept}):
+        what = f"{twice} objects have the class and the box of another one"
+        findings.append(_finding("note", "identical objects", raw.where, what))
     if not kept:
         findings.append(_finding("note", "image without objects", raw.where, "used as background"))
     array = np.array(boxes, np.float64).reshape(-1, 4)
@@ -162,9 +181,10 @@ def _box_fault(box: Box, size: tuple[int, int]) -> tuple[str, str] | None:
         return "box not finite", text
     if x1 < x0 or y1 < y0:
         return "negative-size box", text
-    if x1 == x0 or y1 == y0:
+    if x1 - x0 < SMALLEST_BOX or y1 - y0 < SMALLEST_BOX:
         return "zero-size box", text
-    if x1 <= 0 or y1 <= 0 or x0 >= size[0] or y0 >= size[1]:
+    inside = min(x1, size[0]) - max(x0, 0), min(y1, size[1]) - max(y0, 0)
+    if min(inside) < SMALLEST_BOX:
         return "box outside the image", f"{text}, image {size[0]} x {size[1]}"
     return None
 
@@ -180,17 +200,22 @@ def _clipped(thing: RawObject, size: tuple[int, int], findings: list[Finding]) -
 
 
 def _mask_fault(mask: Segmentation | None, size: tuple[int, int]) -> tuple[str, str] | None:
-    if isinstance(mask, dict) and list(mask.get("size", ())) != [size[1], size[0]]:
-        return "mask of another size", f"RLE size {mask.get('size')} (height, width), image {size[0]} x {size[1]}"
-    return None
+    if not isinstance(mask, dict):
+        return None
+    if list(mask["size"]) != [size[1], size[0]]:
+        return "mask of another size", f"RLE size {shown(mask['size'])} (height, width), image {size[0]} x {size[1]}"
+    fault = rle_fault(mask, size[1], size[0])
+    return None if fault is None else ("broken RLE", f"RLE: {fault}")
 
 
-def _polygons(thing: RawObject, findings: list[Finding]) -> Segmentation | None:
+def _segmentation(thing: RawObject, size: tuple[int, int], findings: list[Finding]) -> Segmentation | None:
+    """The mask as training draws it: an RLE with whole numbers for its size, or the polygons that can be drawn."""
     mask = thing.segmentation
-    if not isinstance(mask, list):
-        return mask
-    good = [p for p in mask if len(p) >= 6 and len(p) % 2 == 0 and all(map(math.isfinite, p))]
-    if len(good) < len(mask):
-        what = f"{len(mask) - len(good)} of {len(mask)} polygons have no three points; dropped"
-        findings.append(_finding("mended", "broken polygon", thing.where, what))
+    if isinstance(mask, dict):
+        return {"size": [size[1], size[0]], "counts": mask["counts"]}
+    if mask is None:
+        return None
+    good, remark = usable_polygons(mask, size[1], size[0])
+    if remark is not None:
+        findings.append(_finding("mended", "broken polygon", thing.where, remark))
     return good or None

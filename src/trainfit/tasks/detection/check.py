@@ -1,44 +1,55 @@
-"""The check that costs time: every image decoded."""
+"""The check that costs time: every image decoded, every mask drawn."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from trainfit.errors import TrainfitError
 from trainfit.tasks.detection.admit import relative
+from trainfit.tasks.detection.masks import mask_area
 from trainfit.tasks.detection.samples import Dataset, Finding, ImageRecord
 from trainfit.tasks.images import read_image
 
+DECODE_BYTES = 1 << 30
+"""What all decoding threads may hold together."""
+_BYTES_PER_PIXEL = 8
+"""An image and its upright copy, as Pillow stores RGB."""
+_REFUSED = "models with masks refuse the data set"
+
 
 def check_dataset(dataset: Dataset, *, progress: Callable[[int, int], None] | None = None) -> Dataset:
-    """Decodes every image and leaves out those that fail, each with a `skipped` finding.
+    """Decodes every image and leaves out those that fail, each with a `skipped` finding; draws every mask.
 
     Everything else was checked by `read_dataset` already. A JPEG damaged in the middle may still decode, in grey:
-    that is not seen. `progress` is called with the images done and their number.
+    that is not seen. `progress` is called with the images done and their number. Host memory: `DECODE_BYTES`.
     """
-    total = sum(map(len, dataset.splits.values()))
-    done = 0
+    records = [record for split in dataset.splits.values() for record in split]
+    faults: dict[int, str] = {}
     findings: list[Finding] = []
-    splits: dict[str, tuple[ImageRecord, ...]] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for split, records in dataset.splits.items():
-            kept: list[ImageRecord] = []
-            for record, fault in zip(records, pool.map(_fault, records), strict=True):
-                done += 1
-                if progress is not None:
-                    progress(done, total)
-                if fault is None:
-                    kept.append(record)
-                    continue
-                where = relative(record.path, dataset.root)
-                what = f"{fault}; its {len(record.classes)} objects are left out"
-                findings.append(Finding(severity="skipped", kind="undecodable image", where=where, message=what))
-            splits[split] = tuple(kept)
+    with ThreadPoolExecutor(_threads(records)) as pool:
+        for done, (record, fault) in enumerate(zip(records, pool.map(_fault, records), strict=True), 1):
+            if progress is not None:
+                progress(done, len(records))
+            where = relative(record.path, dataset.root)
+            if fault is None:
+                findings += _mask_findings(record, where)
+                continue
+            faults[id(record)] = fault
+            what = f"{fault}; its {len(record.classes)} objects are left out"
+            findings.append(Finding(severity="skipped", kind="undecodable image", where=where, message=what))
+    splits = {split: tuple(r for r in held if id(r) not in faults) for split, held in dataset.splits.items()}
     if not splits["train"]:
         what = "no image of train can be decoded; give a data set with images"
         findings.append(Finding(severity="error", kind="no images", where="train", message=what))
+    for split, kept in splits.items():
+        findings += _without_mask(kept, split, dataset)
     return replace(dataset, splits=splits, findings=(*dataset.findings, *findings))
+
+
+def _threads(records: Sequence[ImageRecord]) -> int:
+    largest = max((record.width * record.height for record in records), default=0)
+    return max(1, min(os.cpu_count() or 1, DECODE_BYTES // max(1, largest * _BYTES_PER_PIXEL)))
 
 
 def _fault(record: ImageRecord) -> str | None:
@@ -47,3 +58,22 @@ def _fault(record: ImageRecord) -> str | None:
     except TrainfitError as error:
         return str(error).removeprefix(f"{record.path}: ")
     return None
+
+
+def _mask_findings(record: ImageRecord, where: str) -> list[Finding]:
+    findings: list[Finding] = []
+    for number, segmentation in zip(record.object_ids.tolist(), record.segmentations, strict=True):
+        if segmentation is not None and mask_area(segmentation, record.height, record.width) == 0:
+            what = f"the mask of annotation {number} has no pixel in the image; training takes it as it is"
+            findings.append(Finding(severity="note", kind="empty mask", where=where, message=what))
+    return findings
+
+
+def _without_mask(records: Sequence[ImageRecord], split: str, dataset: Dataset) -> list[Finding]:
+    """A note where some objects have masks and others have none: models with masks refuse such a set."""
+    shapes = [(r, s) for r in records for s, crowd in zip(r.segmentations, r.crowd, strict=True) if not crowd]
+    bare = [record for record, segmentation in shapes if segmentation is None]
+    if len(bare) in (0, len(shapes)):
+        return []
+    what = f"{len(bare)} of {len(shapes)} objects have none, the first in {relative(bare[0].path, dataset.root)}"
+    return [Finding(severity="note", kind="objects without a mask", where=split, message=f"{what}: {_REFUSED}")]

@@ -1,18 +1,31 @@
 """COCO JSON: Roboflow export folders, the plain COCO layout, or a single JSON with its images."""
 
-import json
+import itertools
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainfit.errors import TrainfitError
-from trainfit.tasks.detection.admit import RawImage, RawObject, admit, relative
+from trainfit.tasks.detection.admit import LONGEST_PATH, RawImage, RawObject, admit, relative
+from trainfit.tasks.detection.folder import (
+    JSON_BYTES,
+    DataFolder,
+    Malformed,
+    integer,
+    is_file,
+    is_file_name,
+    is_text,
+    named,
+    number,
+    parse_json,
+    read_regular,
+    shown,
+)
 from trainfit.tasks.detection.samples import Dataset, Finding, ImageRecord
-from trainfit.tasks.images import read_headers
 
 SPLIT_WORDS = {
     "train": "train",
@@ -24,6 +37,7 @@ SPLIT_WORDS = {
     "test": "test",
     "testing": "test",
 }
+_LONGEST_SIDE = 2**31
 _OTHER_TASKS = ("captions_", "person_keypoints_", "panoptic_", "stuff_", "image_info_")
 
 
@@ -56,21 +70,26 @@ def find_coco(path: Path) -> dict[str, Path]:
     return _one_per_split(beside) or _by_name(path / "annotations") or _by_name(path)
 
 
-def read_coco(path: Path) -> Dataset:
+def read_coco(path: Path, *, allow_outside: bool = False) -> Dataset:
     """Reads a COCO data set; classes are in the order of their category ids, RLEs and polygons stay as written.
+
+    The data set of a single JSON file is the folder of the file, or the one around it where that is `annotations`.
 
     Raises:
         TrainfitError: no annotation file, or one that is empty, broken or not COCO.
     """
-    files = {split: _parse(file) for split, file in find_coco(path).items()}
+    root = path if path.is_dir() else path.parent
+    folder = DataFolder(
+        root.parent if root != path and root.name == "annotations" else root, allow_outside=allow_outside
+    )
+    files = {split: _parse(file, folder) for split, file in find_coco(path).items()}
     if not files:
         raise TrainfitError(f"{path}: no COCO annotation file; looked for train/*.json, annotations/*.json, *.json")
-    root = path if path.is_dir() else path.parent
     names, findings = _classes(files, root)
     index = {category: position for position, category in enumerate(names)}
     splits: dict[str, tuple[ImageRecord, ...]] = {}
     for split, file in files.items():
-        raws, found = _raw_images(file, root, split, index)
+        raws, found = _raw_images(file, folder, root, split, index)
         splits[split], checked = admit(raws, root, split)
         findings += found + checked
     return Dataset(
@@ -113,29 +132,25 @@ def _one_per_split(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
 
 
 def _looks_like_coco(file: Path) -> bool:
-    with file.open("rb") as stream:
-        head = stream.read(1 << 16)
+    """Also for what cannot be read: reading it says why."""
+    try:
+        head = read_regular(file, JSON_BYTES, first=1 << 16)
+    except (OSError, Malformed):
+        return True
     return not head.strip() or any(key in head for key in (b'"images"', b'"annotations"', b'"categories"'))
 
 
-def _parse(file: Path) -> _CocoFile:
+def _parse(file: Path, folder: DataFolder) -> _CocoFile:
     try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise TrainfitError(f"{file}: not UTF-8 at byte {error.start}; export the annotations again") from error
-    if not text.strip():
-        raise TrainfitError(f"{file}: the annotation file is empty; export the annotations again")
-    try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno} column {error.colno}"
-        raise TrainfitError(f"{file}: broken JSON at {where}: {error.msg}; export the annotations again") from error
+        document = parse_json(folder.read_text(file, JSON_BYTES))
+    except (FileNotFoundError, Malformed) as error:
+        raise named(file, error) from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(document, dict) or not isinstance(document.get(key), list):
             raise TrainfitError(f'{file}: not COCO: it has no list "{key}"; give another file, or say --format')
     images = [_entry(file, "images", n, entry, "file_name") for n, entry in enumerate(document["images"])]
     categories = [_entry(file, "categories", n, entry, "name") for n, entry in enumerate(document["categories"])]
-    by_id = {category["id"]: category for category in categories}
+    by_id = {int(category["id"]): category for category in categories}
     if len(by_id) < len(categories):
         raise TrainfitError(f"{file}: two categories have one id; give each its own")
     return _CocoFile(path=file, images=images, annotations=document["annotations"], categories=by_id)
@@ -143,8 +158,9 @@ def _parse(file: Path) -> _CocoFile:
 
 def _entry(file: Path, key: str, position: int, entry: Any, text: str) -> Mapping[str, Any]:
     """An image or category, which needs an integer `id` and a text; without them nothing after it can be read."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("id"), int) or not isinstance(entry.get(text), str):
-        raise TrainfitError(f'{file}: {key}[{position}] needs an integer "id" and a text "{text}"; it is {entry!r:.80}')
+    if not isinstance(entry, dict) or integer(entry.get("id")) is None or not is_text(entry.get(text)):
+        what = f'{key}[{position}] needs an integer "id" and a text "{text}"'
+        raise TrainfitError(f"{file}: {what}; it is {shown(entry)}")
     return entry
 
 
@@ -181,7 +197,7 @@ def _roboflow_parent(files: Iterable[_CocoFile]) -> int | None:
     used: set[Any] = set()
     for file in files:
         categories |= file.categories
-        used |= {entry.get("category_id") for entry in file.annotations if isinstance(entry, dict)}
+        used |= {integer(entry.get("category_id")) for entry in file.annotations if isinstance(entry, dict)}
     for category, entry in categories.items():
         others = [other for key, other in categories.items() if key != category]
         children = bool(others) and all(other.get("supercategory") == entry["name"] for other in others)
@@ -191,7 +207,7 @@ def _roboflow_parent(files: Iterable[_CocoFile]) -> int | None:
 
 
 def _raw_images(
-    file: _CocoFile, root: Path, split: str, index: Mapping[int, int]
+    file: _CocoFile, folder: DataFolder, root: Path, split: str, index: Mapping[int, int]
 ) -> tuple[list[RawImage], list[Finding]]:
     label = relative(file.path, root)
     findings: list[Finding] = []
@@ -200,31 +216,34 @@ def _raw_images(
     for entry in file.images:
         where = f"{label} image {entry['id']}"
         if names.setdefault(entry["id"], entry["file_name"]) != entry["file_name"]:
-            what = f"is {names[entry['id']]} and {entry['file_name']}: whose objects are whose? Give each its own id"
+            both = f"{shown(names[entry['id']])} and {shown(entry['file_name'])}"
+            what = f"is {both}: whose objects are whose? Give each its own id"
             findings.append(Finding(severity="error", kind="duplicate image id", where=where, message=what))
         elif len(names) == len(entries):
-            what = f"{entry['file_name']} is listed twice; the second entry is left out"
+            what = f"{shown(entry['file_name'])} is listed twice; the second entry is left out"
             findings.append(Finding(severity="skipped", kind="duplicate image id", where=where, message=what))
         else:
             entries.append(entry)
     objects = _objects(file, label, names, index, findings)
-    paths = _locate([entry["file_name"] for entry in entries], _image_folders(file.path, root, split))
+    paths = _locate([entry["file_name"] for entry in entries], _image_folders(file.path, root, split), folder)
     raws = [
         RawImage(
             where=f"{label} image {entry['id']}",
-            id=entry["id"],
+            id=int(entry["id"]),
             path=path,
             header=header,
             size=(_pixels(entry.get("width")), _pixels(entry.get("height"))),
             objects=objects.get(entry["id"], ()),
         )
-        for entry, path, header in zip(entries, paths, read_headers(paths), strict=True)
+        for entry, path, header in zip(entries, paths, folder.headers(paths), strict=True)
     ]
     return raws, findings
 
 
 def _pixels(value: object) -> int:
-    return int(value) if isinstance(value, int | float) and math.isfinite(value) else 0
+    """An annotated width or height; 0, which fits no image, for what is none."""
+    pixels = number(value)
+    return int(pixels) if pixels is not None and 0 < pixels < _LONGEST_SIDE else 0
 
 
 def _objects(
@@ -232,51 +251,80 @@ def _objects(
 ) -> dict[int, list[RawObject]]:
     """The objects of each image id."""
     objects: dict[int, list[RawObject]] = {}
-    seen: dict[int, Any] = {}
-    free_id = 1 + max((_id(entry) or 0 for entry in file.annotations), default=0)
+    seen: dict[int, Mapping[str, Any]] = {}
+    free_ids = itertools.count(1 + max((_id(entry) or 0 for entry in file.annotations), default=0))
     for position, entry in enumerate(file.annotations):
-        number = _id(entry)
-        where = f"{label} annotation {number if number is not None else f'at position {position}'}"
+        own = _id(entry)
+        where = f"{label} annotation {own if own is not None else f'at position {position}'}"
         fault = _annotation_fault(entry, names, index)
         if fault is not None:
             findings.append(Finding(severity=fault[0], kind=fault[1], where=where, message=fault[2]))
             continue
-        where = f"{where}, image {names[entry['image_id']]}"
-        if number is None or number in seen:
-            if number is not None:
-                same = entry == seen[number]
-                what = "the same object again: left out" if same else f"another object: gets the id {free_id}"
-                severity = "skipped" if same else "mended"
-                found = Finding(severity=severity, kind="duplicate annotation id", where=where, message=what)
-                findings.append(found)
-                if same:
-                    continue
-            number, free_id = free_id, free_id + 1
+        where = f"{where}, image {_cut(names[entry['image_id']])}"
+        again = own is not None and own in seen
+        if again and _same(entry, seen[own]):
+            what = "the same object again: left out"
+            findings.append(Finding(severity="skipped", kind="duplicate annotation id", where=where, message=what))
+            continue
+        if again or own is None:
+            unique = next(free_ids)
+            findings += _new_id(entry, unique, where)
         else:
-            seen[number] = entry
-        objects.setdefault(entry["image_id"], []).append(_object(entry, number, where, index))
+            unique = own
+            seen[own] = entry
+        findings += _area_finding(entry, where)
+        objects.setdefault(entry["image_id"], []).append(_object(entry, unique, where, index))
     return objects
 
 
 def _id(entry: Any) -> int | None:
-    number = entry.get("id") if isinstance(entry, dict) else None
-    return number if isinstance(number, int) else None
+    return integer(entry.get("id")) if isinstance(entry, dict) else None
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= LONGEST_PATH else f"{name[:LONGEST_PATH]}..."
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two annotations describe one object; only keys that were checked are compared."""
+    keys = ("image_id", "category_id", "bbox", "segmentation", "iscrowd")
+    return all(one.get(key) == other.get(key) for key in keys)
+
+
+def _new_id(entry: Mapping[str, Any], unique: int, where: str) -> Iterator[Finding]:
+    """What is said of an annotation whose id is taken or no integer; a missing one is not worth a word."""
+    if entry.get("id") is None:
+        return
+    kind, what = "duplicate annotation id", "another object"
+    if _id(entry) is None:
+        kind, what = "broken annotation id", f"the id is {shown(entry['id'])}, no integer up to 2**53"
+    yield Finding(severity="mended", kind=kind, where=where, message=f"{what}: gets the id {unique}")
 
 
 def _annotation_fault(entry: Any, names: Mapping[int, str], index: Mapping[int, int]) -> tuple[Any, str, str] | None:
     """Severity, kind and message, if no object can be made of an annotation."""
+    malformed = _malformed(entry)
+    if malformed is not None:
+        return "skipped", "malformed annotation", f"{malformed}; left out"
+    if integer(entry.get("image_id")) not in names:
+        return "skipped", "annotation without image", f"no image has the id {shown(entry.get('image_id'))}; left out"
+    if integer(entry.get("category_id")) not in index:
+        what = f"category_id {shown(entry.get('category_id'))} is not in categories; add it there or remove the object"
+        return "error", "unknown class", f"image {_cut(names[entry['image_id']])}: {what}"
+    return None
+
+
+def _malformed(entry: Any) -> str | None:
+    """Which part of an annotation is not what the format wants, if one is."""
     if not isinstance(entry, dict):
-        return "skipped", "malformed annotation", f"is {entry!r:.60s}; left out"
+        return f"is {shown(entry)}"
     box = entry.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
-        return "skipped", "malformed annotation", f"bbox is {box!r:.60s}, not four numbers; left out"
+    if not isinstance(box, list) or len(box) != 4 or any(number(value) is None for value in box):
+        return f"bbox is {shown(box)}, not four numbers"
     if not _is_mask(entry.get("segmentation")):
-        return "skipped", "malformed annotation", "segmentation is neither polygons nor an RLE; left out"
-    if entry.get("image_id") not in names:
-        return "skipped", "annotation without image", f"no image has the id {entry.get('image_id')!r}; left out"
-    if entry.get("category_id") not in index:
-        what = f"category_id {entry.get('category_id')!r} is not in categories; add it there or remove the object"
-        return "error", "unknown class", f"image {names[entry['image_id']]}: {what}"
+        return "segmentation is neither polygons nor an RLE"
+    if entry.get("iscrowd") not in (None, 0, 1):
+        return f"iscrowd is {shown(entry['iscrowd'])}, neither 0 nor 1"
     return None
 
 
@@ -288,16 +336,26 @@ def _is_mask(mask: Any) -> bool:
     )
 
 
+def _area(entry: Mapping[str, Any]) -> float | None:
+    area = number(entry.get("area"))
+    return area if area is not None and 0 < area < math.inf else None
+
+
+def _area_finding(entry: Mapping[str, Any], where: str) -> Iterator[Finding]:
+    if entry.get("area") is not None and _area(entry) is None:
+        what = f"is {shown(entry['area'])}, no positive number: the box's area is used"
+        yield Finding(severity="mended", kind="broken area", where=where, message=what)
+
+
 def _object(entry: Mapping[str, Any], number: int, where: str, index: Mapping[int, int]) -> RawObject:
     x, y, width, height = (float(value) for value in entry["bbox"])
-    area = entry.get("area")
     return RawObject(
         where=where,
         id=number,
         class_index=index[entry["category_id"]],
         box=(x, y, x + width, y + height),
         crowd=bool(entry.get("iscrowd")),
-        area=float(area) if isinstance(area, int | float) and math.isfinite(area) and area > 0 else None,
+        area=_area(entry),
         segmentation=entry.get("segmentation") or None,
     )
 
@@ -313,14 +371,20 @@ def _image_folders(file: Path, root: Path, split: str) -> list[Path]:
     return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
 
 
-def _locate(names: Sequence[str], folders: Sequence[Path]) -> list[Path]:
-    """The path of each image: as named in one of the folders, else its last part in one; as named if nowhere."""
+def _locate(names: Sequence[str], folders: Sequence[Path], held: DataFolder) -> list[Path]:
+    """The path of each image: as named in one of the folders, else its last part in one; as named if nowhere.
+
+    What lies outside of the data set is taken only where nothing inside has the name.
+    """
     order = list(folders)
     paths: list[Path] = []
     for name in names:
         portable = Path(name.replace("\\", "/"))
-        tries = ((folder, folder / part) for part in (portable, portable.name) for folder in order)
-        folder, path = next(((folder, path) for folder, path in tries if path.is_file()), (order[0], order[0] / name))
+        tries = [(folder, folder / part) for part in (portable, portable.name) for folder in order]
+        there = ((folder, path) for folder, path in tries if is_file_name(name) and is_file(path))
+        inside = next(((folder, path) for folder, path in there if held.holds(path)), None)
+        outside = next(((folder, path) for folder, path in tries if inside is None and is_file(path)), None)
+        folder, path = inside or outside or (order[0], order[0] / name)
         order.remove(folder)  # where one was found, the next is found at the first try
         order.insert(0, folder)
         paths.append(Path(os.path.normpath(path)))  # one file, one path: the checks compare them

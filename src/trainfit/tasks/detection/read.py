@@ -20,12 +20,20 @@ _FINDERS = {"coco": find_coco, "yolo": find_yolo, "voc": find_voc}
 FORMATS = tuple(_READERS)
 
 
-def read_dataset(path: Path | str, *, format: str | None = None, val_fraction: float = 0.1, seed: int = 0) -> Dataset:  # noqa: A002 - the flag's name
+def read_dataset(
+    path: Path | str,
+    *,
+    format: str | None = None,  # noqa: A002 - the flag's name
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    allow_outside: bool = False,
+) -> Dataset:
     """Reads a data set; `"sample"` is the built-in one (a folder of that name is `./sample`).
 
     The format is recognised by looking, unless it is given (`coco`, `yolo`, `voc`). Records are what training may
     use, as far as it can be told without decoding (`check_dataset` decodes); findings list the rest. Without a val
-    split, max(1, round(val_fraction * n)) images of train are held out, chosen by their names and `seed`.
+    split, max(1, round(val_fraction * n)) images of train are held out, chosen by their names and `seed`. Files that the
+    data set names but does not hold are read with `allow_outside` alone; else each is an `error` finding, or one here.
 
     Raises:
         TrainfitError: nothing there, nothing recognised, a broken file, no usable image in train.
@@ -33,9 +41,9 @@ def read_dataset(path: Path | str, *, format: str | None = None, val_fraction: f
     if str(path) == "sample" and format in (None, "sample"):
         sample = read_coco(_sample_folder())
         return replace(sample, format="sample")
-    if not Path(path).exists():
+    if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises for long names
         raise TrainfitError(f"{path}: no such file or folder; give the folder of a data set, or `sample`")
-    dataset = _READERS[_format(Path(path), format)](Path(path))
+    dataset = _READERS[_format(Path(path), format)](Path(path), allow_outside=allow_outside)
     if not dataset.splits.get("train"):
         raise TrainfitError(_why_empty(dataset, Path(path)))
     if not dataset.splits.get("val"):
@@ -97,7 +105,9 @@ def _held_out(dataset: Dataset, fraction: float, seed: int) -> Dataset:
             "give a val split, or at least two images and a fraction between 0 and 1"
         )
     # Ranked by a hash of the name: the same images, whatever order they are listed in or whatever is added to them.
-    ranked = sorted(train, key=lambda r: hashlib.sha256(f"{seed} {r.path.name} {r.id}".encode()).digest())
+    ranked = sorted(
+        train, key=lambda r: hashlib.sha256(f"{seed} {r.path.name} {r.id}".encode(errors="surrogateescape")).digest()
+    )
     held = {record.id for record in ranked[: min(len(train) - 1, max(1, round(fraction * len(train))))]}
     splits = dict(dataset.splits)
     splits["train"] = tuple(record for record in train if record.id not in held)

@@ -3,16 +3,25 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from xml.etree.ElementTree import Element, ParseError
-
-from defusedxml import DefusedXmlException
-from defusedxml.ElementTree import fromstring
+from xml.etree.ElementTree import Element
 
 from trainfit.errors import TrainfitError
 from trainfit.tasks.detection.admit import Box, RawImage, RawObject, admit, relative
 from trainfit.tasks.detection.coco import SPLIT_WORDS
+from trainfit.tasks.detection.folder import (
+    OUTSIDE,
+    XML_BYTES,
+    DataFolder,
+    Malformed,
+    Outside,
+    is_file,
+    is_file_name,
+    parse_xml,
+    pixels,
+    shown,
+)
 from trainfit.tasks.detection.samples import Dataset, Finding, ImageRecord
-from trainfit.tasks.images import IMAGE_SUFFIXES, read_headers
+from trainfit.tasks.images import IMAGE_SUFFIXES
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -28,11 +37,15 @@ class _Parsed:
     """Class, box, difficult."""
 
 
-def find_voc(path: Path) -> dict[str, list[Path]]:
+def find_voc(path: Path, held: DataFolder | None = None) -> dict[str, list[Path]]:
     """The XML files of each split, {} where `path` is no VOC data set.
 
     `trainval` counts as train where there is no train list; without lists every file of `Annotations/` is train.
+
+    Raises:
+        TrainfitError: a list cannot be read, or lies outside of `held` (by default `path`).
     """
+    held = held or DataFolder(path)
     folder, lists = path / "Annotations", path / "ImageSets" / "Main"
     if not folder.is_dir():
         beside: dict[str, list[Path]] = {}
@@ -40,7 +53,7 @@ def find_voc(path: Path) -> dict[str, list[Path]]:
             if split not in beside and (xmls := sorted((path / word).glob("*.xml"))):
                 beside[split] = xmls
         return beside
-    splits = {name: _stems(lists / f"{name}.txt") for name in ("train", "trainval", "val", "test")}
+    splits = {name: _stems(lists / f"{name}.txt", held) for name in ("train", "trainval", "val", "test")}
     whole, held = splits.pop("trainval"), set(splits["val"])
     splits["train"] = splits["train"] or [stem for stem in whole if stem not in held]
     if not any(splits.values()):
@@ -48,7 +61,7 @@ def find_voc(path: Path) -> dict[str, list[Path]]:
     return {split: [folder / f"{stem}.xml" for stem in stems] for split, stems in splits.items() if stems}
 
 
-def read_voc(path: Path) -> Dataset:
+def read_voc(path: Path, *, allow_outside: bool = False) -> Dataset:
     """Reads a Pascal VOC data set; images and objects have running ids.
 
     Coordinates are kept as written. The original standard counts pixels from 1 and includes the last one, but most
@@ -59,18 +72,16 @@ def read_voc(path: Path) -> Dataset:
     Raises:
         TrainfitError: no XML files.
     """
-    files = find_voc(path)
+    held = DataFolder(path, allow_outside=allow_outside)
+    files = find_voc(path, held)
     if not files:
         raise TrainfitError(f"{path}: not Pascal VOC; looked for Annotations/*.xml and train/*.xml")
     findings: list[Finding] = []
-    parsed = {split: list(_parse_all(xmls, path, findings)) for split, xmls in files.items()}
-    listed = next((path / name for name in ("labels.txt", "classes.txt") if (path / name).is_file()), None)
-    used = {name for split in parsed.values() for file in split for name, _, _ in file.objects}
-    classes = tuple(listed.read_text("utf-8").split("\n")) if listed else tuple(sorted(used))
-    classes = tuple(name.strip() for name in classes if name.strip())
+    parsed = {split: list(_parse_all(xmls, held, findings)) for split, xmls in files.items()}
+    classes = _classes(held, [file for split in parsed.values() for file in split])
     splits: dict[str, tuple[ImageRecord, ...]] = {}
     for split, xmls in parsed.items():
-        splits[split], found = admit(list(_raw_images(xmls, classes, findings)), path, split)
+        splits[split], found = admit(list(_raw_images(xmls, held, classes, findings)), path, split)
         findings += found
     difficult = sum(hard for split in parsed.values() for file in split for _, _, hard in file.objects)
     if difficult:
@@ -86,29 +97,37 @@ def read_voc(path: Path) -> Dataset:
     )
 
 
-def _stems(file: Path) -> list[str]:
+def _classes(held: DataFolder, files: list[_Parsed]) -> tuple[str, ...]:
+    """The classes of the label file, each once, else the ones in use by name."""
+    for listed in (held.root / "labels.txt", held.root / "classes.txt"):
+        if is_file(listed):
+            return tuple(dict.fromkeys(name for _, name in held.read_lines(listed)))
+    return tuple(sorted({name for file in files for name, _, _ in file.objects if name}))
+
+
+def _stems(file: Path, held: DataFolder) -> list[str]:
     """First word of each line (a second says whether a class is in the image); none where there is no file."""
-    if not file.is_file():
-        return []
-    return [line.split()[0] for line in file.read_text("utf-8").splitlines() if line.strip()]
+    return [line.split()[0] for _, line in held.read_lines(file)] if is_file(file) else []
 
 
-def _parse_all(files: list[Path], root: Path, findings: list[Finding]) -> Iterator[_Parsed]:
+def _parse_all(files: list[Path], held: DataFolder, findings: list[Finding]) -> Iterator[_Parsed]:
     for file in files:
-        where = relative(file, root)
+        where = relative(file, held.root)
         try:
-            tree = fromstring(file.read_bytes())
+            tree = parse_xml(held.read_bytes(file, XML_BYTES))
         except FileNotFoundError:
             what = "is listed in ImageSets/Main, but not there: its image is left out"
             findings.append(Finding(severity="skipped", kind="missing annotation", where=where, message=what))
-        except (ParseError, DefusedXmlException) as error:
-            what = f"broken XML: {error}: its image is left out"
+        except Outside as error:
+            findings.append(Finding(severity="error", kind=OUTSIDE, where=where, message=str(error)))
+        except Malformed as error:
+            what = f"{error}: its image is left out"
             findings.append(Finding(severity="skipped", kind="broken annotation", where=where, message=what))
         else:
             yield _Parsed(
                 where=where,
                 image=_image_file(file, tree.findtext("filename") or ""),
-                size=(_integer(tree.findtext("size/width")), _integer(tree.findtext("size/height"))),
+                size=(pixels(tree.findtext("size/width")), pixels(tree.findtext("size/height"))),
                 objects=tuple(_object(element) for element in tree.findall("object")),
             )
 
@@ -116,13 +135,11 @@ def _parse_all(files: list[Path], root: Path, findings: list[Finding]) -> Iterat
 def _image_file(xml: Path, filename: str) -> Path:
     """The image of the same stem; copied XML files often carry the `filename` of another."""
     folder = xml.parent if xml.parent.name != "Annotations" else xml.parent.parent / "JPEGImages"
+    if not is_file_name(filename):
+        filename = ""
     suffixes = dict.fromkeys((Path(filename).suffix, ".jpg", *IMAGE_SUFFIXES))
     tries = [*(folder / f"{xml.stem}{suffix}" for suffix in suffixes), folder / filename]
-    return next((path for path in tries if path.is_file()), folder / (filename or f"{xml.stem}.jpg"))
-
-
-def _integer(text: str | None) -> int:
-    return int(text) if text and text.strip().isdigit() else 0
+    return next((path for path in tries if is_file(path)), folder / (filename or f"{xml.stem}.jpg"))
 
 
 def _object(element: Element) -> tuple[str, Box, bool]:
@@ -139,18 +156,20 @@ def _number(text: str | None) -> float:
         return float("nan")
 
 
-def _raw_images(files: list[_Parsed], classes: tuple[str, ...], findings: list[Finding]) -> Iterator[RawImage]:
+def _raw_images(
+    files: list[_Parsed], held: DataFolder, classes: tuple[str, ...], findings: list[Finding]
+) -> Iterator[RawImage]:
+    indices = {name: index for index, name in enumerate(classes)}
     object_id = 0
-    for number, (file, header) in enumerate(zip(files, read_headers([file.image for file in files]), strict=True)):
+    for number, (file, header) in enumerate(zip(files, held.headers([file.image for file in files]), strict=True)):
         objects: list[RawObject] = []
         for position, (name, box, _) in enumerate(file.objects, 1):
             object_id += 1
             where = f"{file.where} object {position}"
-            if name in classes:
-                index = classes.index(name)
-                objects.append(RawObject(where=where, id=object_id, class_index=index, box=box))
+            if name in indices:
+                objects.append(RawObject(where=where, id=object_id, class_index=indices[name], box=box))
             else:
-                what = f"class {name!r} is none of the classes; add it to the label file or remove the object"
+                what = f"class {shown(name)} is none of the classes; add it to the label file or remove the object"
                 findings.append(Finding(severity="error", kind="unknown class", where=where, message=what))
         yield RawImage(
             where=file.where, id=number, path=file.image, header=header, size=file.size, objects=tuple(objects)

@@ -1,16 +1,32 @@
 """YOLO: a `data.yaml` with class names and splits, one label text file an image."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from trainfit.errors import TrainfitError
 from trainfit.tasks.detection.admit import RawImage, RawObject, admit, relative
+from trainfit.tasks.detection.folder import (
+    OUTSIDE,
+    OUTSIDE_REPAIR,
+    YAML_BYTES,
+    DataFolder,
+    Malformed,
+    Outside,
+    is_file,
+    is_file_name,
+    named,
+    parse_yaml,
+    read_regular,
+    shown,
+)
 from trainfit.tasks.detection.samples import Dataset, Finding, ImageRecord, Segmentation
-from trainfit.tasks.images import IMAGE_SUFFIXES, ImageHeader, read_headers
+from trainfit.tasks.images import IMAGE_SUFFIXES, ImageHeader
+
+_NOTHING = (None, "", "~", "null")
+"""A key without a value, as `parse_yaml` gives it."""
+_NO_IMAGE = "is no image path; left out"
 
 
 def find_yolo(path: Path) -> Path | None:
@@ -20,16 +36,23 @@ def find_yolo(path: Path) -> Path | None:
     for name in ("data.yaml", "data.yml"):
         if (path / name).is_file():
             return path / name
-    files = [file for file in sorted([*path.glob("*.yaml"), *path.glob("*.yml")]) if b"names:" in file.read_bytes()]
+    files = [file for file in sorted([*path.glob("*.yaml"), *path.glob("*.yml")]) if _has_names(file)]
     return files[0] if len(files) == 1 else None
 
 
-def read_yolo(path: Path) -> Dataset:
+def _has_names(file: Path) -> bool:
+    try:
+        return b"names:" in read_regular(file, YAML_BYTES)
+    except (OSError, Malformed):
+        return False
+
+
+def read_yolo(path: Path, *, allow_outside: bool = False) -> Dataset:
     """Reads a YOLO data set; images have running ids in the order of their paths.
 
     A label line is `class cx cy w h` or, as a polygon of three points or more, `class x y x y ...`, as fractions of
     the upright image. The label of `.../images/a.jpg` is `.../labels/a.txt`; without a part named `images` it lies
-    beside the image. An image without a label file has no objects.
+    beside the image. An image without a label file has no objects; a line that is written twice is one object.
 
     Raises:
         TrainfitError: no data file, a broken one, or one without `names` or `train`.
@@ -37,20 +60,21 @@ def read_yolo(path: Path) -> Dataset:
     file = find_yolo(path)
     if file is None:
         raise TrainfitError(f"{path}: no YOLO data file; looked for data.yaml, or one *.yaml with names")
-    document = _parse(file)
+    held = DataFolder(file.parent, allow_outside=allow_outside)
+    document = _parse(file, held)
     names = _names(file, document)
-    root = file.parent
     findings: list[Finding] = []
     splits: dict[str, tuple[ImageRecord, ...]] = {}
     for key, split in (("train", "train"), ("val", "val"), ("valid", "val"), ("test", "test")):
-        if document.get(key) is None or split in splits:
+        if document.get(key) in _NOTHING or split in splits:
             continue
-        images = _images(file, document, key, findings)
+        images = _images(file, document, key, held, findings)
         if images is not None:
-            splits[split], found = admit(list(_raw_images(images, root, len(names), findings)), root, split)
+            raws = list(_raw_images(images, held, len(names), findings))
+            splits[split], found = admit(raws, held.root, split)
             findings += found
     return Dataset(
-        root=root,
+        root=held.root,
         format="yolo",
         classes=names,
         category_ids=tuple(range(len(names))),
@@ -59,94 +83,135 @@ def read_yolo(path: Path) -> Dataset:
     )
 
 
-def _parse(file: Path) -> Mapping[str, Any]:
+def _parse(file: Path, held: DataFolder) -> Mapping[str, Any]:
     try:
-        document = yaml.safe_load(file.read_text("utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
-        where = f" at line {mark.line + 1} column {mark.column + 1}" if mark else ""
-        raise TrainfitError(f"{file}: broken YAML{where}; repair the file") from error
-    if not isinstance(document, dict) or document.get("names") is None or document.get("train") is None:
+        document = parse_yaml(held.read_text(file, YAML_BYTES))
+    except (FileNotFoundError, Malformed) as error:
+        raise named(file, error) from error
+    if not isinstance(document, dict) or document.get("names") in _NOTHING or document.get("train") in _NOTHING:
         raise TrainfitError(f"{file}: needs the keys `names` and `train`; add them")
     return document
 
 
 def _names(file: Path, document: Mapping[str, Any]) -> tuple[str, ...]:
     names = document["names"]
-    if isinstance(names, dict) and sorted(names, key=str) == sorted(range(len(names)), key=str):
-        names = [names[position] for position in range(len(names))]
-    count = document.get("nc", len(names))
-    if not isinstance(names, list) or len(names) != count:
-        raise TrainfitError(f"{file}: `names` must be a list, or keys 0, 1, 2, ..., of {count} names (`nc`); repair it")
-    return tuple(map(str, names))
+    if isinstance(names, dict) and set(names) == set(map(str, range(len(names)))):
+        names = [names[str(position)] for position in range(len(names))]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TrainfitError(f"{file}: `names` must be a list of names, or keys 0, 1, 2, ...; it is {shown(names)}")
+    count = document.get("nc", str(len(names)))
+    if count != str(len(names)):
+        raise TrainfitError(f"{file}: `names` must be a list of {shown(count)} names (`nc`), it has {len(names)}")
+    return tuple(names)
 
 
-def _images(file: Path, document: Mapping[str, Any], key: str, findings: list[Finding]) -> list[Path] | None:
+def _images(
+    file: Path, document: Mapping[str, Any], key: str, held: DataFolder, findings: list[Finding]
+) -> list[Path] | None:
     """The images of a split: its folder, list of folders, or text list; None if a split other than train is not there.
 
     Entries are relative to `path`, else to the data file. Roboflow writes "../train/images" for "train/images".
     """
-    bases = [file.parent / str(document.get("path") or "."), file.parent]
+    bases = [file.parent / _base(file, document), file.parent]
     entries = document[key] if isinstance(document[key], list) else [document[key]]
     images: list[Path] = []
-    for entry in map(str, entries):
+    for entry in entries:
+        if not isinstance(entry, str) or not is_file_name(entry):
+            raise TrainfitError(
+                f"{file}: `{key}` must be a folder, a list of folders or a .txt file, not {shown(entry)}"
+            )
         tries = [base / text for text in (entry, entry.removeprefix("../")) for base in bases]
-        found = next((path for path in tries if path.exists()), None)
-        if found is None and key == "train":
-            raise TrainfitError(f"{file}: `train` is {entry!r}, but neither {' nor '.join(map(str, tries[:2]))} exists")
-        if found is None:
-            what = f"`{key}` is {entry!r}, which is not there: the split is left out"
+        there = [path for path in tries if os.path.exists(path)]  # noqa: PTH110 - Path.exists raises for long names
+        place = next((path for path in there if held.holds(path)), None)
+        if place is None and there:
+            raise TrainfitError(f"{file}: `{key}` is {shown(entry)}, which {OUTSIDE_REPAIR}")
+        if place is None and key == "train":
+            looked = " nor ".join(map(str, tries[:2]))
+            raise TrainfitError(f"{file}: `train` is {shown(entry)}, but neither {looked} exists")
+        if place is None:
+            what = f"`{key}` is {shown(entry)}, which is not there: the split is left out"
             findings.append(Finding(severity="note", kind="missing split", where=file.name, message=what))
             return None
-        images += _listed(found, bases) if found.is_file() else _in_folder(found)
+        images += _in_folder(place) if place.is_dir() else _listed(place, bases, held, findings)
     return [Path(os.path.normpath(image)) for image in images]  # one file, one path: the checks compare them
+
+
+def _base(file: Path, document: Mapping[str, Any]) -> str:
+    base = document.get("path")
+    if base in _NOTHING:
+        return "."
+    if not isinstance(base, str) or not is_file_name(base):
+        raise TrainfitError(f"{file}: `path` must be a folder, not {shown(base)}")
+    return base
 
 
 def _in_folder(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def _listed(file: Path, bases: Iterable[Path]) -> list[Path]:
-    lines = [Path(line.strip()) for line in file.read_text("utf-8").splitlines() if line.strip()]
-    candidates = ([base / line for base in (file.parent, *bases)] for line in lines)
-    return [next((path for path in paths if path.is_file()), paths[0]) for paths in candidates]
+def _listed(file: Path, bases: Sequence[Path], held: DataFolder, findings: list[Finding]) -> list[Path]:
+    """The images that a text file lists. Lines that name none are not quoted: the file may be anything."""
+    images: list[Path] = []
+    for number, line in held.read_lines(file):
+        if not is_file_name(line) or Path(line).suffix.lower() not in IMAGE_SUFFIXES:
+            where = f"{relative(file, held.root)} line {number}"
+            findings.append(Finding(severity="skipped", kind="no image name", where=where, message=_NO_IMAGE))
+            continue
+        tries = [base / line for base in (file.parent, *bases)]
+        there = [path for path in tries if is_file(path)]
+        images.append(next((path for path in there if held.holds(path)), (there or tries)[0]))
+    return images
 
 
-def _label_file(image: Path) -> Path:
-    parts = list(image.parts)
+def _label_file(image: Path, root: Path) -> Path:
+    """The last folder `images` becomes `labels`; folders above the data set keep their names."""
+    inside = image.is_relative_to(root)
+    parts = list((image.relative_to(root) if inside else image).parts)
     if "images" in parts[:-1]:
         position = len(parts) - 2 - parts[-2::-1].index("images")
         parts[position] = "labels"
-    return Path(*parts).with_suffix(".txt")
+    label = Path(*parts).with_suffix(".txt")
+    return root / label if inside else label
 
 
-def _raw_images(images: Sequence[Path], root: Path, classes: int, findings: list[Finding]) -> Iterator[RawImage]:
+def _raw_images(images: Sequence[Path], held: DataFolder, classes: int, findings: list[Finding]) -> Iterator[RawImage]:
     object_id = 1
-    for number, (image, header) in enumerate(zip(images, read_headers(images), strict=True)):
+    for number, (image, header) in enumerate(zip(images, held.headers(images), strict=True)):
         objects: list[RawObject] = []
-        label = _label_file(image)
-        if isinstance(header, ImageHeader) and label.is_file():
-            for where, line in _lines(label, root, findings):
+        if isinstance(header, ImageHeader):
+            for where, line in _lines(_label_file(image, held.root), held, findings):
                 parsed = _object(line, where, header.upright, classes, object_id)
                 if isinstance(parsed, Finding):
                     findings.append(parsed)
                 else:
                     objects.append(parsed)
                     object_id += 1
-        yield RawImage(
-            where=relative(image, root), id=number, path=image, header=header, size=None, objects=tuple(objects)
-        )
+        where = relative(image, held.root)
+        yield RawImage(where=where, id=number, path=image, header=header, size=None, objects=tuple(objects))
 
 
-def _lines(label: Path, root: Path, findings: list[Finding]) -> list[tuple[str, str]]:
-    where = relative(label, root)
+def _lines(label: Path, held: DataFolder, findings: list[Finding]) -> list[tuple[str, str]]:
+    """Place and text of each object of a label file, those written twice once."""
+    where = relative(label, held.root)
     try:
-        lines = label.read_text("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        what = f"is no UTF-8 text at byte {error.start}: its objects are left out"
+        text = held.read_text(label)
+    except FileNotFoundError:
+        return []
+    except Outside as error:
+        findings.append(Finding(severity="error", kind=OUTSIDE, where=where, message=str(error)))
+        return []
+    except Malformed as error:
+        what = f"{error}: its objects are left out"
         findings.append(Finding(severity="skipped", kind="malformed label", where=where, message=what))
         return []
-    return [(f"{where} line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    first: dict[str, tuple[str, str]] = {}
+    lines = [(f"{where} line {number}", line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    for place, line in lines:
+        first.setdefault(" ".join(line.split()), (place, line))
+    if twice := len(lines) - len(first):
+        what = f"{twice} lines are copies of earlier ones: left out"
+        findings.append(Finding(severity="skipped", kind="identical lines", where=where, message=what))
+    return list(first.values())
 
 
 def _object(line: str, where: str, size: tuple[int, int], classes: int, object_id: int) -> RawObject | Finding:
@@ -156,10 +221,10 @@ def _object(line: str, where: str, size: tuple[int, int], classes: int, object_i
     except ValueError:
         index, values, well_formed = 0.0, [], False
     if not well_formed:
-        what = f"is {line.strip()[:60]!r}, neither `class cx cy w h` nor `class x y x y x y ...`; left out"
+        what = f"is {shown(line.strip())}, neither `class cx cy w h` nor `class x y x y x y ...`; left out"
         return Finding(severity="skipped", kind="malformed label", where=where, message=what)
     if not 0 <= index < classes:
-        what = f"class {index:.0f}, but the data file names 0 to {classes - 1}; add a name there or mend the label"
+        what = f"class {index:g}, but the data file names 0 to {classes - 1}; add a name there or mend the label"
         return Finding(severity="error", kind="unknown class", where=where, message=what)
     points = [value * size[position % 2] for position, value in enumerate(values)]
     polygon: Segmentation | None = None
