@@ -1,5 +1,6 @@
 """The command line: one small file a command."""
 
+import io
 import os
 import sys
 import warnings
@@ -11,6 +12,7 @@ import tyro
 from trainfit.cli.arguments import setting_type, typed
 from trainfit.cli.guide import translate
 from trainfit.errors import TrainfitError
+from trainfit.reports.words import printable
 
 
 def commands(words: Sequence[str]) -> Mapping[str, Callable[..., int]]:
@@ -44,11 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; what the user can repair ends as one line on stderr."""
     # Upstream's imports meet torch's deprecations; a user can do nothing about them.
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged images, which are reported by name
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the locale cannot write is escaped
     try:
         words = translate(sys.argv[1:] if arguments is None else arguments)
         code = tyro.extras.subcommand_cli_from_dict(dict(commands(words)), prog="trainfit", args=words)
     except TrainfitError as error:
-        print(f"trainfit: error: {error}", file=sys.stderr)
+        print(f"trainfit: error: {printable(str(error))}", file=sys.stderr)
         code = error.exit_code
     except BrokenPipeError:  # whoever read the output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

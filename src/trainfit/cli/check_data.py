@@ -54,13 +54,15 @@ class _Progress:
 
     def __init__(self) -> None:
         self.live = sys.stderr.isatty()
+        self.shown = False
         self.next_s = time.monotonic() + 1
 
     def __call__(self, done: int, total: int) -> None:
         """Show how many images are decoded."""
         now = time.monotonic()
-        if now < self.next_s:
+        if now < self.next_s and not (self.shown and done == total):
             return
+        self.shown = True
         self.next_s = now + (0.2 if self.live else 10)
         start, end = ("\r", "\n" if done == total else "") if self.live else ("", "\n")
         print(f"{start}decoded {done} of {total} images", end=end, file=sys.stderr, flush=True)

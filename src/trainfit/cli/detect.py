@@ -32,6 +32,7 @@ def detect(
     """
     from trainfit.errors import TrainfitError
     from trainfit.reports.detections import detection_lines, draw_boxes
+    from trainfit.reports.words import printable
     from trainfit.training import inference
     from trainfit.training.distributed import choose_device
 
@@ -49,7 +50,7 @@ def detect(
         print(json.dumps({"schema": 1, "detections": rows}, indent=2))
     else:
         for row in rows:
-            print("{file}  {class}  {score:.3f}  {box}".format(**row))
+            print(printable("{file}  {class}  {score:.3f}  {box}".format(**row)))
         if not rows:
             print(f"nothing found with a score of {threshold} or more")
     return 0

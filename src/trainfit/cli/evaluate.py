@@ -23,6 +23,7 @@ def evaluate(
     micro_batch: int = 4,
     max_detections: int | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    allow_outside: bool = False,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
     """COCO AP of a trained run, or of a published checkpoint, on a data set, per class.
@@ -36,6 +37,7 @@ def evaluate(
         micro_batch: Images per forward.
         max_detections: Detections for each image and class that count; by default as many as upstream counts.
         device: Where to run.
+        allow_outside: Read files that the data set names but does not hold.
         as_json: Print JSON.
     """
     from trainfit.reports.ap_table import ap_table
@@ -46,7 +48,7 @@ def evaluate(
 
     source = _source(run, weights, max_detections)
     detector = load_detector(source, choose_device(device, 0), model=model)
-    dataset = read_dataset(data)
+    dataset = read_dataset(data, allow_outside=allow_outside)
     require_no_errors(dataset)
     for remark in (*detector.remarks, *_unknown_classes(detector.workload.classes, dataset.classes, source, data)):
         print(remark, file=sys.stderr)

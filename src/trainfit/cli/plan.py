@@ -39,6 +39,8 @@ class Plan(Generic[AnySetting]):
     """Cards of this kind."""
     data: str | None = None
     """Data set: its classes, fullest image, canvas and decoding time are used."""
+    allow_outside: bool = False
+    """Read files that the data set names but does not hold."""
     effective_batch: int = DEFAULT_EFFECTIVE_BATCH
     """Images per optimizer step over all GPUs; held exactly."""
     allow: tuple[str, ...] = ()
@@ -69,7 +71,7 @@ def plan(arguments: Plan[Setting], given: AbstractSet[str]) -> int:
     if arguments.data is not None:
         from trainfit.tasks.detection.read import read_dataset
 
-        dataset = read_dataset(arguments.data)
+        dataset = read_dataset(arguments.data, allow_outside=arguments.allow_outside)
         setting, decode_s = for_data(setting, dataset), decode_seconds(setting, dataset)
     found = make_plan(
         setting,

@@ -37,6 +37,8 @@ class Predict(Generic[AnySetting]):
     """Cards of this kind that train together: each also holds NCCL's buffers and that of the gradient exchange."""
     data: str | None = None
     """Data set that tells --classes, --objects-per-image and --canvas; it overrides them."""
+    allow_outside: bool = False
+    """Read files that the data set names but does not hold."""
     alloc_conf: str = ""
     """As PYTORCH_ALLOC_CONF, for instance expandable_segments:True."""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
@@ -67,7 +69,7 @@ def predict(arguments: Predict[Setting], _given: AbstractSet[str]) -> int:
     if arguments.data is not None:
         from trainfit.tasks.detection.read import read_dataset
 
-        setting = for_data(setting, read_dataset(arguments.data))
+        setting = for_data(setting, read_dataset(arguments.data, allow_outside=arguments.allow_outside))
     requests = trace_requests(setting, gpu, device=arguments.trace_on)
     if sys.stderr.isatty() and not (arguments.cache and all(map(is_stored, requests))):
         print(f"tracing {setting.model}, some 20 s; the next time it is stored", file=sys.stderr)

@@ -1,5 +1,6 @@
 """An evaluation as text."""
 
+from trainfit.reports.words import printable
 from trainfit.tasks.detection.coco_ap import ApResult
 
 _WORDS = {"bbox": "boxes", "segm": "masks"}
@@ -16,10 +17,10 @@ def ap_line(result: ApResult) -> str:
 
 def ap_table(result: ApResult) -> str:
     """The line of `ap_line`, then a row for each class."""
-    width = max(len("class"), *(len(row.name) for row in result.per_class))
+    width = max(len("class"), *(len(printable(row.name)) for row in result.per_class))
     head = f"{'class':<{width}}  {'AP':>5}  {'AP50':>5}  {'AR':>5}  {'objects':>8}  {'detections':>10}"
     rows = [
-        f"{row.name:<{width}}  {_figure(row.ap):>5}  {_figure(row.ap50):>5}  {_figure(row.ar):>5}"
+        f"{printable(row.name):<{width}}  {_figure(row.ap):>5}  {_figure(row.ap50):>5}  {_figure(row.ar):>5}"
         f"  {row.objects:>8}  {row.detections:>10}"
         for row in result.per_class
     ]

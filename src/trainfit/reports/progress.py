@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from trainfit.reports.words import duration
+from trainfit.reports.words import duration, printable
 from trainfit.training.telemetry import StepUpdate
 
 GIB = 2**30
@@ -39,7 +39,7 @@ class TerminalProgress:
 
     def note(self, text: str) -> None:
         """Print a line that stays."""
-        self.console.print(Text(text))
+        self.console.print(Text(printable(text)))
 
     def step(self, update: StepUpdate) -> None:
         """Show the line of the last step."""

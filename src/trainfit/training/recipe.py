@@ -26,6 +26,8 @@ class Recipe:
     """Data set: a folder (COCO, Roboflow export, YOLO, Pascal VOC), a COCO JSON file, or `sample`."""
     format: Literal["auto", "coco", "yolo", "voc"] = "auto"
     """Format of the data set; found by looking unless given."""
+    allow_outside: bool = False
+    """Read files that the data set names but does not hold: absolute paths, `..`, links."""
     plan: Path | None = None
     """File that `trainfit plan --out` wrote: its knobs are taken where none are given here."""
     weights: str | None = None

@@ -27,7 +27,13 @@ def load_data(recipe: Recipe, show: Progress) -> Dataset:
         TrainfitError: the data set has an error, or no image can be used.
     """
     chosen = None if recipe.format == "auto" else recipe.format
-    dataset = read_dataset(recipe.data, format=chosen, val_fraction=recipe.val_fraction, seed=recipe.seed)
+    dataset = read_dataset(
+        recipe.data,
+        format=chosen,
+        val_fraction=recipe.val_fraction,
+        seed=recipe.seed,
+        allow_outside=recipe.allow_outside,
+    )
     require_no_errors(dataset)
     for finding in dataset.findings:
         if finding.severity in ("skipped", "mended"):

@@ -261,12 +261,12 @@ def _objects(
             findings.append(Finding(severity=fault[0], kind=fault[1], where=where, message=fault[2]))
             continue
         where = f"{where}, image {_cut(names[entry['image_id']])}"
-        again = own is not None and own in seen
-        if again and _same(entry, seen[own]):
+        before = seen.get(own) if own is not None else None
+        if before is not None and _same(entry, before):
             what = "the same object again: left out"
             findings.append(Finding(severity="skipped", kind="duplicate annotation id", where=where, message=what))
             continue
-        if again or own is None:
+        if before is not None or own is None:
             unique = next(free_ids)
             findings += _new_id(entry, unique, where)
         else:

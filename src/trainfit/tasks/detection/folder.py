@@ -7,7 +7,7 @@ import reprlib
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from xml.etree.ElementTree import Element
 
 import yaml
@@ -27,6 +27,8 @@ TEXT_BYTES = 256 << 20
 """The longest files that are read: far above what annotation tools write."""
 YAML_DEPTH = 16
 """The deepest nesting of a YOLO data file; the format needs 3."""
+XML_ENCODINGS = r"utf-?8|utf-?16|(us-)?ascii|iso-8859-\d+|latin-?1|windows-125\d|cp125\d"
+"""Encodings of XML files that are read: the parser would look any name up among Python's codecs, `rot13` too."""
 NAME_LENGTH = 1024
 """The longest file name, with its folders, that is looked for."""
 SAFE_INTEGER = 2**53
@@ -128,7 +130,7 @@ def read_regular(path: Path, limit: int, *, first: int | None = None) -> bytes:
                 raise Malformed("is no regular file; remove it or put the file there")
             if state.st_size > limit:
                 raise Malformed(f"is {state.st_size} bytes long, and at most {limit} are read; split it")
-            return file.read(limit if first is None else first)
+            return file.read(state.st_size if first is None else first)
     except FileNotFoundError:
         raise
     except (OSError, ValueError, MemoryError) as error:
@@ -200,10 +202,13 @@ def parse_xml(content: bytes) -> Element:
     Raises:
         Malformed: broken, or in an encoding that is not read.
     """
+    declared = re.match(rb"\s*<\?xml[^>]*encoding\s*=\s*[\"']([^\"'>]*)", content[:1000])
+    encoding = declared[1].decode("ascii", "replace") if declared else "utf-8"
+    if not re.fullmatch(XML_ENCODINGS, encoding, re.IGNORECASE):
+        raise Malformed(f"broken XML: the encoding {shown(encoding)} is not read; save it as UTF-8")
     try:
         return fromstring(content)
-    # Whatever the parser and Python's codecs raise for content: each encoding that a file may name is a library.
-    except Exception as error:
+    except Exception as error:  # the parser's, the codec's and the guard's against entities have no common class
         raise Malformed(f"broken XML: {error or type(error).__name__}") from error
 
 
@@ -243,4 +248,4 @@ def is_file(path: Path) -> bool:
 
 def shown(value: object) -> str:
     """A value of a file for a message: at most some 80 characters, whatever it is."""
-    return cast(str, _short_repr.repr(value))[:80]
+    return _short_repr.repr(value)[:80]

@@ -9,7 +9,7 @@ from faster_coco_eval import mask as mask_api
 from numpy.typing import NDArray
 
 from trainfit.errors import TrainfitError
-from trainfit.tasks.detection.samples import ImageRecord, Segmentation
+from trainfit.tasks.detection.samples import ImageRecord, Polygons
 
 POLYGONS = 5_000
 POINTS = 100_000
@@ -38,13 +38,13 @@ def decode_rle(segmentation: Rle, height: int, width: int) -> NDArray[np.bool_]:
     return mask_api.decode(encoded).astype(np.bool_)
 
 
-def mask_area(segmentation: Segmentation, height: int, width: int) -> int:
+def mask_area(segmentation: Polygons | Rle, height: int, width: int) -> int:
     """Pixels of a mask in an image of this size: it is drawn as training draws it, without unpacking it."""
     if isinstance(segmentation, dict):
         compressed = isinstance(segmentation["counts"], (str, bytes))
         encoded = segmentation if compressed else mask_api.frPyObjects(segmentation, height, width)
     else:
-        polygons = [np.asarray(polygon, np.float64).ravel().tolist() for polygon in segmentation]
+        polygons = [polygon.tolist() for polygon in segmentation]
         encoded = mask_api.merge(cast(list[Rle], mask_api.frPyObjects(polygons, height, width)))
     return int(mask_api.area(cast(Rle, encoded)))
 

@@ -37,15 +37,15 @@ class _Parsed:
     """Class, box, difficult."""
 
 
-def find_voc(path: Path, held: DataFolder | None = None) -> dict[str, list[Path]]:
+def find_voc(path: Path, data: DataFolder | None = None) -> dict[str, list[Path]]:
     """The XML files of each split, {} where `path` is no VOC data set.
 
     `trainval` counts as train where there is no train list; without lists every file of `Annotations/` is train.
 
     Raises:
-        TrainfitError: a list cannot be read, or lies outside of `held` (by default `path`).
+        TrainfitError: a list cannot be read, or lies outside of `data` (by default `path`).
     """
-    held = held or DataFolder(path)
+    data = data or DataFolder(path)
     folder, lists = path / "Annotations", path / "ImageSets" / "Main"
     if not folder.is_dir():
         beside: dict[str, list[Path]] = {}
@@ -53,7 +53,7 @@ def find_voc(path: Path, held: DataFolder | None = None) -> dict[str, list[Path]
             if split not in beside and (xmls := sorted((path / word).glob("*.xml"))):
                 beside[split] = xmls
         return beside
-    splits = {name: _stems(lists / f"{name}.txt", held) for name in ("train", "trainval", "val", "test")}
+    splits = {name: _stems(lists / f"{name}.txt", data) for name in ("train", "trainval", "val", "test")}
     whole, held = splits.pop("trainval"), set(splits["val"])
     splits["train"] = splits["train"] or [stem for stem in whole if stem not in held]
     if not any(splits.values()):
