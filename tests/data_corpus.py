@@ -517,7 +517,7 @@ def _trap_files() -> Iterator[tuple[str, Files]]:
     yield "image bomb", yolo_files() | {"images/train/a.png": _png_that_claims(30_000, 30_000)}
     yield (
         "image large",
-        yolo_files() | {"images/train/a.png": _png_of(9_000, 9_000), "images/train/b.png": _png_of(9_400, 9_400)},
+        yolo_files() | {"images/train/a.png": _png_of(6_000, 6_000), "images/train/b.png": _png_of(9_400, 9_400)},
     )
     gif = base64.b64decode("R0lGODlhAQABAAAAACw=")
     yield "image tiny gif", coco_files() | {"train/a.png": gif}
