@@ -22,6 +22,7 @@ from trainfit.errors import TrainfitError
 from trainfit.models.class_names import positions
 from trainfit.models.rfdetr.family import RfDetrKnobs
 from trainfit.models.rfdetr.interop import starting_rows
+from trainfit.models.rfdetr.weights_file import read_weights
 from trainfit.models.rfdetr.workload import RfDetr
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # upstream's remarks on random weights
@@ -178,6 +179,24 @@ def test_a_key_more_and_a_key_less_load_as_upstream_and_are_named(published: tup
     assert "has besides backbone.0.added_later" in first
     load_pretrain_weights(theirs, workload.config.model_copy(update={"pretrain_weights": str(tmp_path / "old.pth")}))
     assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({3: torch.zeros(1)}, "3 is no name of a tensor"),
+        ({"class_embed.weight": "text"}, "'class_embed.weight' is no name of a tensor"),
+        ({"class_embed.bias": torch.zeros(10**5)}, "`class_embed` is no linear layer"),
+        ({"class_embed.bias": torch.zeros(())}, "`class_embed` is no linear layer"),
+    ],
+)
+def test_what_is_no_model_is_refused_before_anything_is_built(
+    tmp_path: Path, change: dict[Any, Any], message: str
+) -> None:
+    state = {"class_embed.weight": torch.zeros(3, 2), "class_embed.bias": torch.zeros(3)} | change
+    torch.save({"model": state}, tmp_path / "broken.pth")
+    with pytest.raises(TrainfitError, match=message):
+        read_weights(tmp_path / "broken.pth")
 
 
 @dataclass(frozen=True, kw_only=True)

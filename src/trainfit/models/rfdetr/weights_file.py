@@ -120,11 +120,12 @@ def _require_model(state: Any, path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or "class_embed.bias" not in state:
         raise TrainfitError(f"{path}: not a checkpoint of RF-DETR (no `model` with a `class_embed`)")
     tensors = cast(dict[Any, Any], state)
-    odd = next((key for key, value in tensors.items() if not isinstance(value, torch.Tensor)), None)
-    if odd is not None:
-        raise TrainfitError(f"{path}: not a checkpoint of RF-DETR ({odd} is no tensor)")
-    if tensors["class_embed.bias"].ndim != 1 or not len(tensors["class_embed.bias"]):
-        raise TrainfitError(f"{path}: not a checkpoint of RF-DETR (class_embed.bias is no vector)")
+    for key, value in tensors.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise TrainfitError(f"{path}: not a checkpoint of RF-DETR ({key!r} is no name of a tensor)")
+    weight, bias = tensors.get("class_embed.weight"), tensors["class_embed.bias"]
+    if weight is None or weight.ndim != 2 or not len(weight) or bias.shape != weight.shape[:1]:
+        raise TrainfitError(f"{path}: not a checkpoint of RF-DETR (its `class_embed` is no linear layer)")
     return tensors
 
 
