@@ -14,11 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from data_corpus import cases
-from data_trial import Outcome, trial
+from data_corpus import cases  # pyright: ignore[reportMissingImports]
+from data_trial import Outcome, trial  # pyright: ignore[reportMissingImports]
 
 
-def run_share(share: int, jobs: int, count: int, seed: int, name: str, queue: "multiprocessing.Queue[object]") -> None:
+def run_share(
+    share: int, jobs: int, count: int, seed: int, name: str, queue: "multiprocessing.Queue[tuple[str, Outcome] | None]"
+) -> None:
     """Try every `jobs`-th case."""
     with tempfile.TemporaryDirectory() as folder:
         for n, case in enumerate(cases(count, seed=seed)):
@@ -36,7 +38,7 @@ def main() -> int:
     parser.add_argument("--name", default="", help="only cases whose name has this in it")
     arguments = parser.parse_args()
     context = multiprocessing.get_context("fork")
-    queue: multiprocessing.Queue[object] = context.Queue()
+    queue: multiprocessing.Queue[tuple[str, Outcome] | None] = context.Queue()
     shares = [
         context.Process(
             target=run_share, args=(n, arguments.jobs, arguments.cases, arguments.seed, arguments.name, queue)
@@ -54,12 +56,14 @@ def main() -> int:
             continue
         name, outcome = entry
         outcomes[f"{len(outcomes)} {name}"] = outcome
+        if len(outcomes) % 100 == 0:
+            print(f"{len(outcomes)} data sets tried", file=sys.stderr, flush=True)
         if not outcome.good:
             print(f"FAULT {name}: {outcome.verdict} after {outcome.seconds:.1f} s\n{outcome.detail}", flush=True)
     for verdict, number in Counter(outcome.verdict for outcome in outcomes.values()).most_common():
         print(f"{number:6d}  {verdict}")
-    slowest = max(outcomes, key=lambda name: outcomes[name].seconds)
-    largest = max(outcomes, key=lambda name: outcomes[name].peak_mib)
+    slowest = max(outcomes, key={name: outcome.seconds for name, outcome in outcomes.items()}.__getitem__)
+    largest = max(outcomes, key={name: outcome.peak_mib for name, outcome in outcomes.items()}.__getitem__)
     print(f"{len(outcomes)} data sets; slowest {slowest}: {outcomes[slowest].seconds:.1f} s; ", end="")
     print(f"most memory {largest}: {outcomes[largest].peak_mib} MiB with the imports")
     return int(not all(outcome.good for outcome in outcomes.values()))

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -90,7 +90,7 @@ def coco_document(names: list[str]) -> dict[str, Any]:
     rle = coco_mask.encode(square)
     shapes: list[Any] = [
         [[5, 5, 15, 5, 15, 15, 5, 15]],
-        {"size": [30, 40], "counts": rle["counts"].decode()},
+        {"size": [30, 40], "counts": cast(bytes, rle["counts"]).decode()},
         {"size": [30, 40], "counts": [155, 10, 20, 10, 1005]},
         [[5.5, 5, 15, 5, 15, 15.25], [20, 20, 25, 20, 25, 25, 20, 25]],
     ]

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -97,7 +97,7 @@ def test_every_mask_that_is_admitted_has_the_pixels_of_the_image() -> None:
         height, width = (int(n) for n in rng.integers(1, 90, 2))
         pixels = (rng.random((height, width)) < rng.choice([0.0, 0.02, 0.5, 1.0])).astype(np.uint8)
         rle = coco_mask.encode(np.asfortranarray(pixels))
-        text = rle["counts"].decode()
+        text = cast(bytes, rle["counts"]).decode()
         assert rle_fault({"counts": text}, height, width) is None
         assert rle_fault({"counts": text}, height + 1, width) is not None
         assert mask_area({"size": [height, width], "counts": text}, height, width) == pixels.sum()
