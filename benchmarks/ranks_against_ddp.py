@@ -7,6 +7,9 @@ the same fused AdamW; DDP gets the rank's mean loss, so its numbers differ sligh
 `DistributedDataParallel` with its defaults, and `gradient_as_bucket_view=True` as a third column, its leanest setting.
 Rounds are interleaved, and a round of each begins behind a barrier. Prints the ratio of the medians of wall time, and the
 spread of the rounds' own ratios.
+
+Measured on 25 November 2026 on two cores that other programs used too (load 8), 128 px, 4 groups, 10 rounds:
+ours / ddp = 1.040 of the medians (half of the rounds 0.923 to 1.167), ours / ddp views = 0.999 (0.918 to 1.070).
 """
 
 import argparse
