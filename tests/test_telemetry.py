@@ -141,7 +141,6 @@ def slow_loader(workers: int, windows: int = 25) -> Iterator[Loaded]:
     return training_loader(records, slow_decode, plan, steps=range(windows), augment=False, workers=workers)
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_wait_share_of_a_slow_loader(workers: int) -> None:
     """A window sleeps 100 ms in the decoder and 40 ms in the step; 3 workers would load three windows in 120 ms.

@@ -26,7 +26,7 @@ TRAINER_BYTES, WORKER_BYTES = 3 * GIB, 150 * MIB
 """Host memory of the trainer with CUDA's libraries, and of a loader process beside what it shares with the trainer (23 MiB
 measured on Linux before it decodes anything; the rest is for decoding)."""
 PREFETCH = 2
-"""Windows that wait for each worker (torch's DataLoader)."""
+"""Windows in the making or waiting for each worker, as the loader has them (`training.workers`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from trainfit.training import run_folder
 from trainfit.training.distributed import process_group
 from trainfit.training.evaluation import evaluate_model
 from trainfit.training.journal import Journal
-from trainfit.training.loader import STEP, LoaderDiedError, Unreadable, WindowPlan, default_workers, training_loader
+from trainfit.training.loader import STEP, Unreadable, WindowPlan, default_workers, training_loader
 from trainfit.training.mask_stage import on_detector_run
 from trainfit.training.noise_watch import NoiseWatch
 from trainfit.training.oom import HalfUpdated, Halving, Survival, Survivor, survival_line
@@ -34,6 +34,7 @@ from trainfit.training.run_files import PLAN
 from trainfit.training.schedule import lr_factor, mix, set_lr
 from trainfit.training.setup import load_data, make_step, workload_of
 from trainfit.training.telemetry import Progress, Silent, memory_bytes
+from trainfit.training.workers import LoaderDiedError
 
 MOST_SKIPPED = 32
 """Windows in a row that fp16 may skip. Each halves the loss scale: 32 of them bring it from 2**16, where it starts, to 2**-16,
@@ -197,7 +198,13 @@ class _Run:
             self._evaluate()
             self._save_state()
         loader = training_loader(
-            train, self.workload.decoder(), self.plan, steps=steps, augment=self.recipe.augment, workers=self.workers
+            train,
+            self.workload.decoder(),
+            self.plan,
+            steps=steps,
+            augment=self.recipe.augment,
+            workers=self.workers,
+            note=self.show.note,
         )
         self.saved_at = time.monotonic()
         self.step.requests = partial(self._requests, stop)

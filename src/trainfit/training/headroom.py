@@ -114,7 +114,7 @@ def worker_host_bytes() -> int:
     """Memory that a loader process holds for itself: the largest of those there are, else `WORKER_BYTES`.
 
     Private pages only: what a forked process shares with its parent costs nothing. Windows on their way to the trainer
-    (two a worker, in shared memory) are not counted.
+    (two a worker, in anonymous files) are not counted.
     """
     sizes = [_private_bytes(child.pid) for child in multiprocessing.active_children() if child.pid is not None]
     return max((size for size in sizes if size), default=WORKER_BYTES)

@@ -1,21 +1,19 @@
 """Windows of CPU samples: which images, at which size, in which order, all functions of the optimizer step."""
 
-import multiprocessing
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from trainfit.errors import TrainfitError
 from trainfit.models.workload import Decoder, Workload
 from trainfit.step import ranks
 from trainfit.tasks.detection.samples import ImageRecord, Sample
 from trainfit.training.schedule import mix
+from trainfit.training.workers import run_workers
 
 ORDER, SIZE, SAMPLE, STEP = range(4)
 """Purposes of `mix`."""
@@ -60,15 +58,16 @@ class WindowPlan:
 class _Key:
     """What a loader process needs to make one sample."""
 
-    index: int
+    record: ImageRecord
     size: int
     seed: int
 
 
-def _windows(plan: WindowPlan, steps: range) -> Iterator[list[_Key]]:
+def _windows(plan: WindowPlan, steps: range, records: Sequence[ImageRecord]) -> Iterator[list[_Key]]:
     for step in steps:
         size, epoch = plan.size(step), step // plan.windows_per_epoch
-        yield [_Key(index=i, size=size, seed=mix(plan.seed, SAMPLE, epoch, i)) for i in plan.indices(step)]
+        seeds = {i: mix(plan.seed, SAMPLE, epoch, i) for i in plan.indices(step)}
+        yield [_Key(record=records[i], size=size, seed=seed) for i, seed in seeds.items()]
 
 
 class Loaded(list[Sample | Unreadable]):
@@ -78,30 +77,28 @@ class Loaded(list[Sample | Unreadable]):
     """Seconds that reading and decoding took, in the process that did."""
 
 
-class _Samples(Dataset[Sample | Unreadable]):
-    """Decodes one key at a time. An image that cannot be decoded comes back as `Unreadable`, not as an exception."""
+@dataclass(frozen=True, kw_only=True)
+class _Making:
+    """Makes the samples of a window. An image that cannot be decoded becomes `Unreadable`, not an exception."""
 
-    def __init__(self, records: Sequence[ImageRecord], decode: Decoder, *, augment: bool) -> None:
-        self.records, self.decode, self.augment = records, decode, augment
+    decode: Decoder
+    augment: bool
 
-    def __getitems__(self, keys: Sequence[_Key]) -> Loaded:
-        """What torch's loader asks for, where a dataset has it, instead of single items."""
-        started = time.perf_counter()
-        loaded = Loaded(map(self.__getitem__, keys))
+    def __call__(self, keys: Sequence[_Key], report: Callable[[str], None] = lambda _: None) -> Loaded:
+        """Decode one image after the other; `report` is called with the path of each before it is read."""
+        started, loaded = time.perf_counter(), Loaded()
+        for key in keys:
+            report(str(key.record.path))
+            loaded.append(self._sample(key))
         loaded.load_s = time.perf_counter() - started
         return loaded
 
-    def __getitem__(self, key: _Key) -> Sample | Unreadable:
+    def _sample(self, key: _Key) -> Sample | Unreadable:
         generator = torch.Generator().manual_seed(key.seed)
-        record = self.records[key.index]
         try:
-            return self.decode(record, size=key.size, augment=self.augment, generator=generator)
+            return self.decode(key.record, size=key.size, augment=self.augment, generator=generator)
         except TrainfitError as error:
             return Unreadable(error)
-
-
-def _as_list(samples: list[Sample | Unreadable]) -> list[Sample | Unreadable]:
-    return samples
 
 
 def usable_cores() -> int:
@@ -115,46 +112,44 @@ def default_workers() -> int:
     return min(8, usable_cores() - 1)
 
 
-class LoaderDiedError(TrainfitError):
-    """A loader process is gone; raised while data is waited for, never in the middle of a step."""
-
-
-def _loaded(samples: _Samples, batches: Iterable[list[_Key]], workers: int) -> Iterator[Loaded]:
-    """A loader's items. Torch would raise from a signal handler, anywhere, an update half done included: its handler is
-    taken away, and dead processes are found while data is waited for (torch looks every 5 s).
-    """
-    loader = DataLoader(samples, batch_sampler=batches, collate_fn=_as_list, num_workers=workers)  # pyright: ignore[reportArgumentType]
-    main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
-    before = signal.getsignal(signal.SIGCHLD) if main else None
-    others = multiprocessing.active_children()
-    source = iter(loader)
-    if before is not None:
-        signal.signal(signal.SIGCHLD, before)
-    processes = [p for p in multiprocessing.active_children() if p not in others]
-    try:
-        yield from source
-    except RuntimeError as error:
-        dead = [p for p in processes if p.exitcode]
-        if not dead or "DataLoader worker" not in str(error):
-            raise
-        said = ", ".join(f"{p.pid} (exit code {p.exitcode})" for p in dead)
-        raise LoaderDiedError(
-            f"loader process {said} died, most likely killed because host memory ran out: take fewer --workers"
-        ) from error
+def _loaded(
+    make: _Making, batches: Iterable[list[_Key]], workers: int, note: Callable[[str], None]
+) -> Iterator[Loaded]:
+    """The samples of each batch, made in this process or in loader processes."""
+    return run_workers(make, batches, workers, note=note) if workers else map(make, batches)
 
 
 def training_loader(
-    records: Sequence[ImageRecord], decode: Decoder, plan: WindowPlan, *, steps: range, augment: bool, workers: int
+    records: Sequence[ImageRecord],
+    decode: Decoder,
+    plan: WindowPlan,
+    *,
+    steps: range,
+    augment: bool,
+    workers: int,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Loaded]:
-    """A loader whose items are whole windows (lists of samples) of the given steps, in order."""
-    return _loaded(_Samples(records, decode, augment=augment), _windows(plan, steps), workers)
+    """A loader whose items are whole windows (lists of samples) of the given steps, in order.
+
+    Raises:
+        LoaderDiedError: a loader process died, is stopped or stuck; while iterating. `note` gets the lines of `run_workers`.
+    """
+    return _loaded(_Making(decode=decode, augment=augment), _windows(plan, steps, records), workers, note)
 
 
 def evaluation_loader(
-    records: Sequence[ImageRecord], workload: Workload, *, micro_batch: int, workers: int
+    records: Sequence[ImageRecord],
+    workload: Workload,
+    *,
+    micro_batch: int,
+    workers: int,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Loaded]:
-    """A loader whose items are micro-batches of this rank's share of the records, in order and not augmented."""
-    mine = range(ranks.rank(), len(records), ranks.world_size())
-    keys = [_Key(index=i, size=workload.resolution, seed=0) for i in mine]
-    batches = [keys[i : i + micro_batch] for i in range(0, len(keys), micro_batch)]
-    return _loaded(_Samples(records, workload.decoder(), augment=False), batches, workers)
+    """A loader whose items are micro-batches of this rank's share of the records, in order and not augmented.
+
+    The samples hold images alone: evaluation reads boxes and masks from the records.
+    """
+    mine = records[ranks.rank() :: ranks.world_size()]
+    keys = (_Key(record=record.without_objects(), size=workload.resolution, seed=0) for record in mine)
+    batches = iter(lambda: list(islice(keys, micro_batch)), [])
+    return _loaded(_Making(decode=workload.decoder(), augment=False), batches, workers, note)

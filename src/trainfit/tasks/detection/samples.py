@@ -1,7 +1,7 @@
 """What every reader gives and every model family takes: images with their objects."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,11 @@ class ImageRecord:
     """n masks: polygons or an RLE as COCO writes it; None where the object has a box alone."""
     object_ids: NDArray[np.int64]
     """(n,): the annotation ids of the file, or a running number."""
+
+    def without_objects(self) -> "ImageRecord":
+        """The image alone, as evaluation decodes it."""
+        arrays = ("boxes", "classes", "crowd", "areas", "segmentations", "object_ids")
+        return replace(self, **{name: getattr(self, name)[:0] for name in arrays})
 
 
 def packed(segmentation: Segmentation | None) -> Polygons | dict[str, Any] | None:
