@@ -1,13 +1,15 @@
-"""Training under the limits of a container: a small /dev/shm and few open files, with a large effective batch and masks.
+"""The loader under the limits of a container: a small /dev/shm and few open files, with a large effective batch and masks.
 
 python benchmarks/loader_limits.py DATA [EFFECTIVE_BATCH]    needs root for `unshare` and `mount`; prints a line a case.
 
-Each case trains a small segmentation model for two optimizer steps with 4 loader processes, and ends with the last line that the run
-printed and the longest time in which it printed nothing.
+DATA is a COCO set of one JSON beside `images/` (fruits_nuts), repeated until an epoch has two windows. Each case loads two windows
+as RF-DETR Seg Nano trains on them (312 px) with 4 loader processes. It shows the last line printed and the longest silence.
 """
 
+import json
 import os
 import selectors
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,36 +24,63 @@ CASES = {
     "ulimit -n 256": (None, 256),
     "/dev/shm of 16 MiB, ulimit -n 256": (16, 256),
 }
-MODEL = ["--resolution", "96", "--groups", "1", "--num-queries", "20", "--no-multi-scale", "--device", "cpu"]
+LOAD = """
+import sys
+from functools import partial
+from trainfit.models.rfdetr.data import make_sample
+from trainfit.tasks.detection.read import read_dataset
+from trainfit.training.loader import WindowPlan, training_loader
+records = read_dataset(sys.argv[1]).splits["train"]
+plan = WindowPlan(images=len(records), effective_batch=int(sys.argv[2]), sizes=(312,), seed=0)
+decode, note = partial(make_sample, masks=True), partial(print, flush=True)
+for window in training_loader(records, decode, plan, steps=range(2), augment=True, workers=4, note=note):
+    masks = sum(len(sample.masks) for sample in window)
+    print(f"a window of {len(window)} images with {masks} masks", flush=True)
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended."""
+    """How a case ended."""
 
     code: int
     took_s: float
     silent_s: float
-    """The longest time without output, the start (imports, data set) included."""
+    """The longest time without output, that until the first line (imports, data set, a whole window) included."""
     last: str
 
 
 def main(data: str, effective_batch: str) -> None:
     """Run every case."""
+    with tempfile.TemporaryDirectory() as folder:
+        repeat(Path(data), Path(folder), 2 * int(effective_batch))
+        run_cases(folder, effective_batch)
+
+
+def repeat(source: Path, target: Path, images: int) -> None:
+    """The set `source` with copies of its images under other names and ids, until there are `images` of them or more."""
+    (annotations,) = source.glob("*.json")
+    document = json.loads(annotations.read_text())
+    originals, objects = document["images"], document["annotations"]
+    step = 1 + max(entry["id"] for entry in originals + objects)
+    document |= {"images": [], "annotations": []}
+    (target / "images").mkdir()
+    for number in range(-(-images // len(originals))):
+        shift = number * step
+        for entry in originals:
+            name = f"{number}-{Path(entry['file_name']).name}"
+            shutil.copy(source / "images" / Path(entry["file_name"]).name, target / "images" / name)
+            document["images"].append({**entry, "id": entry["id"] + shift, "file_name": name})
+        for entry in objects:
+            moved = {"id": entry["id"] + shift, "image_id": entry["image_id"] + shift}
+            document["annotations"].append({**entry, **moved})
+    (target / annotations.name).write_text(json.dumps(document))
+
+
+def run_cases(data: str, effective_batch: str) -> None:
+    """Load two windows under each limit."""
     for name, (shm_mib, files) in CASES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = ["rfdetr-seg-nano", "--data", data, "--out", str(Path(folder) / "run"), *MODEL]
-            arguments += [
-                "--effective-batch",
-                effective_batch,
-                "--micro-batch",
-                "8",
-                "--workers",
-                "4",
-                "--max-steps",
-                "2",
-            ]
-            outcome = watched(limited([sys.executable, "-m", "trainfit", "train", *arguments], shm_mib, files))
+        outcome = watched(limited([sys.executable, "-c", LOAD, data, effective_batch], shm_mib, files))
         verdict = "silent for too long" if outcome.silent_s > SILENCE_S else f"exit code {outcome.code}"
         print(
             f"{name}: {verdict}, {outcome.took_s:.0f} s, at most {outcome.silent_s:.0f} s silent; {outcome.last}",
