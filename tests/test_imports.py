@@ -16,9 +16,11 @@ ROOMS = [
     "timing",
     "models",
     "tasks",
+    "weights",
     "step",
     "gpus",
     "process",
+    "values",
     "errors",
     "cache",
 ]

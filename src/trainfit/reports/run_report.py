@@ -13,7 +13,7 @@ from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import GIB
 from trainfit.reports.words import duration
 from trainfit.training.noise_scale import NoiseSample, NoiseScale, noise_line, noise_scale
-from trainfit.training.run_files import METRICS, PLAN, RECIPE, TELEMETRY
+from trainfit.training.run_files import METRICS, PLAN, RECIPE, TELEMETRY, read_rows
 
 SCHEMA = 1
 Row = Mapping[str, Any]
@@ -84,8 +84,8 @@ def read_run(folder: Path, now: float | None = None) -> RunReport:
     recipe, plan = _object(folder / RECIPE), _object(folder / PLAN)
     if recipe is None:
         raise TrainfitError(f"{folder} is not a run folder (no {RECIPE}): give the folder that trainfit train wrote")
-    metrics, bad_metrics = _lines(folder / METRICS)
-    telemetry, bad_telemetry = _lines(folder / TELEMETRY)
+    metrics, bad_metrics = read_rows(folder / METRICS)
+    telemetry, bad_telemetry = read_rows(folder / TELEMETRY)
     readings = [row for row in telemetry if "event" not in row]
     events = {
         name: [r for r in telemetry if r.get("event") == name] for name in ("start", "pause", "oom", "loader", "noise")
@@ -127,20 +127,6 @@ def _object(path: Path) -> Row | None:
         return None
     except ValueError as error:
         raise TrainfitError(f"{path} is damaged ({error})") from error
-
-
-def _lines(path: Path) -> tuple[list[Row], int]:
-    """The rows of a JSON-lines file, and how many lines are none."""
-    rows: list[Row] = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    for line in filter(None, lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
-    return rows, sum(map(bool, lines)) - len(rows)
 
 
 def _state(telemetry: Sequence[Row], now: float) -> State:

@@ -97,9 +97,20 @@ def together(action: Callable[[], Result]) -> Result:
 
 
 def from_first_rank(make: Callable[[], str]) -> str:
-    """What `make` gives on rank 0, on every rank; the others do not call it."""
-    value = [make() if rank() == 0 else ""]
+    """What `make` gives on rank 0, on every rank; the others do not call it.
+
+    Raises:
+        TrainfitError: `make` raised it; every rank raises, so that none waits for a first rank that has ended.
+    """
+    result: list[str | TrainfitError] = [""]
+    if rank() == 0:
+        try:
+            result[0] = make()
+        except TrainfitError as error:
+            result[0] = error
     if world_size() > 1:
         with collective():
-            dist.broadcast_object_list(value)
-    return value[0]
+            dist.broadcast_object_list(result)
+    if isinstance(result[0], TrainfitError):
+        raise result[0]
+    return result[0]

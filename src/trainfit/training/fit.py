@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from trainfit.training.recipe import Batching, Recipe, encode, resolve_batching,
 from trainfit.training.rehearsal import rehearse
 from trainfit.training.run_files import PLAN
 from trainfit.training.schedule import lr_factor, mix, set_lr
-from trainfit.training.setup import load_data, make_step, workload_of
+from trainfit.training.setup import load_data, make_step, restore, workload_of
 from trainfit.training.telemetry import Progress, Silent, memory_bytes
 from trainfit.training.workers import LoaderDiedError
 
@@ -79,18 +78,19 @@ def fit(recipe: Recipe, *, progress: Progress | None = None, stop: Callable[[], 
     """
     with process_group(recipe.device) as device:
         show = progress if progress is not None and ranks.rank() == 0 else Silent()
-        return _Run(resume_recipe(recipe) if recipe.resume else on_detector_run(recipe), device, show).train(stop)
+        recipe = resume_recipe(recipe) if recipe.resume else on_detector_run(recipe)
+        name, resume = family_of(recipe.model)[1], recipe.resume is not None
+        with run_folder.opened(recipe.out, name, resume=resume) as folder:
+            return _Run(recipe, folder, device, show).train(stop)
 
 
 class _Run:
     """One training on one rank: what `fit` sets up, and the loop."""
 
-    def __init__(self, recipe: Recipe, device: torch.device, show: Progress) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, device: torch.device, show: Progress) -> None:
         began = time.perf_counter()
-        self.recipe, self.device, self.show = recipe, device, show
+        self.recipe, self.folder, self.device, self.show = recipe, folder, device, show
         self.batching = resolve_batching(recipe, ranks.world_size())
-        folder = partial(run_folder.prepare, recipe.out, family_of(recipe.model)[1], resume=recipe.resume is not None)
-        self.folder = Path(ranks.from_first_rank(lambda: str(folder())))
         self.dataset = load_data(recipe, show)
         self.workload = workload_of(recipe, self.dataset.classes)
         if self.workload.masks:
@@ -117,7 +117,7 @@ class _Run:
         self.told, self.pending_evaluation = 0, False
         self.saved_step: int | None = None
         if recipe.resume:
-            self._resume(self.folder / run_folder.STATE)
+            self._resume()
             self.survivor.survived += [Survival(**row) for row in run_folder.events(self.folder, "oom")]
             self.told = len(self.survivor.survived)
         else:
@@ -349,16 +349,16 @@ class _Run:
         ranks.gather(None)  # no rank leaves before the state is on the disk: torchrun would end the one that writes it
         self.saved_step = self.done
 
-    def _resume(self, path: Path) -> None:
-        if not path.exists():
-            self.show.note(f"{path.parent} has no saved state yet: starting from its beginning")
+    def _resume(self) -> None:
+        choice = ranks.from_first_rank(lambda: json.dumps(run_folder.usable_state(self.folder)))
+        name, remark = json.loads(choice)
+        if remark:
+            self.show.note(remark)
+        if name is None:
             return
+        path = self.folder / name
         state = run_folder.load_state(path)
-        self.step.model.load_state_dict(state["model"])
-        if self.step.ema:
-            self.step.ema.load_state_dict(state["ema"])
-        self.step.optimizer.load_state_dict(state["optimizer"])
-        self.step.scaler.load_state_dict(state["scaler"])
+        restore(self.step, state, path)
         self.done, self.best, self.skipped = state["step"], state["best"], state["skipped"]
         self.survivor.load(state["survivor"])
         self.step.skipped_windows = state["skipped_windows"]

@@ -15,8 +15,8 @@ from trainfit.step.training_step import StepResult
 from trainfit.training import headroom
 from trainfit.training.loader import usable_cores
 from trainfit.training.noise_scale import TOO_FEW, NoiseSample, noise_line, noise_scale
-from trainfit.training.run_files import TELEMETRY
-from trainfit.training.run_folder import Metrics
+from trainfit.training.run_files import METRICS, TELEMETRY
+from trainfit.training.run_folder import Metrics, heal
 from trainfit.training.telemetry import Clock, Progress, StepUpdate, memory_bytes, meter
 from trainfit.training.tensorboard import event_writer
 
@@ -55,7 +55,9 @@ class Journal:
             Metrics(folder, keep_through=after_step, pending_evaluation=pending_evaluation) if first else None
         )
         self.events = event_writer(folder) if tensorboard and first else None
-        self.telemetry = _writable(folder / TELEMETRY) if first else None
+        self.telemetry = folder / TELEMETRY if first else None
+        if first:
+            self._heal(folder)
         self.clock = Clock(device, began)
         self.meter = meter(device)
         self.worker_bytes = headroom.WORKER_BYTES
@@ -63,6 +65,13 @@ class Journal:
         self.pending: list[tuple[StepResult, int, float, int]] = []
         self.finite = True
         """Whether every loss and gradient of the last reading was a number."""
+
+    def _heal(self, folder: Path) -> None:
+        """Drop the lines of both files that are none, and say so; a line that a kill cut short is among them."""
+        dropped = {METRICS: self.metrics.dropped if self.metrics else 0, TELEMETRY: heal(folder / TELEMETRY)}
+        for name, number in dropped.items():
+            if number:
+                self.show.note(f"{folder / name}: {number} unreadable line(s) dropped")
 
     def window(self, result: StepResult, *, step: int, lr: float, size: int) -> None:
         """Note one window; `step` counts from 1."""
@@ -170,11 +179,3 @@ class Journal:
         )
         self.event("end", step, interrupted=interrupted, noise=hint)
         return line, hint
-
-
-def _writable(path: Path) -> Path:
-    """The file of lines; a line that a kill cut short is ended, so that it spoils no other."""
-    if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
-        with path.open("a") as file:
-            file.write("\n")
-    return path

@@ -1,72 +1,83 @@
 """What a run leaves on disk. Every file is replaced whole: a kill or a full disk leaves the previous one."""
 
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping
+import zipfile
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 
 from trainfit.errors import TrainfitError
-from trainfit.step.attempt import is_out_of_memory
-from trainfit.training.run_files import METRICS, RECIPE, TELEMETRY
+from trainfit.step import ranks
+from trainfit.training.lock import locked
+from trainfit.training.run_files import METRICS, RECIPE, TELEMETRY, read_rows
+from trainfit.weights import BEST, LAST, UNREADABLE, first_line, load_weights, save_weights, write_atomically
 
-STATE = "state.pt"
-LAST = "last.safetensors"
-BEST = "best.safetensors"
+__all__ = ["BEST", "LAST", "METRICS", "RECIPE", "TELEMETRY", "load_weights", "save_weights", "write_atomically"]
+
+STATE, PREVIOUS, DAMAGED = "state.pt", "state.previous.pt", "state.damaged.pt"
 UPSTREAM = "best-rfdetr.pth"
 
 
-def prepare(out: Path | None, model: str, *, resume: bool) -> Path:
-    """Make the run folder, runs/MODEL-1 or the next number that is free unless given; prove that it can be written.
+@contextmanager
+def opened(out: Path | None, model: str, *, resume: bool) -> Generator[Path]:
+    """The run folder, on every rank; made, proved writable and locked by rank 0 for as long as the context lasts.
+
+    Without `out` it is runs/MODEL-1 or the next number that is free.
 
     Raises:
-        TrainfitError: it holds another run, or cannot be written.
+        TrainfitError: it holds another run, is in use by another process, or cannot be written.
     """
-    if out is None:
-        out = next(path for n in count(1) if not (path := Path("runs") / f"{model}-{n}").exists())
-    if not resume and (out / RECIPE).exists():
-        raise TrainfitError(f"{out} already holds a run: go on with --resume {out}, or choose another --out")
+    with ExitStack() as held:
+
+        def prepare() -> str:
+            folder = _made(out, model)
+            held.enter_context(locked(folder))
+            if not resume and (folder / RECIPE).exists():
+                raise TrainfitError(
+                    f"{folder} already holds a run: go on with --resume {folder}, or choose another --out"
+                )
+            return str(folder)
+
+        yield Path(ranks.from_first_rank(prepare))
+
+
+def _made(out: Path | None, model: str) -> Path:
     try:
+        if out is None:
+            return _new_folder(Path("runs"), model)
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".writable"
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise TrainfitError(f"--out {out} cannot be written ({error.strerror}): choose another folder") from error
+        where = out or Path("runs").resolve()
+        raise TrainfitError(f"--out {where} cannot be written ({error.strerror}): choose another folder") from error
     return out
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the file, flush it to the disk, then take its name.
-
-    Raises:
-        TrainfitError: the disk is full or cannot be written; the previous file is as it was.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
-        # torch and safetensors wrap the operating system's error
-        temporary.unlink(missing_ok=True)
-        kept = "the previous one is intact" if path.exists() else "there is no previous one"
-        reason = _system_reason(error)
-        raise TrainfitError(f"could not save {path} ({reason}); {kept}: free space and go on with --resume") from error
+def _new_folder(parent: Path, model: str) -> Path:
+    """Make MODEL-1 or the next number that is free: two runs that start at once get two folders."""
+    parent.mkdir(exist_ok=True)
+    for number in count(1):
+        folder = parent / f"{model}-{number}"
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise AssertionError
 
 
 def events(folder: Path, name: str) -> list[dict[str, Any]]:
     """What the run's telemetry says of events of this name, in order, without name and time."""
-    path = folder / TELEMETRY
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines if f'"event": "{name}"' in line and line.endswith("}")]
-    return [{key: value for key, value in row.items() if key not in ("event", "time")} for row in rows]
+    rows, _ = read_rows(folder / TELEMETRY)
+    return [
+        {key: value for key, value in row.items() if key not in ("event", "time")}
+        for row in rows
+        if row.get("event") == name
+    ]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -74,49 +85,17 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda target: target.write_text(text))
 
 
-def _system_reason(error: BaseException) -> str:
-    """The operating system's words, which torch and safetensors bury under their own; else the first line of theirs."""
-    inner: BaseException | None = error
-    if is_out_of_memory(error):
-        return "host memory is full"
-    while inner is not None:
-        if isinstance(inner, OSError) and inner.strerror:
-            return inner.strerror
-        inner = inner.__cause__ or inner.__context__
-    return str(error).splitlines()[0]
-
-
-def save_weights(path: Path, weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file with what `models.registry.from_metadata` needs."""
-
-    def write(target: Path) -> None:
-        tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-        safetensors.torch.save_file(tensors, target, metadata=dict(metadata))
-
-    write_atomically(path, write)
-
-
-def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a file that `save_weights` wrote.
-
-    Raises:
-        TrainfitError: the file cannot be read as safetensors.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise TrainfitError(f"{path}: not a readable safetensors file ({error})") from error
-
-
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Training state: tensors and plain values only, so that it loads with `weights_only`."""
+    """Training state: tensors and plain values only, so that it loads with `weights_only`.
+
+    The state that was there before is kept as `PREVIOUS`.
+    """
 
     def write(target: Path) -> None:
         with target.open("wb") as file:
             torch.save(dict(state), file)
 
-    write_atomically(path, write)
+    write_atomically(path, write, keep=path.with_name(PREVIOUS))
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -126,10 +105,57 @@ def load_state(path: Path) -> dict[str, Any]:
         TrainfitError: the file is damaged.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise TrainfitError(f"{path} is damaged ({reason}): start anew with --weights {path.parent / LAST}") from error
+        _require_checksums(path)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError("not a saved state")
+        return state
+    except UNREADABLE as error:
+        way_out = f"start anew with --weights {path.parent / LAST}"
+        raise TrainfitError(f"{path} is damaged ({first_line(error)}): {way_out}") from error
+
+
+def _require_checksums(path: Path) -> None:
+    """Raise an error of `UNREADABLE` unless the archive's checksums hold; torch.load does not compare them."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+
+
+def usable_state(folder: Path) -> tuple[str | None, str]:
+    """The file name of the newest state that is whole, and a remark ("" if there is nothing to say).
+
+    A damaged state is renamed, so that the next save does not put it in the place of the previous one.
+
+    Raises:
+        TrainfitError: there is a state, and none is whole.
+    """
+    newest, previous = folder / STATE, folder / PREVIOUS
+    if not newest.exists():
+        lost = f"{STATE} is missing: going on from {PREVIOUS}"
+        return (
+            (PREVIOUS, lost)
+            if previous.exists()
+            else (None, f"{folder} has no saved state yet: starting from its beginning")
+        )
+    try:
+        load_state(newest)
+    except TrainfitError as error:
+        if not previous.exists():
+            raise
+        load_state(previous)
+        newest.replace(folder / DAMAGED)
+        return PREVIOUS, f"{error}, or as now: the previous state is used, and the damaged one kept as {DAMAGED}"
+    return STATE, ""
+
+
+def heal(path: Path) -> int:
+    """Rewrite a JSON-lines file without the lines that are none; returns their number."""
+    rows, bad = read_rows(path)
+    if bad:
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return bad
 
 
 class Metrics:
@@ -146,10 +172,10 @@ class Metrics:
             return row["step"] <= keep_through and not again
 
         self.path = path = folder / METRICS
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and stays(json.loads(line))]
-        if kept != lines:
-            write_text(path, "".join(kept))
+        rows, self.dropped = read_rows(path)
+        kept = "".join(json.dumps(row) + "\n" for row in rows if stays(row))
+        if path.exists() and path.read_bytes() != kept.encode():
+            write_text(path, kept)
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows; each has a `step`.

@@ -1,9 +1,13 @@
 """What a training starts from: the recipe's data, workload, and step on the device."""
 
 import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from trainfit.errors import TrainfitError
 from trainfit.models.registry import make_workload
 from trainfit.models.workload import OptimizerSettings, Workload
 from trainfit.step.checkpointing import checkpoint_first
@@ -18,6 +22,7 @@ from trainfit.training.loader import usable_cores
 from trainfit.training.mask_stage import evaluated_weights
 from trainfit.training.recipe import Recipe
 from trainfit.training.telemetry import Progress
+from trainfit.weights import UNREADABLE, first_line
 
 
 def load_data(recipe: Recipe, show: Progress) -> Dataset:
@@ -81,3 +86,21 @@ def make_step(
         clip_norm=recipe.clip_norm,
         ema=averaged_copy(model, on_host=recipe.ema_on_host) if recipe.ema else None,
     )
+
+
+def restore(step: TrainingStep, state: Mapping[str, Any], path: Path) -> None:
+    """Bring a step to a saved state that was read from `path`.
+
+    Raises:
+        TrainfitError: the state is of another model or optimizer.
+    """
+    try:
+        step.model.load_state_dict(state["model"])
+        if step.ema:
+            step.ema.load_state_dict(state["ema"])
+        step.optimizer.load_state_dict(state["optimizer"])
+        step.scaler.load_state_dict(state["scaler"])
+    except UNREADABLE as error:
+        raise TrainfitError(
+            f"{path} does not belong to this run's recipe ({first_line(error)}): start a new run with --weights"
+        ) from error
