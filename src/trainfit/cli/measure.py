@@ -52,7 +52,7 @@ def measure(arguments: Measure[Setting], _given: AbstractSet[str]) -> int:
         record = read_plan(arguments.plan)
         if record["model"] != setting.model:
             raise TrainfitError(f"--plan {arguments.plan} is for {record['model']}, not {setting.model}")
-        setting = setting_from_json(record["setting"])
+        setting = setting_from_json(record["setting"], f"--plan {arguments.plan}, setting")
     sizes = _sizes(arguments.micro_batches)
     if arguments.steps < 1:
         raise TrainfitError(f"--steps must be at least 1, not {arguments.steps}")

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from trainfit.errors import TrainfitError
 from trainfit.models.family import Family, families, family_of
 from trainfit.step.names import Checkpointing, Optimizer, Precision
+from trainfit.values import Range, flag, from_record, require_valid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +23,13 @@ class Setting:
 
     model: str
     """Name of the model: `trainfit models` lists them; clip:ARCH, timm:NAME, or module:function of your own."""
-    micro_batch: int = 1
+    micro_batch: Annotated[int, Range(1, 100_000)] = 1
     """Images (or pairs) in one forward and backward on one GPU; changes memory and speed, not the result."""
-    accumulation: int = 1
+    accumulation: Annotated[int, Range(1, 1_000_000)] = 1
     """Micro-batches per optimizer step and GPU."""
-    eval_micro_batch: int | None = None
+    eval_micro_batch: Annotated[int | None, Range(1, 100_000)] = None
     """Images in one forward of evaluation; the micro-batch unless given."""
-    checkpointing: Checkpointing = "none"
+    checkpointing: Annotated[Checkpointing, Range(0)] = "none"
     """Activation checkpointing: how many of the model's blocks, from the first, are recomputed in backward."""
     precision: Precision = "auto"
     """auto: bf16 on CUDA capability 8.0 and later, fp16 on older GPUs, fp32 on the CPU."""
@@ -38,16 +39,16 @@ class Setting:
     """Keep EMA weights, for evaluation and the best checkpoint. As the family is trained unless given."""
     ema_on_host: bool = False
     """Keep the EMA weights in host memory: less on the GPU, more time."""
-    classes: int = 80
+    classes: Annotated[int, Range(1, 100_000)] = 80
     """Classes of the data set, background not counted."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be used."""
+        require_valid(self)
         for each in fields(self):
             value = getattr(self, each.name)
-            lowest = 0 if each.name == "checkpointing" else 1
-            if type(value) is int and value < lowest:
-                raise TrainfitError(f"--{each.name.replace('_', '-')} must be at least {lowest}, not {value}")
+            if type(value) is int and value < 1 and each.name != "checkpointing":
+                raise TrainfitError(f"{flag(each.name)} must be at least 1, not {value}")
 
     @property
     def keeps_ema(self) -> bool:
@@ -63,7 +64,7 @@ class Setting:
 class DetectionSetting(Setting):
     """The knobs of families that detect objects."""
 
-    objects_per_image: int = 100
+    objects_per_image: Annotated[int, Range(1, 100_000)] = 100
     """Objects in the fullest image; the default is that of rf-detr's own memory probe."""
 
 
@@ -92,17 +93,23 @@ def named(setting: Setting) -> Setting:
     return replace(setting, model=family_of(setting.model)[1])
 
 
-def setting_from_json(record: Mapping[str, Any]) -> Setting:
-    """What `Setting.to_json` gave, as a setting of the model's family.
+def setting_from_json(record: Any, source: str = "setting") -> Setting:
+    """What `Setting.to_json` gave, as a setting of the model's family; `source` is where it was read.
 
     Knobs of other families are left out: until version 0.1 a setting had those of all.
 
     Raises:
-        TrainfitError: no such model, or no family has such a knob.
+        TrainfitError: no such model, no family has such a knob, or a value that a setting cannot have.
     """
-    family, name = family_of(record["model"])
-    own = {each.name for each in fields(family.setting)}
-    others = {each.name for other in families().values() for each in fields(other.setting)} - own
-    values = {key: value for key, value in record.items() if key not in others}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    return make_setting(name, **{key: value for key, value in values.items() if key != "model"})
+    if not isinstance(record, Mapping) or not isinstance(record.get("model"), str):
+        raise TrainfitError(f"{source} is no setting: it has no `model`")
+    try:
+        family, name = family_of(record["model"])
+        own = {each.name for each in fields(family.setting)}
+        others = {each.name for other in families().values() for each in fields(other.setting)} - own
+        values = {key: value for key, value in record.items() if key not in others}
+        return from_record(family.setting, values | {"model": name}, source)
+    except TrainfitError as error:
+        if str(error).startswith(source):
+            raise
+        raise TrainfitError(f"{source}: {error}") from error

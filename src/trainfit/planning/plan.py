@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from trainfit.memory.predict import Prediction
 from trainfit.models.family import family_of
 from trainfit.models.setting import Setting
 from trainfit.training.recipe import Recipe
+from trainfit.values import changed, given, require_known
 
 SCHEMA = 1
 Verdict = Literal["chosen", "fits", "does not fit"]
@@ -100,9 +101,15 @@ def knobs(plan: Plan) -> dict[str, Any]:
     setting = plan.chosen.setting
     own = {"recipe" if name == "stage" else name: value for name, value in setting.to_json().items()}
     batch = {"effective_batch": plan.effective_batch}
-    taken = {field.name for field in fields(Recipe)} - {"model", "accumulation"}
+    taken = _taken()
     values = batch | own | {"workers": plan.loading.workers}
     return {name: value for name, value in values.items() if name in taken and value is not None}
+
+
+def _taken() -> frozenset[str]:
+    """Values of a recipe that may stand in a plan."""
+    elsewhere = {"model", "accumulation", "data", "plan", "weights", "from_run", "out", "resume"}
+    return frozenset(field.name for field in fields(Recipe)) - elsewhere
 
 
 def with_plan(recipe: Recipe) -> Recipe:
@@ -116,9 +123,11 @@ def with_plan(recipe: Recipe) -> Recipe:
     record = read_plan(recipe.plan)
     if recipe.model and family_of(recipe.model)[1] != record["model"]:
         raise TrainfitError(f"--plan {recipe.plan} is for {record['model']}, not {recipe.model}: drop one of the two")
-    defaults = {each.name: each.default for each in fields(Recipe)}
-    taken = {name: value for name, value in record["knobs"].items() if getattr(recipe, name) == defaults[name]}
-    return replace(recipe, model=record["model"], **taken)
+    taken = {name: value for name, value in record["knobs"].items() if name not in given(recipe)}
+    try:
+        return changed(recipe, **taken, model=record["model"])
+    except TrainfitError as error:
+        raise TrainfitError(f"--plan {recipe.plan}: {error}") from error
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
@@ -157,8 +166,12 @@ def read_plan(path: Path) -> Mapping[str, Any]:
         raise TrainfitError(
             f"--plan {path} cannot be read ({error.strerror}): write one with trainfit plan --out"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TrainfitError(f"--plan {path} is not JSON ({error}): write one with trainfit plan --out") from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA or "knobs" not in record:
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise TrainfitError(f"--plan {path} is not a plan file of schema {SCHEMA}: write one with trainfit plan --out")
+    for key, kind in (("model", str), ("knobs", dict), ("setting", dict), ("predicted", dict)):
+        if not isinstance(record.get(key), kind):
+            raise TrainfitError(f"--plan {path} is damaged (no {key!r}): write one with trainfit plan --out")
+    require_known(record["knobs"], _taken(), f"--plan {path}, knobs")
     return record

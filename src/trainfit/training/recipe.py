@@ -10,12 +10,15 @@ import tyro
 
 from trainfit.errors import TrainfitError
 from trainfit.step.names import Checkpointing, Optimizer, Precision
+from trainfit.training.run_files import RECIPE
+from trainfit.values import Range, flag, from_record, given, keeps_given, require_valid
 
 DEFAULT_EFFECTIVE_BATCH = 16
 """Why this many: docs/training.md."""
 DEFAULT_MICRO_BATCH = 4
 
 
+@keeps_given
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What to train, on what, for how long."""
@@ -37,25 +40,25 @@ class Recipe:
     the mask head alone, on the frozen detector of --from."""
     from_run: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Run folder of the detector that --recipe masks adds its mask head to; its evaluated (best) weights are taken."""
-    resolution: int | None = None
+    resolution: Annotated[int | None, Range(1, 8_192)] = None
     """Side of the square input in pixels; the model's published one by default."""
     snap: bool = True
     """Take the nearest legal resolution where the wanted one is not legal."""
-    effective_batch: int | None = None
+    effective_batch: Annotated[int | None, Range(1, 1_000_000)] = None
     """Images per optimizer step over all GPUs (default 16; docs/training.md says why)."""
-    micro_batch: int | None = None
+    micro_batch: Annotated[int | None, Range(1, 100_000)] = None
     """Images per forward and backward on one GPU; changes memory and speed, not the result."""
-    accumulation: int | None = None
+    accumulation: Annotated[int | None, Range(1, 1_000_000)] = None
     """Micro-batches per optimizer step and GPU."""
-    epochs: int = 100
+    epochs: Annotated[int, Range(1, 1_000_000)] = 100
     """Passes over the training images."""
-    max_steps: int | None = None
+    max_steps: Annotated[int | None, Range(1)] = None
     """Stop after this many optimizer steps."""
     out: Path | None = None
     """Run folder; runs/MODEL-N by default."""
     resume: Path | None = None
     """Run folder to go on with; its own recipe is used, and --epochs, --max-steps, --micro-batch may be given anew."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     """Weights, order of data and augmentation follow from it."""
     tensorboard: bool = False
     """Write TensorBoard logs too (needs trainfit[tensorboard])."""
@@ -63,19 +66,19 @@ class Recipe:
     """Where to train."""
     precision: Precision = "auto"
     """auto: bf16 on CUDA capability 8.0 and later, fp16 on older GPUs, fp32 on the CPU."""
-    lr: float = 1e-4
+    lr: Annotated[float, Range(0, 1e3)] = 1e-4
     """Learning rate of the heads; it follows the effective batch, not the micro-batch."""
-    lr_encoder: float = 1.5e-4
+    lr_encoder: Annotated[float, Range(0, 1e3)] = 1.5e-4
     """Learning rate of the encoder's last layer, before component decay."""
-    weight_decay: float = 1e-4
+    weight_decay: Annotated[float, Range(0)] = 1e-4
     """AdamW's decay."""
     schedule: Literal["step", "cosine"] = "step"
     """step: a tenth of the rate from epoch --lr-drop on; cosine: to zero at the end."""
-    lr_drop: int = 100
+    lr_drop: Annotated[int, Range(0)] = 100
     """Epoch of the step schedule's drop."""
-    warmup_epochs: float = 0.0
+    warmup_epochs: Annotated[float, Range(0)] = 0.0
     """Length of the linear warm-up."""
-    clip_norm: float = 0.1
+    clip_norm: Annotated[float, Range(0)] = 0.1
     """Largest gradient norm of a window; 0 turns clipping off."""
     ema: bool = True
     """Average the weights; evaluation and the saved best use the average."""
@@ -83,11 +86,11 @@ class Recipe:
     """Draw the training size anew for every window; the largest is up to 1.4 times the resolution."""
     augment: bool = True
     """Random crops and flips."""
-    num_queries: int | None = None
+    num_queries: Annotated[int | None, Range(1, 10_000)] = None
     """Object queries; the published number by default."""
-    groups: int | None = None
+    groups: Annotated[int | None, Range(1, 100)] = None
     """Query groups in training (upstream's group_detr, 13)."""
-    checkpointing: Checkpointing = "none"
+    checkpointing: Annotated[Checkpointing, Range(0)] = "none"
     """Activation checkpointing: how many blocks, from the first, are computed again in backward: less memory, more time."""
     optimizer: Optimizer = "adamw-fused"
     """adamw-8bit needs bitsandbytes (trainfit[8bit])."""
@@ -95,19 +98,20 @@ class Recipe:
     """Keep the averaged weights in the CPU's memory: less on the GPU, more time."""
     freeze_encoder: bool = False
     """Train all but the encoder."""
-    workers: int | None = None
+    workers: Annotated[int | None, Range(0, 256)] = None
     """Loader processes per GPU; by the machine's cores unless given."""
-    eval_every: int = 1
+    eval_every: Annotated[int, Range(0)] = 1
     """Evaluate every so many epochs, and at the end; 0: at the end alone."""
-    eval_micro_batch: int | None = None
+    eval_micro_batch: Annotated[int | None, Range(1, 100_000)] = None
     """Images per forward in evaluation; the micro-batch by default."""
-    val_fraction: float = 0.1
+    val_fraction: Annotated[float, Range(0, 1, inside=True)] = 0.1
     """Share of the training images held out where the data set has no validation split."""
-    save_minutes: float = 10.0
+    save_minutes: Annotated[float, Range(0)] = 10.0
     """Save the state this often besides after every evaluation."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
+        require_valid(self)
         if self.resume is None and not self.model and self.from_run is None and self.plan is None:
             raise TrainfitError("name a model, for instance: trainfit train rfdetr-nano --data DIR")
         if self.resume is None and not self.data:
@@ -116,14 +120,6 @@ class Recipe:
             raise TrainfitError("--recipe masks and --from RUN (the run of a detector) go together")
         if self.from_run is not None and self.weights is not None:
             raise TrainfitError("--weights and --from cannot both say where to start: leave --weights out")
-        for name in ("effective_batch", "micro_batch", "accumulation", "max_steps", "eval_micro_batch", "resolution"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise TrainfitError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-        if self.epochs < 1:
-            raise TrainfitError(f"--epochs must be at least 1, not {self.epochs}")
-        if not 0 < self.val_fraction < 1:
-            raise TrainfitError(f"--val-fraction must lie between 0 and 1, not {self.val_fraction}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,39 +178,40 @@ RESUMABLE = frozenset(
 """What may change when a run goes on: none of it changes what a step computes."""
 
 
-def resume_recipe(given: Recipe) -> Recipe:
-    """The saved recipe of the run folder `given.resume`, with the flags that were given anew.
+def resume_recipe(wanted: Recipe) -> Recipe:
+    """The saved recipe of the run folder `wanted.resume`, with the values that were given anew, defaults included.
 
     Raises:
         TrainfitError: not a run folder, or a flag that would make it another run.
     """
-    assert given.resume is not None
-    path = given.resume / "recipe.json"
-    try:
-        saved = Recipe(**_decode(json.loads(path.read_text())))
-    except OSError as error:
-        raise TrainfitError(f"--resume: {given.resume} is not a run folder of trainfit (no recipe.json)") from error
-    except (ValueError, TypeError) as error:
-        raise TrainfitError(f"{path} is damaged ({error}); start a new run") from error
+    assert wanted.resume is not None
+    saved = _read(wanted.resume)
     changes: dict[str, Any] = {}
-    for field in dataclasses.fields(Recipe):
-        value, before = getattr(given, field.name), getattr(saved, field.name)
-        if field.name in ("resume", "out") or value == field.default or value == before:
+    for name in sorted(given(wanted) - {"resume", "out"}):
+        value, before = getattr(wanted, name), getattr(saved, name)
+        if value in ("", before):
             continue
-        if field.name not in RESUMABLE:
-            flag = "from" if field.name == "from_run" else field.name.replace("_", "-")
+        if name not in RESUMABLE:
             raise TrainfitError(
-                f"--{flag} {value} differs from the resumed run's {before}: drop it, or start a new run"
+                f"{flag(name)} {value} differs from the resumed run's {before}: drop it, or start a new run"
             )
-        changes[field.name] = value
-    return dataclasses.replace(saved, **changes, resume=given.resume, out=given.resume)
+        changes[name] = value
+    return dataclasses.replace(saved, **changes, resume=wanted.resume, out=wanted.resume)
+
+
+def _read(folder: Path) -> Recipe:
+    """The recipe of a run folder."""
+    path = folder / RECIPE
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TrainfitError(f"--resume: {folder} is not a run folder of trainfit (no {RECIPE})") from error
+    except (ValueError, RecursionError) as error:
+        raise TrainfitError(f"{path} is damaged ({error}): start a new run") from error
+    return from_record(Recipe, record, path)
 
 
 def encode(recipe: Recipe) -> str:
     """JSON of a recipe."""
     values = dataclasses.asdict(recipe) | {"resume": None}
     return json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in values.items()}, indent=2) + "\n"
-
-
-def _decode(values: dict[str, Any]) -> dict[str, Any]:
-    return values | {name: Path(values[name]) for name in ("out", "from_run", "plan") if values.get(name)}

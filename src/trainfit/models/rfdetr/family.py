@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from trainfit.models.family import Capability, DrawnSizes, Family, dashed, register
 from trainfit.models.rfdetr.matching import matching_seconds
 from trainfit.models.rfdetr.sizes import drawn
 from trainfit.models.setting import DetectionSetting
+from trainfit.values import Range, require_valid
 
 Stage = Literal["single", "detector", "masks"]
 
@@ -61,15 +62,15 @@ KERNELS_ALIKE = {(8, 6): (8, 0), (10, 0): (9, 0), (6, 1): (7, 5)}
 class RfDetrKnobs:
     """What a user may change of the published model."""
 
-    resolution: int | None = None
+    resolution: Annotated[int | None, Range(1, 8192)] = None
     """Side of the square input in pixels; as published unless given."""
     snap: bool = True
     """Take the nearest legal resolution where the wanted one is not legal."""
     multi_scale: bool = True
     """Draw the training size anew for every window; the largest is up to 1.4 times the resolution, and is the one priced."""
-    num_queries: int | None = None
+    num_queries: Annotated[int | None, Range(1, 10_000)] = None
     """Object queries; as published unless given."""
-    groups: int | None = None
+    groups: Annotated[int | None, Range(1, 100)] = None
     """Query groups in training (upstream's group_detr); 13 unless given."""
     freeze_encoder: bool = False
     """Train all but the encoder."""
@@ -77,10 +78,18 @@ class RfDetrKnobs:
     """For models with masks. single: everything trains at once; detector: without the mask head; masks: the mask head alone,
     on a frozen detector."""
 
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be used."""
+        require_valid(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RfDetrSetting(RfDetrKnobs, DetectionSetting):
     """A setting of an RF-DETR."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be used."""
+        DetectionSetting.__post_init__(self)
 
     @property
     def has_masks(self) -> bool:
