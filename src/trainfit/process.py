@@ -6,9 +6,31 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+_running: set["subprocess.Popen[bytes]"] = set()
+
+
+def end_running() -> None:
+    """Kill the processes that `ask` is waiting for, in whichever thread."""
+    for process in tuple(_running):
+        process.kill()
+
+
+def end_with_parent() -> None:
+    """End this process, which `ask` started, when its parent ends, however that does.
+
+    The parent holds the other end of stdin and never writes to it; the operating system closes it with the parent.
+    """
+
+    def wait() -> None:
+        os.read(0, 1)  # not sys.stdin: a thread that waits in a buffer's lock aborts Python's own end
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def ask(module: str, request: Mapping[str, Any], **environment: str) -> tuple[str | None, str]:
@@ -22,13 +44,17 @@ def ask(module: str, request: Mapping[str, Any], **environment: str) -> tuple[st
         command = [sys.executable, "-m", module, str(asked), str(answer)]
         with log.open("wb") as output:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | environment
+                command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=os.environ | environment
             )
+        _running.add(process)
         try:
             process.wait()
         finally:
+            _running.discard(process)
             process.kill()
             process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
         return (answer.read_text(), "") if answer.exists() else (None, last_words(process.returncode, log))
 
 

@@ -2,7 +2,8 @@
 
 import math
 import types
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import cache, wraps
@@ -113,7 +114,7 @@ def changed(values: T, **changes: Any) -> T:
     return _marked(replace(cast(Any, values), **changes), names)
 
 
-def given_by_flags(values: T, flags: Collection[str]) -> T:
+def given_by_flags(values: T, flags: AbstractSet[str]) -> T:
     """A copy that was given the values whose flags are named ("from" for --from), and no others."""
     names = {field.name for field in fields(cast(Any, values))}
     return _marked(

@@ -1,16 +1,11 @@
 """The command line: one small file a command."""
 
-import io
-import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import tyro
-
-from trainfit.cli.arguments import setting_type, typed
-from trainfit.cli.guide import translate
+from trainfit.cli import signals, streams
 from trainfit.errors import TrainfitError
 from trainfit.reports.words import printable
 
@@ -20,6 +15,7 @@ def commands(words: Sequence[str]) -> Mapping[str, Callable[..., int]]:
 
     `words` is the command line: flags of a model's commands are those of its family.
     """
+    from trainfit.cli.arguments import setting_type, typed
     from trainfit.cli.check_data import check_data
     from trainfit.cli.detect import detect
     from trainfit.cli.evaluate import evaluate
@@ -27,12 +23,12 @@ def commands(words: Sequence[str]) -> Mapping[str, Callable[..., int]]:
     from trainfit.cli.plan import Plan, plan
     from trainfit.cli.predict import Predict, predict
     from trainfit.cli.report import report
-    from trainfit.cli.train import train
+    from trainfit.cli.train import Recipe, train
 
     kind: Any = setting_type(words[1:])
     return {
         "plan": typed(plan, Plan[kind], words),
-        "train": train,
+        "train": typed(train, Recipe, words),
         "predict": typed(predict, Predict[kind], words),
         "measure": typed(measure, Measure[kind], words),
         "check-data": check_data,
@@ -43,26 +39,49 @@ def commands(words: Sequence[str]) -> Mapping[str, Callable[..., int]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; what the user can repair ends as one line on stderr."""
+    """Run one command; what the user can repair ends as one line on stderr.
+
+    Without `arguments` this is the whole process: those of the command line are taken, and its streams are prepared.
+    """
     # Upstream's imports meet torch's deprecations; a user can do nothing about them.
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged images, which are reported by name
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the locale cannot write is escaped
+    with signals.Signals() as handlers:
+        code = _run(arguments, handlers)
+        handlers.ready = False  # Python itself is ending
+        raise SystemExit(code)
+
+
+def _run(arguments: Sequence[str] | None, handlers: signals.Signals) -> int:
     try:
-        words = translate(sys.argv[1:] if arguments is None else arguments)
-        code = tyro.extras.subcommand_cli_from_dict(dict(commands(words)), prog="trainfit", args=words)
+        if arguments is None:
+            streams.prepare()
+        code = _command(sys.argv[1:] if arguments is None else arguments, handlers)
     except TrainfitError as error:
-        print(f"trainfit: error: {printable(str(error))}", file=sys.stderr)
+        _complain(str(error))
         code = error.exit_code
-    except BrokenPipeError:  # whoever read the output has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
     except OSError as error:
-        print(f"trainfit: error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        _complain(f"{error.filename or 'a file'}: {error.strerror or error}")
         code = 2
+    except signals.Stopped as stopped:
+        print("trainfit: stopped", file=sys.stderr)
+        code = stopped.exit_code
     except KeyboardInterrupt:
         print("trainfit: stopped", file=sys.stderr)
         code = 130
-    raise SystemExit(code)
+    return streams.exit_code(code)
+
+
+def _command(arguments: Sequence[str], handlers: signals.Signals) -> int:
+    import tyro
+
+    from trainfit.cli.guide import translate
+
+    words = translate(arguments)
+    known = dict(commands(words))
+    handlers.ready = True
+    return tyro.extras.subcommand_cli_from_dict(known, prog="trainfit", args=words)
+
+
+def _complain(text: str) -> None:
+    print(f"trainfit: error: {printable(text)}", file=sys.stderr)

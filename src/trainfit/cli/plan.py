@@ -11,6 +11,7 @@ from typing import Annotated, Generic, Literal
 import tyro
 
 from trainfit.cli.arguments import AnySetting
+from trainfit.cli.files import require_writable, write
 from trainfit.cli.predict import chosen_gpu
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import Gpu
@@ -63,9 +64,7 @@ class Plan(Generic[AnySetting]):
 
 def plan(arguments: Plan[Setting], given: AbstractSet[str]) -> int:
     """Plan the fastest training that fits a GPU, without the GPU; the exit code is 1 where nothing fits."""
-    for path in (arguments.html, arguments.out):
-        if path is not None and path.exists() and not arguments.force:
-            raise TrainfitError(f"{path} exists; choose another name or use --force")
+    require_writable((arguments.html, arguments.out), force=arguments.force)
     gpu = _gpu(arguments)
     setting, decode_s = named(arguments.setting), None
     if arguments.data is not None:
@@ -98,12 +97,6 @@ def plan(arguments: Plan[Setting], given: AbstractSet[str]) -> int:
     else:
         print(json.dumps(plan_json(found)) if arguments.as_json else plan_text(found))
     return 0 if found.chosen is not None else 1
-
-
-def write(path: Path, text: str) -> None:
-    """Write a result and say so."""
-    path.write_text(text, encoding="utf-8")
-    print(f"wrote {path}", file=sys.stderr)
 
 
 def _gpu(arguments: Plan[Setting]) -> Gpu:

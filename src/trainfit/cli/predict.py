@@ -11,6 +11,7 @@ from typing import Annotated, Generic, Literal
 import tyro
 
 from trainfit.cli.arguments import AnySetting
+from trainfit.cli.files import require_writable, write
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import Gpu, find_gpu, gpu_with_memory
 from trainfit.memory.alloc_conf import AllocatorConfig
@@ -58,10 +59,7 @@ class Predict(Generic[AnySetting]):
 
 def predict(arguments: Predict[Setting], _given: AbstractSet[str]) -> int:
     """Predict whether a setting fits a GPU, without the GPU; the exit code is 0, whatever the verdict."""
-    files = [path for path in (arguments.html, arguments.snapshot) if path is not None]
-    for path in files:
-        if path.exists() and not arguments.force:
-            raise TrainfitError(f"{path} exists; choose another name or use --force")
+    require_writable((arguments.html, arguments.snapshot), force=arguments.force)
     if arguments.gpus < 1:
         raise TrainfitError(f"--gpus must be at least 1, not {arguments.gpus}")
     gpu, config = chosen_gpu(arguments.gpu, arguments.memory), AllocatorConfig.from_env_string(arguments.alloc_conf)
@@ -79,11 +77,9 @@ def predict(arguments: Predict[Setting], _given: AbstractSet[str]) -> int:
     )
     print(json.dumps(profile_json(prediction)) if arguments.as_json else profile_text(prediction))
     if arguments.html is not None:
-        arguments.html.write_text(profile_html(prediction), encoding="utf-8")
+        write(arguments.html, profile_html(prediction))
     if arguments.snapshot is not None:
-        arguments.snapshot.write_bytes(pickle.dumps(snapshot(training, gpu, config)))
-    for path in files:
-        print(f"wrote {path}", file=sys.stderr)
+        write(arguments.snapshot, pickle.dumps(snapshot(training, gpu, config)))
     return 0
 
 

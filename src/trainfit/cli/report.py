@@ -1,14 +1,13 @@
 """trainfit report."""
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from trainfit.errors import TrainfitError
+from trainfit.cli.files import require_writable, write
 from trainfit.reports.run_html import run_html
 from trainfit.reports.run_report import read_run, run_json, run_text
 
@@ -30,11 +29,9 @@ class Report:
 def report(arguments: Annotated[Report, tyro.conf.arg(name="")]) -> int:
     """Show what a run did, or does: from its files alone."""
     page = arguments.html
-    if page is not None and page.exists() and not arguments.force:
-        raise TrainfitError(f"{page} exists; choose another name or use --force")
+    require_writable((page,), force=arguments.force)
     found = read_run(arguments.run)
     print(json.dumps(run_json(found)) if arguments.as_json else run_text(found))
     if page is not None:
-        page.write_text(run_html(found), encoding="utf-8")
-        print(f"wrote {page}", file=sys.stderr)
+        write(page, run_html(found))
     return 0

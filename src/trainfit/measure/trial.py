@@ -14,6 +14,7 @@ import torch
 from trainfit.errors import TrainfitError
 from trainfit.models.registry import build_step
 from trainfit.models.setting import setting_from_json
+from trainfit.process import end_with_parent
 from trainfit.step.attempt import attempt
 from trainfit.step.precision import set_matmul_precision
 
@@ -135,4 +136,5 @@ def main(request: Path, answer: Path) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -20,6 +20,7 @@ import trainfit
 from trainfit.cache import cache_folder
 from trainfit.errors import TrainfitError
 from trainfit.models.setting import Setting
+from trainfit.process import end_running
 from trainfit.tracing import worker
 from trainfit.tracing.stored_trace import StoredTrace
 
@@ -80,7 +81,11 @@ def get_trace(request: TraceRequest, *, cache: bool = True) -> StoredTrace:
 def get_traces(requests: Iterable[TraceRequest], *, cache: bool = True) -> tuple[StoredTrace, ...]:
     """`get_trace` of each; those that are missing are traced two at a time."""
     with ThreadPoolExecutor(2) as pool:
-        return tuple(pool.map(partial(get_trace, cache=cache), requests))
+        try:
+            return tuple(pool.map(partial(get_trace, cache=cache), requests))
+        except KeyboardInterrupt:  # the pool waits for its threads, and they for their processes
+            end_running()
+            raise
 
 
 def is_stored(request: TraceRequest) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainfit.errors import TrainfitError
-from trainfit.process import ask
+from trainfit.process import ask, end_with_parent
 
 
 def run(request: Mapping[str, Any], name: str) -> str:
@@ -54,4 +54,5 @@ def main(request: Path, answer: Path) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main(Path(sys.argv[1]), Path(sys.argv[2]))

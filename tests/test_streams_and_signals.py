@@ -1,0 +1,163 @@
+"""Signals end a command in one line, in every phase; output that cannot be written is one line and a failure."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trainfit.tasks.detection.sample_set import write_sample_set
+from trainfit.training import run_folder
+
+FAST: list[object] = ["--resolution", 64, "--groups", 1, "--num-queries", 20, "--no-multi-scale", "--workers", 0]
+PLAN = (*("plan", "rfdetr-nano", "--gpu", "T4", "--micro-batch", "2"), "--no-cache")
+"""Answered from the package in about a second."""
+
+
+def start(*arguments: object, **environment: str) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "trainfit", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | environment)
+
+
+def shell(redirections: str, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    command = f'exec "$0" -m trainfit "$@" {redirections}'
+    return subprocess.run(
+        ["/bin/sh", "-c", command, sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=os.environ | environment,
+    )
+
+
+# ---- output
+
+
+@pytest.mark.parametrize("arguments", [PLAN, ("report", "RUN"), ("check-data", "sample")])
+def test_a_full_stdout_is_one_line_and_a_failure(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps({"model": "rfdetr-nano"}))
+    done = shell("> /dev/full", *(str(tmp_path) if word == "RUN" else word for word in arguments))
+    assert done.returncode == 2
+    line = "trainfit: error: the result cannot be written to standard output: No space left on device"
+    assert done.stderr.strip() == line
+
+
+def test_a_closed_stdout_is_one_line_and_a_failure() -> None:
+    done = shell(">&-", *PLAN)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "trainfit: error: standard output is closed: redirect it to a file or to /dev/null"
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2> /dev/full"])
+def test_stderr_is_not_needed_for_a_result(redirection: str) -> None:
+    done = shell(redirection, *PLAN)
+    assert done.returncode == 0
+    assert "rfdetr-nano" in done.stdout
+    assert shell(redirection, "report", "/nowhere").returncode == 2
+
+
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_a_narrow_encoding_gets_escapes(environment: dict[str, str], tmp_path: Path) -> None:
+    data = write_sample_set(tmp_path / "d\u00e4ta", train=2, val=1)
+    done = shell("", "check-data", str(data), **environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_a_result_file_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    for file in (tmp_path / "none" / "plan.json", tmp_path):
+        done = shell("", *PLAN, "--out", str(file), "--force")
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"trainfit: error: {file} cannot be written")
+        assert not done.stdout
+
+
+# ---- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_modules_are_imported_is_one_line(number: signal.Signals) -> None:
+    process = start("train", "rfdetr-nano", "--data", "/nowhere", PYTHONPROFILEIMPORTTIME="1")
+    assert process.stderr is not None
+    for line in process.stderr:  # a report of imports: `trainfit.cli` is there, and torch is being imported
+        if b" torch._C" in line:
+            break
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    lines = [line for line in error.decode().splitlines() if not line.startswith("import time:")]
+    assert process.returncode == 128 + number
+    assert list(filter(None, lines)) == ["trainfit: stopped at once; what was saved before is intact"]
+
+
+@pytest.fixture(scope="module")
+def sample_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sample_set(tmp_path_factory.mktemp("set") / "sample", train=12, val=4)
+
+
+def wait_for(process: "subprocess.Popen[bytes]", file: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not file.exists() or not file.stat().st_size:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+
+
+def test_hanging_up_saves_and_a_second_signal_stops_at_once(sample_set: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train = ["train", "rfdetr-nano", "--data", sample_set, *FAST, "--effective-batch", 4, "--micro-batch", 2]
+    process = start(*train, "--epochs", 500, "--eval-every", 0, "--device", "cpu", "--out", out)
+    wait_for(process, out / run_folder.METRICS)
+    process.send_signal(signal.SIGHUP)
+    printed, error = process.communicate(timeout=120)
+    assert process.returncode == 129, error.decode()
+    assert f"--resume {out}" in printed.decode()
+    assert b"Traceback" not in error
+    step = run_folder.load_state(out / run_folder.STATE)["step"]
+    lines = (out / run_folder.METRICS).read_bytes()
+    process = start("train", "--resume", out)
+    while (out / run_folder.METRICS).read_bytes() == lines:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in error
+    assert run_folder.load_state(out / run_folder.STATE)["step"] >= step
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_tracing_process_ends_with_its_parent(number: signal.Signals) -> None:
+    process = start("predict", "timm:resnet18", "--gpu", "T4", "--no-cache", OMP_NUM_THREADS="1")
+    task = Path(f"/proc/{process.pid}/task")
+    found: list[int] = []
+    deadline = time.monotonic() + 60
+    while not found:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        found = [int(pid) for thread in task.iterdir() for pid in (thread / "children").read_text().split()]
+        time.sleep(0.02)
+    if number == signal.SIGKILL:
+        time.sleep(1.0)  # until the child watches its parent
+    began = time.monotonic()
+    process.send_signal(number)
+    _, error = process.communicate(timeout=30)
+    while any(map(is_alive, found)):
+        assert time.monotonic() - began < 5
+        time.sleep(0.02)
+    if number == signal.SIGTERM:
+        assert process.returncode == 143
+        assert error.decode().strip() == "trainfit: stopped"
