@@ -2,7 +2,7 @@
 
 import gzip
 import json
-import shutil
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,13 +12,13 @@ from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import find_gpu
 from trainfit.memory import priced
 from trainfit.memory.priced import Pricer
-from trainfit.models.setting import Setting
+from trainfit.models.setting import make_setting
 from trainfit.tracing import trace_cache
 from trainfit.tracing.events import Trace
 from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace_cache import TraceRequest
 
-REQUEST = TraceRequest(setting=Setting(model="timm:resnet18"), part="training", capability=(8, 0))
+REQUEST = TraceRequest(setting=make_setting("timm:resnet18"), part="training", capability=(8, 0))
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "cut": lambda data: data[: len(data) // 2],
     "empty": lambda _: b"",
@@ -90,16 +90,15 @@ def test_a_cache_that_cannot_be_read_is_named(tracings: list[TraceRequest]) -> N
 
 @pytest.mark.parametrize("damage", [b"", b"\xfd7zXZ\x00 cut", b"garbage"])
 def test_a_damaged_file_of_the_package_is_named(damage: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    setting = Setting(model="rfdetr-nano", precision="bf16")
-    folder = tmp_path / "shipped"
-    shutil.copytree(priced.shipped_folder(), folder)
-    monkeypatch.setattr(priced, "shipped_folder", lambda: folder)
+    setting = make_setting("rfdetr-nano", precision="bf16")
+    monkeypatch.setattr(priced, "shipped_folder", lambda: tmp_path)
+    monkeypatch.setattr(priced, "is_shipped", lambda *_: True)
     monkeypatch.setattr(priced, "_scaled", {})
     pricer = Pricer(gpu=find_gpu("A100"))
     request = pricer.request(setting, "training")
-    assert priced.is_shipped(request)
-    assert json.loads(priced.shipped(request, str) or "")
-    path = folder / f"{priced.shipped_name(request)}.xz"
+    path = tmp_path / f"{priced.shipped_name(request)}.xz"
+    path.write_bytes(lzma.compress(b"{}"))
+    assert priced.shipped(request, json.loads) == {}
     path.write_bytes(damage)
     with pytest.raises(TrainfitError, match=r"is damaged .*reinstall it with pip") as caught:
         pricer.blocks(setting)

@@ -48,8 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged images, which are reported by name
     with signals.Signals() as handlers:
         code = _run(arguments, handlers)
-        handlers.ready = False  # Python itself is ending
-        raise SystemExit(code)
+    if arguments is None:
+        signals.end_quietly()
+    raise SystemExit(code)
 
 
 def _run(arguments: Sequence[str] | None, handlers: signals.Signals) -> int:

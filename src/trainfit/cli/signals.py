@@ -74,6 +74,11 @@ class StopAfterStep(Signals):
         write_line("\nstopping: the state is saved after this step or evaluation (once more: stop at once)")
 
 
+def end_quietly() -> None:
+    """Let Ctrl-C end the process while Python itself ends, where an exception would be printed as a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def end_at_once(number: int) -> None:
     """End the process without any cleaning up; files are replaced whole, so that the last saved ones are intact."""
     if os.isatty(2):

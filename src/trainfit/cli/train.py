@@ -21,7 +21,8 @@ def train(recipe: Recipe, given: AbstractSet[str]) -> int:
         from trainfit.training.fit import fit
 
         with TerminalProgress() as progress:
-            chosen = with_plan(given_by_flags(recipe, given))
+            named = {"model"} if recipe.model else set[str]()  # it is given without a flag
+            chosen = with_plan(given_by_flags(recipe, given | named))
             summary = fit(chosen, progress=progress, stop=signals.requested)
     if ranks.rank() == 0:
         print(summary_text(summary))
