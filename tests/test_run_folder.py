@@ -15,8 +15,10 @@ import torch
 
 from conftest import rows, run
 from trainfit.errors import TrainfitError
+from trainfit.models.rfdetr.weights_file import read_weights
 from trainfit.tasks.detection.sample_set import write_sample_set
 from trainfit.training import run_folder
+from trainfit.training.inference import load_detector
 from trainfit.training.lock import locked
 from trainfit.training.run_files import read_rows
 
@@ -177,3 +179,38 @@ def test_files_of_a_run_are_readable_as_the_umask_says(trained: Path) -> None:
     modes = {file.name: file.stat().st_mode for file in trained.iterdir() if file.suffix in (".safetensors", ".pt")}
     assert modes == dict.fromkeys(modes, usual.stat().st_mode)
     assert run_folder.BEST in modes
+
+
+# ---- weights
+
+
+def test_weights_of_any_damage_are_one_line(trained: Path, tmp_path: Path) -> None:
+    weights, metadata = run_folder.load_weights(trained / run_folder.BEST)
+    name = next(key for key, value in weights.items() if value.ndim == 2 and value.is_floating_point())
+    odd = {
+        "NaN": ({name: weights[name] * float("nan")}, metadata, "holds NaN or infinite values in 1 tensors, first"),
+        "int64": ({name: weights[name].long()}, metadata, "is torch.int64, not torch.float32"),
+        "shape": ({name: weights[name][:1]}, metadata, "has the shape"),
+        "bare": ({}, {}, "its metadata lacks"),
+        "classes": ({}, metadata | {"classes": "5"}, "no list of class names"),
+        "knobs": ({}, metadata | {"knobs": '{"resolution": 1000000000}'}, "--resolution must be at most 8192"),
+    }
+    for kind, (changes, told, message) in odd.items():
+        path = tmp_path / f"{kind}.safetensors"
+        run_folder.save_weights(path, weights | changes, told)
+        with pytest.raises(TrainfitError, match=message) as caught:
+            load_detector(path, torch.device("cpu"))
+        assert str(path) in str(caught.value)
+    for kind, data in {"empty": b"", "text": b"hello", "huge header": (2**62).to_bytes(8, "little") + b"{}"}.items():
+        path = tmp_path / f"{kind}.safetensors"
+        path.write_bytes(data)
+        with pytest.raises(TrainfitError, match="not a readable safetensors file"):
+            load_detector(path, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("data", [b"", b"hello\n", b"\x80\x04.", b"PK\x03\x04 cut"])
+def test_a_checkpoint_that_is_none_is_one_line(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    path.write_bytes(data)
+    with pytest.raises(TrainfitError, match=r"weights\.pth: not a checkpoint"):
+        read_weights(path)

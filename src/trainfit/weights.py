@@ -2,8 +2,10 @@
 
 import os
 import pickle
+import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +101,18 @@ def read_checkpoint(path: Path, load: Callable[[Path], Any]) -> Any:
         TrainfitError: the file is damaged, of another kind, or asks for code to be run.
     """
     try:
-        return load(path)
+        with without_warnings():
+            return load(path)
     except UNREADABLE as error:
         raise TrainfitError(f"{path}: not a checkpoint that loads safely ({first_line(error)})") from error
+
+
+@contextmanager
+def without_warnings() -> Generator[None]:
+    """Keep torch from warning of what a foreign file holds, where an error follows anyway."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def require_sound(weights: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -126,8 +137,20 @@ def _is_finite(value: torch.Tensor) -> bool:
     return bool(torch.isfinite(wide).all())
 
 
+def require_kinds(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Refuse whole numbers where the model has floating-point ones, and the other way round.
+
+    Raises:
+        TrainfitError: with the first such tensor.
+    """
+    for name, ours in model.state_dict().items():
+        theirs = weights.get(name, ours)
+        if ours.is_floating_point() != theirs.is_floating_point():
+            raise TrainfitError(f"{path}: {name} is {theirs.dtype}, not {ours.dtype}; the file is damaged")
+
+
 def require_fit(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Refuse weights whose names, shapes or kinds of numbers are not the model's.
+    """Refuse weights whose names, shapes or kinds of numbers are not those of the model.
 
     Raises:
         TrainfitError: with the first tensor that does not fit.
@@ -137,9 +160,9 @@ def require_fit(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], pat
         if name not in own or name not in weights:
             what = "lacks" if name not in weights else "has besides"
             raise TrainfitError(f"{path} does not fit its own model: it {what} {name}; the file is damaged")
-        ours, theirs = own[name], weights[name]
-        if ours.shape != theirs.shape or ours.is_floating_point() != theirs.is_floating_point():
+        if own[name].shape != weights[name].shape:
             raise TrainfitError(
-                f"{path} does not fit its own model: {name} is {theirs.dtype} {tuple(theirs.shape)}, "
-                f"not {ours.dtype} {tuple(ours.shape)}; the file is damaged"
+                f"{path} does not fit its own model: {name} has the shape {tuple(weights[name].shape)}, "
+                f"not {tuple(own[name].shape)}; the file is damaged"
             )
+    require_kinds(model, weights, path)

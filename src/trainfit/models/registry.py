@@ -51,6 +51,14 @@ def from_metadata(metadata: Mapping[str, str]) -> "Workload":
         name, classes, knobs = metadata["model"], json.loads(metadata["classes"]), json.loads(metadata["knobs"])
     except KeyError as error:
         raise TrainfitError(f"not a weights file of trainfit: its metadata lacks {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise TrainfitError("the metadata of the weights file is damaged: no JSON") from error
+    if (
+        not isinstance(classes, list)
+        or not all(isinstance(each, str) for each in classes)
+        or not isinstance(knobs, dict)
+    ):
+        raise TrainfitError("the metadata of the weights file is damaged: no list of class names, or no knobs")
     return make_workload(name, tuple(classes), knobs)
 
 

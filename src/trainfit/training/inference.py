@@ -16,6 +16,7 @@ from trainfit.step.precision import autocast
 from trainfit.tasks.detection.samples import ImageRecord
 from trainfit.tasks.images import ImageDefect, read_header
 from trainfit.training.run_folder import BEST, LAST, load_weights
+from trainfit.weights import require_fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +54,14 @@ def load_detector(
             f"{run} is no run folder with weights, and no weights file: give the folder that `train` named"
         )
     weights, metadata = load_weights(path)
-    workload = from_metadata(metadata)
+    try:
+        workload = from_metadata(metadata)
+    except TrainfitError as error:
+        raise TrainfitError(f"{path}: {error}") from error
     if model is not None and family_of(model)[1] != workload.name:
         raise TrainfitError(f"{path} holds weights of {workload.name}, not {model}: leave --model out")
     network = workload.build()
+    require_fit(network, weights, path)
     network.load_state_dict(weights)
     return Detector(workload=workload, model=network.to(device).eval(), device=device, precision=precision)
 

@@ -14,7 +14,16 @@ from trainfit.errors import TrainfitError
 from trainfit.step import ranks
 from trainfit.training.lock import locked
 from trainfit.training.run_files import METRICS, RECIPE, TELEMETRY, read_rows
-from trainfit.weights import BEST, LAST, UNREADABLE, first_line, load_weights, save_weights, write_atomically
+from trainfit.weights import (
+    BEST,
+    LAST,
+    UNREADABLE,
+    first_line,
+    load_weights,
+    save_weights,
+    without_warnings,
+    write_atomically,
+)
 
 __all__ = ["BEST", "LAST", "METRICS", "RECIPE", "TELEMETRY", "load_weights", "save_weights", "write_atomically"]
 
@@ -106,7 +115,8 @@ def load_state(path: Path) -> dict[str, Any]:
     """
     try:
         _require_checksums(path)
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with without_warnings():
+            state: Any = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise TypeError("not a saved state")
         return state

@@ -17,7 +17,9 @@ from rfdetr.utilities.state_dict import validate_checkpoint_compatibility
 
 from trainfit.errors import TrainfitError
 from trainfit.models.class_names import positions
-from trainfit.models.rfdetr.weights_file import WeightsFile, read_ours, read_weights
+from trainfit.models.rfdetr.weights_file import WeightsFile, read_weights
+from trainfit.weights import load_weights as read_tensors
+from trainfit.weights import require_kinds
 
 MASK_HEAD = "segmentation_head."
 """What the names of the mask head's tensors begin with."""
@@ -68,6 +70,7 @@ def fill(
     """
     _require_made_for(config, file, name)
     state = dict(file.state)
+    require_kinds(model, state, file.path)
     _require_shapes(model, state, file, name, ranks_only=True)
     _fit_queries(state, config, file)
     interpolate_position_embeddings(state, config.positional_encoding_size)
@@ -111,7 +114,7 @@ def attach_mask_head(model: LWDETR, path: Path, *, classes: tuple[str, ...]) -> 
     Raises:
         TrainfitError: what the file lacks is not exactly the mask head (the keys are listed), or other classes.
     """
-    state, metadata = read_ours(path)
+    state, metadata = read_tensors(path)
     trained = tuple(json.loads(metadata.get("classes", "[]")))
     if trained != classes:
         raise TrainfitError(

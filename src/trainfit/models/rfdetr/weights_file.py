@@ -1,20 +1,18 @@
 """A weights file of RF-DETR as it lies on disk: trainfit's safetensors or one of upstream's checkpoints."""
 
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import safetensors.torch
 import torch
 from rfdetr.assets.coco_classes import COCO_CLASS_NAMES, COCO_CLASSES
 from rfdetr.utilities.io import _safe_torch_load  # pyright: ignore[reportPrivateUsage]
-from safetensors import SafetensorError, safe_open
 
 from trainfit.errors import TrainfitError
 from trainfit.models.rfdetr.family import PUBLISHED
+from trainfit.weights import load_weights, read_checkpoint, require_sound
 
 COCO_ROWS = max(COCO_CLASSES) + 1
 """Rows of a published class head: one for each COCO category id from 0 to 90; ids that COCO left out are nobody's."""
@@ -56,20 +54,6 @@ class WeightsFile:
         return (groups, queries) if groups * queries == rows else None
 
 
-def read_ours(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
-
-    Raises:
-        TrainfitError: it cannot be read.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-        return safetensors.torch.load_file(path), metadata
-    except (SafetensorError, OSError) as error:
-        raise TrainfitError(f"{path}: not a readable safetensors file ({error})") from error
-
-
 def read_weights(path: Path) -> WeightsFile:
     """A file of trainfit (.safetensors) or of upstream (.pth, .pt, .ckpt).
 
@@ -80,7 +64,7 @@ def read_weights(path: Path) -> WeightsFile:
 
 
 def _ours(path: Path) -> WeightsFile:
-    state, metadata = read_ours(path)
+    state, metadata = load_weights(path)
     try:
         name, classes, knobs = metadata["model"], json.loads(metadata["classes"]), json.loads(metadata["knobs"])
         published = PUBLISHED.get(name)
@@ -94,10 +78,7 @@ def _ours(path: Path) -> WeightsFile:
 
 
 def _upstream(path: Path) -> WeightsFile:
-    try:
-        checkpoint: Any = _safe_torch_load(path)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise TrainfitError(f"{path}: not a checkpoint that loads safely ({type(error).__name__})") from error
+    checkpoint = read_checkpoint(path, _safe_torch_load)
     if not isinstance(checkpoint, dict):
         raise TrainfitError(f"{path}: not a checkpoint of RF-DETR (no dictionary)")
     content = cast(dict[str, Any], checkpoint)
@@ -126,6 +107,7 @@ def _require_model(state: Any, path: Path) -> dict[str, torch.Tensor]:
     weight, bias = tensors.get("class_embed.weight"), tensors["class_embed.bias"]
     if weight is None or weight.ndim != 2 or not len(weight) or bias.shape != weight.shape[:1]:
         raise TrainfitError(f"{path}: not a checkpoint of RF-DETR (its `class_embed` is no linear layer)")
+    require_sound(cast(dict[str, torch.Tensor], tensors), path)
     return tensors
 
 
