@@ -114,3 +114,9 @@ def from_first_rank(make: Callable[[], str]) -> str:
     if isinstance(result[0], TrainfitError):
         raise result[0]
     return result[0]
+
+
+def on_first_rank(action: Callable[[], None]) -> None:
+    """Do something on rank 0 alone; the others do not wait for it."""
+    if rank() == 0:
+        action()

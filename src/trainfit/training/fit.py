@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from trainfit.training.rehearsal import rehearse
 from trainfit.training.run_files import PLAN
 from trainfit.training.schedule import lr_factor, mix, set_lr
 from trainfit.training.setup import load_data, make_step, restore, workload_of
-from trainfit.training.telemetry import Progress, Silent, memory_bytes
+from trainfit.training.telemetry import Progress, Silent, memory_bytes, percent
 from trainfit.training.workers import LoaderDiedError
 
 MOST_SKIPPED = 32
@@ -121,7 +122,7 @@ class _Run:
             self.survivor.survived += [Survival(**row) for row in run_folder.events(self.folder, "oom")]
             self.told = len(self.survivor.survived)
         else:
-            _on_first_rank(self._write_recipe)
+            ranks.on_first_rank(self._write_recipe)
         self.journal = Journal(
             self.folder,
             after_step=self.done,
@@ -309,7 +310,7 @@ class _Run:
             row[f"{kind}_per_class"] = {c.name: c.ap for c in result.per_class}
         self.journal.record([row])
         score = self.ap.get("segm", self.ap["bbox"]).ap
-        figures = ", ".join(f"{kind} AP {_percent(r.ap)} AP50 {_percent(r.ap50)}" for kind, r in self.ap.items())
+        figures = ", ".join(f"{kind} AP {percent(r.ap)} AP50 {percent(r.ap50)}" for kind, r in self.ap.items())
         better = score is not None and (self.best["ap"] is None or score > self.best["ap"])
         self.show.note(f"epoch {row['epoch'] + 1} step {self.done}: {figures}{' (best so far)' if better else ''}")
         if better or score is None or self.best["step"] is None:  # without an AP the last weights are the best
@@ -319,7 +320,7 @@ class _Run:
     def _save_weights(self, name: str) -> None:
         metadata = self.workload.metadata() | {"step": str(self.done), "ap": json.dumps(self.best["ap"])}
         weights = (self.step.ema or self.step.model).state_dict()
-        _on_first_rank(lambda: run_folder.save_weights(self.folder / name, weights, metadata))
+        ranks.on_first_rank(lambda: run_folder.save_weights(self.folder / name, weights, metadata))
 
     def _save(self) -> None:
         """Everything that a resume needs, and the weights as they stand."""
@@ -345,7 +346,7 @@ class _Run:
             run_folder.save_state(self.folder / run_folder.STATE, state)
             self.saved_step = self.done
 
-        _on_first_rank(write)
+        ranks.on_first_rank(write)
         ranks.gather(None)  # no rank leaves before the state is on the disk: torchrun would end the one that writes it
         self.saved_step = self.done
 
@@ -361,7 +362,6 @@ class _Run:
         restore(self.step, state, path)
         self.done, self.best, self.skipped = state["step"], state["best"], state["skipped"]
         self.survivor.load(state["survivor"])
-        self.step.skipped_windows = state["skipped_windows"]
         self.pending_evaluation = state["pending_evaluation"]
         self.saved_step = self.done
         self.show.note(f"going on after step {self.done}")
@@ -396,12 +396,3 @@ class _Run:
             survived=tuple(self.survivor.survived),
             interrupted=interrupted,
         )
-
-
-def _on_first_rank(action: Callable[[], None]) -> None:
-    if ranks.rank() == 0:
-        action()
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"

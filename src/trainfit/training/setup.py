@@ -100,6 +100,7 @@ def restore(step: TrainingStep, state: Mapping[str, Any], path: Path) -> None:
             step.ema.load_state_dict(state["ema"])
         step.optimizer.load_state_dict(state["optimizer"])
         step.scaler.load_state_dict(state["scaler"])
+        step.skipped_windows = state["skipped_windows"]
     except UNREADABLE as error:
         raise TrainfitError(
             f"{path} does not belong to this run's recipe ({first_line(error)}): start a new run with --weights"
