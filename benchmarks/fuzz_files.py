@@ -299,7 +299,7 @@ KINDS: dict[str, tuple[int, Callable[[Originals, Path, random.Random], list[str]
 # ---- running them
 
 
-def run_limited(arguments: Sequence[str], folder: Path) -> Outcome:
+def run_limited(arguments: Sequence[str], folder: Path, *, limit_s: float = LIMIT_S) -> Outcome:
     """Run a command in a forked process with limits."""
     log = folder / "output.txt"
     began = time.monotonic()
@@ -313,10 +313,10 @@ def run_limited(arguments: Sequence[str], folder: Path) -> Outcome:
         if done:
             break
         peak_bytes = max(peak_bytes, _resident_bytes(child))
-        if seconds > LIMIT_S or peak_bytes > LIMIT_BYTES:
+        if seconds > limit_s or peak_bytes > LIMIT_BYTES:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return Outcome(verdict="hang" if seconds > LIMIT_S else "memory", seconds=seconds, output=log.read_text())
+            return Outcome(verdict="hang" if seconds > limit_s else "memory", seconds=seconds, output=log.read_text())
         time.sleep(0.01)
     output = log.read_text(errors="replace")
     return Outcome(verdict=_verdict(os.waitstatus_to_exitcode(status), output, folder), seconds=seconds, output=output)
@@ -373,7 +373,7 @@ def make_originals(folder: Path, *, with_cache: bool) -> Originals:
         scratch = folder / "scratch"
         scratch.mkdir(exist_ok=True)
         os.environ["XDG_CACHE_HOME"] = str(originals.cache)
-        outcome = run_limited(arguments, scratch)
+        outcome = run_limited(arguments, scratch, limit_s=600.0)
         assert outcome.verdict == "accepted", outcome.output
     return originals
 

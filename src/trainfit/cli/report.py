@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from trainfit.cli.files import require_writable, write
+from trainfit.errors import TrainfitError
 from trainfit.reports.run_html import run_html
 from trainfit.reports.run_report import read_run, run_json, run_text
 
@@ -30,8 +31,17 @@ def report(arguments: Annotated[Report, tyro.conf.arg(name="")]) -> int:
     """Show what a run did, or does: from its files alone."""
     page = arguments.html
     require_writable((page,), force=arguments.force)
-    found = read_run(arguments.run)
-    print(json.dumps(run_json(found)) if arguments.as_json else run_text(found))
+    try:
+        found = read_run(arguments.run)
+        text = json.dumps(run_json(found)) if arguments.as_json else run_text(found)
+        html = run_html(found) if page is not None else ""
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:  # a row with odd values
+        reason = f"{type(error).__name__}: {error}"
+        raise TrainfitError(
+            f"{arguments.run}: metrics.jsonl, telemetry.jsonl or plan.json has a value that trainfit does not write "
+            f"({reason:.150}): remove that line"
+        ) from error
+    print(text)
     if page is not None:
-        write(page, run_html(found))
+        write(page, html)
     return 0
