@@ -18,6 +18,7 @@ from PIL import Image
 
 from trainfit.models.rfdetr.family import RfDetrKnobs
 from trainfit.models.rfdetr.workload import RfDetr
+from trainfit.tasks.detection.metric import DetectionMetric
 from trainfit.tasks.detection.samples import ImageRecord
 from trainfit.training.evaluation import evaluate_model
 
@@ -71,8 +72,9 @@ def one(count: int, size: tuple[int, int]) -> None:
         records = make_records(Path(folder) / "image.png", count, size)
 
         def evaluate(some: list[ImageRecord]) -> int:
-            ap = evaluate_model(model, workload, some, micro_batch=4, precision="fp32", device=device)
-            return ap["segm"].detections
+            metric = DetectionMetric(some, workload.classes, masks=True, max_detections=100)
+            found = evaluate_model(model, workload, some, metric, micro_batch=4, precision="fp32", device=device)
+            return found.details["segm"].detections
 
         evaluate(records[:4])
         before = peak_host_bytes()

@@ -33,8 +33,25 @@ from trainfit.tasks.detection.sample_set import write_sample_set
 
 LIMIT_S = 30.0
 LIMIT_BYTES = 2 << 30
-TINY = ["--resolution", "64", "--groups", "1", "--num-queries", "20", "--no-multi-scale", "--workers", "0"]
-TINY += ["--effective-batch", "4", "--micro-batch", "2", "--device", "cpu", "--save-minutes", "0"]
+TINY = [
+    "--resolution",
+    "64",
+    "--groups",
+    "1",
+    "--num-queries",
+    "20",
+    "--no-multi-scale",
+    "--workers",
+    "0",
+    "--effective-batch",
+    "4",
+    "--micro-batch",
+    "2",
+    "--device",
+    "cpu",
+    "--save-minutes",
+    "0",
+]
 NUMBERS: list[Any] = [-1, 0, 3, 10**9, 10**400, -0.5, 1e308, float("nan"), float("inf")]
 ODD: list[Any] = [
     *NUMBERS,

@@ -126,10 +126,10 @@ def rfdetr(device: torch.device, kind: str, batch: int) -> PlainStep:
     )
     from rfdetr.utilities.tensors import NestedTensor
 
-    from trainfit.models.rfdetr import step
+    from trainfit.models.rfdetr import tracing
 
     # On CUDA upstream solves the matching with a Triton kernel, which a trace cannot run.
-    _assignment._solve_to_indices = step._solve_on_host  # pyright: ignore[reportPrivateUsage]
+    _assignment._solve_to_indices = tracing.solve_on_host  # pyright: ignore[reportPrivateUsage]
     settings = getattr(config, kind)(pretrain_weights=None, device="cpu")
     training = config.SegmentationTrainConfig if "Seg" in kind else config.TrainConfig
     model = build_model_from_config(settings).to(device).train()

@@ -13,7 +13,7 @@ from test_exact_gradient import make_sample, nano
 from test_families import pairs, tiny_clip
 from test_oom import FailAt, make_step
 from test_update import two_types_step, windows
-from trainfit.models.clip import step as clip
+from trainfit.models.clip import workload as clip
 from trainfit.models.workload import OptimizerSettings
 from trainfit.step.contrastive import Contrastive
 from trainfit.step.names import Optimizer

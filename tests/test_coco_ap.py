@@ -23,9 +23,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from trainfit.errors import TrainfitError
-from trainfit.reports.ap_table import ap_line, ap_table
+from trainfit.reports.tables import table_text
 from trainfit.tasks.detection.coco_ap import ApResult, Detections, IouKind, evaluate, gather_detections
 from trainfit.tasks.detection.masks import encode_masks
+from trainfit.tasks.detection.metric import table_of
 from trainfit.tasks.detection.samples import ImageRecord, packed
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
@@ -388,8 +389,8 @@ def test_text() -> None:
     line = (
         "boxes: AP 1.000  AP50 1.000  AP75 1.000  small -  medium 1.000  large -  AR@100 1.000  (1 images, 1 objects)"
     )
-    assert ap_line(result) == line
-    assert ap_table(result).splitlines() == [
+    assert table_of(result).title == line
+    assert table_text(table_of(result)).splitlines() == [
         line,
         "class     AP   AP50     AR   objects  detections",
         "cell   1.000  1.000  1.000         1           1",

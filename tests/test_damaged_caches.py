@@ -92,7 +92,11 @@ def test_a_cache_that_cannot_be_read_is_named(tracings: list[TraceRequest]) -> N
 def test_a_damaged_file_of_the_package_is_named(damage: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = make_setting("rfdetr-nano", precision="bf16")
     monkeypatch.setattr(priced, "shipped_folder", lambda: tmp_path)
-    monkeypatch.setattr(priced, "is_shipped", lambda *_: True)
+
+    def is_shipped(_request: object, _kind: str = "") -> bool:
+        return True
+
+    monkeypatch.setattr(priced, "is_shipped", is_shipped)
     monkeypatch.setattr(priced, "_scaled", {})
     pricer = Pricer(gpu=find_gpu("A100"))
     request = pricer.request(setting, "training")

@@ -1,7 +1,7 @@
 """The gradient's sum over ranks during backward: exact for any shares, sent early, and void where one rank failed."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
 from trainfit.step import exchange, ranks
 from trainfit.step.optimizer import make_adamw
@@ -38,7 +38,7 @@ class Layers(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(1)
-        double = {"dtype": torch.float64}
+        double: dict[str, Any] = {"dtype": torch.float64}
         self.never = torch.nn.Linear(3, 3, **double)
         self.register_buffer("mean", torch.zeros(WIDTH, **double))
         self.first = torch.nn.Linear(WIDTH, WIDTH, **double)
@@ -98,14 +98,14 @@ def join(rank: int, rendezvous: str) -> None:
 
 
 @contextmanager
-def counted(step: TrainingStep, sent: list[int]) -> Iterator[None]:
+def counted(step: TrainingStep, sent: list[int]) -> Generator[None]:
     """Note how many buckets were on their way when each backward of the last micro-batch ended."""
     inner = step._exchange  # pyright: ignore[reportPrivateUsage]
     assert inner is not None
     real = inner.last_backward
 
     @contextmanager
-    def last_backward() -> Iterator[None]:
+    def last_backward() -> Generator[None]:
         with real():
             yield
         sent.append(inner._sent)  # pyright: ignore[reportPrivateUsage]
@@ -118,7 +118,7 @@ def counted(step: TrainingStep, sent: list[int]) -> Iterator[None]:
 def rank_sums(rank: int, folder: str) -> None:
     join(rank, f"{folder}/rendezvous")
     step = make_step()
-    step.model.drop.p = 0.0  # the big batch draws other numbers
+    step.model.get_submodule("drop").p = 0.0  # type: ignore[assignment]  # the big batch draws other numbers
     early = 0
     for window in range(len(SHARES)):
         sent: list[int] = []

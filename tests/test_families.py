@@ -17,15 +17,16 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from support.workloads import make_workload
 from trainfit.errors import TrainfitError
-from trainfit.models.classifier import step as classifier
-from trainfit.models.clip import step as clip
-from trainfit.models.custom.step import CustomTask, custom_step
+from trainfit.models.build import build_eval_step, build_step, step_on_worst_window
+from trainfit.models.classifier import workload as classifier
+from trainfit.models.clip import workload as clip
+from trainfit.models.custom.workload import Custom, CustomTask
 from trainfit.models.family import family_of
 from trainfit.models.images import crowded_sample
 from trainfit.models.maskrcnn import losses as maskrcnn
-from trainfit.models.maskrcnn import step as maskrcnn_step
-from trainfit.models.registry import build_eval_step, build_step, make_workload
+from trainfit.models.maskrcnn import workload as maskrcnn_step
 from trainfit.models.rfdetr.family import RfDetrKnobs
 from trainfit.models.rfdetr.workload import RfDetr
 from trainfit.models.setting import make_setting, setting_from_json
@@ -278,7 +279,7 @@ def test_resized_is_what_torchvision_makes(shape: tuple[int, int]) -> None:
 
 def test_checkpointed_blocks_of_a_copy_run_the_copys_weights() -> None:
     model = maskrcnn_step.build_model("maskrcnn-r50-v1", classes=1, min_size=64, max_size=96)
-    checkpoint_first(maskrcnn_step.blocks(model), "all")
+    checkpoint_first(repeated_blocks(model.get_submodule("backbone.body")), "all")
     averaged, x = copy.deepcopy(model), torch.ones(1, 3, 64, 64)
     before: Any = averaged.backbone(x)
     for p in model.parameters():
@@ -375,7 +376,8 @@ def own_task() -> CustomTask:
 
 
 def test_own_model_with_a_mean_loss_is_exact_and_labelled() -> None:
-    step = custom_step(own_task(), make_setting(model="x:y", micro_batch=5, optimizer="sgd"), CPU)
+    setting = make_setting(model="x:y", micro_batch=5, optimizer="sgd")
+    step = step_on_worst_window(Custom(setting, (), own_task()), CPU)
     images, values = torch.utils.data.default_collate(list(step.window))
     mean_square(step.model, (images, values)).backward()
     known = gradients(step.model)
@@ -387,7 +389,7 @@ def test_own_model_with_a_mean_loss_is_exact_and_labelled() -> None:
 
 def test_own_task_is_found_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_task.py").write_text(
-        "import torch\nfrom trainfit.models.custom.step import CustomTask\n"
+        "import torch\nfrom trainfit.models.custom.workload import CustomTask\n"
         "def task(setting):\n"
         "    return CustomTask(build_model=lambda: torch.nn.Linear(3, 1), make_sample=lambda n: torch.ones(3),\n"
         "                      loss=lambda model, batch: model(batch).mean())\n"

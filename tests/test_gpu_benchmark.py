@@ -76,7 +76,7 @@ def test_every_model_exists() -> None:
         elif kind == "clip":
             assert rest in open_clip.list_models()
         elif rest:
-            from trainfit.models.custom.step import load_task
+            from trainfit.models.custom.workload import load_task
 
             load_task(make_setting(model=name))  # raises for a function that is not there
 

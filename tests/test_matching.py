@@ -12,7 +12,8 @@ from trainfit.gpus.catalogue import find_gpu
 from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.predict import predict_traced
 from trainfit.memory.priced import Pricer
-from trainfit.models.rfdetr import step
+from trainfit.models.build import build_step
+from trainfit.models.rfdetr import tracing
 from trainfit.models.rfdetr.family import PUBLISHED, RfDetrSetting, host_seconds
 from trainfit.models.rfdetr.matching import COST_S, PROBLEM_S, matching_seconds
 from trainfit.tracing.stored_trace import StoredTrace
@@ -23,7 +24,7 @@ def test_a_traced_solve_gives_what_upstream_gives_but_the_choice(monkeypatch: py
     sizes, groups = [3, 5], 2
     costs = [torch.rand(groups * 20, sum(sizes), generator=generator) for _ in range(3)]
     known = _assignment.assign_many_bucketed(costs, sizes, groups)
-    monkeypatch.setattr(_assignment, "_solve_to_indices", step._solve_on_device)  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(_assignment, "_solve_to_indices", tracing.solve_on_device)
     traced = _assignment.assign_many_bucketed(costs, sizes, groups)
     for known_layer, traced_layer in zip(known, traced, strict=True):
         for image, (known_pair, traced_pair) in enumerate(zip(known_layer, traced_layer, strict=True)):
@@ -36,7 +37,7 @@ def test_a_traced_solve_gives_what_upstream_gives_but_the_choice(monkeypatch: py
 
 def test_a_traced_solve_leaves_the_costs_on_the_device() -> None:
     costs = torch.empty(6, 20, 5, device="meta")  # which has no values: a copy to the host would raise
-    rows, columns = step._solve_on_device(costs, 5)  # pyright: ignore[reportPrivateUsage]
+    rows, columns = tracing.solve_on_device(costs, 5)
     assert rows.device.type == columns.device.type == "cpu"
     assert rows.shape == columns.shape == (6, 5)
 
@@ -90,7 +91,7 @@ def test_as_many_problems_as_upstream_solves(monkeypatch: pytest.MonkeyPatch) ->
         precision="fp32",
         ema=False,
     )
-    step.build_step(setting, torch.device("cpu")).run()
+    build_step(setting=setting.to_json(), device=torch.device("cpu")).run()
     layers = PUBLISHED[setting.model].decoder_layers
     one_s = PROBLEM_S + COST_S * solved[0][0] * solved[0][1]
     known = matching(images=2, objects=5, queries=solved[0][0], groups=3, layers=layers) / one_s

@@ -35,7 +35,7 @@ from trainfit.tracing.trace_cache import TraceRequest
 TASKS = """
 import os, signal
 import torch
-from trainfit.models.custom.step import CustomTask
+from trainfit.models.custom.workload import CustomTask
 
 def make(loss):
     def sample(number):

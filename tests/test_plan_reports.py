@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plan_cases import MICRO_BATCHES, make_plan
+from support.workloads import make_workload
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import GIB, MIB, find_gpu
 from trainfit.models.family import family_of
-from trainfit.models.registry import make_workload
 from trainfit.planning.plan import Plan, knobs
 from trainfit.reports.plan import (
     CARDS_GIB,
@@ -171,7 +171,7 @@ def test_the_command_makes_the_plans_recipe(plan: Plan) -> None:
 def test_what_is_not_trained_has_no_command(model: str) -> None:
     """The families with a command are those that training takes."""
     command = train_command(make_plan((4, "none"), model=model))
-    if family_of(model)[0].workload is not None:
+    if family_of(model)[0].task is not None:
         make_workload(model, ("thing",), {})
         assert command.startswith("trainfit train")
     else:
@@ -250,7 +250,7 @@ Assumptions
   Kernels start as fast as on a desktop of 2024.
   One process, the card to itself (a desktop may hold 1.1 GiB: --memory); evaluation follows training.
   The fullest image has 7 objects (--objects-per-image, or --data).
-  Multi-scale training: memory at the largest of its sizes, time as the mean over all.
+  Multi-scale training: the largest of its sizes.
   Largest shape assumed, an upper bound: aten.nonzero.
   Values made up: aten.item.
 

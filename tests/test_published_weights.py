@@ -19,11 +19,11 @@ from rfdetr.models.weights import load_pretrain_weights
 
 from conftest import run
 from trainfit.errors import TrainfitError
-from trainfit.models.class_names import positions
 from trainfit.models.rfdetr.family import RfDetrKnobs
 from trainfit.models.rfdetr.interop import starting_rows
 from trainfit.models.rfdetr.weights_file import read_weights
 from trainfit.models.rfdetr.workload import RfDetr
+from trainfit.tasks.detection.class_names import positions
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # upstream's remarks on random weights
 

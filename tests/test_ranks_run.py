@@ -20,10 +20,10 @@ import torch.multiprocessing as mp
 
 from conftest import rows, run
 from trainfit.errors import OutOfMemory
-from trainfit.models.workload import ImageDetections
+from trainfit.models.setting import make_setting
 from trainfit.step.terms import LossTerm, Objective
 from trainfit.tasks.detection.sample_set import write_sample_set
-from trainfit.tasks.detection.samples import ImageRecord, Sample
+from trainfit.tasks.detection.samples import ImageDetections, ImageRecord, Sample
 from trainfit.training import fit, run_folder
 from trainfit.training.recipe import Recipe
 
@@ -61,7 +61,8 @@ def terms(model: torch.nn.Module, samples: Sequence[Sample], _canvas: tuple[int,
 class LineWorkload:
     """What a run asks of a detector."""
 
-    name, resolution, masks, max_detections = "rfdetr-nano", SIDE, False, 100
+    eval_size, masks, max_detections, export_name = SIDE, False, 100, "best-rfdetr.pth"
+    setting = make_setting("rfdetr-nano")
     objective = Objective(terms=terms, counts=lambda window: {"loss": float(len(window))})
 
     def __init__(self, classes: tuple[str, ...]) -> None:
@@ -84,7 +85,7 @@ class LineWorkload:
         return decode
 
     @torch.no_grad()
-    def detect(self, model: torch.nn.Module, samples: Sequence[Sample]) -> list[ImageDetections]:
+    def outputs(self, model: torch.nn.Module, samples: Sequence[Sample]) -> list[ImageDetections]:
         if self.failures:
             self.failures -= 1
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -95,7 +96,7 @@ class LineWorkload:
         ]
 
     def metadata(self) -> dict[str, str]:
-        return {"model": self.name}
+        return {"model": self.setting.model}
 
     def export(self, weights: Mapping[str, torch.Tensor], path: Path) -> None:
         torch.save(dict(weights), path)

@@ -13,13 +13,13 @@ from test_exact_gradient import Toy, make_sample, toy_objective
 from test_oom import make_step
 from test_survival import SMALL, TINY, WINDOW, sample_set
 from trainfit.errors import OutOfMemory, TrainfitError
-from trainfit.models.workload import ImageDetections
 from trainfit.step.terms import LossTerm, Objective
 from trainfit.step.training_step import TrainingStep
-from trainfit.tasks.detection.samples import ImageRecord, Sample
+from trainfit.tasks.detection.samples import ImageDetections, ImageRecord, Sample
+from trainfit.tasks.detection.task import worst_first
 from trainfit.training import fit, run_folder
 from trainfit.training.oom import Halving, Survivor
-from trainfit.training.rehearsal import rehearse, worst_first
+from trainfit.training.rehearsal import rehearse
 
 CPU = torch.device("cpu")
 __all__ = ["sample_set"]
@@ -59,7 +59,7 @@ def test_the_worst_come_first() -> None:
 class ToyWorkload:
     """What a rehearsal asks of a workload; notes what it was asked."""
 
-    resolution = 32
+    eval_size = 32
 
     def __init__(self, most_detected: int = 100) -> None:
         self.decoded: list[tuple[int, int]] = []
@@ -77,7 +77,7 @@ class ToyWorkload:
 
         return decode
 
-    def detect(self, model: torch.nn.Module, samples: Sequence[Sample]) -> list[ImageDetections]:
+    def outputs(self, model: torch.nn.Module, samples: Sequence[Sample]) -> list[ImageDetections]:
         assert not model.training
         self.detected.append(len(samples))
         if len(samples) > self.most_detected:
@@ -144,7 +144,7 @@ def test_it_leaves_no_trace(trained: int, optimizer: str) -> None:
         Survivor(2).run(step, WINDOW, number=number)
     before, modes = bits(step), [module.training for module in step.model.modules()]
     rehearse(
-        step, survivor, Halving(3, CPU), workload, RECORDS, size=48, share=16, number=trained, force=True  # type: ignore[arg-type]
+        step, survivor, Halving(3, CPU), workload, worst_first(RECORDS), size=48, share=16, number=trained, force=True  # type: ignore[arg-type]
     )  # fmt: skip
     assert bits(step) == before
     assert [module.training for module in step.model.modules()] == modes
@@ -160,7 +160,7 @@ def test_it_leaves_no_trace(trained: int, optimizer: str) -> None:
 def test_the_ladder_works_before_the_first_window() -> None:
     step, workload, survivor = noisy_step(most=1), ToyWorkload(most_detected=1), Survivor(4)
     before, in_parts = bits(step), Halving(4, CPU, survivor.survived)
-    rehearse(step, survivor, in_parts, workload, RECORDS, size=48, share=4, number=0, force=True)  # type: ignore[arg-type]
+    rehearse(step, survivor, in_parts, workload, worst_first(RECORDS), size=48, share=4, number=0, force=True)  # type: ignore[arg-type]
     assert bits(step) == before
     assert (survivor.micro_batch, in_parts.micro_batch) == (1, 1)
     assert [(s.where, s.micro_batch, s.next_micro_batch) for s in survivor.survived] == [
@@ -172,13 +172,15 @@ def test_the_ladder_works_before_the_first_window() -> None:
     step = noisy_step(most=0)
     before = bits(step)
     with pytest.raises(OutOfMemory, match=r"step 1 \(worst window\): needs 7\.90 GiB, 7\.60 usable"):
-        rehearse(step, Survivor(2), Halving(2, CPU), workload, RECORDS, size=48, share=4, number=0, force=True)  # type: ignore[arg-type]
+        rehearse(
+            step, Survivor(2), Halving(2, CPU), workload, worst_first(RECORDS), size=48, share=4, number=0, force=True
+        )  # type: ignore[arg-type]
     assert bits(step) == before
 
 
 def test_without_a_gpu_it_does_nothing_unless_forced() -> None:
     workload = ToyWorkload()
-    rehearse(noisy_step(), Survivor(2), Halving(2, CPU), workload, RECORDS, size=48, share=4, number=0)  # type: ignore[arg-type]
+    rehearse(noisy_step(), Survivor(2), Halving(2, CPU), workload, worst_first(RECORDS), size=48, share=4, number=0)  # type: ignore[arg-type]
     assert workload.decoded == []
 
 

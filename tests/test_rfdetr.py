@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from support.workloads import make_workload
 from trainfit.errors import TrainfitError
+from trainfit.models.build import workload_from_metadata
 from trainfit.models.family import family_of
-from trainfit.models.registry import from_metadata, make_workload
 from trainfit.models.rfdetr import data
 from trainfit.models.rfdetr.data import make_sample
 from trainfit.models.rfdetr.family import RfDetrKnobs
@@ -109,7 +110,7 @@ def test_published_resolutions(name: str) -> None:
         "rfdetr-seg-xlarge": 624,
         "rfdetr-seg-2xlarge": 768,
     }
-    assert make_workload(name, ("a",), {}).resolution == published[name]
+    assert make_workload(name, ("a",), {}).eval_size == published[name]
 
 
 def test_resolution_snaps_or_refuses() -> None:
@@ -316,7 +317,7 @@ def test_pretrained_without_network_names_file_and_flag(
 
 
 def test_metadata_makes_the_workload_again(nano: tuple[RfDetr, torch.nn.Module]) -> None:
-    again = from_metadata(nano[0].metadata())
+    again = workload_from_metadata(nano[0].metadata())
     assert isinstance(again, RfDetr)
     assert again.config == nano[0].config
     assert again.classes == ("cat", "dog")

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torchvision.models.segmentation import deeplabv3_resnet50
 
 from trainfit.models.custom.family import CustomSetting
-from trainfit.models.custom.step import CustomTask
+from trainfit.models.custom.workload import CustomTask
 
 
 class _Logits(nn.Module):

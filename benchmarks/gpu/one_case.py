@@ -16,7 +16,7 @@ import torch
 from settings import SUITE, Case
 
 from trainfit.measure.trial import Windows, run_windows
-from trainfit.models.registry import build_eval_step, build_step
+from trainfit.models.build import build_eval_step, build_step
 from trainfit.step.precision import set_matmul_precision
 from trainfit.tracing.trace_cache import versions
 
@@ -66,7 +66,7 @@ def main(name: str, device_name: str, answer: str, history: str) -> None:
     device = torch.device(device_name)
     case = next((case for case in SUITE if case.name == name), None)
     if case is not None:
-        importlib.import_module(case.setting.family.step)
+        importlib.import_module(case.setting.family.workload)
     sys.stdin.readline()
     set_matmul_precision(device)
     if case is None:

@@ -50,7 +50,7 @@ def draw(count: int, seed: int) -> list[tuple[Setting, float]]:
 def train(setting: Setting, share: float, windows: int, device_name: str) -> dict[str, Any]:
     """In a process of its own: how the setting fared under the cap."""
     from trainfit.errors import OutOfMemory
-    from trainfit.models.registry import build_step
+    from trainfit.models.build import build_step
     from trainfit.step.checkpointing import repeated_blocks
     from trainfit.training.oom import Survivor, free_cached, survival_line
 

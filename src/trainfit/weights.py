@@ -69,7 +69,7 @@ def first_line(error: BaseException) -> str:
 
 
 def save_weights(path: Path, weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file with what `models.registry.from_metadata` needs."""
+    """A safetensors file with what `models.build.workload_from_metadata` needs."""
 
     def write(target: Path) -> None:
         tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}

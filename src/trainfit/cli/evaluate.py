@@ -40,34 +40,36 @@ def evaluate(
         allow_outside: Read files that the data set names but does not hold.
         as_json: Print JSON.
     """
-    from trainfit.reports.ap_table import ap_table
-    from trainfit.tasks.detection.read import read_dataset, require_no_errors
+    from trainfit.reports.tables import table_text
+    from trainfit.tasks.task import task_of
     from trainfit.training.distributed import choose_device
     from trainfit.training.evaluation import evaluate_model
     from trainfit.training.inference import load_detector
 
     source = _source(run, weights, max_detections)
     detector = load_detector(source, choose_device(device, 0), model=model)
-    dataset = read_dataset(data, allow_outside=allow_outside)
-    require_no_errors(dataset)
+    task = task_of(str(detector.workload.setting.family.task))
+    dataset = task.read(data, allow_outside=allow_outside)
     for remark in (*detector.remarks, *_unknown_classes(detector.workload.classes, dataset.classes, source, data)):
         print(remark, file=sys.stderr)
     if split not in dataset.splits:
         raise TrainfitError(f"{data} has no split {split!r}: --split is one of {', '.join(dataset.splits)}")
-    results = evaluate_model(
+    records = dataset.splits[split]
+    metric = task.metric(records, detector.workload, classes=dataset.classes, max_detections=max_detections)
+    evaluation = evaluate_model(
         detector.model,
         detector.workload,
-        dataset.splits[split],
+        records,
+        metric,
         micro_batch=micro_batch,
         precision=detector.precision,
         device=detector.device,
-        classes=dataset.classes,
-        max_detections=max_detections,
     )
+    results = evaluation.details
     if as_json:
         print(json.dumps({"schema": 1, **{kind: dataclasses.asdict(r) for kind, r in results.items()}}, indent=2))
     else:
-        print("\n".join(map(ap_table, results.values())))
+        print("\n".join(map(table_text, evaluation.tables)))
         limit = next(iter(results.values())).max_detections
         print(f"Up to {limit} detections for each image and class count (COCO's own limit: --max-detections 100).")
     return 0
@@ -89,7 +91,7 @@ def _unknown_classes(known: Sequence[str], wanted: Sequence[str], source: Path, 
     Raises:
         TrainfitError: it has none of them.
     """
-    from trainfit.models.class_names import positions
+    from trainfit.tasks.detection.class_names import positions
 
     unknown = [name for name, row in zip(wanted, positions(wanted, known), strict=True) if row is None]
     if len(unknown) == len(wanted):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from trainfit.errors import TrainfitError
-from trainfit.models.registry import build_step
+from trainfit.models.build import build_step
 from trainfit.models.setting import setting_from_json
 from trainfit.process import end_with_parent
 from trainfit.step.attempt import attempt

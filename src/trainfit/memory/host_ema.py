@@ -15,7 +15,7 @@ def without_ema(trace: Trace) -> Trace:
 def ema_for_evaluation(trace: Trace) -> Trace:
     """Evaluation with the EMA weights on the host: they come to the GPU when the last window, the evaluation, begins.
 
-    So the training before it does without them (`models.fixed_step._evaluate` and `training.evaluation.evaluating` move
+    So the training before it does without them (`models.build._evaluate` and `training.evaluation.evaluating` move
     them).
     """
     start = last_window(trace)

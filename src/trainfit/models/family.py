@@ -21,18 +21,6 @@ VARIABLE = "TRAINFIT_FAMILIES"
 Capability = tuple[int, int]
 
 
-@dataclass(frozen=True, kw_only=True)
-class DrawnSizes:
-    """The sizes of images that training draws from, where a step is traced at one of them."""
-
-    pixels: tuple[float, ...]
-    """Pixels of each size over those of the traced one; all are drawn equally often."""
-    flops_share: float
-    """Part of a traced micro-batch's FLOPs that is in proportion to the pixels; the rest is the same at every size."""
-    bytes_share: float
-    """Part of the bytes that its kernels read and write that is."""
-
-
 def _nothing_to_turn(_setting: Any, _knob: str) -> Iterator[tuple[str, Any]]:
     yield from ()
 
@@ -56,15 +44,16 @@ class Family:
     """Names of its models, for lists and suggestions. An open set is written as a pattern, for instance "timm:NAME"."""
     match: Callable[[str], str | None]
     """What a user typed -> the canonical name of the model, or None for a model of another family."""
-    step: str
-    """Module with `build_step` and `build_eval_step`; it is imported with torch, when a step is built."""
-    workload: str | None = None
-    """"module:function" of (model name, classes, knobs) -> `Workload`; None: it is predicted, and not trained."""
+    workload: str
+    """Module with `make_workload(setting, classes) -> Workload`; it is imported with torch, when a step is built."""
+    prepare_trace: str | None = None
+    """"module:function" that a tracing process calls before it builds a step, with the compute capability that it traces for:
+    to stand in for what a trace cannot run."""
     checkpoint: str | None = None
     """"module:function" of (model name, file of upstream's or `pretrained`) -> (`Workload`, the model with the file's
     weights and classes, remarks for the user); None: such files cannot be evaluated."""
     task: str | None = None
-    """The room in `tasks/` that reads its data and measures it; None where there is none."""
+    """The room in `tasks/` that reads its data and measures it; None: it is predicted, and not trained."""
     extra: str | None = None
     """The optional dependency of trainfit that it needs."""
     packages: tuple[str, ...] = ()
@@ -91,9 +80,7 @@ class Family:
     """(setting, the task's statistics of a data set) -> the setting with what the statistics determine."""
     sample_bytes: Callable[[Any], int] = lambda _: 0
     """Setting -> bytes of one decoded sample in host memory."""
-    drawn_sizes: Callable[[Any], DrawnSizes | None] = lambda _: None
-    """Setting -> the sizes that training draws from; None where the step is always as traced."""
-    host_seconds: Callable[[Any, int, Capability | None], float] = lambda *_: 0.0
+    host_seconds: Callable[[Any, int, Capability | None], float] = lambda _setting, _images, _capability: 0.0
     """(setting, images, compute capability) -> seconds of a training micro-batch that the GPU waits for and that no operator
     of a trace shows."""
 

@@ -1,4 +1,4 @@
-"""The contract of a model family."""
+"""The contract between a family and the step: what a model is to those who predict, measure and train it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,93 +7,111 @@ from typing import Any, Protocol
 
 import torch
 
+from trainfit.models.setting import Setting
+from trainfit.step.contrastive import Contrastive
 from trainfit.step.terms import Objective
-from trainfit.tasks.detection.masks import Rle
-from trainfit.tasks.detection.samples import ImageRecord, Sample
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """What the parameter groups are made from. Defaults: the family's upstream."""
+    """What the parameter groups are made from."""
 
     lr: float = 1e-4
     lr_encoder: float = 1.5e-4
+    """Of families whose encoder has a rate of its own."""
     weight_decay: float = 1e-4
-    layer_decay: float = 0.8
-    """Each encoder layer's rate is this times the next layer's."""
-    component_decay: float = 0.7
-    """Decoder: lr x this; encoder: lr_encoder x this squared."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ImageDetections:
-    """What a detector found in one image."""
-
-    image_id: int
-    boxes: torch.Tensor
-    """float32 (n, 4) on the CPU: x0, y0, x1, y1 in pixels of the original image."""
-    scores: torch.Tensor
-    """float32 (n,)."""
-    classes: torch.Tensor
-    """int64 (n,): index into the data set's classes."""
-    masks: Sequence[Rle] | None = None
-    """n masks at the original image's size, run-length encoded: all of them as arrays would be gigabytes."""
-
-
-class Decoder(Protocol):
-    """Decodes one image and its objects at `size` x `size`."""
-
-    def __call__(self, record: ImageRecord, *, size: int, augment: bool, generator: torch.Generator) -> Sample:
-        """Random choices come from `generator` alone."""
-        ...
 
 
 class Workload(Protocol):
-    """One model of a family, at one resolution, for one set of classes. Holds no weights: `build` makes them."""
+    """One model for one setting. It holds no weights: `build` makes them."""
 
-    name: str
-    """As the user writes it: "rfdetr-nano"."""
-    classes: tuple[str, ...]
-    resolution: int
-    """Side of the square input in pixels."""
-    masks: bool
-    """Whether it trains on masks and finds them."""
-    max_detections: int
-    """Detections for each image and class that the family's own evaluation counts (COCO's is 100)."""
-    objective: Objective
+    @property
+    def setting(self) -> Setting:
+        """What it was made for."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        ...
+
+    @property
+    def objective(self) -> Objective | Contrastive:
+        """Its losses."""
+        ...
 
     def build(self) -> torch.nn.Module:
         """Make the model on the CPU in train mode, with random weights from torch's current seed."""
         ...
 
-    def load(self, model: torch.nn.Module, weights: str) -> list[str]:
-        """Fill the model from a file of ours, one of upstream's, or `pretrained`; returns remarks for the user."""
-        ...
-
     def parameter_groups(self, model: torch.nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
-        """Optimizer groups; the trainable parameters, each once."""
+        """Optimizer groups, each with an "lr"; the trainable parameters, each once."""
         ...
 
-    def blocks(self, model: torch.nn.Module) -> list[torch.nn.Module]:
-        """What activation checkpointing may compute again, in order; of a model as `build` made it."""
+    def blocks(self, model: torch.nn.Module) -> Sequence[torch.nn.Module]:
+        """What activation checkpointing may recompute, in order; of a model as `build` made it."""
+        ...
+
+    def saturate(self, model: torch.nn.Module) -> None:
+        """Make parts whose size depends on the data as large as they can get; for `worst_window` alone."""
+        ...
+
+    def worst_window(self, model: torch.nn.Module, images: int) -> Sequence[Any]:
+        """CPU samples of a window that needs as much memory as any of data like the setting's."""
+        ...
+
+    def eval_sample(self, model: torch.nn.Module) -> Any:
+        """A CPU sample for evaluation that needs as much memory as any."""
+        ...
+
+    def outputs(self, model: torch.nn.Module, samples: Sequence[Any]) -> Any:
+        """What a micro-batch gives in evaluation, one item a sample; the model is in eval mode."""
+        ...
+
+
+class Decoder(Protocol):
+    """Makes one sample of a record in a loader process; it can be pickled and holds no model."""
+
+    def __call__(self, record: Any, *, size: int, augment: bool, generator: torch.Generator) -> Any:
+        """Random choices come from `generator` alone. `size` is one of the workload's `sizes`, or its `eval_size`."""
+        ...
+
+
+class TrainableWorkload(Workload, Protocol):
+    """A workload that trains on data, and whose weights come and go."""
+
+    @property
+    def eval_size(self) -> int:
+        """The size of samples in evaluation, as the decoder takes it."""
+        ...
+
+    @property
+    def export_name(self) -> str:
+        """File name of the best weights as the upstream project loads them."""
+        ...
+
+    def load(self, model: torch.nn.Module, weights: str) -> list[str]:
+        """Fill the model from a file of trainfit, one of upstream's, or `pretrained`; returns remarks for the user."""
         ...
 
     def sizes(self) -> tuple[int, ...]:
-        """Side lengths that training draws from, one a window."""
+        """Sizes that training draws from, one a window; what a size means is up to the family's decoder."""
         ...
 
-    def decoder(self) -> "Decoder":
-        """The function that makes samples in loader processes; it can be pickled and holds no model."""
-        ...
-
-    def detect(self, model: torch.nn.Module, samples: Sequence[Sample]) -> list[ImageDetections]:
-        """Detections of a micro-batch, model in eval mode."""
+    def decoder(self) -> Decoder:
+        """The function that makes samples in loader processes."""
         ...
 
     def metadata(self) -> dict[str, str]:
-        """What a weights file must say so that `models.registry.from_metadata` makes this workload again."""
+        """What a weights file must say so that `models.build.workload_from_metadata` makes this workload again."""
         ...
 
     def export(self, weights: Mapping[str, torch.Tensor], path: Path) -> None:
         """Write the weights as the upstream project loads them."""
         ...
+
+
+def all_parameters(model: torch.nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
+    """One group of all trainable parameters."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [{"params": parameters, "lr": settings.lr, "weight_decay": settings.weight_decay}]

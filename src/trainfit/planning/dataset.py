@@ -26,13 +26,13 @@ def for_data(setting: Setting, dataset: "Dataset") -> Setting:
 
 def decode_seconds(setting: Setting, dataset: "Dataset") -> float | None:
     """Seconds that one loader process takes for an image here; None for families without a loader of their own."""
-    if setting.family.workload is None:
+    if setting.family.task is None:
         return None
     import torch
 
-    from trainfit.models.registry import make_workload
+    from trainfit.models.build import build_trainable
 
-    workload = make_workload(setting.model, dataset.classes, setting.to_json())
+    workload = build_trainable(setting, dataset.classes)
     decode, size = workload.decoder(), max(workload.sizes())
     torch.set_num_threads(1)  # as in a loader process
     times: list[float] = []

@@ -7,8 +7,8 @@ from typing import Any, cast
 import torch
 from PIL import Image, ImageDraw
 
-from trainfit.models.workload import ImageDetections
 from trainfit.tasks.detection.masks import Rle
+from trainfit.tasks.detection.samples import ImageDetections
 
 
 def detection_lines(

@@ -260,7 +260,7 @@ def assumptions(plan: Plan) -> tuple[str, ...]:
 
 def train_command(plan: Plan) -> str:
     """The command that trains with the plan, flags that are not the recipe's defaults; the plan must have a chosen setting."""
-    if family_of(plan.model)[0].workload is None:
+    if family_of(plan.model)[0].task is None:
         return f"(trainfit does not train {plan.model} yet: --emit writes this plan for another tool)"
     chosen = knobs(plan)
     defaults = {field.name: field.default for field in fields(Recipe)}

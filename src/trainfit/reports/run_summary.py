@@ -1,7 +1,7 @@
 """The end of a training in a few lines, with the next command."""
 
-from trainfit.reports.ap_table import ap_table
 from trainfit.reports.progress import GIB
+from trainfit.reports.tables import table_text
 from trainfit.reports.words import duration
 from trainfit.training.fit import RunSummary
 from trainfit.training.oom import survival_line
@@ -25,7 +25,7 @@ def summary_text(summary: RunSummary) -> str:
         f"speed       {summary.images_per_s:.3g} images/s; {summary.loader}",
         f"memory      {summary.memory_bytes / GIB:.2f} GiB",
     ]
-    lines += [ap_table(result) for result in summary.ap.values()]
+    lines += [table_text(table) for table in summary.tables]
     if summary.skipped_images:
         lines.append(f"left out    {len(summary.skipped_images)} images: {'; '.join(summary.skipped_images)}")
     lines.append(f"batch       {summary.noise}")

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 import trainfit
 from trainfit.cache import cache_folder
 from trainfit.errors import TrainfitError
+from trainfit.models.family import registering_modules
 from trainfit.models.setting import Setting
 from trainfit.process import end_running
 from trainfit.tracing import worker
@@ -32,8 +33,8 @@ DAMAGE = (EOFError, ValueError, LookupError, TypeError, AttributeError, zlib.err
 PACKAGES = ("torch", "torchvision", "rfdetr", "timm", "open_clip_torch")
 T = TypeVar("T")
 _FACTORY = {
-    "training": "trainfit.models.registry:build_step",
-    "evaluation": "trainfit.models.registry:build_eval_step",
+    "training": "trainfit.models.build:build_step",
+    "evaluation": "trainfit.models.build:build_eval_step",
 }
 
 
@@ -112,7 +113,9 @@ def versions() -> dict[str, str]:
 
 def _traced(request: TraceRequest) -> str:
     """The answer of a tracing process, as `StoredTrace.to_json` wrote it."""
-    return worker.run(request.to_json(), request.setting.model)
+    family = request.setting.family
+    own = {"prepare": family.prepare_trace, "families": registering_modules()}
+    return worker.run(request.to_json() | own, request.setting.model)
 
 
 def packages_of(setting: Setting) -> dict[str, str]:

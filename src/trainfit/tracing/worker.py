@@ -35,12 +35,15 @@ def main(request: Path, answer: Path) -> None:
     from trainfit.tracing.selftest import selftest
     from trainfit.tracing.trace import trace_step
 
+    for name in record.get("families", ()):
+        importlib.import_module(name)
     target = Target(**record["target"] | {"capability": tuple(record["target"]["capability"])})
     try:
         if record["device"] == "cuda":
             selftest(target)
-        module, _, function = record["factory"].partition(":")
-        factory = getattr(importlib.import_module(module), function)
+            if record.get("prepare") is not None:
+                _imported(record["prepare"])(target.capability)
+        factory = _imported(record["factory"])
         result = trace_step(
             lambda device: factory(device=device, **record["kwargs"]),
             target=target,
@@ -51,6 +54,12 @@ def main(request: Path, answer: Path) -> None:
         answer.write_text(json.dumps({"error": str(error)}))
         return
     answer.write_text(result.to_json())
+
+
+def _imported(name: str) -> Any:
+    """What "module:function" names."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 if __name__ == "__main__":

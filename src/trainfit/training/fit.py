@@ -18,8 +18,8 @@ from trainfit.step.names import Precision
 from trainfit.step.precision import resolve_precision
 from trainfit.step.training_step import StepResult
 from trainfit.tasks.detection.coco_ap import ApResult
-from trainfit.tasks.detection.masks import require_masks
 from trainfit.tasks.detection.samples import Sample
+from trainfit.tasks.task import Table, task_of
 from trainfit.training import run_folder
 from trainfit.training.distributed import process_group
 from trainfit.training.evaluation import evaluate_model
@@ -61,6 +61,8 @@ class RunSummary:
     """See `telemetry.memory_bytes`."""
     ap: dict[str, ApResult]
     """The last evaluation: "bbox", and "segm" with masks."""
+    tables: tuple[Table, ...]
+    """Its figures."""
     best_ap: float | None
     best_step: int | None
     skipped_images: tuple[str, ...]
@@ -94,8 +96,8 @@ class _Run:
         self.batching = resolve_batching(recipe, ranks.world_size())
         self.dataset = load_data(recipe, show)
         self.workload = workload_of(recipe, self.dataset.classes)
-        if self.workload.masks:
-            require_masks([record for split in ("train", "val") for record in self.dataset.splits[split]])
+        self.task = task_of(str(self.workload.setting.family.task))
+        self.task.require(self.dataset, self.workload)
         self.precision: Precision = resolve_precision(recipe.precision, device)
         self.workers = default_workers() if recipe.workers is None else recipe.workers
         self.plan = WindowPlan(
@@ -110,8 +112,9 @@ class _Run:
         self.total_steps = min(recipe.epochs * self.steps_per_epoch, recipe.max_steps or 10**12)
         self.skipped: list[str] = []
         self.ap: dict[str, ApResult] = {}
+        self.tables: tuple[Table, ...] = ()
         self.best: dict[str, Any] = {"ap": None, "step": None}
-        self.step, self.done = make_step(self.workload, recipe, device, self.precision, show), 0
+        self.step, self.done = make_step(self.workload, recipe, device, show), 0
         self.survivor = Survivor(self.batching.micro_batch, blocks=self.workload.blocks(self.step.model))
         self.eval_micro_batch = recipe.eval_micro_batch or self.batching.micro_batch
         self.in_parts = Halving(self.eval_micro_batch, device, self.survivor.survived)
@@ -151,12 +154,14 @@ class _Run:
     def _announce(self, batching: Batching) -> None:
         sizes = self.plan.sizes
         scale = f"{sizes[-1]} px" if len(sizes) == 1 else f"{min(sizes)}-{max(sizes)} px, one size a window"
-        wanted, used = self.recipe.resolution, self.workload.resolution
+        wanted, used = self.recipe.resolution, self.workload.eval_size
         if wanted is not None and wanted != used:
-            self.show.note(f"resolution {wanted} is not legal for {self.workload.name}: using {used}")
+            self.show.note(f"resolution {wanted} is not legal for {self.workload.setting.model}: using {used}")
         images = {split: len(records) for split, records in self.dataset.splits.items()}
         self.show.note(f"data: {images}, {len(self.dataset.classes)} classes ({self.dataset.format})")
-        self.show.note(f"{self.workload.name} at {scale}, {self.precision} on {self.device}; {batching.reason}")
+        self.show.note(
+            f"{self.workload.setting.model} at {scale}, {self.precision} on {self.device}; {batching.reason}"
+        )
         self.show.note(f"{self.steps_per_epoch} steps an epoch, {self.total_steps} in all; run folder {self.folder}")
 
     def train(self, stop: Callable[[], bool]) -> RunSummary:
@@ -192,7 +197,14 @@ class _Run:
         train, steps = self.dataset.splits["train"], range(self.done, self.total_steps)
         size, share = max(self.plan.sizes), -(-self.batching.effective_batch // ranks.world_size())
         rehearse(
-            self.step, self.survivor, self.in_parts, self.workload, train, size=size, share=share, number=self.done
+            self.step,
+            self.survivor,
+            self.in_parts,
+            self.workload,
+            self.task.worst_first(train),
+            size=size,
+            share=share,
+            number=self.done,
         )
         self._tell()
         if self.pending_evaluation:
@@ -290,10 +302,12 @@ class _Run:
         return rest == 0 and self.recipe.eval_every > 0 and epoch % self.recipe.eval_every == 0
 
     def _evaluate(self) -> None:
-        self.ap = evaluate_model(
+        records = self.dataset.splits["val"]
+        evaluation = evaluate_model(
             self.step.ema or self.step.model,
             self.workload,
-            self.dataset.splits["val"],
+            records,
+            self.task.metric(records, self.workload),
             micro_batch=self.eval_micro_batch,
             precision=self.precision,
             device=self.device,
@@ -302,6 +316,7 @@ class _Run:
             step=self.done - 1,
             in_parts=self.in_parts,
         )
+        self.ap, self.tables = evaluation.details, evaluation.tables
         self.pending_evaluation = False
         self._tell()
         row: dict[str, Any] = {"step": self.done, "epoch": (self.done - 1) // self.steps_per_epoch}
@@ -381,7 +396,7 @@ class _Run:
         seconds = spent.elapsed_s or float("inf")
         return RunSummary(
             folder=self.folder,
-            model=self.workload.name,
+            model=self.workload.setting.model,
             steps=self.done,
             total_steps=self.total_steps,
             images_per_s=spent.images * ranks.world_size() / seconds,
@@ -390,6 +405,7 @@ class _Run:
             noise=noise,
             memory_bytes=memory_bytes(self.device),
             ap=self.ap,
+            tables=self.tables,
             best_ap=self.best["ap"],
             best_step=self.best["step"],
             skipped_images=tuple(self.skipped),

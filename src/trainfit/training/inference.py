@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from trainfit.errors import TrainfitError
+from trainfit.models.build import open_checkpoint, workload_from_metadata
 from trainfit.models.family import family_of
-from trainfit.models.registry import from_metadata, from_upstream
-from trainfit.models.workload import ImageDetections, Workload
+from trainfit.models.workload import TrainableWorkload
 from trainfit.step.names import Precision
 from trainfit.step.precision import autocast
-from trainfit.tasks.detection.samples import ImageRecord
+from trainfit.tasks.detection.samples import ImageDetections, ImageRecord
 from trainfit.tasks.images import ImageDefect, read_header
 from trainfit.training.run_folder import BEST, LAST, load_weights
 from trainfit.weights import require_fit
@@ -23,7 +23,7 @@ from trainfit.weights import require_fit
 class Detector:
     """A model in eval mode with the weights of a run."""
 
-    workload: Workload
+    workload: TrainableWorkload
     model: torch.nn.Module
     device: torch.device
     precision: Precision
@@ -55,11 +55,11 @@ def load_detector(
         )
     weights, metadata = load_weights(path)
     try:
-        workload = from_metadata(metadata)
+        workload = workload_from_metadata(metadata)
     except TrainfitError as error:
         raise TrainfitError(f"{path}: {error}") from error
-    if model is not None and family_of(model)[1] != workload.name:
-        raise TrainfitError(f"{path} holds weights of {workload.name}, not {model}: leave --model out")
+    if model is not None and family_of(model)[1] != workload.setting.model:
+        raise TrainfitError(f"{path} holds weights of {workload.setting.model}, not {model}: leave --model out")
     network = workload.build()
     require_fit(network, weights, path)
     network.load_state_dict(weights)
@@ -69,7 +69,7 @@ def load_detector(
 def _load_upstream(weights: Path, device: torch.device, precision: Precision, model: str | None) -> Detector:
     if model is None:
         raise TrainfitError(f"{weights} does not say which model it is of: give --model, for instance rfdetr-nano")
-    workload, network, remarks = from_upstream(model, str(weights))
+    workload, network, remarks = open_checkpoint(model, str(weights))
     network = network.to(device).eval()
     return Detector(workload=workload, model=network, device=device, precision=precision, remarks=tuple(remarks))
 
@@ -81,14 +81,14 @@ def detect(detector: Detector, images: Sequence[Path], *, micro_batch: int = 4) 
         TrainfitError: an image that cannot be read.
     """
     decode = detector.workload.decoder()
-    size = detector.workload.resolution
+    size = detector.workload.eval_size
     for first in range(0, len(images), micro_batch):
         batch = [
             decode(_record(first + i, path), size=size, augment=False, generator=torch.Generator())
             for i, path in enumerate(images[first : first + micro_batch])
         ]
         with autocast(detector.precision, detector.device.type):
-            yield from detector.workload.detect(detector.model, batch)
+            yield from detector.workload.outputs(detector.model, batch)
 
 
 def _record(number: int, path: Path) -> ImageRecord:

@@ -5,13 +5,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 
 from trainfit.errors import TrainfitError
-from trainfit.models.workload import Decoder, Workload
+from trainfit.models.workload import Decoder, TrainableWorkload
 from trainfit.step import ranks
-from trainfit.tasks.detection.samples import ImageRecord, Sample
 from trainfit.training.schedule import mix
 from trainfit.training.workers import run_workers
 
@@ -58,19 +58,19 @@ class WindowPlan:
 class _Key:
     """What a loader process needs to make one sample."""
 
-    record: ImageRecord
+    record: Any
     size: int
     seed: int
 
 
-def _windows(plan: WindowPlan, steps: range, records: Sequence[ImageRecord]) -> Iterator[list[_Key]]:
+def _windows(plan: WindowPlan, steps: range, records: Sequence[Any]) -> Iterator[list[_Key]]:
     for step in steps:
         size, epoch = plan.size(step), step // plan.windows_per_epoch
         seeds = {i: mix(plan.seed, SAMPLE, epoch, i) for i in plan.indices(step)}
         yield [_Key(record=records[i], size=size, seed=seed) for i, seed in seeds.items()]
 
 
-class Loaded(list[Sample | Unreadable]):
+class Loaded(list[Any]):
     """The samples of a window or micro-batch."""
 
     load_s: float
@@ -93,7 +93,7 @@ class _Making:
         loaded.load_s = time.perf_counter() - started
         return loaded
 
-    def _sample(self, key: _Key) -> Sample | Unreadable:
+    def _sample(self, key: _Key) -> Any:
         generator = torch.Generator().manual_seed(key.seed)
         try:
             return self.decode(key.record, size=key.size, augment=self.augment, generator=generator)
@@ -120,7 +120,7 @@ def _loaded(
 
 
 def training_loader(
-    records: Sequence[ImageRecord],
+    records: Sequence[Any],
     decode: Decoder,
     plan: WindowPlan,
     *,
@@ -138,8 +138,8 @@ def training_loader(
 
 
 def evaluation_loader(
-    records: Sequence[ImageRecord],
-    workload: Workload,
+    records: Sequence[Any],
+    workload: TrainableWorkload,
     *,
     micro_batch: int,
     workers: int,
@@ -147,9 +147,9 @@ def evaluation_loader(
 ) -> Iterator[Loaded]:
     """A loader whose items are micro-batches of this rank's share of the records, in order and not augmented.
 
-    The samples hold images alone: evaluation reads boxes and masks from the records.
+    The samples hold inputs alone: evaluation reads the truth from the records.
     """
     mine = records[ranks.rank() :: ranks.world_size()]
-    keys = (_Key(record=record.without_objects(), size=workload.resolution, seed=0) for record in mine)
+    keys = (_Key(record=record.without_truth(), size=workload.eval_size, seed=0) for record in mine)
     batches = iter(lambda: list(islice(keys, micro_batch)), [])
     return _loaded(_Making(decode=workload.decoder(), augment=False), batches, workers, note)

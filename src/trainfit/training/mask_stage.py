@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from trainfit.errors import TrainfitError
-from trainfit.models.registry import from_metadata
+from trainfit.models.build import workload_from_metadata
 from trainfit.training.recipe import Recipe
 from trainfit.training.run_folder import BEST, load_weights
 
@@ -36,7 +36,7 @@ def on_detector_run(recipe: Recipe) -> Recipe:
     _, metadata = load_weights(path)
     if "model" not in metadata or "knobs" not in metadata:
         raise TrainfitError(f"{path} is not a weights file of trainfit")
-    from_metadata(metadata)  # refuses what is damaged
+    workload_from_metadata(metadata)  # refuses what is damaged
     knobs = json.loads(metadata["knobs"])
     given = {name: getattr(recipe, name) for name in ("resolution", "num_queries", "groups")}
     fixed = {name: knobs.get(name) if value is None else value for name, value in given.items()}

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from trainfit.errors import TrainfitError
-from trainfit.models.workload import Workload
+from trainfit.models.workload import TrainableWorkload
 from trainfit.step.training_step import TrainingStep
-from trainfit.tasks.detection.samples import ImageRecord, Sample
-from trainfit.training.evaluation import detect, evaluating
+from trainfit.training.evaluation import evaluating, outputs_of
 from trainfit.training.oom import Halving, Survivor, snapshot
 
 WHERE = "worst window"
@@ -21,8 +20,8 @@ def rehearse(
     step: TrainingStep,
     survivor: Survivor,
     in_parts: Halving,
-    workload: Workload,
-    records: Sequence[ImageRecord],
+    workload: TrainableWorkload,
+    records: Sequence[Any],
     *,
     size: int,
     share: int,
@@ -31,18 +30,18 @@ def rehearse(
 ) -> None:
     """Train on the worst window and evaluate one micro-batch, then put everything back as it was, bit for bit.
 
-    The window has the largest image and the ones with most objects, all at `size`, and as many as need two micro-batches:
+    The window has the records that need most memory, all at `size`, and as many as need two micro-batches:
     in the second the gradients are there already. Real losses, backward and update, so the ladder works here as it does
-    later. Parameters, buffers, averages and optimizer state wait in host memory meanwhile.
+    later. Parameters, buffers, EMA weights and optimizer state wait in host memory meanwhile.
     It costs about one window. Without a GPU nothing is done unless `force`: there is no device memory to run out of.
 
     Args:
         step: The step that training runs.
         survivor: What it leaves of the micro-batch, training begins with.
         in_parts: The same for evaluation.
-        workload: Decodes and detects.
-        records: Training images.
-        size: The largest side that training draws.
+        workload: Makes samples, and outputs of them.
+        records: Training records, in the order of the memory that they need, the most first (`Task.worst_first`).
+        size: The largest size that training draws.
         share: Images of this rank in a window, at most.
         number: Optimizer steps done so far.
         force: On the CPU too.
@@ -54,9 +53,9 @@ def rehearse(
         return
     decode = workload.decoder()
 
-    def worst(side: int, count: int) -> list[Sample]:
-        found: list[Sample] = []
-        for record in worst_first(records):
+    def worst(side: int, count: int) -> list[Any]:
+        found: list[Any] = []
+        for record in records:
             if len(found) < count:
                 with suppress(TrainfitError):  # an image that cannot be decoded is reported when its own window comes
                     found.append(decode(record, size=side, augment=False, generator=torch.Generator()))
@@ -65,8 +64,8 @@ def rehearse(
     def evaluate() -> None:
         model = step.ema or step.model
         with evaluating(model, step.device):
-            found = partial(detect, model, workload, precision=step.precision, device=step.device)
-            in_parts(found, worst(workload.resolution, in_parts.micro_batch), step=number, where=WHERE)
+            found = partial(outputs_of, model, workload, precision=step.precision, device=step.device)
+            in_parts(found, worst(workload.eval_size, in_parts.micro_batch), step=number, where=WHERE)
 
     restore = keep(step)
     try:
@@ -74,13 +73,6 @@ def rehearse(
         in_parts.on_all_ranks(evaluate, step=number, where=WHERE)
     finally:
         restore()
-
-
-def worst_first(records: Sequence[ImageRecord]) -> list[ImageRecord]:
-    """The largest image, to whose size its window is padded, then the others by their number of objects."""
-    crowded = sorted(records, key=lambda r: (-int((~r.crowd).sum()), -r.width * r.height))
-    largest = max(crowded, key=lambda r: r.width * r.height)
-    return [largest, *(record for record in crowded if record is not largest)]
 
 
 def keep(step: TrainingStep) -> Callable[[], None]:

@@ -1,5 +1,6 @@
 """What a training starts from: the recipe's data, workload, and step on the device."""
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,13 +9,10 @@ from typing import Any
 import torch
 
 from trainfit.errors import TrainfitError
-from trainfit.models.registry import make_workload
-from trainfit.models.workload import OptimizerSettings, Workload
-from trainfit.step.checkpointing import checkpoint_first
-from trainfit.step.ema import averaged_copy
-from trainfit.step.names import Precision
-from trainfit.step.optimizer import make_optimizer
-from trainfit.step.precision import set_matmul_precision
+from trainfit.models.build import build_trainable, build_training_step
+from trainfit.models.family import family_of
+from trainfit.models.setting import make_setting
+from trainfit.models.workload import OptimizerSettings, TrainableWorkload
 from trainfit.step.training_step import TrainingStep
 from trainfit.tasks.detection.read import read_dataset, require_no_errors
 from trainfit.tasks.detection.samples import Dataset
@@ -48,23 +46,25 @@ def load_data(recipe: Recipe, show: Progress) -> Dataset:
     return dataset
 
 
-def workload_of(recipe: Recipe, classes: tuple[str, ...]) -> Workload:
+BATCH = ("model", "micro_batch", "accumulation", "eval_micro_batch")
+"""Fields of a setting that training resolves by itself."""
+
+
+def workload_of(recipe: Recipe, classes: tuple[str, ...]) -> TrainableWorkload:
     """The recipe's model for these classes."""
-    knobs = {
-        name: getattr(recipe, name)
-        for name in ("resolution", "snap", "num_queries", "groups", "freeze_encoder", "multi_scale")
-    }
-    return make_workload(recipe.model, classes, knobs | {"stage": recipe.recipe})
+    family, model = family_of(recipe.model)
+    values = vars(recipe) | {"stage": recipe.recipe}
+    own = [field.name for field in dataclasses.fields(family.setting) if field.name not in BATCH]
+    return build_trainable(
+        make_setting(model, **{name: values[name] for name in own if values.get(name) is not None}), classes
+    )
 
 
-def make_step(
-    workload: Workload, recipe: Recipe, device: torch.device, precision: Precision, show: Progress
-) -> TrainingStep:
-    """Model, optimizer and EMA on the device, from the recipe's seed and weights."""
+def make_step(workload: TrainableWorkload, recipe: Recipe, device: torch.device, show: Progress) -> TrainingStep:
+    """Model, optimizer and EMA weights on the device, from the recipe's seed and weights."""
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # A core for the loader: threads that spin for a core that is taken make a step up to 30 times slower.
         torch.set_num_threads(max(1, usable_cores() - 1))
-    set_matmul_precision(device)
     torch.manual_seed(recipe.seed)
     model = workload.build()
     weights = str(evaluated_weights(recipe.from_run)) if recipe.from_run else recipe.weights
@@ -73,19 +73,8 @@ def make_step(
             show.note(remark)
     else:
         show.note("weights: random; --weights pretrained starts from upstream's COCO weights")
-    checkpoint_first(workload.blocks(model), recipe.checkpointing)
-    model.to(device)
     settings = OptimizerSettings(lr=recipe.lr, lr_encoder=recipe.lr_encoder, weight_decay=recipe.weight_decay)
-    groups = workload.parameter_groups(model, settings)
-    return TrainingStep(
-        model=model,
-        objective=workload.objective,
-        optimizer=make_optimizer(recipe.optimizer, groups),
-        device=device,
-        precision=precision,
-        clip_norm=recipe.clip_norm,
-        ema=averaged_copy(model, on_host=recipe.ema_on_host) if recipe.ema else None,
-    )
+    return build_training_step(workload, device, model=model, optimizer_settings=settings, clip_norm=recipe.clip_norm)
 
 
 def restore(step: TrainingStep, state: Mapping[str, Any], path: Path) -> None:

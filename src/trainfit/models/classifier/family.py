@@ -32,7 +32,7 @@ def family() -> Family:
         setting=ClassifierSetting,
         models=("timm:NAME",),
         match=match,
-        step="trainfit.models.classifier.step",
+        workload="trainfit.models.classifier.workload",
         extra="timm",
         packages=("timm",),
         learns=("optimizer",),

@@ -34,7 +34,7 @@ def family() -> Family:
         setting=ClipSetting,
         models=("clip:ARCH",),
         match=match,
-        step="trainfit.models.clip.step",
+        workload="trainfit.models.clip.workload",
         extra="clip",
         packages=("open_clip_torch",),
         coupled=lambda setting: setting.contrastive == "cached",

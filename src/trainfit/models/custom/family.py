@@ -32,7 +32,7 @@ def family() -> Family:
         setting=CustomSetting,
         models=("module:function",),
         match=match,
-        step="trainfit.models.custom.step",
+        workload="trainfit.models.custom.workload",
         last=True,
         cacheable=False,
         learns=("optimizer",),

@@ -84,7 +84,7 @@ def family() -> Family:
         setting=MaskRcnnSetting,
         models=MODELS,
         match=match,
-        step="trainfit.models.maskrcnn.step",
+        workload="trainfit.models.maskrcnn.workload",
         packages=("torchvision",),
         kernels=kernels,
         learns=("optimizer",),

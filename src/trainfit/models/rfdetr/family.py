@@ -4,9 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from trainfit.models.family import Capability, DrawnSizes, Family, dashed, register
+from trainfit.models.family import Capability, Family, dashed, register
 from trainfit.models.rfdetr.matching import matching_seconds
-from trainfit.models.rfdetr.sizes import drawn
 from trainfit.models.setting import DetectionSetting
 from trainfit.values import Range, require_valid
 
@@ -135,7 +134,7 @@ def assumptions(setting: RfDetrSetting) -> Sequence[str]:
     """What a prediction takes for granted."""
     lines = [f"The fullest image has {setting.objects_per_image} objects (--objects-per-image, or --data)."]
     if setting.multi_scale:
-        lines.append("Multi-scale training: memory at the largest of its sizes, time as the mean over all.")
+        lines.append("Multi-scale training: the largest of its sizes.")
     return lines
 
 
@@ -159,22 +158,6 @@ def host_seconds(setting: RfDetrSetting, images: int, capability: Capability | N
     )
 
 
-def drawn_sizes(setting: RfDetrSetting) -> DrawnSizes | None:
-    """The sizes of multi-scale training; the largest is traced."""
-    if not setting.multi_scale:
-        return None
-    published = PUBLISHED[setting.model]
-    queries = (setting.num_queries or published.queries) * (setting.groups or GROUPS)
-    return drawn(
-        setting.model,
-        resolution=setting.resolution or published.resolution,
-        published=published.resolution,
-        block=published.block,
-        queries_share=queries / (published.queries * GROUPS),
-        masks=setting.has_masks,
-    )
-
-
 def sample_bytes(setting: RfDetrSetting) -> int:
     """An image of the largest size, and a mask of a byte a pixel for each object."""
     side = setting.resolution or PUBLISHED[setting.model].resolution
@@ -191,8 +174,8 @@ def family() -> Family:
         setting=RfDetrSetting,
         models=tuple(PUBLISHED),
         match=match,
-        step="trainfit.models.rfdetr.step",
-        workload="trainfit.models.rfdetr.workload:make_workload",
+        workload="trainfit.models.rfdetr.workload",
+        prepare_trace="trainfit.models.rfdetr.tracing:prepare",
         checkpoint="trainfit.models.rfdetr.workload:from_upstream",
         task="detection",
         packages=("rfdetr",),
@@ -204,6 +187,5 @@ def family() -> Family:
         assumptions=assumptions,
         for_data=for_data,
         sample_bytes=sample_bytes,
-        drawn_sizes=drawn_sizes,
         host_seconds=host_seconds,
     )

@@ -16,8 +16,8 @@ from rfdetr.models.weights import (
 from rfdetr.utilities.state_dict import validate_checkpoint_compatibility
 
 from trainfit.errors import TrainfitError
-from trainfit.models.class_names import positions
 from trainfit.models.rfdetr.weights_file import WeightsFile, read_weights
+from trainfit.tasks.detection.class_names import positions
 from trainfit.weights import load_weights as read_tensors
 from trainfit.weights import require_kinds
 

@@ -17,8 +17,9 @@ from rfdetr.models import build_criterion_from_config, build_model_from_config
 from rfdetr.models.lwdetr import LWDETR
 
 from trainfit.errors import TrainfitError
+from trainfit.models.images import crowded_sample
 from trainfit.models.rfdetr.data import make_sample, to_batch
-from trainfit.models.rfdetr.family import RfDetrKnobs
+from trainfit.models.rfdetr.family import RfDetrKnobs, RfDetrSetting
 from trainfit.models.rfdetr.interop import (
     MASK_HEAD,
     attach_mask_head,
@@ -29,9 +30,9 @@ from trainfit.models.rfdetr.interop import (
 )
 from trainfit.models.rfdetr.losses import make_objective
 from trainfit.models.rfdetr.weights_file import read_weights
-from trainfit.models.workload import Decoder, ImageDetections, OptimizerSettings
+from trainfit.models.workload import Decoder, OptimizerSettings
 from trainfit.tasks.detection.masks import Rle, encode_masks
-from trainfit.tasks.detection.samples import Sample
+from trainfit.tasks.detection.samples import ImageDetections, Sample
 
 CONFIGS: Mapping[str, type[upstream.ModelConfig]] = {
     "rfdetr-nano": upstream.RFDETRNanoConfig,
@@ -57,6 +58,10 @@ WITH_MASKS: Mapping[str, type[upstream.ModelConfig]] = {
 
 LARGEST_RESOLUTION = 4096
 """Pixels; a file that says more is not believed."""
+LAYER_DECAY = 0.8
+"""Each encoder layer's rate is this times the next layer's (rfdetr 1.11.2 config.py `lr_vit_layer_decay`)."""
+COMPONENT_DECAY = 0.7
+"""Decoder: lr x this; encoder: lr_encoder x this squared (`lr_component_decay`)."""
 ENCODER_LAYERS = "backbone.0.encoder.encoder.encoder.layer"
 
 
@@ -72,12 +77,16 @@ class RfDetr:
         named "" is a row that is no class.
         """
         knobs = knobs or RfDetrKnobs()
+        own = {field.name: getattr(knobs, field.name) for field in dataclasses.fields(RfDetrKnobs)}
+        is_setting = isinstance(knobs, RfDetrSetting)
+        self.setting = knobs if is_setting else RfDetrSetting(model=name, classes=len(classes), **own)
         outputs = outputs or len(classes) + 1
         self.name = name
         self.classes = classes
         self.knobs = knobs
         self.config = make_config(name, outputs - 1, knobs)
-        self.resolution = self.config.resolution
+        self.resolution = self.eval_size = self.config.resolution
+        self.export_name = "best-rfdetr.pth"
         self.masks = self.config.segmentation_head
         train_config = upstream.SegmentationTrainConfig if self.masks else upstream.TrainConfig
         train = train_config(dataset_dir=".", output_dir=".")
@@ -122,13 +131,28 @@ class RfDetr:
             if name in encoder:
                 lr, decay = encoder[name]
             elif "transformer.decoder" in name:
-                lr = settings.lr * settings.component_decay
+                lr = settings.lr * COMPONENT_DECAY
             merged.setdefault((lr, decay), []).append(parameter)
         return [{"params": params, "lr": lr, "weight_decay": wd} for (lr, wd), params in merged.items()]
 
     def blocks(self, model: torch.nn.Module) -> list[torch.nn.Module]:
         layers = (ENCODER_LAYERS, "transformer.decoder.layers")
         return [layer for name in layers for layer in model.get_submodule(name).children()]
+
+    def saturate(self, model: torch.nn.Module) -> None:
+        """Nothing in an RF-DETR depends on the data but its targets."""
+
+    def worst_window(self, model: torch.nn.Module, images: int) -> Sequence[Sample]:
+        """Images of the largest size, each with the most objects."""
+        side, setting = max(self.sizes()), self.setting
+        objects = setting.objects_per_image
+        return [crowded_sample(side, side, objects=objects, classes=len(self.classes), masks=self.masks)] * images
+
+    def eval_sample(self, model: torch.nn.Module) -> Sample:
+        return crowded_sample(self.resolution, self.resolution, objects=1, classes=len(self.classes), masks=False)
+
+    def outputs(self, model: torch.nn.Module, samples: Sequence[Sample]) -> list[ImageDetections]:
+        return self.detect(model, samples)
 
     def sizes(self) -> tuple[int, ...]:
         if not self.knobs.multi_scale:
@@ -161,7 +185,8 @@ class RfDetr:
         return found
 
     def metadata(self) -> dict[str, str]:
-        knobs = dataclasses.asdict(self.knobs) | {"resolution": self.resolution}
+        own = {field.name: getattr(self.knobs, field.name) for field in dataclasses.fields(RfDetrKnobs)}
+        knobs = own | {"resolution": self.resolution}
         return {"model": self.name, "classes": json.dumps(self.classes), "knobs": json.dumps(knobs)}
 
     def export(self, weights: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -267,8 +292,8 @@ def _encoder_groups(
     arguments = SimpleNamespace(
         out_feature_indexes=config.out_feature_indexes,
         lr_encoder=settings.lr_encoder,
-        lr_vit_layer_decay=settings.layer_decay,
-        lr_component_decay=settings.component_decay,
+        lr_vit_layer_decay=LAYER_DECAY,
+        lr_component_decay=COMPONENT_DECAY,
         weight_decay=settings.weight_decay,
     )
     backbone: Any = model.get_submodule("backbone.0")
@@ -276,7 +301,6 @@ def _encoder_groups(
     return {name: (group["lr"], group["weight_decay"]) for name, group in pairs.items()}
 
 
-def make_workload(name: str, classes: tuple[str, ...], knobs: Mapping[str, Any]) -> RfDetr:
-    """The workload of a model; of `knobs`, the fields of `RfDetrKnobs` are taken."""
-    own = {field.name: knobs[field.name] for field in dataclasses.fields(RfDetrKnobs) if field.name in knobs}
-    return RfDetr(name, classes, RfDetrKnobs(**own))
+def make_workload(setting: RfDetrSetting, classes: tuple[str, ...]) -> RfDetr:
+    """The workload of a setting."""
+    return RfDetr(setting.model, classes, setting)

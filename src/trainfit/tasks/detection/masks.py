@@ -1,7 +1,7 @@
 """Masks as COCO compresses them (run-length encoding), in and out."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from faster_coco_eval import mask as mask_api
 from numpy.typing import NDArray
 
 from trainfit.errors import TrainfitError
-from trainfit.tasks.detection.samples import ImageRecord, Polygons
+from trainfit.tasks.detection.samples import ImageRecord, Polygons, Rle
 
 POLYGONS = 5_000
 POINTS = 100_000
@@ -20,9 +20,6 @@ OUTLINE_SIDES = 2_048
 pixel of outline (measured with faster-coco-eval 1.8), wherever the points lie: up to here some 100 MiB."""
 RUN_CHARACTERS = 7
 """The longest run in a compressed mask: 7 characters of 5 bits are more than any image has pixels."""
-
-Rle = dict[str, Any]
-"""One mask as COCO compresses it: `size` [height, width] and `counts` (bytes)."""
 
 
 def encode_masks(masks: torch.Tensor) -> list[Rle]:

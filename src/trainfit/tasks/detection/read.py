@@ -48,7 +48,7 @@ def read_dataset(
         raise TrainfitError(_why_empty(dataset, Path(path)))
     if not dataset.splits.get("val"):
         dataset = _held_out(dataset, val_fraction, seed)
-    findings = dataset.findings + _between_splits(dataset.splits, dataset.root) + _without_objects(dataset)
+    findings = dataset.findings + _between_splits(dataset.splits, dataset.root) + _without_truth(dataset)
     return replace(dataset, findings=findings)
 
 
@@ -131,7 +131,7 @@ def _between_splits(splits: Mapping[str, Sequence[ImageRecord]], root: Path) -> 
     return tuple(findings)
 
 
-def _without_objects(dataset: Dataset) -> tuple[Finding, ...]:
+def _without_truth(dataset: Dataset) -> tuple[Finding, ...]:
     if any(len(record.classes) for record in dataset.splits["train"]):
         return ()
     what = "no image of train has an object; are the labels where the format wants them?"

@@ -1,6 +1,6 @@
 """What every reader gives and every model family takes: images with their objects."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 Segmentation = list[list[float]] | dict[str, Any]
 """One object's mask as COCO writes it: polygons (x0, y0, x1, y1, ... in pixels), or an RLE with `size` and `counts`."""
+Rle = dict[str, Any]
+"""One mask as COCO compresses it: `size` [height, width] and `counts` (bytes)."""
 Polygons = tuple[NDArray[np.float64], ...]
 """One object's outlines, each (2 x points,): x0, y0, x1, y1, ... in pixels. As arrays they take a tenth of the memory of lists."""
 
@@ -38,7 +40,7 @@ class ImageRecord:
     object_ids: NDArray[np.int64]
     """(n,): the annotation ids of the file, or a running number."""
 
-    def without_objects(self) -> "ImageRecord":
+    def without_truth(self) -> "ImageRecord":
         """The image alone, as evaluation decodes it."""
         arrays = ("boxes", "classes", "crowd", "areas", "segmentations", "object_ids")
         return replace(self, **{name: getattr(self, name)[:0] for name in arrays})
@@ -98,3 +100,18 @@ class Sample:
     image_id: int
     original_size: tuple[int, int]
     """(height, width) of the image on disk."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageDetections:
+    """What a detector found in one image."""
+
+    image_id: int
+    boxes: torch.Tensor
+    """float32 (n, 4) on the CPU: x0, y0, x1, y1 in pixels of the original image."""
+    scores: torch.Tensor
+    """float32 (n,)."""
+    classes: torch.Tensor
+    """int64 (n,): index into the data set's classes."""
+    masks: Sequence[Rle] | None = None
+    """n masks at the original image's size, run-length encoded: all of them as arrays would be gigabytes."""

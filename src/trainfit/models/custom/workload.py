@@ -1,4 +1,4 @@
-"""A user's own model and loss as a step: predicted, planned and accumulated like the built-in families."""
+"""A user's own model and loss as a workload: predicted, planned and accumulated like the built-in families."""
 
 import importlib
 import sys
@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import default_collate
 
 from trainfit.errors import TrainfitError
-from trainfit.models.fixed_step import FixedStep, fixed_evaluation, fixed_step
 from trainfit.models.setting import Setting
+from trainfit.models.workload import OptimizerSettings, all_parameters
 from trainfit.step.checkpointing import repeated_blocks
 from trainfit.step.terms import LossTerm, Objective
 
@@ -31,7 +31,7 @@ class CustomTask:
     make_batch: Callable[[list[Any]], Any] = default_collate
     """Items -> batch, as the `DataLoader`'s `collate_fn`."""
     blocks: Callable[[torch.nn.Module], Sequence[torch.nn.Module]] = repeated_blocks
-    """Model -> the modules that `--checkpointing` may compute again, in order."""
+    """Model -> the modules that `--checkpointing` may recompute, in order."""
 
 
 def objective_of(task: CustomTask) -> Objective:
@@ -56,28 +56,42 @@ def _loss(task: CustomTask, model: torch.nn.Module, items: Sequence[Any]) -> tor
     return task.loss(model, tree_map(moved, task.make_batch(list(items))))
 
 
-def custom_step(task: CustomTask, setting: Setting, device: torch.device) -> FixedStep:
-    """The task's training step on `micro_batch` x `accumulation` of its samples."""
-    model = task.build_model()
-    window = [task.make_sample(number) for number in range(setting.micro_batch * setting.accumulation)]
-    model.train()
-    return fixed_step(setting, device, model=model, objective=objective_of(task), window=window, blocks=task.blocks)
+class Custom:
+    """A `Workload` of a user's task. See that protocol for what the methods do."""
+
+    def __init__(self, setting: Setting, classes: tuple[str, ...], task: CustomTask) -> None:
+        """Note what is to be built; no weights yet."""
+        self.setting = setting
+        self.classes = classes
+        self.task = task
+        self.objective = objective_of(task)
+
+    def build(self) -> torch.nn.Module:
+        return self.task.build_model().train()
+
+    def parameter_groups(self, model: torch.nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
+        return all_parameters(model, settings)
+
+    def blocks(self, model: torch.nn.Module) -> Sequence[torch.nn.Module]:
+        return self.task.blocks(model)
+
+    def saturate(self, model: torch.nn.Module) -> None:
+        """The user's `make_sample` gives the largest sample already."""
+
+    def worst_window(self, model: torch.nn.Module, images: int) -> Sequence[Any]:
+        return [self.task.make_sample(number) for number in range(images)]
+
+    def eval_sample(self, model: torch.nn.Module) -> Any:
+        return self.task.make_sample(0)
+
+    def outputs(self, model: torch.nn.Module, samples: Sequence[Any]) -> torch.Tensor:
+        """The loss of a micro-batch."""
+        return _loss(self.task, model, samples)
 
 
-def build_step(setting: Setting, device: torch.device) -> FixedStep:
-    """Training of the task that the setting's model, "module:function", names."""
-    return custom_step(load_task(setting), setting, device)
-
-
-def build_eval_step(setting: Setting, device: torch.device) -> FixedStep:
-    """The loss without gradients on a micro-batch."""
-    task = load_task(setting)
-    training = custom_step(task, setting, device)
-
-    def detect(model: torch.nn.Module, items: Sequence[Any]) -> torch.Tensor:
-        return _loss(task, model, items)
-
-    return fixed_evaluation(setting, training, detect, training.window[0])
+def make_workload(setting: Setting, classes: tuple[str, ...]) -> Custom:
+    """The workload of the task that the setting's model, "module:function", names."""
+    return Custom(setting, classes, load_task(setting))
 
 
 def load_task(setting: Setting) -> CustomTask:

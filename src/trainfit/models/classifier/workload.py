@@ -1,4 +1,4 @@
-"""Any classifier of timm, and its step on a fixed window."""
+"""Any classifier of timm."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +10,9 @@ from torch.nn import functional
 
 from trainfit.errors import TrainfitError
 from trainfit.models.classifier.family import PREFIX, ClassifierSetting
-from trainfit.models.fixed_step import FixedStep, fixed_evaluation, fixed_step
 from trainfit.models.images import IMAGENET_MEAN, IMAGENET_STD, stack_images, to_device
+from trainfit.models.workload import OptimizerSettings, all_parameters
+from trainfit.step.checkpointing import repeated_blocks
 from trainfit.step.terms import LossTerm, Objective
 
 
@@ -62,20 +63,41 @@ def _terms(model: torch.nn.Module, images: Sequence[LabelledImage], _canvas: tup
 OBJECTIVE = Objective(terms=_terms, counts=lambda images: {"class": float(len(images))})
 
 
-def build_step(setting: ClassifierSetting, device: torch.device) -> FixedStep:
-    """Training by cross entropy."""
-    name = setting.model.removeprefix(PREFIX)
-    model = build_model(name, classes=setting.classes, resolution=setting.resolution)
-    if setting.channels_last:
-        model.to(memory_format=torch.channels_last)
-    side = setting.resolution or model.default_cfg["input_size"][-1]
-    g = torch.Generator().manual_seed(0)
-    sample = LabelledImage(image=torch.randint(0, 256, (3, side, side), generator=g, dtype=torch.uint8), label=0)
-    window = [sample] * (setting.micro_batch * setting.accumulation)
-    return fixed_step(setting, device, model=model, objective=OBJECTIVE, window=window)
+class Classifier:
+    """A `Workload`: training by cross entropy. See that protocol for what the methods do."""
+
+    def __init__(self, setting: ClassifierSetting, classes: tuple[str, ...]) -> None:
+        """Note what is to be built; no weights yet."""
+        self.setting = setting
+        self.classes = classes
+        self.objective = OBJECTIVE
+
+    def build(self) -> torch.nn.Module:
+        name = self.setting.model.removeprefix(PREFIX)
+        model = build_model(name, classes=len(self.classes), resolution=self.setting.resolution)
+        if self.setting.channels_last:
+            model.to(memory_format=torch.channels_last)
+        return model
+
+    def parameter_groups(self, model: torch.nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
+        return all_parameters(model, settings)
+
+    def blocks(self, model: torch.nn.Module) -> Sequence[torch.nn.Module]:
+        return repeated_blocks(model)
+
+    def saturate(self, model: torch.nn.Module) -> None:
+        """Nothing in a classifier depends on the data."""
+
+    def worst_window(self, model: torch.nn.Module, images: int) -> Sequence[LabelledImage]:
+        return [self.eval_sample(model)] * images
+
+    def eval_sample(self, model: Any) -> LabelledImage:
+        side = self.setting.resolution or model.default_cfg["input_size"][-1]
+        g = torch.Generator().manual_seed(0)
+        return LabelledImage(image=torch.randint(0, 256, (3, side, side), generator=g, dtype=torch.uint8), label=0)
+
+    def outputs(self, model: torch.nn.Module, samples: Sequence[LabelledImage]) -> torch.Tensor:
+        return logits(model, samples)
 
 
-def build_eval_step(setting: ClassifierSetting, device: torch.device) -> FixedStep:
-    """Classification of a micro-batch."""
-    training = build_step(setting, device)
-    return fixed_evaluation(setting, training, logits, training.window[0])
+make_workload = Classifier

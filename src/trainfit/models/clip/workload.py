@@ -1,4 +1,4 @@
-"""CLIP and SigLIP models of open_clip, and their steps on a fixed window."""
+"""CLIP and SigLIP models of open_clip."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +10,9 @@ from torch.nn import functional
 
 from trainfit.errors import TrainfitError
 from trainfit.models.clip.family import PREFIX, ClipSetting
-from trainfit.models.fixed_step import FixedStep, fixed_evaluation, fixed_step
 from trainfit.models.images import stack_images, to_device
+from trainfit.models.workload import OptimizerSettings, all_parameters
+from trainfit.step.checkpointing import repeated_blocks
 from trainfit.step.contrastive import Contrastive
 from trainfit.step.terms import LossTerm, Objective
 
@@ -93,29 +94,48 @@ PLAIN = Objective(terms=_plain_terms, counts=lambda pairs: {"contrastive": float
 """Each micro-batch contrasted with itself alone: a mean of means."""
 
 
-def build_step(setting: ClipSetting, device: torch.device) -> FixedStep:
-    """Training on full texts."""
-    model = build_model(setting.model.removeprefix(PREFIX), resolution=setting.resolution)
-    return fixed_step(
-        setting,
-        device,
-        model=model,
-        objective=CACHED if setting.contrastive == "cached" else PLAIN,
-        window=[_pair(model)] * (setting.micro_batch * setting.accumulation),
-    )
+class Clip:
+    """A `Workload`: training by the contrastive loss on full texts. See that protocol for what the methods do."""
+
+    def __init__(self, setting: ClipSetting, classes: tuple[str, ...]) -> None:
+        """Note what is to be built; no weights yet."""
+        self.setting = setting
+        self.classes = classes
+        self.objective = CACHED if setting.contrastive == "cached" else PLAIN
+
+    def build(self) -> torch.nn.Module:
+        return build_model(self.setting.model.removeprefix(PREFIX), resolution=self.setting.resolution)
+
+    def parameter_groups(self, model: torch.nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
+        return all_parameters(model, settings)
+
+    def blocks(self, model: torch.nn.Module) -> Sequence[torch.nn.Module]:
+        return repeated_blocks(model)
+
+    def saturate(self, model: torch.nn.Module) -> None:
+        """Nothing in a CLIP model depends on the data."""
+
+    def worst_window(self, model: torch.nn.Module, images: int) -> Sequence[Pair]:
+        """Two pairs alternating: of equal pairs the loss has no gradient."""
+        pairs = [_pair(model, seed=0), _pair(model, seed=1)]
+        return [pairs[number % 2] for number in range(images)]
+
+    def eval_sample(self, model: torch.nn.Module) -> Pair:
+        return _pair(model, seed=0)
+
+    def outputs(self, model: torch.nn.Module, samples: Sequence[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features of both towers, as zero-shot evaluation computes them."""
+        return features(model, samples)
 
 
-def build_eval_step(setting: ClipSetting, device: torch.device) -> FixedStep:
-    """Features of a micro-batch, as zero-shot evaluation computes them."""
-    training = build_step(setting, device)
-    return fixed_evaluation(setting, training, features, training.window[0])
+make_workload = Clip
 
 
-def _pair(model: Any) -> Pair:
+def _pair(model: Any, *, seed: int) -> Pair:
     """Noise, and a text that fills the context; its last token is the largest id, which CLIP pools at."""
     side: int | tuple[int, int] = model.visual.image_size
     height, width = side if isinstance(side, tuple) else (side, side)
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(seed)
     text = torch.randint(1, model.vocab_size - 1, (model.context_length,), generator=g)
     text[-1] = model.vocab_size - 1
     return Pair(image=torch.randint(0, 256, (3, height, width), generator=g, dtype=torch.uint8), text=text)

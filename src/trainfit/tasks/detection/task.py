@@ -1,0 +1,86 @@
+"""Detection of objects, with boxes and masks, as a `Task`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from trainfit.tasks.detection.masks import require_masks
+from trainfit.tasks.detection.metric import DetectionMetric
+from trainfit.tasks.detection.read import read_dataset, require_no_errors
+from trainfit.tasks.detection.samples import Dataset, ImageRecord
+from trainfit.tasks.detection.statistics import DatasetStatistics
+from trainfit.tasks.detection.statistics import statistics as statistics_of
+
+
+def read(
+    data: str,
+    *,
+    file_format: str | None = None,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    allow_outside: bool = False,
+) -> Dataset:
+    """The data set in a folder, a COCO JSON file or a YOLO data file, or the built-in `sample`.
+
+    Raises:
+        TrainfitError: there is none, or it has an error that training cannot pass over.
+    """
+    dataset = read_dataset(data, format=file_format, val_fraction=val_fraction, seed=seed, allow_outside=allow_outside)
+    require_no_errors(dataset)
+    return dataset
+
+
+def notes(dataset: Dataset) -> Sequence[str]:
+    """What was left out, mended or held out, a line each."""
+    lines: list[str] = []
+    for finding in dataset.findings:
+        if finding.severity in ("skipped", "mended"):
+            lines.append(f"{finding.severity}: {finding.where}: {finding.kind}: {finding.message}")
+        elif finding.kind == "val held out":
+            lines.append(finding.message)
+    return lines
+
+
+def require(dataset: Dataset, workload: Any) -> None:
+    """Refuse data without masks for a model that trains on masks.
+
+    Raises:
+        TrainfitError: an object has no mask.
+    """
+    if workload.masks:
+        require_masks([record for split in ("train", "val") for record in dataset.splits[split]])
+
+
+def statistics(records: Sequence[ImageRecord]) -> DatasetStatistics:
+    """Counts and sizes of images and their objects."""
+    return statistics_of(records)
+
+
+def worst_first(records: Sequence[ImageRecord]) -> list[ImageRecord]:
+    """The largest image, to whose size its window is padded, then the others by their number of objects."""
+    crowded = sorted(records, key=lambda r: (-int((~r.crowd).sum()), -r.width * r.height))
+    largest = max(crowded, key=lambda r: r.width * r.height)
+    return [largest, *(record for record in crowded if record is not largest)]
+
+
+def metric(
+    records: Sequence[ImageRecord],
+    workload: Any,
+    *,
+    classes: Sequence[str] | None = None,
+    max_detections: int | None = None,
+) -> DetectionMetric:
+    """AP of boxes, and of masks where the workload has them.
+
+    Args:
+        records: The images.
+        workload: What detects; `masks`, `classes` and `max_detections` are taken from it.
+        classes: Names of the records' classes, where they are not the workload's.
+        max_detections: Detections that count for each image and class, instead of the workload's.
+    """
+    return DetectionMetric(
+        records,
+        workload.classes if classes is None else classes,
+        masks=workload.masks,
+        max_detections=max_detections or workload.max_detections,
+        model_classes=None if classes is None else workload.classes,
+    )
