@@ -10,7 +10,7 @@ ROOMS = [
     "reports",
     "planning",
     "training",
-    "measure",
+    "measuring",
     "memory",
     "tracing",
     "timing",

@@ -19,12 +19,12 @@ from conftest import run
 from test_profile import OPS, make_trace
 from trainfit.gpus.catalogue import GIB, MIB, find_gpu
 from trainfit.gpus.detect import DetectedGpu, GpuProcess
-from trainfit.measure import bench as bench_module
-from trainfit.measure import calibration, trial
-from trainfit.measure.bench import Bench
-from trainfit.measure.calibration import calibrate, load, stored_at
-from trainfit.measure.process import context_bytes, run_trial
-from trainfit.measure.search import Measured, Predicted, forecast, knee, search
+from trainfit.measuring import bench as bench_module
+from trainfit.measuring import calibration, trial
+from trainfit.measuring.bench import Bench
+from trainfit.measuring.calibration import calibrate, load, stored_at
+from trainfit.measuring.process import context_bytes, run_trial
+from trainfit.measuring.search import Measured, Predicted, forecast, knee, search
 from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.predict import assess
 from trainfit.models.setting import make_setting
@@ -520,7 +520,7 @@ def test_load_takes_what_holds_here() -> None:
 
 def test_planning_with_a_calibration_needs_no_torch() -> None:
     code = (
-        "import sys, trainfit.cli.measure; from trainfit.measure.calibration import load; "
+        "import sys, trainfit.cli.measure; from trainfit.measuring.calibration import load; "
         "assert load('T4') is None; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,7 +13,7 @@ import pytest
 from conftest import run
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import GIB, find_gpu, gpu_with_memory
-from trainfit.measure.calibration import Calibration
+from trainfit.measuring.calibration import Calibration
 from trainfit.memory import priced
 from trainfit.memory.predict import predict
 from trainfit.memory.priced import Pricer, is_shipped

@@ -26,8 +26,8 @@ sys.path.insert(0, str(SOURCE))  # a bare machine has trainfit's source, not tra
 
 from settings import SUITE  # noqa: E402
 
-from trainfit.measure.calibration import append, read  # noqa: E402
-from trainfit.measure.process import context_bytes  # noqa: E402
+from trainfit.measuring.calibration import append, read  # noqa: E402
+from trainfit.measuring.process import context_bytes  # noqa: E402
 from trainfit.process import last_words  # noqa: E402
 
 KERNELS = "kernels"

@@ -15,7 +15,7 @@ import kernels
 import torch
 from settings import SUITE, Case
 
-from trainfit.measure.trial import Windows, run_windows
+from trainfit.measuring.trial import Windows, run_windows
 from trainfit.models.build import build_eval_step, build_step
 from trainfit.step.precision import set_matmul_precision
 from trainfit.tracing.trace_cache import versions

@@ -16,9 +16,9 @@ from trainfit.errors import OutOfMemory, TrainfitError
 from trainfit.gpus.catalogue import GIB, gpu_with_memory
 from trainfit.gpus.context import cuda_context_bytes
 from trainfit.gpus.detect import DetectedGpu, detect_gpus
-from trainfit.measure.bench import Bench
-from trainfit.measure.calibration import load
-from trainfit.measure.search import Measured
+from trainfit.measuring.bench import Bench
+from trainfit.measuring.calibration import load
+from trainfit.measuring.search import Measured
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.models.setting import Setting, named, setting_from_json
 from trainfit.planning.plan import read_plan

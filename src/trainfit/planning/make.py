@@ -9,7 +9,7 @@ from typing import Literal
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import GIB, MIB, Gpu
 from trainfit.gpus.context import ByteRange
-from trainfit.measure.calibration import Calibration, load
+from trainfit.measuring.calibration import Calibration, load
 from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.predict import Prediction, process_budget
 from trainfit.memory.priced import RATES_LIKE, TRACED_ACCUMULATION, Pricer, rated

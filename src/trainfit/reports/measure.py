@@ -5,9 +5,9 @@ from dataclasses import asdict
 from typing import Any
 
 from trainfit.gpus.context import cuda_context_bytes
-from trainfit.measure.bench import Bench
-from trainfit.measure.calibration import Calibration, made_by
-from trainfit.measure.search import Measured, Predicted, knee, speeds
+from trainfit.measuring.bench import Bench
+from trainfit.measuring.calibration import Calibration, made_by
+from trainfit.measuring.search import Measured, Predicted, knee, speeds
 from trainfit.reports.profile import gib
 
 SCHEMA = 1

@@ -8,9 +8,9 @@ from pathlib import Path
 from trainfit.errors import TrainfitError
 from trainfit.gpus.context import cuda_context_bytes
 from trainfit.gpus.detect import DetectedGpu, detect_gpus
-from trainfit.measure.calibration import append, made_by, stored_at
-from trainfit.measure.process import context_bytes, run_trial
-from trainfit.measure.search import Measured, Predicted, search
+from trainfit.measuring.calibration import append, made_by, stored_at
+from trainfit.measuring.process import context_bytes, run_trial
+from trainfit.measuring.search import Measured, Predicted, search
 from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.predict import assess, trace_requests
 from trainfit.models.setting import Setting

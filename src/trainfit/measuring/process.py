@@ -16,7 +16,7 @@ def run_trial(request: Mapping[str, Any], *, gpu_uuid: str | None) -> dict[str, 
     Raises:
         TrainfitError: the setting cannot be built.
     """
-    text, last_words = process.ask("trainfit.measure.trial", request, CUDA_VISIBLE_DEVICES=gpu_uuid or "")
+    text, last_words = process.ask("trainfit.measuring.trial", request, CUDA_VISIBLE_DEVICES=gpu_uuid or "")
     if text is None:
         return {"outcome": "died", "message": last_words, **dict.fromkeys(("peak", "speed", "end"))}
     found = json.loads(text)

@@ -14,7 +14,7 @@ from typing import Any
 
 from trainfit.cache import cache_folder
 from trainfit.errors import TrainfitError
-from trainfit.measure.search import Measured
+from trainfit.measuring.search import Measured
 from trainfit.timing import roofline
 from trainfit.tracing.trace_cache import versions
 
