@@ -15,6 +15,12 @@ MIB = 2**20
 EXPANDABLE = AllocatorConfig(expandable_segments=True)
 
 
+def malloc(allocator: CachingAllocator, nbytes: int, stream: int) -> Block | None:
+    """Allocate as the replay does."""
+    size = round_size(nbytes, allocator.config.roundup_power2_divisions)
+    return allocator.malloc_rounded(nbytes, size, allocator.pool_for(size, stream))
+
+
 def trace_of(*steps: float, streams: dict[int, int] | None = None) -> Trace:
     """Positive: allocate so many MiB; -n: free the n-th allocation, counted from 1."""
     sizes = [int(step * MIB) for step in steps if step >= 0]
@@ -99,7 +105,7 @@ def test_every_step_is_as_in_pytorchs_allocator(seed: int, row: tuple[str, int, 
         elif action == "free":
             if i in live:
                 allocator.free(live.pop(i))
-        elif (block := allocator.malloc(nbytes, stream)) is None:
+        elif (block := malloc(allocator, nbytes, stream)) is None:
             failed = 1
         else:
             live[i] = block
@@ -347,7 +353,7 @@ def test_when_all_is_freed_and_the_cache_emptied_nothing_is_reserved(
     steps: list[tuple[bool, int, int, int]], config: AllocatorConfig, capacity: int | None
 ) -> None:
     allocator = CachingAllocator(capacity_bytes=capacity, config=config)
-    live = [block for _, nbytes, stream, _ in steps if (block := allocator.malloc(nbytes, stream)) is not None]
+    live = [block for _, nbytes, stream, _ in steps if (block := malloc(allocator, nbytes, stream)) is not None]
     for block in sorted(live, key=lambda block: block.address * 7919 % 10007):
         allocator.free(block)
     assert (allocator.allocated_bytes, allocator.requested_bytes) == (0, 0)

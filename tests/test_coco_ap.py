@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from pycocotools.cocoeval import COCOeval
 
 from trainfit.errors import TrainfitError
 from trainfit.reports.tables import table_text
-from trainfit.tasks.detection.coco_ap import ApResult, Detections, IouKind, evaluate, gather_detections
+from trainfit.tasks.detection.coco_ap import ApResult, Detections, Evaluator, IouKind, gather_detections
 from trainfit.tasks.detection.masks import encode_masks
 from trainfit.tasks.detection.metric import table_of
 from trainfit.tasks.detection.samples import ImageRecord, packed
@@ -33,6 +33,20 @@ DATA = Path(__file__).parents[1].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data sets are not beside this checkout")
 World = dict[str, Any]
 """A COCO file as read from JSON."""
+
+
+def evaluate(
+    records: Sequence[ImageRecord],
+    detections: Iterable[Detections],
+    classes: Sequence[str],
+    *,
+    iou: IouKind,
+    max_detections: int = 100,
+) -> ApResult:
+    evaluator = Evaluator(records, classes, iou=iou, max_detections=max_detections)
+    for each in detections:
+        evaluator.add(each)
+    return evaluator.result()
 
 
 def records_of(world: World) -> list[ImageRecord]:

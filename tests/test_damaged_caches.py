@@ -1,8 +1,7 @@
 """Damaged trace caches are removed, reported, and made anew; damaged files of the package are named."""
 
 import gzip
-import json
-import lzma
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import find_gpu
-from trainfit.memory import priced
+from trainfit.memory import priced, shipped
 from trainfit.memory.priced import Pricer
 from trainfit.models.setting import make_setting
 from trainfit.tracing import trace_cache
@@ -18,7 +17,7 @@ from trainfit.tracing.events import Trace
 from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace_cache import TraceRequest
 
-REQUEST = TraceRequest(setting=make_setting("timm:resnet18"), part="training", capability=(8, 0))
+REQUEST = TraceRequest(setting=make_setting(model="timm:resnet18"), part="training", capability=(8, 0))
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "cut": lambda data: data[: len(data) // 2],
     "empty": lambda _: b"",
@@ -90,20 +89,18 @@ def test_a_cache_that_cannot_be_read_is_named(tracings: list[TraceRequest]) -> N
 
 @pytest.mark.parametrize("damage", [b"", b"\xfd7zXZ\x00 cut", b"garbage"])
 def test_a_damaged_file_of_the_package_is_named(damage: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    setting = make_setting("rfdetr-nano", precision="bf16")
-    monkeypatch.setattr(priced, "shipped_folder", lambda: tmp_path)
-
-    def is_shipped(_request: object, _kind: str = "") -> bool:
-        return True
-
-    monkeypatch.setattr(priced, "is_shipped", is_shipped)
-    monkeypatch.setattr(priced, "_scaled", {})
+    setting = make_setting(model="rfdetr-nano", precision="bf16")
+    folder = tmp_path / "shipped"
+    shutil.copytree(shipped.shipped_folder(), folder)
+    monkeypatch.setattr(shipped, "shipped_folder", lambda: folder)
     pricer = Pricer(gpu=find_gpu("A100"))
     request = pricer.request(setting, "training")
-    path = tmp_path / f"{priced.shipped_name(request)}.xz"
-    path.write_bytes(lzma.compress(b"{}"))
-    assert priced.shipped(request, json.loads) == {}
-    path.write_bytes(damage)
-    with pytest.raises(TrainfitError, match=r"is damaged .*reinstall it with pip") as caught:
-        pricer.blocks(setting)
-    assert str(path) in str(caught.value)
+    assert shipped.is_shipped(request)
+    (folder / "rfdetr-nano.tar.xz").write_bytes(damage)
+    shipped.forget()
+    try:
+        with pytest.raises(TrainfitError, match=r"is damaged .*reinstall it with pip") as caught:
+            pricer.blocks(setting)
+    finally:
+        shipped.forget()
+    assert str(folder / "rfdetr-nano.tar.xz") in str(caught.value)

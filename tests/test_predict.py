@@ -80,7 +80,7 @@ def test_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(trace_cache, "SCHEMA", 0)
         others.append(path())
     with monkeypatch.context() as patch:
-        patch.setattr(trace_cache, "versions", lambda: {"torch": "2.11.0"})
+        patch.setattr(trace_cache, "packages_of", lambda _: {"torch": "2.11"})  # pyright: ignore[reportUnknownLambdaType]
         others.append(path())
     assert len({path(), *others}) == 6
 

@@ -13,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import trace_cases
 from trainfit.errors import TrainfitError
+from trainfit.gpus.capability import kernel_class
 from trainfit.models.rfdetr.family import kernels as rfdetr_kernels
 from trainfit.tracing import worker
 from trainfit.tracing.fake_cuda import Target, attention_kernel
 from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace import trace_step
-from trainfit.tracing.trace_cache import kernel_class
 
 PARAMETERS = 4 * 3 * (64 * 64 + 64)  # of Blocks
 ROWS = 4 * trace_cases.BATCH * trace_cases.WIDTH  # bytes of one activation of Blocks

@@ -15,13 +15,12 @@ from trainfit.cli.files import require_writable, write
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import Gpu, find_gpu, gpu_with_memory
 from trainfit.memory.alloc_conf import AllocatorConfig
-from trainfit.memory.predict import predict_traced, trace_requests
 from trainfit.models.setting import Setting, named
 from trainfit.planning.dataset import for_data
+from trainfit.planning.predict import predict_with_trace
 from trainfit.reports.memory_viewer import snapshot
 from trainfit.reports.profile import profile_json, profile_text
 from trainfit.reports.profile_html import profile_html
-from trainfit.tracing.trace_cache import get_traces, is_stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +67,14 @@ def predict(arguments: Predict[Setting], _given: AbstractSet[str]) -> int:
         from trainfit.tasks.detection.read import read_dataset
 
         setting = for_data(setting, read_dataset(arguments.data, allow_outside=arguments.allow_outside))
-    requests = trace_requests(setting, gpu, device=arguments.trace_on)
-    if sys.stderr.isatty() and not (arguments.cache and all(map(is_stored, requests))):
-        print(f"tracing {setting.model}, some 20 s; the next time it is stored", file=sys.stderr)
-    training, evaluation = get_traces(requests, cache=arguments.cache)
-    prediction = predict_traced(
-        setting, gpu, training=training, evaluation=evaluation, config=config, gpus=arguments.gpus
+    prediction, training = predict_with_trace(
+        setting,
+        gpu,
+        config=config,
+        gpus=arguments.gpus,
+        cache=arguments.cache,
+        device=arguments.trace_on,
+        note=_note,
     )
     print(json.dumps(profile_json(prediction)) if arguments.as_json else profile_text(prediction))
     if arguments.html is not None:
@@ -81,6 +82,11 @@ def predict(arguments: Predict[Setting], _given: AbstractSet[str]) -> int:
     if arguments.snapshot is not None:
         write(arguments.snapshot, pickle.dumps(snapshot(training, gpu, config)))
     return 0
+
+
+def _note(line: str) -> None:
+    if sys.stderr.isatty():
+        print(line, file=sys.stderr)
 
 
 def chosen_gpu(name: str | None, memory: str | None) -> Gpu:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 from trainfit.errors import TrainfitError
+from trainfit.gpus.capability import has_bf16, has_flash_attention
 from trainfit.gpus.catalogue import FLOPS_RATES, Gpu, match_driver_name, scaled
 
 Handle = Any
@@ -144,8 +145,8 @@ def _card(nvml: Nvml, handle: Handle) -> Gpu:
         memory_bytes=memory.total,
         nominal_memory_bytes=memory.total,
         memory_is_nominal=True,
-        has_bf16=capability >= (8, 0),
-        has_flash_attention=capability >= (8, 0),
+        has_bf16=has_bf16(capability),
+        has_flash_attention=has_flash_attention(capability),
         note="Not in the catalogue: no rates.",
     )
     return replace(row, memory_bytes=memory.total - memory.reserved, memory_is_nominal=False)

@@ -111,13 +111,11 @@ class CachingAllocator:
             self._pools[key] = Pool(*key, self.config)
         return self._pools[key]
 
-    def malloc(self, nbytes: int, stream: int = 0) -> Block | None:
-        """Allocate; None means out of memory, after everything that could be given back was ("malloc")."""
-        size = round_size(nbytes, self.config.roundup_power2_divisions)
-        return self.malloc_rounded(nbytes, size, self.pool_for(size, stream))
-
     def malloc_rounded(self, nbytes: int, size: int, pool: Pool) -> Block | None:
-        """Do `malloc`, for a caller that has rounded the size and looked the pool up."""
+        """Allocate ("malloc") `size` bytes of a pool, both as `round_size` and `pool_for` give them for `nbytes`.
+
+        None means out of memory, after everything that could be given back was.
+        """
         block = self._take_free(pool, size) or self._take_new(pool, size)
         if block is None:
             return None

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from trainfit.gpus.capability import kernel_class
 from trainfit.gpus.catalogue import Gpu
 from trainfit.gpus.context import ByteRange, cuda_context_bytes
 from trainfit.memory.allocator import AllocatorConfig, OutOfMemoryAt, Replay, replay
@@ -12,11 +13,10 @@ from trainfit.models.setting import Setting
 from trainfit.timing.roofline import TimeEstimate, step_seconds, with_host_work
 from trainfit.tracing.events import Trace
 from trainfit.tracing.stored_trace import StoredTrace
-from trainfit.tracing.trace_cache import TraceRequest, get_traces, kernel_class
+from trainfit.tracing.trace_cache import TraceRequest
 
 Verdict = Literal["fits", "tight", "does not fit"]
 _VERDICTS: tuple[Verdict, ...] = ("fits", "tight", "does not fit")
-_DEFAULTS = AllocatorConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,18 +79,6 @@ def trace_requests(
         TraceRequest(setting=alone, part="training", capability=capability, device=device),
         TraceRequest(setting=setting, part="evaluation", capability=capability, device=device),
     )
-
-
-def predict(
-    setting: Setting, gpu: Gpu, *, config: AllocatorConfig = _DEFAULTS, gpus: int = 1, cache: bool = True
-) -> Prediction:
-    """Predict training and evaluation on one of `gpus` cards; two processes trace what is not stored (seconds).
-
-    Raises:
-        TrainfitError: the step cannot be built or traced; the message says why.
-    """
-    training, evaluation = get_traces(trace_requests(setting, gpu), cache=cache)
-    return predict_traced(setting, gpu, training=training, evaluation=evaluation, config=config, gpus=gpus)
 
 
 def predict_traced(

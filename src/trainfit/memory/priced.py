@@ -3,16 +3,13 @@
 A window is traced with two micro-batches: the second finds the gradients of the first, and all later ones are like it.
 """
 
-import json
-import lzma
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from importlib import resources
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-from trainfit.errors import TrainfitError
+from trainfit.gpus.capability import kernel_class
 from trainfit.gpus.catalogue import FLOPS_RATES, Gpu, find_gpu
 from trainfit.gpus.context import ByteRange, cublas_workspace_bytes
 from trainfit.memory.allocator import AllocatorConfig
@@ -20,6 +17,7 @@ from trainfit.memory.host_ema import ema_for_evaluation, without_ema
 from trainfit.memory.predict import Prediction, needed, predict_traced
 from trainfit.memory.profile import last_window
 from trainfit.memory.scaling import ScaledTrace, scale
+from trainfit.memory.shipped import NEEDS_CODE, is_shipped, shipped, shipped_needs
 from trainfit.models.setting import Setting
 from trainfit.timing.roofline import (
     HOST_BYTES_PER_S,
@@ -31,31 +29,30 @@ from trainfit.timing.roofline import (
     with_host_work,
 )
 from trainfit.tracing.events import Trace
+from trainfit.tracing.provenance import Provenance, provenance
 from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace_cache import (
-    DAMAGE,
     TraceRequest,
     cache_path,
     get_trace,
     get_traces,
-    kernel_class,
-    packages_of,
+    if_valid,
     store,
     stored,
+    with_origin,
 )
 
 PAIRS = ((2, 4), (4, 8))
 """Micro-batches that are traced; the second pair where a step does other things at 2 than at 4."""
 TRACED_ACCUMULATION = 2
-SHIPPED = "shipped"
-ALONE = "-alone"
-"""Traces of one image, beside the scaled ones: below the micro-batches that are traced for scaling."""
+PRICED_LIKE_TWO = "One micro-batch a window is priced like two, whose gradients stay: a little too much."
+SCALING_CODE = "trainfit.memory.scaling"
+"""What makes scaled traces of traces."""
 RATES_LIKE = "RTX 3060"
 """Whose rates rank settings for a card of which only the memory is known."""
 Part = Literal["training", "evaluation"]
-T = TypeVar("T")
-_scaled: dict[TraceRequest, ScaledTrace | None] = {}
-"""Those of this process; a custom model's are nowhere else."""
+Needs = dict[str, tuple[int, int]]
+"""By micro-batch, EMA, workspace and allocator: (low, high) bytes."""
 
 
 def scalable(setting: Setting) -> bool:
@@ -65,13 +62,20 @@ def scalable(setting: Setting) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Pricer:
-    """Prices settings on one card. Traces come with the package, from the disk, or are made (seconds)."""
+    """Prices settings on one card. Traces come with the package, from the disk, or are made (seconds).
+
+    It keeps what it has read, made and computed: a pricer is of the code of a user's own model as it was when it was made.
+    """
 
     gpu: Gpu
     config: AllocatorConfig = field(default_factory=AllocatorConfig)
     cache: bool = True
     gpus: int = 1
     """Cards that train together, one process each."""
+    _scaled_of: dict[TraceRequest, ScaledTrace | None] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _needs_of: dict[TraceRequest, Needs] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def needs(self, setting: Setting) -> ByteRange:
         """What one process needs for training: CUDA context and reserved memory."""
@@ -79,14 +83,22 @@ class Pricer:
         key = f"{setting.micro_batch}:{setting.ema_on_host}:{cublas_workspace_bytes(self.gpu)}"
         if self.config != AllocatorConfig():
             key += f":{self.config}"
-        known = known_needs(request, cache=self.cache) if scalable(setting) else {}
+        known = self.known_needs(request) if scalable(setting) else {}
         if key not in known:
-            found = needed(self._trace(setting, "training"), self.gpu, self.config)
+            found = needed(self.trace(setting, "training"), self.gpu, self.config)
             known[key] = (found.low_bytes, found.high_bytes)
             if self.cache and scalable(setting) and setting.family.cacheable:
-                store(_path(request, "needs"), json.dumps(known))
+                store(_path(request, "needs"), with_origin(request, known, NEEDS_CODE))
         low, high = known[key]
         return ByteRange(low_bytes=low, high_bytes=high)
+
+    def known_needs(self, request: TraceRequest) -> Needs:
+        """Needs that were computed before, by this pricer, for the package or for the disk. It grows."""
+        if request not in self._needs_of:
+            stores = self.cache and request.setting.family.cacheable
+            own = stored(_path(request, "needs"), partial(_parsed_needs, request)) if stores else None
+            self._needs_of[request] = {**shipped_needs(request), **(own or {})}
+        return self._needs_of[request]
 
     def seconds(self, setting: Setting, cuts: Sequence[int], part: Part = "training") -> TimeEstimate:
         """Time of a window cut into micro-batches of `cuts` images, or of an evaluation micro-batch."""
@@ -96,41 +108,57 @@ class Pricer:
             if scaled is not None:
                 found = line_seconds(scaled.ops, scaled.micro_batches, setting.accumulation, gpu)
             else:
-                found = step_seconds(self._trace(setting, part).ops, gpu)
+                found = step_seconds(self.trace(setting, part).ops, gpu)
         else:
             traced, most = TRACED_ACCUMULATION if part == "training" else 1, max(cuts)
             if scaled is not None and (part == "evaluation" or most >= scaled.micro_batches[0]):
                 ops, points = scaled.ops, scaled.micro_batches
             else:
                 knob = "micro_batch" if part == "training" else "eval_micro_batch"
-                alone = self._trace(replace(setting, **{knob: most}), part).ops
+                alone = self.trace(replace(setting, **{knob: most}), part).ops
                 ops, points = (alone, alone), (most, most + 1)
             found = window_seconds(ops, points, gpu, cuts=cuts, traced_accumulation=traced)
         if part == "training":
             waits = (setting.family.host_seconds(setting, images, self.gpu.capability) for images in cuts)
             found = with_host_work(found, sum(waits))
         if setting.ema_on_host and part == "training":
-            base = scaled or self._trace(replace(setting, ema_on_host=False), part)
+            base = scaled or self.trace(replace(setting, ema_on_host=False), part)
             nbytes = sum(tensor.nbytes for tensor in base.trace.tensors if tensor.category == "EMA")
             found = later(found, nbytes / HOST_BYTES_PER_S)
         return found
 
     def predict(self, setting: Setting, cuts: Sequence[int]) -> Prediction:
         """Training and evaluation, with the time of a window."""
-        training, evaluation = self._trace(setting, "training"), self._trace(setting, "evaluation")
+        training, evaluation = self.trace(setting, "training"), self.trace(setting, "evaluation")
         found = predict_traced(
             setting, self.gpu, training=training, evaluation=evaluation, config=self.config, gpus=self.gpus
         )
+        if scalable(setting) and setting.accumulation < TRACED_ACCUMULATION:
+            found = replace(found, assumptions=(*found.assumptions, PRICED_LIKE_TWO))
         return replace(found, training=replace(found.training, time=self.seconds(setting, cuts)))
+
+    def answers(self, setting: Setting) -> bool:
+        """Whether `predict` needs no tracing, because the package has the traces that it is made from."""
+        return scalable(setting) and all(self._answers(setting, part) for part in ("training", "evaluation"))
+
+    def _answers(self, setting: Setting, part: Part) -> bool:
+        request = self.request(setting, part)
+        if not is_shipped(request):
+            return False
+        scaled = self._scaled(setting, part)
+        evaluated = setting.eval_micro_batch or setting.micro_batch
+        if scaled is not None and min(setting.micro_batch, evaluated) >= scaled.micro_batches[0]:
+            return True
+        return setting.micro_batch == evaluated == 1 and is_shipped(request, alone=True)
 
     def blocks(self, setting: Setting) -> int:
         """Blocks of the model that activation checkpointing may compute again."""
         scaled = self._scaled(setting, "training")
-        return self._trace(setting, "training").blocks if scaled is None else scaled.blocks
+        return self.trace(setting, "training").blocks if scaled is None else scaled.blocks
 
     def gradient_bytes(self, setting: Setting) -> int:
         """What the GPUs exchange once a window."""
-        trace = self._trace(setting, "training").trace
+        trace = self.trace(setting, "training").trace
         made = (trace.tensors[e - 1] for e in trace.events[last_window(trace) :] if e > 0)
         return sum(tensor.nbytes for tensor in made if tensor.category == "gradients")
 
@@ -151,11 +179,11 @@ class Pricer:
             if request.setting.accumulation <= PAIRS[0][1]:
                 return None
             request = replace(request, setting=replace(request.setting, accumulation=1))
-        if request not in _scaled:
-            _scaled[request] = _load(request, cache=self.cache)
-        return _scaled[request]
+        if request not in self._scaled_of:
+            self._scaled_of[request] = _load(request, cache=self.cache)
+        return self._scaled_of[request]
 
-    def _trace(self, setting: Setting, part: Part) -> StoredTrace:
+    def trace(self, setting: Setting, part: Part) -> StoredTrace:
         """The setting's trace: scaled, or by itself below the micro-batches that are traced for scaling."""
         request, scaled = self.request(setting, part), self._scaled(setting, part)
         evaluated = setting.eval_micro_batch or setting.micro_batch
@@ -175,8 +203,9 @@ class Pricer:
         return replace(found, trace=moved)
 
     def _alone(self, request: TraceRequest) -> StoredTrace:
-        """The request's own trace: the package has those of one image."""
-        found = shipped(request, StoredTrace.from_json, ALONE) if request.setting.micro_batch == 1 else None
+        """The request's own trace: the package has those of micro-batch 1."""
+        of_one = request.setting.micro_batch == 1 and request.setting.eval_micro_batch in (None, 1)
+        found = shipped(_at(request, 1), StoredTrace.from_record, alone=True) if of_one else None
         return found or get_trace(request, cache=self.cache)
 
 
@@ -207,21 +236,25 @@ def _at(request: TraceRequest, number: int) -> TraceRequest:
 
 def _load(request: TraceRequest, *, cache: bool) -> ScaledTrace | None:
     """From the package, from the disk, or traced now; None where the step's traces cannot be scaled."""
-    found = shipped(request, ScaledTrace.from_json)
+    found = shipped(request, ScaledTrace.from_record)
     if found is not None:
         return found
-    known = stored(_path(request, "scaled"), _optional_scaled) if cache else None
+    known = stored(_path(request, "scaled"), partial(_optional_scaled, request)) if cache else None
     if known is not None:
         return known[0]
     made = make_scaled(request, cache=cache)
     if cache and request.setting.family.cacheable:
-        store(_path(request, "scaled"), made.to_json() if made else "null")
+        record = {"scaled": made.to_record() if made else None}
+        store(_path(request, "scaled"), with_origin(request, record, SCALING_CODE))
     return made
 
 
-def _optional_scaled(text: str) -> tuple[ScaledTrace | None]:
-    """The stored scaled trace; (None,) where it is known that the step's traces cannot be scaled."""
-    return (None if text == "null" else ScaledTrace.from_json(text),)
+def _optional_scaled(request: TraceRequest, text: str) -> tuple[ScaledTrace | None] | None:
+    """The stored scaled trace; (None,) where it is known that the step's traces cannot be scaled; None: not valid."""
+    record = if_valid(request, text)
+    if record is None:
+        return None
+    return (None if record["scaled"] is None else ScaledTrace.from_record(record["scaled"]),)
 
 
 def make_scaled(request: TraceRequest, *, cache: bool) -> ScaledTrace | None:
@@ -238,68 +271,11 @@ def _path(request: TraceRequest, kind: str) -> Path:
     return cache_path(request).with_suffix(f".{kind}.gz")
 
 
-@cache
-def known_needs(request: TraceRequest, *, cache: bool) -> dict[str, tuple[int, int]]:
-    """Needs by micro-batch, EMA, workspace and allocator that were worked out before: (low, high) bytes. It grows."""
-    known: dict[str, Any] = _shipped_needs().get(shipped_name(request), {}) if is_shipped(request) else {}
-    mine = stored(_path(request, "needs"), _parsed_needs) if cache and request.setting.family.cacheable else None
-    return {**known, **(mine or {})}
+def _parsed_needs(request: TraceRequest, text: str) -> Needs | None:
+    record = if_valid(request, text)
+    return None if record is None else {key: (int(low), int(high)) for key, (low, high) in record.items()}
 
 
-def _parsed_needs(text: str) -> dict[str, tuple[int, int]]:
-    return {key: (int(low), int(high)) for key, (low, high) in json.loads(text).items()}
-
-
-# ---- traces that come with the package
-
-
-def shipped_name(request: TraceRequest) -> str:
-    """File name of a request's scaled trace."""
-    return cache_path(request, versioned=False).name.removesuffix(".json.gz")
-
-
-def shipped_folder() -> Path:
-    """Where the package has them; scripts/traces writes there."""
-    return Path(str(resources.files("trainfit.memory").joinpath(SHIPPED)))
-
-
-@cache
-def _shipped_versions() -> dict[str, str]:
-    path = shipped_folder() / "versions.json"
-    return _read_shipped(path, json.loads) if path.exists() else {}
-
-
-@cache
-def _shipped_needs() -> dict[str, Any]:
-    path = shipped_folder() / "needs.json.xz"
-    return _read_shipped(path, json.loads) if path.exists() else {}
-
-
-def is_shipped(request: TraceRequest, kind: str = "") -> bool:
-    """Whether the package has a request's scaled (or `ALONE`) trace, made with the packages that are installed."""
-    made_with = _shipped_versions()
-    same = all(made_with.get(name) == found for name, found in packages_of(request.setting).items())
-    return same and (shipped_folder() / f"{shipped_name(request)}{kind}.xz").exists()
-
-
-def shipped(request: TraceRequest, parse: Callable[[str], T], kind: str = "") -> T | None:
-    """The scaled (or `ALONE`) trace that the package has for a request; None: it has none for what is installed."""
-    if not is_shipped(request, kind):
-        return None
-    return _read_shipped(shipped_folder() / f"{shipped_name(request)}{kind}.xz", parse)
-
-
-def _read_shipped(path: Path, parse: Callable[[str], T]) -> T:
-    """Parse a file of the package.
-
-    Raises:
-        TrainfitError: it is damaged; only a new installation mends it.
-    """
-    try:
-        data = path.read_bytes()
-        return parse((lzma.decompress(data) if path.suffix == ".xz" else data).decode())
-    except (OSError, lzma.LZMAError, *DAMAGE) as error:
-        raise TrainfitError(
-            f"{path}, a file of the installed package, is damaged ({type(error).__name__}): "
-            "reinstall it with pip install --force-reinstall --no-deps trainfit"
-        ) from error
+def needs_code() -> Provenance:
+    """The code that computes needs from traces."""
+    return provenance((), (NEEDS_CODE,))

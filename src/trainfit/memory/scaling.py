@@ -7,7 +7,7 @@ ones: the additional images' tensors are found by aligning the two traces, and t
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -70,11 +70,11 @@ class ScaledTrace:
         grown = (tensor.nbytes - before) * (micro_batch - small)
         return max(0, before + -(-grown // (large - small)))
 
-    def to_json(self) -> str:
-        """As `from_json` reads it."""
-        record = {
+    def to_record(self) -> dict[str, Any]:
+        """Plain JSON values, as `from_record` reads them."""
+        return {
             "micro_batches": self.micro_batches,
-            "trace": json.loads(self.trace.to_json()),
+            "trace": self.trace.to_record(),
             "small_bytes": self.small_bytes,
             "passing": sorted(self.passing),
             "ops": [[row.to_row() for row in rows] for rows in self.ops],
@@ -82,16 +82,14 @@ class ScaledTrace:
             "upper_bounds": self.upper_bounds,
             "blocks": self.blocks,
         }
-        return json.dumps(record, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, text: str) -> "ScaledTrace":
-        """What `to_json` wrote."""
-        record: dict[str, Any] = json.loads(text)
+    def from_record(cls, record: Mapping[str, Any]) -> "ScaledTrace":
+        """Read what `to_record` gave. Raises TrainfitError when another version made it."""
         small, large = (tuple(map(OpCount.from_row, rows)) for rows in record["ops"])
         return cls(
             micro_batches=(record["micro_batches"][0], record["micro_batches"][1]),
-            trace=Trace.from_json(json.dumps(record["trace"])),
+            trace=Trace.from_record(record["trace"]),
             small_bytes=tuple(record["small_bytes"]),
             passing=frozenset(record["passing"]),
             ops=(small, large),
@@ -99,6 +97,15 @@ class ScaledTrace:
             upper_bounds=tuple(record["upper_bounds"]),
             blocks=record["blocks"],
         )
+
+    def to_json(self) -> str:
+        """`to_record` as text."""
+        return json.dumps(self.to_record(), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "ScaledTrace":
+        """Read what `to_json` wrote. Raises TrainfitError when another version wrote it."""
+        return cls.from_record(json.loads(text))
 
 
 def _resized(tensor: TensorInfo, nbytes: int) -> TensorInfo:

@@ -7,12 +7,14 @@ from math import ceil, sqrt
 from typing import Literal
 
 from trainfit.errors import TrainfitError
+from trainfit.gpus.capability import auto_precision, has_bf16
 from trainfit.gpus.catalogue import GIB, MIB, Gpu
 from trainfit.gpus.context import ByteRange
 from trainfit.measuring.calibration import Calibration, load
 from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.predict import Prediction, process_budget
-from trainfit.memory.priced import RATES_LIKE, TRACED_ACCUMULATION, Pricer, rated
+from trainfit.memory.priced import RATES_LIKE, Pricer, rated
+from trainfit.memory.shipped import why_unused
 from trainfit.models.setting import Setting
 from trainfit.planning.plan import Loading, Plan
 from trainfit.planning.search import Found, Wish, frontier, search
@@ -100,6 +102,8 @@ def make_plan(
     pricer = Pricer(gpu=gpu, config=config, cache=cache, gpus=gpus)
     calibration = load(gpu.name)
     prices = Calibrated(pricer=pricer, found=calibration)
+    if reason := why_unused(setting):
+        note(reason)
     note(f"pricing {setting.model} on {gpu.name}; what was never traced takes half a minute, once")
     budget = process_budget(gpu, config, gpus)
     wish = Wish(
@@ -171,10 +175,9 @@ def _plan(
 
 def precision_for(setting: Setting, gpu: Gpu) -> Literal["fp32", "fp16", "bf16"]:
     """`auto` resolved for the card as training resolves it."""
-    recent = gpu.capability is None or gpu.capability >= (8, 0)
     if setting.precision == "auto":
-        return "bf16" if recent else "fp16"
-    if setting.precision == "bf16" and not recent:
+        return auto_precision(gpu.capability)
+    if setting.precision == "bf16" and not has_bf16(gpu.capability):
         raise TrainfitError(f"--precision bf16 needs CUDA capability 8.0, {gpu.name} has {gpu.capability}; use fp16")
     return setting.precision
 
@@ -221,12 +224,6 @@ def _assumptions(
     wish: Wish, gpu: Gpu, prediction: Prediction | None, calibration: Calibration | None
 ) -> tuple[str, ...]:
     lines = list(prediction.assumptions) if prediction else []
-    if (
-        prediction
-        and not wish.setting.family.coupled(wish.setting)
-        and prediction.setting.accumulation < TRACED_ACCUMULATION
-    ):
-        lines.append("One micro-batch a window is priced like two, whose gradients stay: a little too much.")
     if rated(gpu) is not gpu:
         lines.append(f"The card's rates are not known: settings are ranked with those of an {RATES_LIKE}.")
     if wish.gpus > 1:

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from trainfit.errors import TrainfitError
+from trainfit.gpus.capability import auto_precision, has_bf16
 from trainfit.step.names import MATMUL_PRECISION, Precision
 
 AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,8 +23,8 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
         return "fp32" if precision == "auto" else precision
     capability = torch.cuda.get_device_capability(device)
     if precision == "auto":
-        return "bf16" if capability >= (8, 0) else "fp16"
-    if precision == "bf16" and capability < (8, 0):
+        return auto_precision(capability)
+    if precision == "bf16" and not has_bf16(capability):
         raise TrainfitError(f"--precision bf16 needs CUDA capability 8.0, this GPU has {capability}; use fp16 or auto")
     return precision
 

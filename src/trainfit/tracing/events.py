@@ -1,9 +1,9 @@
 """What a traced step did to memory: a table of tensors and the order in which they were allocated and freed."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from trainfit.errors import TrainfitError
 
@@ -63,8 +63,8 @@ class Trace:
         for event in self.events:
             yield event > 0, self.tensors[abs(event) - 1]
 
-    def to_json(self) -> str:
-        """Return the trace as JSON; names repeat thousands of times and are written once."""
+    def to_record(self) -> dict[str, Any]:
+        """The trace in plain JSON values; names repeat thousands of times and are listed once."""
         names: dict[str, int] = {}
 
         def number(name: str) -> int:
@@ -74,13 +74,20 @@ class Trace:
             (t.nbytes, t.stream, CATEGORIES.index(t.category), number(t.op), number(t.module), number(t.phase))
             for t in self.tensors
         ]
-        record = {"schema": SCHEMA, "names": list(names), "tensors": rows, "events": self.events, "marks": self.marks}
-        return json.dumps(record, separators=(",", ":"))
+        return {"schema": SCHEMA, "names": list(names), "tensors": rows, "events": self.events, "marks": self.marks}
+
+    def to_json(self) -> str:
+        """`to_record` as text."""
+        return json.dumps(self.to_record(), separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "Trace":
         """Read what `to_json` wrote. Raises TrainfitError when another version wrote it."""
-        record = json.loads(text)
+        return cls.from_record(json.loads(text))
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "Trace":
+        """Read what `to_record` gave. Raises TrainfitError when another version made it."""
         if record.get("schema") != SCHEMA:
             raise TrainfitError(f"trace has schema {record.get('schema')}, this version reads {SCHEMA}: trace again")
         names = record["names"]

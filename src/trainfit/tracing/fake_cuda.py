@@ -25,6 +25,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import _foreach_supported_types as optimizer_foreach_types
 from torch.utils._foreach_utils import _foreach_supported_types as foreach_types
 
+from trainfit.gpus.capability import (
+    CUDNN_ATTENTION,
+    SMALL_SHARED_MEMORY,
+    attention_alignment,
+    has_bf16,
+    has_flash_attention,
+)
 from trainfit.tracing.fake_autocast import HALF, forget_casts, libraries, register_autocast
 
 aten = torch.ops.aten
@@ -86,7 +93,7 @@ def attention_kernel(
     backends = torch.backends.cuda
     if (
         backends.cudnn_sdp_enabled()
-        and capability in ((9, 0), (10, 0))
+        and capability in CUDNN_ATTENTION
         and half
         and all(size % 8 == 0 and size <= (256 if capability == (9, 0) else 128) for size in sizes)
         and not (train and max(sizes) > 128)
@@ -94,11 +101,11 @@ def attention_kernel(
         and not (query.shape[-2] == 1 and dropout > 0)
     ):
         return "cudnn"
-    small_shared_memory = capability in ((8, 6), (8, 9), (12, 0), (12, 1))
+    small_shared_memory = capability in SMALL_SHARED_MEMORY
     if (
         backends.flash_sdp_enabled()
         and half
-        and capability >= (8, 0)
+        and has_flash_attention(capability)
         and mask is None
         and len(sizes) == 1
         and head <= 256
@@ -106,13 +113,13 @@ def attention_kernel(
         and not (causal and query.shape[-2] != key.shape[-2])
     ):
         return "flash"
-    align = (8 if half else 4) if capability >= (8, 0) else (8 if half and capability >= (7, 0) else 1)
+    align = attention_alignment(capability, half=half)
     if (
         backends.mem_efficient_sdp_enabled()
         and query.shape[1] == key.shape[1]
         and query.shape[-1] == key.shape[-1]
         and all(size % align == 0 for size in sizes)
-        and query.dtype in ((torch.float32, *HALF) if capability >= (8, 0) else (torch.float32, torch.float16))
+        and query.dtype in ((torch.float32, *HALF) if has_bf16(capability) else (torch.float32, torch.float16))
     ):
         return "efficient"
     return "math"
@@ -254,7 +261,7 @@ def _patch_python(target: Target) -> None:
     replace(torch.cuda.amp.common, amp_definitely_not_available=_answer(False))
     replace(
         torch.cuda,
-        is_bf16_supported=lambda including_emulation=True: including_emulation or target.capability >= (8, 0),
+        is_bf16_supported=lambda including_emulation=True: including_emulation or has_bf16(target.capability),
         get_device_capability=_answer(target.capability),
         current_device=_answer(0),
         synchronize=_answer(None),

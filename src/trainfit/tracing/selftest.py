@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from trainfit.errors import TrainfitError
+from trainfit.gpus.capability import CUDNN_ATTENTION, has_flash_attention
 from trainfit.tracing.fake_cuda import Target
 from trainfit.tracing.trace import trace_step
 
@@ -68,7 +69,7 @@ def known_bytes(target: Target) -> dict[str, int]:
     small = 2 * 4 * 16 + 2 * 2 * 16 + 2 * 2 * 4 + 2 * 4 * 4 + 3 * 4  # batch statistics, mean, log-softmax, loss
     heads = 2 * positions  # batch x heads x length
     if target.fused_attention:
-        flash = target.capability >= (8, 0) and target.capability not in ((9, 0), (10, 0))
+        flash = has_flash_attention(target.capability) and target.capability not in CUDNN_ATTENTION
         # Projections, output, log-sum-exp, state of the random generator.
         attention = 2 * 48 * positions + 2 * 16 * positions + 4 * heads + (24 if flash else 16)
     else:

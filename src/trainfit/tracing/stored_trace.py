@@ -1,7 +1,9 @@
 """The record of a traced step, as it is stored and sent between processes. Imports no torch."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from trainfit.timing.counts import OpCount
 from trainfit.tracing.events import Trace
@@ -22,20 +24,32 @@ class StoredTrace:
     blocks: int = 0
     """Blocks of the model that activation checkpointing may compute again."""
 
-    def to_json(self) -> str:
-        """As `from_json` reads it."""
-        own = {"made_up": self.made_up, "upper_bounds": self.upper_bounds, "blocks": self.blocks}
-        record = {"trace": json.loads(self.trace.to_json()), "ops": [row.to_row() for row in self.ops], **own}
-        return json.dumps(record, separators=(",", ":"))
+    def to_record(self) -> dict[str, Any]:
+        """Plain JSON values, as `from_record` reads them."""
+        return {
+            "trace": self.trace.to_record(),
+            "ops": [row.to_row() for row in self.ops],
+            "made_up": self.made_up,
+            "upper_bounds": self.upper_bounds,
+            "blocks": self.blocks,
+        }
 
     @classmethod
-    def from_json(cls, text: str) -> "StoredTrace":
-        """What `to_json` wrote. Raises TrainfitError when another version wrote it."""
-        record = json.loads(text)
+    def from_record(cls, record: Mapping[str, Any]) -> "StoredTrace":
+        """Read what `to_record` gave. Raises TrainfitError when another version made it."""
         return cls(
-            trace=Trace.from_json(json.dumps(record["trace"])),
+            trace=Trace.from_record(record["trace"]),
             ops=tuple(map(OpCount.from_row, record["ops"])),
             made_up=tuple(record["made_up"]),
             upper_bounds=tuple(record["upper_bounds"]),
             blocks=record["blocks"],
         )
+
+    def to_json(self) -> str:
+        """`to_record` as text."""
+        return json.dumps(self.to_record(), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "StoredTrace":
+        """Read what `to_json` wrote. Raises TrainfitError when another version wrote it."""
+        return cls.from_record(json.loads(text))

@@ -1,4 +1,8 @@
-"""Traces of settings: from the disk, or from a process that makes one. Imports no torch, so a stored one comes at once."""
+"""Traces of settings: from the disk, or from a process that makes one. Imports no torch, so a stored one comes at once.
+
+A trace is stored under what differs from the defaults of its setting, and with the value of every knob and its
+`Provenance`. A new knob with a default leaves its name as it is; a changed default or changed code makes it invalid.
+"""
 
 import gzip
 import hashlib
@@ -6,11 +10,12 @@ import io
 import json
 import logging
 import os
+import re
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
@@ -23,9 +28,10 @@ from trainfit.models.family import registering_modules
 from trainfit.models.setting import Setting
 from trainfit.process import end_running
 from trainfit.tracing import worker
+from trainfit.tracing.provenance import TRACER, Provenance, installed_versions, provenance
 from trainfit.tracing.stored_trace import StoredTrace
 
-SCHEMA = 1
+SCHEMA = 2
 LARGEST_TEXT_BYTES = 1 << 30
 """Of a stored text, decompressed. The largest trace of a built-in model has some 30 MB; more is damage."""
 DAMAGE = (EOFError, ValueError, LookupError, TypeError, AttributeError, zlib.error, RecursionError, TrainfitError)
@@ -50,6 +56,19 @@ class TraceRequest:
     device: Literal["cuda", "cpu"] = "cuda"
     """cuda: fake tensors; cpu: the step really runs here, with the CPU's kernels: slow, and needs the memory."""
 
+    @property
+    def name(self) -> str:
+        """What differs from the defaults, in words; two requests for one model have the same name if they are equal."""
+        own = {"capability": "{}.{}".format(*self.capability)} | (
+            {} if self.device == "cuda" else {"device": self.device}
+        )
+        values = own | {
+            each.name: getattr(self.setting, each.name)
+            for each in fields(self.setting)
+            if each.name != "model" and getattr(self.setting, each.name) != each.default
+        }
+        return " ".join([self.part, *(f"{key}={values[key]}" for key in sorted(values))])
+
     def to_json(self) -> dict[str, Any]:
         """As the tracing process reads it (`tracing.worker.run`)."""
         return {
@@ -71,12 +90,17 @@ def get_trace(request: TraceRequest, *, cache: bool = True) -> StoredTrace:
     if not cache or not request.setting.family.cacheable:
         return StoredTrace.from_json(_traced(request))
     path = cache_path(request)
-    found = stored(path, StoredTrace.from_json)
+    found = stored(path, partial(_valid_trace, request))
     if found is None:
-        text = _traced(request)
-        store(path, text)
-        found = StoredTrace.from_json(text)
+        record = json.loads(_traced(request))
+        found = StoredTrace.from_record(record)
+        store(path, with_origin(request, record))
     return found
+
+
+def _valid_trace(request: TraceRequest, text: str) -> StoredTrace | None:
+    record = if_valid(request, text)
+    return None if record is None else StoredTrace.from_record(record)
 
 
 def get_traces(requests: Iterable[TraceRequest], *, cache: bool = True) -> tuple[StoredTrace, ...]:
@@ -94,11 +118,44 @@ def is_stored(request: TraceRequest) -> bool:
     return cache_path(request).exists()
 
 
-def cache_path(request: TraceRequest, *, versioned: bool = True) -> Path:
-    """Where the request's trace is stored; the name depends on what is installed, if `versioned`."""
-    text = json.dumps([SCHEMA, request.to_json(), versions() if versioned else None], sort_keys=True)
-    name = hashlib.sha256(text.encode()).hexdigest()[:32]
-    return cache_folder() / "traces" / f"{name}.json.gz"
+def cache_path(request: TraceRequest) -> Path:
+    """Where the request's trace is stored; the name depends on the versions of the packages that are installed."""
+    model = request.setting.model
+    text = json.dumps([SCHEMA, model, request.name, packages_of(request.setting)], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:24]
+    readable = re.sub("[^A-Za-z0-9.-]+", "-", f"{model}-{request.part}")[:80]
+    return cache_folder() / "traces" / f"{readable}-{digest}.json.gz"
+
+
+def with_origin(request: TraceRequest, content: object, *modules: str) -> str:
+    """JSON of what was made for a request, with what it was made from; `modules` worked on it after the tracing."""
+    origin = made_with(request.setting, *modules).to_record()
+    record = {"setting": request.setting.to_json(), "made_with": origin, "content": content}
+    return json.dumps(record, separators=(",", ":"))
+
+
+def if_valid(request: TraceRequest, text: str) -> Any:
+    """The content that `with_origin` took; None where it was made for another value of a knob, or by other code."""
+    record = json.loads(text)
+    if not is_of(request.setting, record["setting"]):
+        return None
+    changed = any(Provenance.from_record(record["made_with"]).changes())
+    return None if changed else record["content"]
+
+
+def is_of(setting: Setting, recorded: Mapping[str, Any]) -> bool:
+    """Whether a recorded setting has the values that `setting` has. Knobs that are newer than the record do not count:
+    those that are not at their default are in the request's name.
+    """
+    values = json.loads(json.dumps(setting.to_json()))
+    return all(name in values and values[name] == value for name, value in recorded.items())
+
+
+def made_with(setting: Setting, *modules: str) -> Provenance:
+    """What a trace of this setting is made with here."""
+    family = setting.family
+    prepares = (family.prepare_trace.partition(":")[0],) if family.prepare_trace else ()
+    return provenance(_packages(setting), (*TRACER, family.workload, *prepares, *modules))
 
 
 @cache
@@ -119,24 +176,12 @@ def _traced(request: TraceRequest) -> str:
 
 
 def packages_of(setting: Setting) -> dict[str, str]:
-    """Installed versions of what a built-in family's steps are made from; of torch, the part that is not a patch."""
-    found = versions()
-    wanted = ("torch", *setting.family.packages)
-    return {name: ".".join(found.get(name, "").split(".")[: 2 if name == "torch" else 3]) for name in wanted}
+    """Installed versions of what a family's steps are made from."""
+    return installed_versions(_packages(setting))
 
 
-def kernel_class(capability: tuple[int, int] | None) -> tuple[int, int]:
-    """The compute capability that stands for all whose kernels are chosen alike (`fake_cuda.attention_kernel`).
-
-    None (AMD, or a card of which only the memory is known) counts as 8.0.
-    """
-    if capability is None:
-        return (8, 0)
-    if capability in ((9, 0), (10, 0)):
-        return capability
-    if capability in ((8, 6), (8, 9), (12, 0), (12, 1)):
-        return (8, 6)
-    return (8, 0) if capability >= (8, 0) else (7, 5) if capability >= (7, 0) else (6, 1)
+def _packages(setting: Setting) -> tuple[str, ...]:
+    return ("torch", *setting.family.packages)
 
 
 def stored(path: Path, parse: Callable[[str], T]) -> T | None:

@@ -81,32 +81,14 @@ class ApResult:
     detections: int
 
 
-def evaluate(
-    records: Sequence[ImageRecord],
-    detections: Iterable[Detections],
-    classes: Sequence[str],
-    *,
-    iou: IouKind,
-    max_detections: int = 100,
-) -> ApResult:
-    """COCO's figures over all `records`; an image without detections counts as one where nothing was found.
-
-    `max_detections` is COCO's 100 unless told (upstream RF-DETR evaluates with 500). `detections` is read once.
-    Equal to pycocotools' COCOeval for detections in the same order (held by tests); crowds are "don't care" regions.
-    Host memory: `Evaluator`'s.
-    Raises TrainfitError for `segm` where an object has no mask, ValueError for an image that is unknown or comes twice
-    and for a NaN score.
-    """
-    evaluator = Evaluator(records, classes, iou=iou, max_detections=max_detections)
-    for found in detections:
-        evaluator.add(found)
-    return evaluator.result()
-
-
 class Evaluator:
-    """Compares one image after the other with its objects, and keeps what matched; masks are dropped at once.
+    """COCO's figures over all `records`; an image without detections counts as one where nothing was detected.
 
-    See `evaluate` for what it computes and raises. Host memory: 40 flags and a score for each detection.
+    It compares one image after the other with its objects, and keeps what matched; masks are dropped at once. Host
+    memory: 40 flags and a score for each detection. `max_detections` is COCO's 100 by default (upstream RF-DETR
+    evaluates with 500). Equal to pycocotools' COCOeval for detections in the same order (tests compare); crowds are
+    "don't care" regions. It raises TrainfitError for `segm` where an object has no mask, ValueError for an image that is
+    unknown or comes twice and for a NaN score.
     """
 
     def __init__(

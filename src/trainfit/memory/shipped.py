@@ -1,0 +1,169 @@
+"""Traces of the built-in models that come with the package, so that a plan or a prediction of them needs no tracing.
+
+`shipped/MODEL.tar.xz` has the traces of one model (`tar tf` lists them) and the setting of each; `made_with.json` says
+what the traces of each model were made with; `needs.json.xz` has memory needs that were computed from them.
+`scripts/traces` makes all of these.
+
+In an installed release the code is that which made the traces. In a checkout where it was edited since, or with another
+version of torch or of the model's package, a shipped trace could answer for a step that is no longer so: it is not
+used, the step is traced here (`why_unused` says so in a line), and `scripts/traces --confirm` compares fresh traces
+with the shipped ones and makes them valid for the edited code where they are equal.
+"""
+
+import io
+import json
+import lzma
+import tarfile
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from trainfit.errors import TrainfitError
+from trainfit.models.setting import Setting
+from trainfit.tracing.provenance import Provenance
+from trainfit.tracing.trace_cache import DAMAGE, TraceRequest, is_of
+
+SETTINGS = "settings.json"
+"""Entry of an archive: name of an entry -> setting of its trace."""
+MADE_WITH, NEEDS = "made_with.json", "needs.json.xz"
+NEEDS_CODE = "trainfit.memory.predict"
+"""What computes needs from traces."""
+NAMED_CHANGES = 3
+"""Changed files that a message names."""
+T = TypeVar("T")
+
+
+def shipped_folder() -> Path:
+    """Where the package has them."""
+    return Path(str(resources.files("trainfit.memory").joinpath("shipped")))
+
+
+def archive_path(model: str) -> Path:
+    """The archive of a model's traces."""
+    return shipped_folder() / f"{model}.tar.xz"
+
+
+def entry_name(request: TraceRequest, *, alone: bool = False) -> str:
+    """Name in the archive: of the trace that is scaled to any micro-batch, or of that of micro-batch 1 `alone`."""
+    return f"{request.name}, {'micro-batch 1' if alone else 'any micro-batch'}.json"
+
+
+def is_shipped(request: TraceRequest, *, alone: bool = False) -> bool:
+    """Whether the package has a valid trace for a request."""
+    path = archive_path(request.setting.model)
+    if not path.exists() or changes(request.setting.model):
+        return False
+    recorded = _settings(path).get(entry_name(request, alone=alone))
+    return recorded is not None and is_of(request.setting, recorded)
+
+
+def shipped(request: TraceRequest, parse: Callable[[Mapping[str, Any]], T], *, alone: bool = False) -> T | None:
+    """The trace that the package has for a request, parsed; None where it has no valid one.
+
+    Raises:
+        TrainfitError: a file of the package is damaged.
+    """
+    if not is_shipped(request, alone=alone):
+        return None
+    path = archive_path(request.setting.model)
+    try:
+        return parse(json.loads(_entries(path)[entry_name(request, alone=alone)]))
+    except DAMAGE as error:
+        raise _damaged(path, error) from error
+
+
+def shipped_needs(request: TraceRequest) -> dict[str, tuple[int, int]]:
+    """(low, high) bytes by what else they depend on (`priced.Pricer.needs`); empty where the package has no valid ones."""
+    path = shipped_folder() / NEEDS
+    if not path.exists() or changes("needs") or not is_shipped(request):
+        return {}
+    try:
+        return _needs(path).get(f"{request.setting.model} {request.name}", {})
+    except (OSError, lzma.LZMAError, *DAMAGE) as error:
+        raise _damaged(path, error) from error
+
+
+def changes(model: str) -> tuple[str, ...]:
+    """What has changed since a model's traces (or the "needs") were made, in words; empty: they are valid."""
+    record = _made_with(shipped_folder() / MADE_WITH)
+    return tuple(record[model].changes()) if model in record else ("all",)
+
+
+def why_unused(setting: Setting) -> str | None:
+    """A line for a user whose model's shipped traces are not valid here; None where they are, or where there are none."""
+    changed = changes(setting.model) if archive_path(setting.model).exists() else ()
+    if not changed:
+        return None
+    more = f" and {len(changed) - NAMED_CHANGES} more" if len(changed) > NAMED_CHANGES else ""
+    which = ", ".join(changed[:NAMED_CHANGES])
+    return f"the traces of {setting.model} that come with trainfit were made with other versions of {which}{more}: not used"
+
+
+def write_archive(path: Path, entries: Mapping[str, str]) -> None:
+    """Write an archive with the same bytes for the same entries."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as archive:
+        for name in sorted(entries):
+            text = entries[name].encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(text)
+            archive.addfile(info, io.BytesIO(text))
+    path.write_bytes(lzma.compress(data.getvalue(), preset=9 | lzma.PRESET_EXTREME))
+
+
+def read_archive(path: Path) -> dict[str, str]:
+    """Name -> text of an archive's entries.
+
+    Raises:
+        TrainfitError: it is damaged.
+    """
+    entries: dict[str, str] = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(lzma.decompress(path.read_bytes()))) as archive:
+            for info in archive:
+                file = archive.extractfile(info)
+                assert file is not None, f"{info.name} is no file"
+                entries[info.name] = file.read().decode()
+    except (OSError, lzma.LZMAError, tarfile.TarError, *DAMAGE) as error:
+        raise _damaged(path, error) from error
+    return entries
+
+
+_entries = cache(read_archive)
+
+
+@cache
+def _needs(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    return json.loads(lzma.decompress(path.read_bytes()))
+
+
+def forget() -> None:
+    """Read the files anew from now on."""
+    for cached in (_entries, _needs, _settings, _made_with):
+        cached.cache_clear()
+
+
+@cache
+def _made_with(path: Path) -> dict[str, Provenance]:
+    try:
+        record = json.loads(path.read_text()) if path.exists() else {}
+        return {name: Provenance.from_record(each) for name, each in record.items()}
+    except DAMAGE as error:
+        raise _damaged(path, error) from error
+
+
+@cache
+def _settings(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        return json.loads(_entries(path)[SETTINGS])
+    except DAMAGE as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> TrainfitError:
+    return TrainfitError(
+        f"{path}, a file of the installed package, is damaged ({type(error).__name__}): "
+        "reinstall it with pip install --force-reinstall --no-deps trainfit"
+    )

@@ -1,0 +1,71 @@
+"""Predict one setting on one card: the library's side of `trainfit predict`. Imports no torch."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+from trainfit.gpus.catalogue import Gpu
+from trainfit.memory.alloc_conf import AllocatorConfig
+from trainfit.memory.predict import Prediction, predict_traced, trace_requests
+from trainfit.memory.priced import Pricer
+from trainfit.memory.shipped import why_unused
+from trainfit.models.setting import Setting
+from trainfit.planning.make import precision_for
+from trainfit.tracing.stored_trace import StoredTrace
+from trainfit.tracing.trace_cache import get_traces, is_stored
+
+_DEFAULTS = AllocatorConfig()
+
+
+def predict(
+    setting: Setting, gpu: Gpu, *, config: AllocatorConfig = _DEFAULTS, gpus: int = 1, cache: bool = True
+) -> Prediction:
+    """Memory and time of training and evaluation on a card; see `predict_with_trace`.
+
+    Raises:
+        TrainfitError: the step cannot be built or traced; the message says why.
+    """
+    return predict_with_trace(setting, gpu, config=config, gpus=gpus, cache=cache)[0]
+
+
+def predict_with_trace(
+    setting: Setting,
+    gpu: Gpu,
+    *,
+    config: AllocatorConfig = _DEFAULTS,
+    gpus: int = 1,
+    cache: bool = True,
+    device: Literal["cuda", "cpu"] = "cuda",
+    note: Callable[[str], None] = lambda _: None,
+) -> tuple[Prediction, StoredTrace]:
+    """The prediction of a setting, and the trace of training that it is made from.
+
+    A setting that the package has traces for is answered from them, with the numbers that `make_plan` gives for it. Any
+    other is traced at its micro-batch and accumulation, by two processes, where that is not stored (seconds).
+
+    Args:
+        setting: What is predicted.
+        gpu: The card.
+        config: The allocator's; by default torch's.
+        gpus: Cards of this kind, one process each; the prediction is of one.
+        cache: Use traces of the package and of the disk, and store new ones; else trace.
+        device: cuda: fake tensors of the card; cpu: the step really runs here.
+        note: Receives one line before anything that takes seconds.
+
+    Raises:
+        TrainfitError: the step cannot be built or traced; the message says why.
+    """
+    if cache and device == "cuda":
+        resolved = replace(setting, precision=precision_for(setting, gpu))
+        pricer = Pricer(gpu=gpu, config=config, gpus=gpus)
+        if pricer.answers(resolved):
+            cuts = (setting.micro_batch,) * setting.accumulation
+            return replace(pricer.predict(resolved, cuts), setting=setting), pricer.trace(resolved, "training")
+        if reason := why_unused(setting):
+            note(reason)
+    requests = trace_requests(setting, gpu, device=device)
+    if not (cache and all(map(is_stored, requests))):
+        note(f"tracing {setting.model}, some 20 s; the next time it is stored")
+    training, evaluation = get_traces(requests, cache=cache)
+    prediction = predict_traced(setting, gpu, training=training, evaluation=evaluation, config=config, gpus=gpus)
+    return prediction, training
