@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -115,8 +116,22 @@ def counted(step: TrainingStep, sent: list[int]) -> Generator[None]:
     del inner.last_backward
 
 
-def rank_sums(rank: int, folder: str) -> None:
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `rank_sums` and `rank_fails` wrote: the ranks are started once for both."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.start_processes(rank_runs, (str(folder),), nprocs=WORLD, start_method="spawn")
+    return folder
+
+
+def rank_runs(rank: int, folder: str) -> None:
     join(rank, f"{folder}/rendezvous")
+    rank_sums(rank, folder)
+    rank_fails(rank, folder)
+    dist.destroy_process_group()
+
+
+def rank_sums(rank: int, folder: str) -> None:
     step = make_step()
     step.model.get_submodule("drop").p = 0.0  # type: ignore[assignment]  # the big batch draws other numbers
     early = 0
@@ -136,11 +151,9 @@ def rank_sums(rank: int, folder: str) -> None:
         torch.save([p.grad for p in step.model.parameters()], f"{folder}/{window}-{rank}")
         step.optimizer.zero_grad(set_to_none=True)
     assert early
-    dist.destroy_process_group()
 
 
-def test_three_ranks_with_unequal_and_empty_shares_give_the_big_batch(tmp_path: Path) -> None:
-    mp.start_processes(rank_sums, (str(tmp_path),), nprocs=WORLD, start_method="spawn")
+def test_three_ranks_with_unequal_and_empty_shares_give_the_big_batch(ran: Path) -> None:
     model = Layers()
     model.drop.p = 0.0
     for window in range(len(SHARES)):
@@ -150,7 +163,7 @@ def test_three_ranks_with_unequal_and_empty_shares_give_the_big_batch(tmp_path: 
         losses = [model(part).square().sum() for own in shares for part in own.split(2)]
         (torch.stack(losses).sum() / sum(SHARES[window])).backward()
         for rank in range(WORLD):
-            summed = torch.load(tmp_path / f"{window}-{rank}", weights_only=True)
+            summed = torch.load(ran / f"{window}-{rank}", weights_only=True)
             for (name, parameter), gradient in zip(model.named_parameters(), summed, strict=True):
                 assert (parameter.grad is None) == (gradient is None), (window, rank, name)
                 if gradient is not None:
@@ -174,7 +187,6 @@ class FailAt(TorchDispatchMode):
 
 
 def rank_fails(rank: int, folder: str) -> None:
-    join(rank, f"{folder}/rendezvous")
     real = ranks.sum_numbers
 
     def sum_numbers(values: Sequence[float]) -> list[float]:
@@ -209,9 +221,8 @@ def rank_fails(rank: int, folder: str) -> None:
         assert causes == ["fragmented" if rank == 1 else "other rank"], number
         assert all(torch.equal(a, b) for a, b in zip(found, known, strict=True)), number
     Path(folder, f"{rank}").write_text(str(operators))
-    dist.destroy_process_group()
 
 
-def test_memory_that_ends_anywhere_in_one_rank_voids_the_window_on_all(tmp_path: Path) -> None:
-    mp.start_processes(rank_fails, (str(tmp_path),), nprocs=WORLD, start_method="spawn")
-    assert int((tmp_path / "1").read_text()) > 100  # operators at which memory ended, one after the other
+def test_memory_that_ends_anywhere_in_one_rank_voids_the_window_on_all(ran: Path) -> None:
+    """The ranks themselves compare each disturbed window with the undisturbed one."""
+    assert int((ran / "1").read_text()) > 100  # operators at which memory ended, one after the other

@@ -2,10 +2,10 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,9 +14,11 @@ from typing import Any
 
 from trainfit.cache import cache_folder
 from trainfit.errors import TrainfitError
+from trainfit.files import read_json_lines
 from trainfit.measuring.search import Measured
 from trainfit.timing import roofline
 from trainfit.tracing.trace_cache import versions
+from trainfit.values import require_valid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,11 @@ def calibrate(gpu: str, driver: str, rows: Sequence[Measured]) -> Calibration | 
 
 def load(gpu: str) -> Calibration | None:
     """From what was measured on a card of this catalogue name with this torch, this code and the driver measured last."""
-    records = [record for record in read(stored_at(gpu)) if record["made_by"] == made_by()]
+    file = stored_at(gpu)
+    lines = read(file)
+    trials = [record for record in lines if _is_trial(record)]
+    _warn(file, len(lines) - len(trials))
+    records = [record for record in trials if record["made_by"] == made_by()]
     last = records[-1]["driver"] if records else ""
     kept = {
         json.dumps(record["setting"]): Measured.from_json(record["row"])
@@ -95,9 +101,40 @@ def append(file: Path, record: Mapping[str, Any]) -> None:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """All records, the oldest first; none without the file. A line that was cut off is left out."""
-    found: list[dict[str, Any]] = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        with suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found
+    """All records, the oldest first; none without the file. A line that is no record is left out with a warning.
+
+    Raises:
+        TrainfitError: the file cannot be read.
+    """
+    try:
+        records, bad = read_json_lines(file, allow_blank=True)
+    except OSError as error:
+        raise TrainfitError(f"{file} cannot be read ({error.strerror}): remove it") from error
+    _warn(file, bad)
+    return records
+
+
+def _warn(file: Path, bad: int) -> None:
+    if bad:
+        logging.getLogger(__name__).warning("%s: %d unreadable line(s) left out", file, bad)
+
+
+def _is_trial(record: Mapping[str, Any]) -> bool:
+    """Whether a line has what `measuring.bench` writes, with values of the types that `Measured` names."""
+    try:
+        row = Measured.from_json(record["row"])
+        require_valid(row)
+        if row.predicted is not None:
+            require_valid(row.predicted)
+            factors = (row.images_per_s, row.predicted.images_per_s, row.predicted.reserved_low_bytes)
+            if any(value is not None and value <= 0 for value in factors):
+                return False
+    except (LookupError, TypeError, AttributeError, TrainfitError):
+        return False
+    limit_bytes = record.get("limit_bytes", "")
+    return (
+        isinstance(record.get("made_by"), dict)
+        and isinstance(record.get("driver"), str)
+        and isinstance(record.get("setting"), dict)
+        and (limit_bytes is None or type(limit_bytes) is int)
+    )

@@ -1,12 +1,12 @@
 """A plan: the chosen setting, why, what it needs, what else fits, and what does not. A file that later commands take."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from trainfit.errors import TrainfitError
+from trainfit.files import read_json
 from trainfit.gpus.catalogue import Gpu
 from trainfit.gpus.context import ByteRange
 from trainfit.memory.predict import Prediction
@@ -161,12 +161,12 @@ def read_plan(path: Path) -> Mapping[str, Any]:
         TrainfitError: not there, not a plan, or another version's.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
     except OSError as error:
         raise TrainfitError(
             f"--plan {path} cannot be read ({error.strerror}): write one with trainfit plan --out"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise TrainfitError(f"--plan {path} is not JSON ({error}): write one with trainfit plan --out") from error
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise TrainfitError(f"--plan {path} is not a plan file of schema {SCHEMA}: write one with trainfit plan --out")

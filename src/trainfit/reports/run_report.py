@@ -1,6 +1,5 @@
 """A run, read from its folder while it goes on or afterwards; as text and as JSON. Needs no torch."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from statistics import fmean, median
 from typing import Any, Literal
 
 from trainfit.errors import TrainfitError
+from trainfit.files import read_json
 from trainfit.gpus.catalogue import GIB
 from trainfit.reports.words import duration
 from trainfit.training.noise_scale import NoiseSample, NoiseScale, noise_line, noise_scale
@@ -122,9 +122,11 @@ def read_run(folder: Path, now: float | None = None) -> RunReport:
 def _object(path: Path) -> Row | None:
     """A JSON file; None where there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise TrainfitError(f"{path} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise TrainfitError(f"{path} is damaged ({error})") from error
 

@@ -34,8 +34,15 @@ figure { margin: 0; } figcaption { font-weight: 600; } figure p { margin: 0; fon
 
 
 def ticks(top: float, low: float = 0.0) -> list[float]:
-    """At most six round numbers from `low` to `top`."""
-    step = next(m * 10**e for e in range(-12, 13) for m in (1, 2, 5) if 5 * m * 10**e >= top - low)
+    """At most six round numbers from `low` to `top`.
+
+    Raises:
+        ValueError: they are further apart than a float can tell.
+    """
+    steps = (m * 10**e for e in range(-12, 308) for m in (1, 2, 5))
+    step = next((step for step in steps if 5 * step >= top - low), None)
+    if step is None:
+        raise ValueError(f"{low:g} and {top:g} are too far apart")
     return [i * step for i in range(ceil(low / step), floor(top / step) + 1)]
 
 

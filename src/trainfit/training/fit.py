@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from trainfit.errors import OutOfMemory, TrainfitError
+from trainfit.files import read_bytes
 from trainfit.models.family import family_of
 from trainfit.step import ranks
 from trainfit.step.names import Precision
@@ -27,10 +28,11 @@ from trainfit.training.journal import Journal
 from trainfit.training.loader import STEP, Unreadable, WindowPlan, default_workers, training_loader
 from trainfit.training.mask_stage import on_detector_run
 from trainfit.training.noise_watch import NoiseWatch
-from trainfit.training.oom import HalfUpdated, Halving, Survival, Survivor, survival_line
+from trainfit.training.oom import HalfUpdated, Halving, Survival, Survivor, survival_line, survivals
 from trainfit.training.recipe import Batching, Recipe, encode, resolve_batching, resume_recipe
 from trainfit.training.rehearsal import rehearse
 from trainfit.training.run_files import PLAN
+from trainfit.training.saved_state import require_state
 from trainfit.training.schedule import lr_factor, mix, set_lr
 from trainfit.training.setup import load_data, make_step, restore, workload_of
 from trainfit.training.telemetry import Progress, Silent, memory_bytes, percent
@@ -122,7 +124,8 @@ class _Run:
         self.saved_step: int | None = None
         if recipe.resume:
             self._resume()
-            self.survivor.survived += [Survival(**row) for row in run_folder.events(self.folder, "oom")]
+            rows = run_folder.events(self.folder, "oom")
+            self.survivor.survived += survivals(rows, self.folder / run_folder.TELEMETRY)
             self.told = len(self.survivor.survived)
         else:
             ranks.on_first_rank(self._write_recipe)
@@ -149,7 +152,7 @@ class _Run:
         text = encode(dataclasses.replace(self.recipe, out=self.folder, **batching))
         run_folder.write_text(self.folder / run_folder.RECIPE, text)
         if self.recipe.plan is not None:
-            run_folder.write_text(self.folder / PLAN, self.recipe.plan.read_text())
+            run_folder.write_text(self.folder / PLAN, read_bytes(self.recipe.plan).decode())
 
     def _announce(self, batching: Batching) -> None:
         sizes = self.plan.sizes
@@ -366,14 +369,14 @@ class _Run:
         self.saved_step = self.done
 
     def _resume(self) -> None:
-        choice = ranks.from_first_rank(lambda: json.dumps(run_folder.usable_state(self.folder)))
+        choice = ranks.from_first_rank(lambda: json.dumps(run_folder.usable_state(self.folder, require_state)))
         name, remark = json.loads(choice)
         if remark:
             self.show.note(remark)
         if name is None:
             return
         path = self.folder / name
-        state = run_folder.load_state(path)
+        state = run_folder.load_state(path, require_state)
         restore(self.step, state, path)
         self.done, self.best, self.skipped = state["step"], state["best"], state["skipped"]
         self.survivor.load(state["survivor"])

@@ -2,9 +2,10 @@
 
 import gc
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from trainfit.step.checkpointing import checkpoint_first
 from trainfit.step.contrastive import Contrastive
 from trainfit.step.training_step import StepResult, TrainingStep
 from trainfit.training.shortage import Cause, cause_of, shortage
+from trainfit.values import require_valid
 
 Item = TypeVar("Item")
 
@@ -43,6 +45,24 @@ class Survival:
     """Who took the memory, or what avoids the fragmentation."""
     message: str = ""
     """The first line of the error; empty where another rank had it."""
+
+
+def survivals(rows: Iterable[Mapping[str, Any]], source: Path) -> list[Survival]:
+    """The events of a run's earlier stretches, from the lines of its telemetry file `source`.
+
+    Raises:
+        TrainfitError: a line has a value that trainfit does not write.
+    """
+    try:
+        events = [Survival(**row) for row in rows]
+        for event in events:
+            require_valid(event)
+    except (TypeError, TrainfitError) as error:
+        raise TrainfitError(
+            f"{source}: an out-of-memory event has a value that trainfit does not write ({error!s:.150}): "
+            "remove that line"
+        ) from error
+    return events
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from trainfit.errors import TrainfitError
+from trainfit.files import read_json
 from trainfit.step.names import Checkpointing, Optimizer, Precision
 from trainfit.training.run_files import RECIPE
 from trainfit.values import Range, flag, from_record, given, keeps_given, require_valid
@@ -203,10 +204,12 @@ def _read(folder: Path) -> Recipe:
     """The recipe of a run folder."""
     path = folder / RECIPE
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        record = read_json(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise TrainfitError(f"--resume: {folder} is not a run folder of trainfit (no {RECIPE})") from error
-    except (ValueError, RecursionError) as error:
+    except OSError as error:
+        raise TrainfitError(f"{path} cannot be read ({error.strerror}): start a new run") from error
+    except ValueError as error:
         raise TrainfitError(f"{path} is damaged ({error}): start a new run") from error
     return from_record(Recipe, record, path)
 

@@ -1,8 +1,10 @@
 """A run folder's files that need no torch to be read: their names, and the lines of those that grow."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from trainfit.errors import TrainfitError
+from trainfit.files import read_json_lines
 
 RECIPE = "recipe.json"
 PLAN = "plan.json"
@@ -17,17 +19,13 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The rows of a JSON-lines file, each an object with a whole number `step`, and the number of lines that are none.
 
     A line may be cut short by a kill, blank, or no UTF-8. Without the file there are no rows.
+
+    Raises:
+        TrainfitError: the file cannot be read.
     """
-    rows: list[dict[str, Any]] = []
-    bad = 0
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    for line in lines:
-        try:
-            row: Any = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            rows.append(row)
-        else:
-            bad += 1
-    return rows, bad
+    try:
+        objects, bad = read_json_lines(path)
+    except OSError as error:
+        raise TrainfitError(f"{path} cannot be read ({error.strerror}): remove it") from error
+    rows = [row for row in objects if type(row.get("step")) is int]
+    return rows, bad + len(objects) - len(rows)

@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from trainfit.errors import TrainfitError
+from trainfit.files import require_regular
 from trainfit.step import ranks
 from trainfit.training.lock import locked
 from trainfit.training.run_files import METRICS, RECIPE, TELEMETRY, read_rows
@@ -107,18 +108,21 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     write_atomically(path, write, keep=path.with_name(PREVIOUS))
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote.
+def load_state(path: Path, check: Callable[[Mapping[str, Any]], None] | None = None) -> dict[str, Any]:
+    """Read what `save_state` wrote; `check` raises ValueError for a state that nothing can go on from.
 
     Raises:
-        TrainfitError: the file is damaged.
+        TrainfitError: the file is damaged, or `check` refuses it.
     """
     try:
+        require_regular(path)
         _require_checksums(path)
         with without_warnings():
             state: Any = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise TypeError("not a saved state")
+        if check is not None:
+            check(state)
         return state
     except UNREADABLE as error:
         way_out = f"start anew with --weights {path.parent / LAST}"
@@ -133,8 +137,8 @@ def _require_checksums(path: Path) -> None:
         raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
 
 
-def usable_state(folder: Path) -> tuple[str | None, str]:
-    """The file name of the newest state that is whole, and a remark ("" if there is nothing to say).
+def usable_state(folder: Path, check: Callable[[Mapping[str, Any]], None] | None = None) -> tuple[str | None, str]:
+    """The file name of the newest state that is whole and passes `check`, and a remark ("" if there is nothing to say).
 
     A damaged state is renamed, so that the next save does not put it in the place of the previous one.
 
@@ -150,11 +154,11 @@ def usable_state(folder: Path) -> tuple[str | None, str]:
             else (None, f"{folder} has no saved state yet: starting from its beginning")
         )
     try:
-        load_state(newest)
+        load_state(newest, check)
     except TrainfitError as error:
         if not previous.exists():
             raise
-        load_state(previous)
+        load_state(previous, check)
         newest.replace(folder / DAMAGED)
         return PREVIOUS, f"{error}, or as now: the previous state is used, and the damaged one kept as {DAMAGED}"
     return STATE, ""

@@ -13,12 +13,14 @@ from trainfit.models.build import build_trainable, build_training_step
 from trainfit.models.family import family_of
 from trainfit.models.setting import make_setting
 from trainfit.models.workload import OptimizerSettings, TrainableWorkload
+from trainfit.step.attempt import is_out_of_memory
 from trainfit.step.training_step import TrainingStep
 from trainfit.tasks.detection.read import read_dataset, require_no_errors
 from trainfit.tasks.detection.samples import Dataset
 from trainfit.training.loader import usable_cores
 from trainfit.training.mask_stage import evaluated_weights
 from trainfit.training.recipe import Recipe
+from trainfit.training.saved_state import require_like
 from trainfit.training.telemetry import Progress
 from trainfit.weights import UNREADABLE, first_line
 
@@ -69,12 +71,29 @@ def make_step(workload: TrainableWorkload, recipe: Recipe, device: torch.device,
     model = workload.build()
     weights = str(evaluated_weights(recipe.from_run)) if recipe.from_run else recipe.weights
     if weights:
-        for remark in workload.load(model, weights):
+        for remark in _load(workload, model, weights):
             show.note(remark)
     else:
         show.note("weights: random; --weights pretrained starts from upstream's COCO weights")
     settings = OptimizerSettings(lr=recipe.lr, lr_encoder=recipe.lr_encoder, weight_decay=recipe.weight_decay)
     return build_training_step(workload, device, model=model, optimizer_settings=settings, clip_norm=recipe.clip_norm)
+
+
+def _load(workload: TrainableWorkload, model: torch.nn.Module, weights: str) -> list[str]:
+    """Fill a model from `--weights`; returns remarks for the user.
+
+    Raises:
+        TrainfitError: no regular file, no weights of this model, or a file with values that an upstream loader trips over.
+    """
+    path = Path(weights)
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise TrainfitError(f"--weights {weights} is no regular file: give a weights file")
+    try:
+        return workload.load(model, weights)
+    except (TypeError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise TrainfitError(f"--weights {weights} cannot be loaded ({first_line(error)}): take another file") from error
 
 
 def restore(step: TrainingStep, state: Mapping[str, Any], path: Path) -> None:
@@ -83,7 +102,9 @@ def restore(step: TrainingStep, state: Mapping[str, Any], path: Path) -> None:
     Raises:
         TrainfitError: the state is of another model or optimizer.
     """
+    own = {"optimizer": step.optimizer.state_dict(), "scaler": step.scaler.state_dict()}
     try:
+        require_like(state, own, "state")
         step.model.load_state_dict(state["model"])
         if step.ema:
             step.ema.load_state_dict(state["ema"])

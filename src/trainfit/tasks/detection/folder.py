@@ -4,7 +4,6 @@ import json
 import os
 import re
 import reprlib
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import yaml
 from defusedxml.ElementTree import fromstring
 
 from trainfit.errors import TrainfitError
+from trainfit.files import NotRegularError, open_regular
 from trainfit.tasks.images import ImageDefect, ImageHeader, read_headers
 
 OUTSIDE = "outside the data set"
@@ -123,16 +123,15 @@ def read_regular(path: Path, limit: int, *, first: int | None = None) -> bytes:
     Raises as `DataFolder.read_bytes` does.
     """
     try:
-        # O_NONBLOCK: opening a pipe that nobody writes to returns at once.
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            state = os.fstat(file.fileno())
-            if not stat.S_ISREG(state.st_mode):
-                raise Malformed("is no regular file; remove it or put the file there")
-            if state.st_size > limit:
-                raise Malformed(f"is {state.st_size} bytes long, and at most {limit} are read; split it")
-            return file.read(state.st_size if first is None else first)
+        with open_regular(path) as file:
+            length = os.fstat(file.fileno()).st_size
+            if length > limit:
+                raise Malformed(f"is {length} bytes long, and at most {limit} are read; split it")
+            return file.read(length if first is None else first)
     except FileNotFoundError:
         raise
+    except NotRegularError as error:
+        raise Malformed("is no regular file; remove it or put the file there") from error
     except (OSError, ValueError, MemoryError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or "out of memory"
         raise Malformed(f"cannot be read: {reason}") from error
