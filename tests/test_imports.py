@@ -23,6 +23,7 @@ ROOMS = [
     "values",
     "errors",
     "cache",
+    "files",
 ]
 SOURCE = Path(trainfit.__file__).parent
 
