@@ -7,6 +7,7 @@ import trainfit
 
 ROOMS = [
     "cli",
+    "api",
     "reports",
     "planning",
     "training",

@@ -230,7 +230,7 @@ def test_a_process_that_dies_is_a_result(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_command_on_the_cpu(tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU it is CPU time, and says so."""
-    monkeypatch.setattr("trainfit.cli.measure.detect_gpus", lambda: ())
+    monkeypatch.setattr("trainfit.measuring.card.detect_gpus", lambda: ())
     arguments = ("measure", "timm:resnet10t", "--resolution", "64", "--micro-batches", "2", "--steps", "2")
     assert run(*arguments, "--json") == 0
     out, err = capsys.readouterr()
@@ -259,7 +259,7 @@ def test_command_on_the_cpu(tasks: Path, capsys: pytest.CaptureFixture[str], mon
 def test_bad_input_is_one_line(
     arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainfit.cli.measure.detect_gpus", lambda: ())
+    monkeypatch.setattr("trainfit.measuring.card.detect_gpus", lambda: ())
     assert run("measure", *arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -410,7 +410,7 @@ def gpu_here(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], li
         return STORED
 
     def install(total_bytes: int) -> list[dict[str, Any]]:
-        monkeypatch.setattr("trainfit.cli.measure.detect_gpus", lambda: (a_card(total_bytes),))
+        monkeypatch.setattr("trainfit.measuring.card.detect_gpus", lambda: (a_card(total_bytes),))
         monkeypatch.setattr(bench_module, "detect_gpus", lambda: (a_card(total_bytes),))
         monkeypatch.setattr(bench_module, "get_trace", traced)
         monkeypatch.setattr(bench_module, "run_trial", answer)

@@ -1,0 +1,97 @@
+"""trainfit: which training of a vision model fits a GPU, and the training itself. Importing it imports no torch.
+
+Each name is imported from its module when it is first used. `docs/api.md` shows them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainfit.api import check_data, detect, evaluate, measure, plan, predict, train
+    from trainfit.errors import OutOfMemory, TrainfitError
+    from trainfit.gpus.catalogue import Gpu, find_gpu
+    from trainfit.measuring.search import Measured
+    from trainfit.memory.predict import Prediction
+    from trainfit.models.custom.workload import CustomTask
+    from trainfit.models.family import Family, model_names, register
+    from trainfit.models.setting import Setting, make_setting
+    from trainfit.planning.plan import Plan
+    from trainfit.step.contrastive import Contrastive
+    from trainfit.step.terms import LossTerm, Objective
+    from trainfit.step.training_step import TrainingStep
+    from trainfit.tasks.task import Evaluation
+    from trainfit.training.fit import RunSummary
+    from trainfit.training.oom import Survivor
+    from trainfit.training.recipe import Recipe
+
+    __version__: str
+
+__all__ = [
+    "Contrastive",
+    "CustomTask",
+    "Evaluation",
+    "Family",
+    "Gpu",
+    "LossTerm",
+    "Measured",
+    "Objective",
+    "OutOfMemory",
+    "Plan",
+    "Prediction",
+    "Recipe",
+    "RunSummary",
+    "Setting",
+    "Survivor",
+    "TrainfitError",
+    "TrainingStep",
+    "__version__",
+    "check_data",
+    "detect",
+    "evaluate",
+    "find_gpu",
+    "make_setting",
+    "measure",
+    "model_names",
+    "plan",
+    "predict",
+    "register",
+    "train",
+]
+
+_MODULES = {
+    "api": ("check_data", "detect", "evaluate", "measure", "plan", "predict", "train"),
+    "errors": ("OutOfMemory", "TrainfitError"),
+    "gpus.catalogue": ("Gpu", "find_gpu"),
+    "measuring.search": ("Measured",),
+    "memory.predict": ("Prediction",),
+    "models.custom.workload": ("CustomTask",),
+    "models.family": ("Family", "model_names", "register"),
+    "models.setting": ("Setting", "make_setting"),
+    "planning.plan": ("Plan",),
+    "step.contrastive": ("Contrastive",),
+    "step.terms": ("LossTerm", "Objective"),
+    "step.training_step": ("TrainingStep",),
+    "tasks.task": ("Evaluation",),
+    "training.fit": ("RunSummary",),
+    "training.oom": ("Survivor",),
+    "training.recipe": ("Recipe",),
+}
+"""Module -> the public names that it defines."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("trainfit")
+    else:
+        module = next((module for module, names in _MODULES.items() if name in names), None)
+        if module is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

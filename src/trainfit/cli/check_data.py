@@ -27,13 +27,16 @@ class CheckData:
 
 def check_data(arguments: Annotated[CheckData, tyro.conf.arg(name="")]) -> int:
     """Say what a data set holds, and every defect with file and id; exit code 1 where training would refuse it."""
+    from trainfit import api
     from trainfit.reports.check_data import check_data_json, check_data_text
-    from trainfit.tasks.detection.check import check_dataset
-    from trainfit.tasks.detection.read import read_dataset
 
-    dataset = read_dataset(arguments.data, format=arguments.format, allow_outside=arguments.allow_outside)
-    if arguments.decode:
-        dataset = check_dataset(dataset, progress=_Progress())
+    dataset = api.check_data(
+        arguments.data,
+        format=arguments.format,
+        decode=arguments.decode,
+        allow_outside=arguments.allow_outside,
+        progress=_Progress(),
+    )
     if arguments.as_json:
         print(json.dumps(check_data_json(dataset), indent=2))
     else:

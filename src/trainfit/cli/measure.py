@@ -1,7 +1,6 @@
 """trainfit measure."""
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
@@ -11,15 +10,11 @@ from typing import Annotated, Generic, Literal
 
 import tyro
 
+from trainfit.api import make_bench
 from trainfit.cli.arguments import AnySetting
 from trainfit.errors import OutOfMemory, TrainfitError
-from trainfit.gpus.catalogue import GIB, gpu_with_memory
-from trainfit.gpus.context import cuda_context_bytes
-from trainfit.gpus.detect import DetectedGpu, detect_gpus
-from trainfit.measuring.bench import Bench
 from trainfit.measuring.calibration import load
 from trainfit.measuring.search import Measured
-from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.models.setting import Setting, named, setting_from_json
 from trainfit.planning.plan import read_plan
 from trainfit.reports.measure import measured_json, measured_text
@@ -54,17 +49,11 @@ def measure(arguments: Measure[Setting], _given: AbstractSet[str]) -> int:
             raise TrainfitError(f"--plan {arguments.plan} is for {record['model']}, not {setting.model}")
         setting = setting_from_json(record["setting"], f"--plan {arguments.plan}, setting")
     sizes = _sizes(arguments.micro_batches)
-    if arguments.steps < 1:
-        raise TrainfitError(f"--steps must be at least 1, not {arguments.steps}")
-    card = _card(arguments.device)
-    bench = Bench(
-        setting=setting,
-        card=card,
-        limit_bytes=_cap_bytes(arguments.memory, card),
-        config=AllocatorConfig.from_env_string(
-            os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
-        ),
-        windows={"most": arguments.steps, "least": min(3, arguments.steps)},
+    bench = make_bench(
+        setting,
+        steps=arguments.steps,
+        device=arguments.device,
+        memory=arguments.memory,
         show=lambda line: print(line, file=sys.stderr, flush=True),
     )
     rows: list[Measured] = []
@@ -74,7 +63,7 @@ def measure(arguments: Measure[Setting], _given: AbstractSet[str]) -> int:
     except KeyboardInterrupt:
         print(f"{len(rows)} measured before the stop: {bench.file}", file=sys.stderr)
         raise
-    calibration = load(card.gpu.name) if card else None
+    calibration = load(bench.card.gpu.name) if bench.card else None
     if arguments.as_json:
         print(json.dumps(measured_json(bench, rows, calibration)))
     else:
@@ -90,30 +79,3 @@ def _sizes(text: str | None) -> Sequence[int]:
     if any(size < 1 for size in sizes):
         raise TrainfitError(f"--micro-batches {text!r}: write sizes of at least 1 as 1,2,4")
     return sizes
-
-
-def _card(device: str) -> DetectedGpu | None:
-    """The GPU that trials run on; None: the CPU."""
-    if device == "cpu":
-        return None
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    first = None if shown is None else shown.split(",")[0].strip()
-    found = [
-        gpu for gpu in detect_gpus() if first is None or first == str(gpu.index) or gpu.uuid.startswith(first or "-")
-    ]
-    if not found and device == "cuda":
-        raise TrainfitError("no NVIDIA GPU to measure on; --device cpu measures the CPU's time")
-    return found[0] if found else None
-
-
-def _cap_bytes(memory: str | None, card: DetectedGpu | None) -> int | None:
-    """What the allocator of a process that has `memory` may reserve: all but the CUDA context."""
-    if memory is None:
-        return None
-    if card is None:
-        raise TrainfitError("--memory caps the allocator of a GPU; on the CPU leave it out")
-    wanted, context = gpu_with_memory(memory).memory_bytes, cuda_context_bytes().high_bytes
-    if not context < wanted < card.total_bytes:
-        least, most = context / GIB, card.total_bytes / GIB
-        raise TrainfitError(f"--memory {memory}: the CUDA context takes {least:.2f} GiB, and the card has {most:.2f}")
-    return wanted - context

@@ -1,25 +1,21 @@
 """trainfit plan."""
 
 import json
-import os
 import sys
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Generic, Literal
 
 import tyro
 
+from trainfit import api
 from trainfit.cli.arguments import AnySetting
 from trainfit.cli.files import require_writable, write
-from trainfit.cli.predict import chosen_gpu
-from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import Gpu
-from trainfit.gpus.detect import detect_gpus
-from trainfit.memory.alloc_conf import AllocatorConfig
-from trainfit.models.setting import Setting, named
-from trainfit.planning.dataset import decode_seconds, for_data
-from trainfit.planning.make import DEFAULT_EFFECTIVE_BATCH, make_plan
+from trainfit.gpus.choice import chosen_gpu, gpu_here
+from trainfit.models.setting import Setting
+from trainfit.planning.make import DEFAULT_EFFECTIVE_BATCH
 from trainfit.planning.plan import to_json
 from trainfit.reports.emit import emit
 from trainfit.reports.plan import plan_json, plan_text
@@ -65,26 +61,20 @@ class Plan(Generic[AnySetting]):
 def plan(arguments: Plan[Setting], given: AbstractSet[str]) -> int:
     """Plan the fastest training that fits a GPU, without the GPU; the exit code is 1 where nothing fits."""
     require_writable((arguments.html, arguments.out), force=arguments.force)
-    gpu = _gpu(arguments)
-    setting, decode_s = named(arguments.setting), None
-    if arguments.data is not None:
-        from trainfit.tasks.detection.read import read_dataset
-
-        dataset = read_dataset(arguments.data, allow_outside=arguments.allow_outside)
-        setting, decode_s = for_data(setting, dataset), decode_seconds(setting, dataset)
-    found = make_plan(
+    setting, note = arguments.setting, _note if sys.stderr.isatty() else _ignore
+    found = api.plan(
         setting,
-        gpu,
-        effective_batch=arguments.effective_batch,
+        gpu=_gpu(arguments),
         gpus=arguments.gpus,
+        data=arguments.data,
+        allow_outside=arguments.allow_outside,
+        effective_batch=arguments.effective_batch,
         micro_batch=setting.micro_batch if "micro_batch" in given else None,
         checkpointing=setting.checkpointing if "checkpointing" in given else None,
         allow=arguments.allow,
-        config=AllocatorConfig.from_env_string(arguments.alloc_conf),
+        alloc_conf=arguments.alloc_conf,
         cache=arguments.cache,
-        decode_s=decode_s,
-        cores=os.cpu_count() if decode_s is not None else None,
-        note=lambda line: print(line, file=sys.stderr) if sys.stderr.isatty() else None,
+        note=note,
     )
     if arguments.html is not None:
         write(arguments.html, plan_html(found))
@@ -103,11 +93,12 @@ def _gpu(arguments: Plan[Setting]) -> Gpu:
     """The card that was named, or the first of this machine with what is free of it."""
     if arguments.gpu is not None or arguments.memory is not None:
         return chosen_gpu(arguments.gpu, arguments.memory)
-    here = detect_gpus()
-    if not here:
-        raise TrainfitError("no GPU is here: name one with --gpu NAME, or give --memory 8GiB")
-    taken = sum(process.used_bytes or 0 for process in here[0].processes)
-    if taken:
-        names = ", ".join(f"{process.name or process.pid}" for process in here[0].processes)
-        print(f"{taken / 2**30:.1f} GiB of {here[0].gpu.name} are taken by {names}", file=sys.stderr)
-    return replace(here[0].gpu, memory_bytes=here[0].free_bytes, memory_is_nominal=False)
+    return gpu_here(_note)
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _ignore(_line: str) -> None:
+    pass

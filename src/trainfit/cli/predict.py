@@ -4,7 +4,7 @@ import json
 import pickle
 import sys
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Generic, Literal
 
@@ -13,10 +13,10 @@ import tyro
 from trainfit.cli.arguments import AnySetting
 from trainfit.cli.files import require_writable, write
 from trainfit.errors import TrainfitError
-from trainfit.gpus.catalogue import Gpu, find_gpu, gpu_with_memory
+from trainfit.gpus.choice import chosen_gpu
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.models.setting import Setting, named
-from trainfit.planning.dataset import for_data
+from trainfit.planning.dataset import for_data, read_data
 from trainfit.planning.predict import predict_with_trace
 from trainfit.reports.memory_viewer import snapshot
 from trainfit.reports.profile import profile_json, profile_text
@@ -64,9 +64,7 @@ def predict(arguments: Predict[Setting], _given: AbstractSet[str]) -> int:
     gpu, config = chosen_gpu(arguments.gpu, arguments.memory), AllocatorConfig.from_env_string(arguments.alloc_conf)
     setting = named(arguments.setting)
     if arguments.data is not None:
-        from trainfit.tasks.detection.read import read_dataset
-
-        setting = for_data(setting, read_dataset(arguments.data, allow_outside=arguments.allow_outside))
+        setting = for_data(setting, read_data(setting, arguments.data, allow_outside=arguments.allow_outside))
     prediction, training = predict_with_trace(
         setting,
         gpu,
@@ -87,21 +85,3 @@ def predict(arguments: Predict[Setting], _given: AbstractSet[str]) -> int:
 def _note(line: str) -> None:
     if sys.stderr.isatty():
         print(line, file=sys.stderr)
-
-
-def chosen_gpu(name: str | None, memory: str | None) -> Gpu:
-    """The card of --gpu and --memory.
-
-    Raises:
-        TrainfitError: neither is given, or the name is not known.
-    """
-    if memory is None:
-        if name is None:
-            raise TrainfitError("which card? give --gpu NAME or --memory 8GiB")
-        return find_gpu(name)
-    given = gpu_with_memory(memory)
-    if name is None:
-        return given
-    gpu = find_gpu(name)
-    size = {"memory_bytes": given.memory_bytes, "nominal_memory_bytes": given.memory_bytes}
-    return replace(gpu, name=f"{gpu.name} with {memory}", memory_is_nominal=True, **size)

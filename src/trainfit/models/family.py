@@ -53,7 +53,8 @@ class Family:
     """"module:function" of (model name, file of upstream's or `pretrained`) -> (`Workload`, the model with the file's
     weights and classes, remarks for the user); None: such files cannot be evaluated."""
     task: str | None = None
-    """The room in `tasks/` that reads its data and measures it; None: it is predicted, and not trained."""
+    """What reads its data and measures it: a room in `tasks/`, or the path of a module with the functions of `tasks.task.Task`.
+    None: it is predicted, and not trained."""
     extra: str | None = None
     """The optional dependency of trainfit that it needs."""
     packages: tuple[str, ...] = ()

@@ -4,27 +4,35 @@ import contextlib
 import statistics
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from trainfit.errors import TrainfitError
 from trainfit.models.setting import Setting
-
-if TYPE_CHECKING:
-    from trainfit.tasks.detection.samples import Dataset
+from trainfit.tasks.task import DEFAULT_TASK, Dataset, Task, task_of
 
 SAMPLED = 8
 """Images that are decoded for a time."""
 
 
-def for_data(setting: Setting, dataset: "Dataset") -> Setting:
+def read_data(setting: Setting, data: str, *, allow_outside: bool = False) -> Dataset:
+    """The data set as the task of the setting's family reads it; families that are only predicted take detection's.
+
+    Raises:
+        TrainfitError: there is none, or it has an error that training cannot pass over.
+    """
+    return _task(setting).read(data, allow_outside=allow_outside)
+
+
+def for_data(setting: Setting, dataset: Dataset) -> Setting:
     """The setting with its number of classes, and what else the training images determine of the family's knobs."""
-    from trainfit.tasks.detection import statistics as of_data
-
-    found = of_data.statistics(dataset.splits["train"])
-    return setting.family.for_data(replace(setting, classes=len(dataset.classes)), found)
+    statistics_of_data = _task(setting).statistics(dataset.splits["train"])
+    return setting.family.for_data(replace(setting, classes=len(dataset.classes)), statistics_of_data)
 
 
-def decode_seconds(setting: Setting, dataset: "Dataset") -> float | None:
+def _task(setting: Setting) -> Task:
+    return task_of(setting.family.task or DEFAULT_TASK)
+
+
+def decode_seconds(setting: Setting, dataset: Dataset) -> float | None:
     """Seconds that one loader process takes for an image here; None for families without a loader of their own."""
     if setting.family.task is None:
         return None

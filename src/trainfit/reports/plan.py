@@ -266,7 +266,7 @@ def train_command(plan: Plan) -> str:
     defaults = {field.name: field.default for field in fields(Recipe)}
     defaults |= {"effective_batch": DEFAULT_EFFECTIVE_BATCH, "eval_micro_batch": chosen["micro_batch"]}
     flags = [_flag(name, value) for name, value in chosen.items() if value != defaults[name]]
-    stage = ["--from RUN"] if chosen["recipe"] == "masks" else []
+    stage = ["--from RUN"] if chosen.get("recipe") == "masks" else []
     launch = f"torchrun --nproc-per-node {plan.gpus} -m trainfit" if plan.gpus > 1 else "trainfit"
     return " ".join([f"{launch} train {plan.model} --data DIR", *flags, *stage])
 

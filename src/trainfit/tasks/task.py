@@ -3,10 +3,15 @@
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from trainfit.errors import TrainfitError
+
 Cell = str | int | float | None
+DEFAULT_TASK = "detection"
+"""What reads a data set where no model with a task is named: of families that are predicted alone, and `check-data`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +37,10 @@ class Evaluation:
     record: Mapping[str, Any]
     """JSON values by name: what a run keeps of every evaluation."""
     tables: tuple[Table, ...]
-    details: Any
-    """The task's own results."""
+    details: Mapping[str, Any]
+    """The task's own results by name: dataclasses, or JSON values."""
+    notes: tuple[str, ...] = ()
+    """Sentences about how the figures were computed."""
 
 
 class Metric(Protocol):
@@ -76,7 +83,7 @@ class Dataset(Protocol):
 
 
 class Task(Protocol):
-    """A module of functions: `trainfit.tasks.NAME.task`."""
+    """A module of functions: `trainfit.tasks.NAME.task`, or a module outside the package."""
 
     def read(
         self,
@@ -115,13 +122,24 @@ class Task(Protocol):
         ...
 
     def metric(self, records: Sequence[Any], workload: Any, **options: Any) -> Metric:
-        """A new metric for these records."""
+        """A new metric for these records.
+
+        Options are the task's own, but for `classes`: names of the records' classes where they are not the workload's.
+        """
         ...
 
 
 def task_of(name: str) -> Task:
-    """The task of a name, as its room is named."""
-    module: Any = importlib.import_module(f"trainfit.tasks.{name}.task")
+    """The task of `Family.task`: a room of this package by its name, any other module by its path.
+
+    Raises:
+        TrainfitError: there is no such module.
+    """
+    room = "." not in name and find_spec(f"trainfit.tasks.{name}") is not None
+    try:
+        module: Any = importlib.import_module(f"trainfit.tasks.{name}.task" if room else name)
+    except ModuleNotFoundError as error:
+        raise TrainfitError(f"the task {name!r} of a family cannot be imported ({error})") from error
     return module
 
 

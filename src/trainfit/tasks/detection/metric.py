@@ -82,6 +82,7 @@ def compact(output: ImageDetections) -> Detections:
 
 def evaluation_of(results: dict[IouKind, ApResult]) -> Evaluation:
     """AP results as an evaluation: ranked by the AP of masks where there are masks, else by that of boxes."""
+    limit = next(iter(results.values())).max_detections
     ranking: IouKind = "segm" if "segm" in results else "bbox"
     figures: dict[str, float | None] = {}
     record: dict[str, Any] = {}
@@ -95,7 +96,8 @@ def evaluation_of(results: dict[IouKind, ApResult]) -> Evaluation:
         figures=figures,
         record=record,
         tables=tuple(table_of(result) for result in results.values()),
-        details=results,
+        details={**results},
+        notes=(f"Up to {limit} detections for each image and class count (COCO's own limit: --max-detections 100).",),
     )
 
 

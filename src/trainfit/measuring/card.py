@@ -1,0 +1,43 @@
+"""The device that trials run on, and how much of it they may have. Imports no torch."""
+
+import os
+
+from trainfit.errors import TrainfitError
+from trainfit.gpus.catalogue import GIB, gpu_with_memory
+from trainfit.gpus.context import cuda_context_bytes
+from trainfit.gpus.detect import DetectedGpu, detect_gpus
+
+
+def measured_card(device: str) -> DetectedGpu | None:
+    """The first GPU that CUDA_VISIBLE_DEVICES shows; None: the CPU.
+
+    Raises:
+        TrainfitError: `device` is "cuda", and there is no NVIDIA GPU.
+    """
+    if device == "cpu":
+        return None
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    first = None if shown is None else shown.split(",")[0].strip()
+    visible = [
+        gpu for gpu in detect_gpus() if first is None or first == str(gpu.index) or gpu.uuid.startswith(first or "-")
+    ]
+    if not visible and device == "cuda":
+        raise TrainfitError("no NVIDIA GPU to measure on; --device cpu measures the CPU's time")
+    return visible[0] if visible else None
+
+
+def cap_bytes(memory: str | None, card: DetectedGpu | None) -> int | None:
+    """What the allocator of a process that has `memory` may reserve: all but the CUDA context.
+
+    Raises:
+        TrainfitError: there is no GPU, or `memory` is more than it has, or less than a CUDA context.
+    """
+    if memory is None:
+        return None
+    if card is None:
+        raise TrainfitError("--memory caps the allocator of a GPU; on the CPU leave it out")
+    wanted, context = gpu_with_memory(memory).memory_bytes, cuda_context_bytes().high_bytes
+    if not context < wanted < card.total_bytes:
+        least, most = context / GIB, card.total_bytes / GIB
+        raise TrainfitError(f"--memory {memory}: the CUDA context takes {least:.2f} GiB, and the card has {most:.2f}")
+    return wanted - context

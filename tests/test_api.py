@@ -1,0 +1,181 @@
+"""The public names: importable without torch, and the same results as the commands."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import trainfit
+import trainfit.api
+from conftest import run
+from trainfit.gpus.catalogue import GIB, gpu_with_memory
+from trainfit.reports.profile import profile_json
+
+
+@pytest.mark.parametrize("name", trainfit.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    value = getattr(trainfit, name)
+    assert name in dir(trainfit)
+    assert name == "__version__" or value.__doc__
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    tree = ast.parse(Path(trainfit.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    imported = {alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert {*imported, "__version__"} == set(trainfit.__all__)
+
+
+def test_the_page_names_every_public_name() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+    assert [name for name in trainfit.__all__ if f"`{name}" not in page and f"trainfit.{name}" not in page] == []
+
+
+def test_importing_and_planning_names_import_no_torch() -> None:
+    code = (
+        "import sys, trainfit; trainfit.plan; trainfit.predict; trainfit.measure; trainfit.train; trainfit.make_setting; "
+        "assert trainfit.find_gpu('rtx 3060').memory_bytes > 11 << 30; assert 'torch' not in sys.modules; "
+        "import trainfit.measuring.bench; assert callable(trainfit.measure)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_version() -> None:
+    assert trainfit.__version__ == metadata.version("trainfit")
+
+
+def test_unknown_names_are_attribute_errors() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'plam'"):
+        _ = trainfit.plam  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_predict_is_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    prediction = trainfit.predict("rfdetr-nano", gpu="rtx 3060", micro_batch=2)
+    assert run("predict", "rfdetr-nano", "--gpu", "rtx 3060", "--micro-batch", 2, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(profile_json(prediction)))
+    assert trainfit.predict(prediction.setting, gpu=prediction.gpu) == prediction
+
+
+def test_plan_takes_what_the_command_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def capture(*positional: Any, **named: Any) -> str:
+        asked.append((positional, named))
+        return "a plan"
+
+    monkeypatch.setattr(trainfit.api, "make_plan", capture)
+    assert trainfit.plan("timm:resnet10t", memory="6GiB", effective_batch=8, micro_batch=4, resolution=64) == "a plan"
+    (setting, card), named = asked[0]
+    assert setting == trainfit.make_setting("timm:resnet10t", resolution=64)
+    assert card == gpu_with_memory("6GiB")
+    assert (named["effective_batch"], named["micro_batch"], named["checkpointing"]) == (8, 4, None)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: trainfit.plan("rfdetr-nanno", memory="8GiB"), "Perhaps you meant rfdetr-nano"),
+        (lambda: trainfit.predict("rfdetr-nano", memory="8GiB", gruops=1), "Perhaps you meant groups"),
+        (lambda: trainfit.predict("rfdetr-nano"), "give --gpu NAME or --memory 8GiB"),
+        (lambda: trainfit.measure("timm:resnet10t", device="cpu", memory="4GiB"), "on the CPU leave it out"),
+        (lambda: trainfit.train("rfdetr-nano"), "--data is missing"),
+        (lambda: trainfit.evaluate("/nowhere", data="sample", device="cpu"), "/nowhere is no run folder"),
+        (lambda: trainfit.check_data("/nowhere"), "/nowhere"),
+    ],
+)
+def test_what_a_user_can_repair_is_one_line(call: Any, message: str) -> None:
+    with pytest.raises(trainfit.TrainfitError) as caught:
+        call()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_setting_may_stand_for_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def capture(setting: Any, *_positional: Any, **_named: Any) -> None:
+        asked.append(setting)
+
+    monkeypatch.setattr(trainfit.api, "make_plan", capture)
+    setting = trainfit.make_setting("rf-detr nano", groups=1)
+    trainfit.plan(setting, memory="8GiB", num_queries=20)
+    assert asked == [replace(setting, num_queries=20)]
+
+
+def test_check_data_lists_defects(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    for number in (2, 3):
+        Image.new("RGB", (8, 8)).save(tmp_path / "train" / f"{number}.png")
+    (tmp_path / "train" / "_annotations.coco.json").write_text(
+        json.dumps(
+            {
+                "images": [
+                    {"id": 1, "file_name": "gone.jpg", "width": 8, "height": 8},
+                    *({"id": i, "file_name": f"{i}.png", "width": 8, "height": 8} for i in (2, 3)),
+                ],
+                "annotations": [
+                    {"id": i, "image_id": i, "category_id": 1, "bbox": [0, 0, 4, 4], "area": 16, "iscrowd": 0}
+                    for i in (1, 2, 3)
+                ],
+                "categories": [{"id": 1, "name": "thing"}],
+            }
+        )
+    )
+    dataset = trainfit.check_data(tmp_path, format="coco")
+    assert [f.severity for f in dataset.findings if "gone.jpg" in f.where + f.message] == ["skipped"]
+
+
+def test_train_evaluate_detect(tmp_path: Path) -> None:
+    """One step on the sample set; the evaluation of its folder is that which ended the run."""
+    sizes: dict[str, Any] = {"resolution": 64, "groups": 1, "num_queries": 20, "multi_scale": False, "ema": False}
+    summary = trainfit.train(
+        "rfdetr-nano",
+        data="sample",
+        out=str(tmp_path / "run"),
+        device="cpu",
+        max_steps=1,
+        effective_batch=2,
+        workers=0,
+        **sizes,
+    )
+    assert (summary.steps, summary.total_steps, summary.folder) == (1, 1, tmp_path / "run")
+    evaluation = trainfit.evaluate(tmp_path / "run", data="sample", device="cpu")
+    assert [table.rows for table in evaluation.tables] == [table.rows for table in summary.tables]
+    image = trainfit.check_data("sample", decode=False).splits["val"][0].path
+    (detections,) = trainfit.detect(tmp_path / "run", [image], device="cpu")
+    assert detections.boxes.shape == (len(detections.scores), 4)
+    assert len(detections.scores) == 20
+
+
+def test_gib_is_binary() -> None:
+    assert trainfit.find_gpu("RTX 3060").nominal_memory_bytes == 12 * GIB
+
+
+def test_the_pages_building_blocks_run() -> None:
+    """The last example of docs/api.md, as it stands there."""
+    page = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+    code = page.split("```python\n")[-1].split("```")[0]
+    values: dict[str, Any] = {"trainfit": trainfit}
+    exec(code, values)
+    assert values["result"].images == 8
+
+
+def test_pages_for_contributors_point_at_real_files() -> None:
+    """Every path that CONTRIBUTING.md and the list of benchmarks name is there, and every benchmark is listed."""
+    root = Path(__file__).parents[1]
+    page = (root / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`((?:src|tests|scripts|benchmarks)/[\w./-]+)`", page)
+    assert named
+    assert [path for path in named if not (root / path).exists()] == []
+    listed = re.findall(r"^\| `([\w./]+)`", (root / "benchmarks" / "README.md").read_text(), re.MULTILINE)
+    assert {path.name for path in (root / "benchmarks").glob("*.py")} <= set(listed)
+    assert all((root / "benchmarks" / path).exists() for path in listed)
