@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import trainfit
 
 SOURCE = Path(trainfit.__file__).parent
+_PARSING = Lock()
+"""One parse at a time: CPython 3.11 counts the depth of a syntax tree for all threads together, and raises SystemError where
+two threads parse at once (traces are made by two)."""
 TRACER = ("trainfit.tracing.trace", "trainfit.models.build")
 """Modules that run in every tracing process, besides the family's own."""
 DECLARATIONS = ("models/setting.py", "/family.py")
@@ -80,7 +84,7 @@ def imported_files(modules: tuple[str, ...]) -> list[Path]:
         if path in files:
             continue
         files.add(path)
-        waiting += _imports(ast.parse(path.read_text(encoding="utf-8")))
+        waiting += _imports(_parsed(path))
     return sorted(files)
 
 
@@ -121,7 +125,7 @@ def file_digest(file: Path) -> str:
 @cache
 def code_digest(file: Path) -> str:
     """Digest of a file's syntax tree without docstrings and, in `DECLARATIONS`, without annotated fields."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tree = _parsed(file)
     declares = file.as_posix().endswith(DECLARATIONS)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -130,6 +134,11 @@ def code_digest(file: Path) -> str:
                 each for each in node.body if not _is_text(each) and not (declares and is_class and _is_field(each))
             ]
     return _digest(ast.dump(tree).encode())
+
+
+def _parsed(file: Path) -> ast.Module:
+    with _PARSING:
+        return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def _is_text(node: ast.stmt) -> bool:
