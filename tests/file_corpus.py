@@ -286,11 +286,12 @@ def cache_case(originals: Originals, folder: Path, rng: random.Random) -> list[s
 def _copy(originals: Originals, folder: Path) -> Path:
     """A copy of the run folder; its large files, which are only ever replaced whole, are links."""
     run = folder / "run"
-    shutil.copytree(originals.run, run, copy_function=_copy_or_link)
+    shutil.copytree(originals.run, run, copy_function=copy_or_link)
     return run
 
 
-def _copy_or_link(source: str, target: str) -> None:
+def copy_or_link(source: str, target: str) -> None:
+    """Link a run's large files, of which the state has 400 MB, and copy the others."""
     if source.endswith((".pt", ".pth", ".safetensors")):
         os.link(source, target)
     else:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from conftest import rows, run
+from file_corpus import copy_or_link
 from trainfit.errors import TrainfitError
 from trainfit.models.rfdetr.weights_file import read_weights
 from trainfit.tasks.detection.sample_set import write_sample_set
@@ -134,10 +135,14 @@ def test_a_state_that_asks_for_code_is_refused(tmp_path: Path) -> None:
 def test_a_resume_of_a_damaged_run_is_the_run_from_its_previous_state(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected, damaged = (shutil.copytree(trained, tmp_path / name) for name in ("expected", "damaged"))
+    expected, damaged = (
+        shutil.copytree(trained, tmp_path / name, copy_function=copy_or_link) for name in ("expected", "damaged")
+    )
     (expected / run_folder.PREVIOUS).replace(expected / run_folder.STATE)
     state = damaged / run_folder.STATE
-    state.write_bytes(flip(state.read_bytes(), state.stat().st_size // 2))
+    content = state.read_bytes()
+    state.unlink()  # it is a link
+    state.write_bytes(flip(content, len(content) // 2))
     for name in (run_folder.METRICS, run_folder.TELEMETRY):
         path = damaged / name
         path.write_bytes(b"\n\xff\xfe\nno JSON\n" + path.read_bytes() + b'{"loss": 3}\n{"step": 1, "lo')
