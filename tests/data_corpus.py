@@ -1,6 +1,7 @@
 """Broken data sets without end: seeded mutations of small generated sets and of real ones, and a list of known traps."""
 
 import base64
+import copy
 import functools
 import io
 import json
@@ -267,6 +268,11 @@ NASTY: tuple[Any, ...] = (
 """Values that stand where others should."""
 
 
+def _nasty(rng: random.Random) -> Any:
+    """A copy: later mutations change lists in place."""
+    return copy.deepcopy(rng.choice(NASTY))
+
+
 def _write_mutated(files: Files, seed: int, folder: Path) -> None:
     rng = random.Random(seed)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
@@ -304,10 +310,10 @@ def _mutate_json(document: Any, rng: random.Random) -> Any:
         parent, key = place, rng.choice(list(place)) if isinstance(place, dict) else rng.randrange(len(place))
         place = place[key]
     if parent is None:
-        return rng.choice(NASTY)
+        return _nasty(rng)
     action = rng.random()
     if action < 0.7:
-        parent[key] = rng.choice(NASTY)
+        parent[key] = _nasty(rng)
     elif action < 0.8:
         del parent[key]
     elif action < 0.9 and isinstance(parent, list):
@@ -320,7 +326,7 @@ def _mutate_json(document: Any, rng: random.Random) -> Any:
 def _mutate_words(content: bytes, rng: random.Random) -> bytes:
     """Replace a word of a text by a nasty one."""
     words = content.replace(b">", b"> ").replace(b"<", b" <").split(b" ")
-    value = rng.choice(NASTY)
+    value = _nasty(rng)
     text = value if isinstance(value, str) else json.dumps(value)
     words[rng.randrange(len(words))] = text.encode("utf-8", "surrogatepass")
     return b" ".join(words).replace(b"> ", b">").replace(b" <", b"<")

@@ -31,19 +31,20 @@ def evaluate_model(
     device: torch.device,
     workers: int = 0,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
+    note: Callable[[str], None] = lambda _: None,
     step: int = 0,
     in_parts: Halving | None = None,
 ) -> Evaluation:
     """What the metric says of the model's outputs for all records, over all ranks.
 
     One micro-batch is on the device at a time. The model comes back in the mode that it was in. Records that cannot be
-    decoded are left out. Where memory runs out `in_parts` halves the micro-batch and keeps the event, of optimizer step
-    `step`.
+    decoded are left out. `note` receives a line where data is waited for long. Where memory runs out `in_parts` halves
+    the micro-batch and keeps the event, of optimizer step `step`.
 
     Raises:
         OutOfMemory: one sample alone does not fit, here or on another rank; all ranks raise.
     """
-    loader = evaluation_loader(records, workload, micro_batch=micro_batch, workers=workers)
+    loader = evaluation_loader(records, workload, micro_batch=micro_batch, workers=workers, note=note)
     parts = in_parts or Halving(micro_batch, device)
     action = partial(outputs_of, model, workload, precision=precision, device=device)
 

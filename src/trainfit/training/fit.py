@@ -36,6 +36,7 @@ from trainfit.training.saved_state import require_state
 from trainfit.training.schedule import lr_factor, mix, set_lr
 from trainfit.training.setup import load_data, make_step, restore, workload_of
 from trainfit.training.telemetry import Progress, Silent, memory_bytes, percent
+from trainfit.training.window_progress import WindowProgress
 from trainfit.training.workers import LoaderDiedError
 
 MOST_SKIPPED = 32
@@ -143,6 +144,7 @@ class _Run:
             show=show,
         )
         self.noise = NoiseWatch(self.step)
+        self.window_progress = WindowProgress(self.step, show.note)
         self._announce(self.batching)
 
     def _write_recipe(self) -> None:
@@ -221,6 +223,7 @@ class _Run:
             augment=self.recipe.augment,
             workers=self.workers,
             note=self.show.note,
+            stop=stop if ranks.world_size() == 1 else lambda: False,  # one rank alone must not leave its window out
         )
         self.saved_at = time.monotonic()
         self.step.requests = partial(self._requests, stop)
@@ -246,8 +249,9 @@ class _Run:
                 self.saved_at = time.monotonic()
                 self.journal.event("pause", self.done, paused_s=self.journal.clock.pause())
             if last:
-                break
-        return interrupted
+                return interrupted
+        self._save()  # stopped while a window was waited for
+        return True
 
     def _requests(self, stop: Callable[[], bool]) -> dict[str, float]:
         """What this rank wants the ranks to do after the window: they do it where one of them wants it."""
@@ -276,6 +280,7 @@ class _Run:
         set_lr(self.step.optimizer, factor)
         torch.manual_seed(mix(self.recipe.seed, STEP, self.done, ranks.rank()))
         told = len(self.survivor.survived)
+        self.window_progress.begin(self.done + 1, len(window))
         with self.noise.window(self.done):
             result = self.survivor.run(self.step, window, number=self.done)
         self._tell()
@@ -316,6 +321,7 @@ class _Run:
             device=self.device,
             workers=self.workers,
             progress=self.show.evaluated,
+            note=self.show.note,
             step=self.done - 1,
             in_parts=self.in_parts,
         )

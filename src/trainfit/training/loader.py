@@ -13,7 +13,7 @@ from trainfit.errors import TrainfitError
 from trainfit.models.workload import Decoder, TrainableWorkload
 from trainfit.step import ranks
 from trainfit.training.schedule import mix
-from trainfit.training.workers import run_workers
+from trainfit.training.workers import NOTE_S, run_workers
 
 ORDER, SIZE, SAMPLE, STEP = range(4)
 """Purposes of `mix`."""
@@ -112,11 +112,18 @@ def default_workers() -> int:
     return min(8, usable_cores() - 1)
 
 
-def _loaded(
-    make: _Making, batches: Iterable[list[_Key]], workers: int, note: Callable[[str], None]
-) -> Iterator[Loaded]:
-    """The samples of each batch, made in this process or in loader processes."""
-    return run_workers(make, batches, workers, note=note) if workers else map(make, batches)
+def _loaded_here(make: _Making, batches: Iterable[list[_Key]], note: Callable[[str], None]) -> Iterator[Loaded]:
+    """The samples of each batch, made in this process; a line every `NOTE_S` while one takes long."""
+    for batch in batches:
+        began = noted = time.monotonic()
+
+        def report(item: str, began: float = began) -> None:
+            nonlocal noted
+            if (now := time.monotonic()) - noted > NOTE_S:
+                noted = now
+                note(f"waiting for data for {now - began:.0f} s; reading {item}")
+
+        yield make(batch, report)
 
 
 def training_loader(
@@ -128,13 +135,20 @@ def training_loader(
     augment: bool,
     workers: int,
     note: Callable[[str], None] = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Loaded]:
     """A loader whose items are whole windows (lists of samples) of the given steps, in order.
 
+    `note` receives a line for the user while a window takes long. Where `stop` returns True while loader processes are
+    waited for, the windows end early.
+
     Raises:
-        LoaderDiedError: a loader process died, is stopped or stuck; while iterating. `note` gets the lines of `run_workers`.
+        LoaderDiedError: a loader process died, is stopped or stuck; while iterating.
     """
-    return _loaded(_Making(decode=decode, augment=augment), _windows(plan, steps, records), workers, note)
+    make, windows = _Making(decode=decode, augment=augment), _windows(plan, steps, records)
+    if workers == 0:
+        return _loaded_here(make, windows, note)
+    return run_workers(make, windows, workers, note=note, stop=stop)
 
 
 def evaluation_loader(
@@ -147,9 +161,10 @@ def evaluation_loader(
 ) -> Iterator[Loaded]:
     """A loader whose items are micro-batches of this rank's share of the records, in order and not augmented.
 
-    The samples hold inputs alone: evaluation reads the truth from the records.
+    The samples hold inputs alone: evaluation reads the truth from the records. `note` is that of `training_loader`.
     """
     mine = records[ranks.rank() :: ranks.world_size()]
     keys = (_Key(record=record.without_truth(), size=workload.eval_size, seed=0) for record in mine)
     batches = iter(lambda: list(islice(keys, micro_batch)), [])
-    return _loaded(_Making(decode=workload.decoder(), augment=False), batches, workers, note)
+    make = _Making(decode=workload.decoder(), augment=False)
+    return run_workers(make, batches, workers, note=note) if workers else _loaded_here(make, batches, note)

@@ -48,6 +48,7 @@ class NoiseWatch:
             return
         self._scale = self.step.scaler.get_scale()
         norms: list[torch.Tensor] = []
+        before = self.step.after_micro_batch
 
         def note(gradient: torch.Tensor) -> None:
             dtype = torch.promote_types(gradient.dtype, torch.float32)
@@ -59,13 +60,15 @@ class NoiseWatch:
             self._images += images
             self._parts += 1
             norms.clear()
+            if before is not None:
+                before(images)
 
         hooks = [p.register_hook(note) for p in self.step.parameters if p.requires_grad]
         self.step.after_micro_batch = after_micro_batch
         try:
             yield
         finally:
-            self.step.after_micro_batch = None
+            self.step.after_micro_batch = before
             for hook in hooks:
                 hook.remove()
 

@@ -68,7 +68,12 @@ class _Failure:
 
 
 def run_workers(
-    make: Make, tasks: Iterable[Any], workers: int, *, note: Callable[[str], None] = lambda _: None
+    make: Make,
+    tasks: Iterable[Any],
+    workers: int,
+    *,
+    note: Callable[[str], None] = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Any]:
     """`make` of each task in worker processes; results in the order of the tasks.
 
@@ -80,6 +85,7 @@ def run_workers(
         tasks: One for each result.
         workers: Processes, at least one; fewer are started where the limit of open files is too low.
         note: Called with a line for the user: what is less than wanted, and what it has been waiting for.
+        stop: Asked while a result is waited for; the results end early where it returns True.
 
     Raises:
         LoaderDiedError: a worker died, was stopped, failed, or was at one item for `STUCK_S`.
@@ -95,7 +101,10 @@ def run_workers(
                 pending.append(worker)
             if not pending:
                 return
-            result, nbytes = pending.popleft().answer(note)
+            worker = pending.popleft()
+            if not worker.wait(note, stop):
+                return
+            result, nbytes = worker.answer()
             if not sized:  # the first result says how large they are
                 ahead, sized = _ahead(len(crew), nbytes, note), True
             yield result
@@ -171,9 +180,8 @@ class _Worker:
         except (OSError, MemoryError) as error:
             raise LoaderDiedError(f"no task can be given to a loader process ({_reason(error)}): {_REPAIR}") from error
 
-    def answer(self, note: Callable[[str], None]) -> tuple[Any, int]:
-        """Its next result, and the bytes that it takes."""
-        self._wait(note)
+    def answer(self) -> tuple[Any, int]:
+        """Its next result, and the bytes that it takes; `wait` has returned True."""
         try:
             return receive(self._packets)
         except (EOFError, ConnectionResetError):
@@ -188,14 +196,16 @@ class _Worker:
         self._packets.close()
         self._reports.close()
 
-    def _wait(self, note: Callable[[str], None]) -> None:
-        """Return when a result is there, or the process is gone."""
+    def wait(self, note: Callable[[str], None], stop: Callable[[], bool]) -> bool:
+        """Wait until a result is there or the process is gone: True, or until `stop` returns True: False."""
         waited_s = at_item_s = stopped_s = 0.0
         noted, looked = 1, time.monotonic()
         while True:
             ready = wait([self._packets, self._reports], LOOK_S)
             if self._packets in ready:
-                return
+                return True
+            if stop():
+                return False
             # No more than twice the wait: the trainer itself may have been stopped meanwhile (Ctrl-Z).
             passed_s = min(time.monotonic() - looked, 2 * LOOK_S)
             looked = time.monotonic()

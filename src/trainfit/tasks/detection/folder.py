@@ -34,6 +34,11 @@ NAME_LENGTH = 1024
 SAFE_INTEGER = 2**53
 """Integers up to this size are the same number in every JSON tool (RFC 8259, section 6)."""
 
+SMALL_JSON = 8 << 20
+DENSEST_JSON = 16
+"""A JSON of more characters has at least so many for each list or object: the smallest COCO annotation with a box has 27,
+and an empty list, which takes 2, becomes some 64 bytes of memory."""
+
 _JSON_DIGITS = 18
 _short_repr = reprlib.Repr()
 _short_repr.maxstring = _short_repr.maxother = 60
@@ -146,10 +151,12 @@ def parse_json(text: str) -> Any:
     """A JSON document; an integer of more than 18 digits becomes a float, as it does in JavaScript.
 
     Raises:
-        Malformed: broken, nested deeper than Python's recursion limit, or larger than the memory.
+        Malformed: broken, nested deeper than Python's recursion limit, denser than `DENSEST_JSON`, or larger than the memory.
     """
-    if not text.strip():
+    if not text or text.isspace():
         raise Malformed("the annotation file is empty; export the annotations again")
+    if len(text) > SMALL_JSON and (count := text.count("[") + text.count("{")) * DENSEST_JSON > len(text):
+        raise Malformed(f"has {count} lists and objects in {len(text)} characters: no annotations; export them again")
     try:
         return json.loads(text, parse_int=_integer_or_float)
     except json.JSONDecodeError as error:

@@ -1,0 +1,37 @@
+"""A line now and then while one window takes long."""
+
+import time
+from collections.abc import Callable
+
+from trainfit.step.training_step import TrainingStep
+
+EVERY_S = 25.0
+"""Between two lines. With `workers.NOTE_S` before it, the wait for the window, a run is silent for less than a minute."""
+
+
+class WindowProgress:
+    """Reports how many images of a window are done, once the window takes longer than `EVERY_S`.
+
+    Known limit: one micro-batch that takes minutes is not reported before its end, nor is a `Contrastive` objective.
+    """
+
+    def __init__(self, step: TrainingStep, note: Callable[[str], None]) -> None:
+        """Watch the micro-batches of this step; `note` receives the lines."""
+        self._note = note
+        step.after_micro_batch = self._count
+        self.begin(0, 0)
+
+    def begin(self, number: int, images: int) -> None:
+        """Window `number`, counted from 1, begins with `images` images of this rank."""
+        self._number, self._images, self._done = number, images, 0
+        self._began = self._noted = time.monotonic()
+
+    def _count(self, images: int) -> None:
+        self._done += images
+        if self._done > self._images:  # memory ran out and the window started again
+            self._done = images
+        now = time.monotonic()
+        if now - self._noted > EVERY_S:
+            self._noted = now
+            passed = f"after {now - self._began:.0f} s"
+            self._note(f"window {self._number}: {self._done} of {self._images} images {passed}")
