@@ -11,7 +11,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from conftest import run
-from data_corpus import CANARY, cases, coco_files, picture, voc_files, write_files, write_outside, yolo_files
+from data_corpus import CANARY, NASTY, cases, coco_files, picture, voc_files, write_files, write_outside, yolo_files
 from data_trial import trial
 from trainfit.errors import TrainfitError
 from trainfit.tasks.detection.check import check_dataset
@@ -19,7 +19,7 @@ from trainfit.tasks.detection.masks import mask_area, require_masks, rle_fault
 from trainfit.tasks.detection.read import read_dataset, require_no_errors
 from trainfit.tasks.detection.samples import Dataset
 
-SAMPLE = 64
+SAMPLE = 40
 
 
 @pytest.fixture
@@ -50,6 +50,48 @@ def test_a_sample_of_the_corpus_is_named_or_trainable(tmp_path: Path) -> None:
         if case.name != "image large":  # seconds long
             outcome = trial(case, tmp_path / "case")
             assert outcome.good, f"{case.name}: {outcome}"
+
+
+def test_the_corpus_is_the_same_every_time(tmp_path: Path) -> None:
+    """Mutations once changed the values that later ones took."""
+    before = repr(NASTY)
+    for number, case in enumerate(list(cases(900))[-200:]):
+        case.write(tmp_path / str(number))
+    assert repr(NASTY) == before
+
+
+@pytest.mark.parametrize(
+    ("entries", "reason"),
+    [
+        (b"[]," * 3_000_000, "lists and objects in"),
+        (b"0," * 20_000, "20000 of 20001 annotations are no objects"),
+    ],
+)
+def test_a_file_that_holds_no_annotations_is_refused_before_it_takes_memory(
+    folder: Path, entries: bytes, reason: str
+) -> None:
+    files = coco_files(lambda document: document.update(annotations=[{"id": 1}]))
+    name = "train/_annotations.coco.json"
+    with pytest.raises(TrainfitError, match=reason):
+        read(folder, files | {name: files[name].replace(b'[{"id": 1}]', b"[" + entries + b'{"id": 1}]')})
+
+
+@pytest.mark.parametrize(("kind", "number"), [("coco", 10_050), ("yolo", 10_050)])
+def test_of_many_findings_of_a_kind_some_are_listed_and_the_others_counted(
+    folder: Path, kind: str, number: int
+) -> None:
+    strays = [{"id": 100 + n, "image_id": 99, "category_id": 7, "bbox": [1, 1, 2, 2]} for n in range(number)]
+    lines = "".join(f"x {n}\n" for n in range(number))
+    files = coco_files(lambda d: d["annotations"].extend(strays)) if kind == "coco" else yolo_files(lines)
+    dataset = read(folder, files)
+    skipped = [finding for finding in dataset.findings if finding.severity == "skipped"]
+    assert len(skipped) == 10_001
+    assert [finding.message for finding in skipped if "not listed" in finding.message] == ["50 more, not listed"]
+
+
+def test_a_label_file_without_end_is_named(folder: Path) -> None:
+    dataset = read(folder, yolo_files("0 0.5 0.5 0.1 0.1\n" * 1_000_000))
+    assert ("skipped", "malformed label") in named(dataset)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from trainfit.step.contrastive import Contrastive
 from trainfit.step.terms import LossTerm, Objective
 from trainfit.step.training_step import TrainingStep
 from trainfit.tasks.detection.samples import ImageRecord, Sample
+from trainfit.training import window_progress
 from trainfit.training.headroom import LoaderFacts, available_host_bytes, judge, verdict_line, worker_host_bytes
 from trainfit.training.loader import Loaded, WindowPlan, training_loader
 from trainfit.training.noise_scale import NoiseSample, noise_line, noise_scale
@@ -428,6 +429,19 @@ def test_watching_changes_no_gradient_and_leaves_no_hook() -> None:
     assert [torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters, watched.parameters, strict=True)] == [True]  # pyright: ignore[reportArgumentType]
     assert watched.after_micro_batch is None
     assert not watched.parameters[0]._backward_hooks
+
+
+def test_a_window_that_takes_long_reports_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 0.0, *(10.0 * n for n in range(1, 20))])
+    monkeypatch.setattr(window_progress, "monotonic", lambda: next(now))
+    step, notes = line_step(), list[str]()
+    progress = window_progress.WindowProgress(step, notes.append)
+    progress.begin(EVERY, 9)
+    with NoiseWatch(step).window(EVERY - 1):  # it counts micro-batches too
+        step.gradient(drawn(1, 9), micro_batch=2)
+    assert notes == ["window 32: 6 of 9 images after 30 s"]
+    step.gradient(drawn(1, 9), micro_batch=2)  # memory ran out, and the window starts again
+    assert notes[1] == "window 32: 2 of 9 images after 60 s"
 
 
 def test_what_is_not_watched_and_why() -> None:

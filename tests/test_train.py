@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 from conftest import rows, run, shared_data
+from trainfit.cli.signals import StopAfterStep
 from trainfit.errors import TrainfitError
 from trainfit.tasks.detection.sample_set import write_sample_set
-from trainfit.training import run_folder
+from trainfit.training import loader, run_folder
 from trainfit.training.loader import WindowPlan
 from trainfit.training.recipe import Recipe, resolve_batching
 
@@ -63,6 +64,28 @@ def test_bccd_trains_and_its_zero_size_boxes_are_reported(tmp_path: Path, capsys
     assert images == [64, 64, 64, 13] * 2  # 205 train images: the last window of an epoch is short, none is repeated
     assert run("train", "--resume", out, "--max-steps", 9, "--epochs", 3) == 0
     assert rows(out)[-1]["step"] == 9
+
+
+def test_a_stop_while_a_window_is_waited_for_saves_what_a_resume_needs(
+    sample_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hanging(*_: object) -> None:
+        time.sleep(60)
+
+    def requested(_: StopAfterStep) -> bool:
+        return True
+
+    out = tmp_path / "run"
+    arguments = ["--workers", 1, "--max-steps", 1]
+    began = time.monotonic()
+    with monkeypatch.context() as patched:
+        patched.setattr(loader._Making, "__call__", hanging)  # pyright: ignore[reportPrivateUsage]
+        patched.setattr(StopAfterStep, "requested", requested)
+        assert run("train", "rfdetr-nano", "--data", sample_set, "--out", out, *FAST, *arguments) == 130
+    assert time.monotonic() - began < 50
+    assert run_folder.load_state(out / run_folder.STATE)["step"] == 0
+    assert run("train", "--resume", out, "--workers", 0) == 0
+    assert [row["step"] for row in rows(out) if "loss" in row] == [1]
 
 
 def start(arguments: list[object]) -> "subprocess.Popen[bytes]":

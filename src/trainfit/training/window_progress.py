@@ -1,7 +1,7 @@
 """A line now and then while one window takes long."""
 
-import time
 from collections.abc import Callable
+from time import monotonic
 
 from trainfit.step.training_step import TrainingStep
 
@@ -24,13 +24,13 @@ class WindowProgress:
     def begin(self, number: int, images: int) -> None:
         """Window `number`, counted from 1, begins with `images` images of this rank."""
         self._number, self._images, self._done = number, images, 0
-        self._began = self._noted = time.monotonic()
+        self._began = self._noted = monotonic()
 
     def _count(self, images: int) -> None:
         self._done += images
         if self._done > self._images:  # memory ran out and the window started again
             self._done = images
-        now = time.monotonic()
+        now = monotonic()
         if now - self._noted > EVERY_S:
             self._noted = now
             passed = f"after {now - self._began:.0f} s"

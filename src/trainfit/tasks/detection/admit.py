@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from trainfit.tasks.detection.findings import Findings
 from trainfit.tasks.detection.folder import OUTSIDE, shown
 from trainfit.tasks.detection.masks import rle_fault, usable_polygons
 from trainfit.tasks.detection.samples import Finding, ImageRecord, Segmentation, Severity, packed
@@ -63,7 +64,7 @@ def admit(raws: Sequence[RawImage], root: Path, split: str) -> tuple[tuple[Image
       whose counts are not those of the image: object skipped.
     - Objects with the class and box of another: noted.
     """
-    findings: list[Finding] = []
+    findings = Findings(split)
     records: list[ImageRecord] = []
     for raw in _distinct_files(raws, root, findings):
         size = _canvas(raw, root, findings)
@@ -71,7 +72,7 @@ def admit(raws: Sequence[RawImage], root: Path, split: str) -> tuple[tuple[Image
             records.append(_record(raw, size, findings))
     if crowds := sum(int(record.crowd.sum()) for record in records):
         findings.append(_finding("note", "crowds", split, f"{crowds} objects are crowds: training ignores them"))
-    return tuple(records), findings
+    return tuple(records), findings.all()
 
 
 def relative(path: Path, root: Path) -> str:
@@ -84,7 +85,7 @@ def _finding(severity: Severity, kind: str, where: str, message: str) -> Finding
     return Finding(severity=severity, kind=kind, where=where, message=message)
 
 
-def _distinct_files(raws: Sequence[RawImage], root: Path, findings: list[Finding]) -> list[RawImage]:
+def _distinct_files(raws: Sequence[RawImage], root: Path, findings: Findings) -> list[RawImage]:
     first: dict[Path, RawImage] = {}
     for raw in raws:
         seen = first.setdefault(raw.path, raw)
@@ -99,7 +100,7 @@ def _distinct_files(raws: Sequence[RawImage], root: Path, findings: list[Finding
     return list(first.values())
 
 
-def _canvas(raw: RawImage, root: Path, findings: list[Finding]) -> tuple[int, int] | None:
+def _canvas(raw: RawImage, root: Path, findings: Findings) -> tuple[int, int] | None:
     """The (width, height) that the record gets, or None if the image is left out."""
     file, header, lost = relative(raw.path, root), raw.header, f"its {len(raw.objects)} objects are left out"
     if isinstance(header, ImageDefect):
@@ -140,7 +141,7 @@ def _overhang(box: Box, size: tuple[int, int]) -> float:
     return max(-box[0], -box[1], box[2] - size[0], box[3] - size[1], 0.0)
 
 
-def _record(raw: RawImage, size: tuple[int, int], findings: list[Finding]) -> ImageRecord:
+def _record(raw: RawImage, size: tuple[int, int], findings: Findings) -> ImageRecord:
     kept: list[RawObject] = []
     boxes: list[Box] = []
     segmentations: list[Segmentation | None] = []
@@ -189,7 +190,7 @@ def _box_fault(box: Box, size: tuple[int, int]) -> tuple[str, str] | None:
     return None
 
 
-def _clipped(thing: RawObject, size: tuple[int, int], findings: list[Finding]) -> Box:
+def _clipped(thing: RawObject, size: tuple[int, int], findings: Findings) -> Box:
     if _overhang(thing.box, size) <= 1:
         return thing.box
     x0, y0, x1, y1 = thing.box
@@ -208,7 +209,7 @@ def _mask_fault(mask: Segmentation | None, size: tuple[int, int]) -> tuple[str, 
     return None if fault is None else ("broken RLE", f"RLE: {fault}")
 
 
-def _segmentation(thing: RawObject, size: tuple[int, int], findings: list[Finding]) -> Segmentation | None:
+def _segmentation(thing: RawObject, size: tuple[int, int], findings: Findings) -> Segmentation | None:
     """The mask as training draws it: an RLE with whole numbers for its size, or the polygons that can be drawn."""
     mask = thing.segmentation
     if isinstance(mask, dict):

@@ -11,6 +11,7 @@ from typing import Any
 
 from trainfit.errors import TrainfitError
 from trainfit.tasks.detection.admit import LONGEST_PATH, RawImage, RawObject, admit, relative
+from trainfit.tasks.detection.findings import MOST_LISTED, Findings
 from trainfit.tasks.detection.folder import (
     JSON_BYTES,
     DataFolder,
@@ -148,6 +149,10 @@ def _parse(file: Path, folder: DataFolder) -> _CocoFile:
     for key in ("images", "annotations", "categories"):
         if not isinstance(document, dict) or not isinstance(document.get(key), list):
             raise TrainfitError(f'{file}: not COCO: it has no list "{key}"; give another file, or say --format')
+    strange = sum(not isinstance(entry, dict) for entry in document["annotations"])
+    if strange > MOST_LISTED:
+        what = f"{strange} of {len(document['annotations'])} annotations are no objects; export the annotations again"
+        raise TrainfitError(f"{file}: not COCO: {what}")
     images = [_entry(file, "images", n, entry, "file_name") for n, entry in enumerate(document["images"])]
     categories = [_entry(file, "categories", n, entry, "name") for n, entry in enumerate(document["categories"])]
     by_id = {int(category["id"]): category for category in categories}
@@ -210,7 +215,7 @@ def _raw_images(
     file: _CocoFile, folder: DataFolder, root: Path, split: str, index: Mapping[int, int]
 ) -> tuple[list[RawImage], list[Finding]]:
     label = relative(file.path, root)
-    findings: list[Finding] = []
+    findings = Findings(label)
     names: dict[int, str] = {}
     entries: list[Mapping[str, Any]] = []
     for entry in file.images:
@@ -237,7 +242,7 @@ def _raw_images(
         )
         for entry, path, header in zip(entries, paths, folder.headers(paths), strict=True)
     ]
-    return raws, findings
+    return raws, findings.all()
 
 
 def _pixels(value: object) -> int:
@@ -247,7 +252,7 @@ def _pixels(value: object) -> int:
 
 
 def _objects(
-    file: _CocoFile, label: str, names: Mapping[int, str], index: Mapping[int, int], findings: list[Finding]
+    file: _CocoFile, label: str, names: Mapping[int, str], index: Mapping[int, int], findings: Findings
 ) -> dict[int, list[RawObject]]:
     """The objects of each image id."""
     objects: dict[int, list[RawObject]] = {}
@@ -268,11 +273,11 @@ def _objects(
             continue
         if before is not None or own is None:
             unique = next(free_ids)
-            findings += _new_id(entry, unique, where)
+            findings.extend(_new_id(entry, unique, where))
         else:
             unique = own
             seen[own] = entry
-        findings += _area_finding(entry, where)
+        findings.extend(_area_finding(entry, where))
         objects.setdefault(entry["image_id"], []).append(_object(entry, unique, where, index))
     return objects
 

@@ -21,7 +21,7 @@ OUTSIDE = "outside the data set"
 OUTSIDE_REPAIR = "lies outside of the data set; move it inside, or allow it with --allow-outside"
 
 JSON_BYTES = 8 << 30
-XML_BYTES = 16 << 20
+LABEL_BYTES = XML_BYTES = 16 << 20
 YAML_BYTES = 1 << 20
 TEXT_BYTES = 256 << 20
 """The longest files that are read: far above what annotation tools write."""

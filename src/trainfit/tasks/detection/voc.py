@@ -8,6 +8,7 @@ from xml.etree.ElementTree import Element
 from trainfit.errors import TrainfitError
 from trainfit.tasks.detection.admit import Box, RawImage, RawObject, admit, relative
 from trainfit.tasks.detection.coco import SPLIT_WORDS
+from trainfit.tasks.detection.findings import Findings
 from trainfit.tasks.detection.folder import (
     OUTSIDE,
     XML_BYTES,
@@ -76,13 +77,13 @@ def read_voc(path: Path, *, allow_outside: bool = False) -> Dataset:
     files = find_voc(path, held)
     if not files:
         raise TrainfitError(f"{path}: not Pascal VOC; looked for Annotations/*.xml and train/*.xml")
-    findings: list[Finding] = []
+    findings = Findings("Annotations")
     parsed = {split: list(_parse_all(xmls, held, findings)) for split, xmls in files.items()}
     classes = _classes(held, [file for split in parsed.values() for file in split])
     splits: dict[str, tuple[ImageRecord, ...]] = {}
     for split, xmls in parsed.items():
         splits[split], found = admit(list(_raw_images(xmls, held, classes, findings)), path, split)
-        findings += found
+        findings.extend(found)
     difficult = sum(hard for split in parsed.values() for file in split for _, _, hard in file.objects)
     if difficult:
         what = f"{difficult} objects are marked difficult: trained on and evaluated like all others"
@@ -93,7 +94,7 @@ def read_voc(path: Path, *, allow_outside: bool = False) -> Dataset:
         classes=classes,
         category_ids=tuple(range(len(classes))),
         splits=splits,
-        findings=tuple(findings),
+        findings=tuple(findings.all()),
     )
 
 
@@ -110,7 +111,7 @@ def _stems(file: Path, held: DataFolder) -> list[str]:
     return [line.split()[0] for _, line in held.read_lines(file)] if is_file(file) else []
 
 
-def _parse_all(files: list[Path], held: DataFolder, findings: list[Finding]) -> Iterator[_Parsed]:
+def _parse_all(files: list[Path], held: DataFolder, findings: Findings) -> Iterator[_Parsed]:
     for file in files:
         where = relative(file, held.root)
         try:
@@ -157,7 +158,7 @@ def _number(text: str | None) -> float:
 
 
 def _raw_images(
-    files: list[_Parsed], held: DataFolder, classes: tuple[str, ...], findings: list[Finding]
+    files: list[_Parsed], held: DataFolder, classes: tuple[str, ...], findings: Findings
 ) -> Iterator[RawImage]:
     indices = {name: index for index, name in enumerate(classes)}
     object_id = 0

@@ -7,7 +7,9 @@ from typing import Any
 
 from trainfit.errors import TrainfitError
 from trainfit.tasks.detection.admit import RawImage, RawObject, admit, relative
+from trainfit.tasks.detection.findings import Findings
 from trainfit.tasks.detection.folder import (
+    LABEL_BYTES,
     OUTSIDE,
     OUTSIDE_REPAIR,
     YAML_BYTES,
@@ -63,7 +65,7 @@ def read_yolo(path: Path, *, allow_outside: bool = False) -> Dataset:
     held = DataFolder(file.parent, allow_outside=allow_outside)
     document = _parse(file, held)
     names = _names(file, document)
-    findings: list[Finding] = []
+    findings = Findings(relative(file, held.root))
     splits: dict[str, tuple[ImageRecord, ...]] = {}
     for key, split in (("train", "train"), ("val", "val"), ("valid", "val"), ("test", "test")):
         if document.get(key) in _NOTHING or split in splits:
@@ -72,14 +74,14 @@ def read_yolo(path: Path, *, allow_outside: bool = False) -> Dataset:
         if images is not None:
             raws = list(_raw_images(images, held, len(names), findings))
             splits[split], found = admit(raws, held.root, split)
-            findings += found
+            findings.extend(found)
     return Dataset(
         root=held.root,
         format="yolo",
         classes=names,
         category_ids=tuple(range(len(names))),
         splits=splits,
-        findings=tuple(findings),
+        findings=tuple(findings.all()),
     )
 
 
@@ -106,7 +108,7 @@ def _names(file: Path, document: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _images(
-    file: Path, document: Mapping[str, Any], key: str, held: DataFolder, findings: list[Finding]
+    file: Path, document: Mapping[str, Any], key: str, held: DataFolder, findings: Findings
 ) -> list[Path] | None:
     """The images of a split: its folder, list of folders, or text list; None if a split other than train is not there.
 
@@ -149,7 +151,7 @@ def _in_folder(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def _listed(file: Path, bases: Sequence[Path], held: DataFolder, findings: list[Finding]) -> list[Path]:
+def _listed(file: Path, bases: Sequence[Path], held: DataFolder, findings: Findings) -> list[Path]:
     """The images that a text file lists. Lines that name none are not quoted: the file may be anything."""
     images: list[Path] = []
     for number, line in held.read_lines(file):
@@ -174,7 +176,7 @@ def _label_file(image: Path, root: Path) -> Path:
     return root / label if inside else label
 
 
-def _raw_images(images: Sequence[Path], held: DataFolder, classes: int, findings: list[Finding]) -> Iterator[RawImage]:
+def _raw_images(images: Sequence[Path], held: DataFolder, classes: int, findings: Findings) -> Iterator[RawImage]:
     object_id = 1
     for number, (image, header) in enumerate(zip(images, held.headers(images), strict=True)):
         objects: list[RawObject] = []
@@ -190,11 +192,11 @@ def _raw_images(images: Sequence[Path], held: DataFolder, classes: int, findings
         yield RawImage(where=where, id=number, path=image, header=header, size=None, objects=tuple(objects))
 
 
-def _lines(label: Path, held: DataFolder, findings: list[Finding]) -> list[tuple[str, str]]:
+def _lines(label: Path, held: DataFolder, findings: Findings) -> list[tuple[str, str]]:
     """Place and text of each object of a label file, those written twice once."""
     where = relative(label, held.root)
     try:
-        text = held.read_text(label)
+        text = held.read_text(label, LABEL_BYTES)
     except FileNotFoundError:
         return []
     except Outside as error:

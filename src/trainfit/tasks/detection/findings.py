@@ -1,0 +1,40 @@
+"""Findings of one annotation file: a list that a file with millions of defects does not blow up."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from trainfit.tasks.detection.samples import Finding, Severity
+
+MOST_LISTED = 10_000
+"""Findings of one kind that are listed one by one; a finding takes about a KiB, with its line of the report."""
+
+
+class Findings:
+    """Collects findings; of each kind the first `MOST_LISTED` are kept and the others are counted."""
+
+    def __init__(self, where: str) -> None:
+        """`where` names the file or split in the finding that counts."""
+        self._where = where
+        self._listed: list[Finding] = []
+        self._counts: Counter[tuple[Severity, str]] = Counter()
+
+    def append(self, finding: Finding) -> None:
+        """Keep or count a finding."""
+        key = (finding.severity, finding.kind)
+        self._counts[key] += 1
+        if self._counts[key] <= MOST_LISTED:
+            self._listed.append(finding)
+
+    def extend(self, findings: Iterable[Finding]) -> None:
+        """Keep or count each."""
+        for finding in findings:
+            self.append(finding)
+
+    def all(self) -> list[Finding]:
+        """What was kept, and one finding for each kind of which there were more."""
+        more = [
+            Finding(severity=severity, kind=kind, where=self._where, message=f"{count - MOST_LISTED} more, not listed")
+            for (severity, kind), count in self._counts.items()
+            if count > MOST_LISTED
+        ]
+        return self._listed + more
