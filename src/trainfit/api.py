@@ -261,7 +261,7 @@ def evaluate(
         micro_batch: Images per forward.
         device: Where to run.
         allow_outside: Read files that the data set names but does not hold.
-        note: Called with a line on weights or classes that do not match.
+        note: Called with a line on weights or classes that do not match, and where data is waited for long.
         options: Of the task's metric, for instance `max_detections=100` of detection.
 
     Raises:
@@ -288,6 +288,7 @@ def evaluate(
         micro_batch=micro_batch,
         precision=loaded.precision,
         device=loaded.device,
+        note=note,
     )
 
 
