@@ -14,7 +14,7 @@ from pathlib import Path
 from trainfit.reports.progress import TerminalProgress
 from trainfit.tasks.detection.sample_set import write_sample_set
 from trainfit.training.fit import fit
-from trainfit.training.recipe import Recipe
+from trainfit.training.recipe import Recipe, make_recipe
 
 
 def eight_images(folder: Path) -> Path:
@@ -30,8 +30,8 @@ def eight_images(folder: Path) -> Path:
 
 def recipe(data: Path, out: Path, *, steps: int, resolution: int = 128, lr: float = 4e-4) -> Recipe:
     """Few groups and queries, a high rate, the same pictures every time."""
-    return Recipe(
-        model="rfdetr-nano",
+    return make_recipe(
+        "rfdetr-nano",
         data=str(data),
         resolution=resolution,
         groups=4,

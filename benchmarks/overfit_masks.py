@@ -12,7 +12,7 @@ from pathlib import Path
 from overfit import eight_images
 from trainfit.reports.progress import TerminalProgress
 from trainfit.training.fit import fit
-from trainfit.training.recipe import Recipe
+from trainfit.training.recipe import make_recipe
 
 
 def main() -> None:
@@ -25,8 +25,8 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=30)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, TerminalProgress() as progress:
-        recipe = Recipe(
-            model="rfdetr-seg-nano",
+        recipe = make_recipe(
+            "rfdetr-seg-nano",
             data=str(eight_images(Path(folder))),
             resolution=arguments.resolution,
             groups=arguments.groups,

@@ -19,7 +19,7 @@ from trainfit.models.workload import Decoder
 from trainfit.reports.run_report import read_run
 from trainfit.tasks.detection.samples import ImageRecord, Sample
 from trainfit.training.fit import fit
-from trainfit.training.recipe import Recipe
+from trainfit.training.recipe import make_recipe
 
 BATCH = 8
 
@@ -45,8 +45,8 @@ def main() -> None:
     torch.set_num_threads(1)
     original = RfDetr.decoder
     RfDetr.decoder = lambda self: Delayed(original(self), given.delay)
-    recipe = Recipe(
-        model="rfdetr-nano",
+    recipe = make_recipe(
+        "rfdetr-nano",
         data="sample",
         device="cpu",
         resolution=64,

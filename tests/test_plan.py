@@ -149,7 +149,13 @@ def test_plan_file_is_taken_by_train(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "use --force" in capsys.readouterr().err
     recipe = with_plan(Recipe(plan=file, data="sample", micro_batch=2))
     assert (recipe.model, recipe.effective_batch, recipe.micro_batch) == ("rfdetr-nano", 6, 2)
-    assert (recipe.checkpointing, recipe.precision, recipe.groups, recipe.multi_scale) == ("all", "fp16", 1, False)
+    values = vars(recipe)
+    assert (recipe.checkpointing, recipe.precision, values["groups"], values["multi_scale"]) == (
+        "all",
+        "fp16",
+        1,
+        False,
+    )
     out = tmp_path / "run"
     trained = ("train", "--plan", file, "--data", "sample", "--precision", "fp32", "--max-steps", "1", "--out", out)
     assert run(*trained, "--workers", "0") == 0

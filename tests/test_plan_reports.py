@@ -7,6 +7,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -31,7 +32,7 @@ from trainfit.reports.plan import (
 )
 from trainfit.reports.plan_html import plan_html
 from trainfit.step.names import Checkpointing
-from trainfit.training.recipe import DEFAULT_EFFECTIVE_BATCH, Recipe
+from trainfit.training.recipe import DEFAULT_EFFECTIVE_BATCH, recipe_type
 
 
 def lines(plan: Plan) -> list[str]:
@@ -135,7 +136,7 @@ def test_smallest_card() -> None:
         (
             make_plan((8, "all"), gpus=2, effective_batch=32, model="rfdetr-seg-nano", stage="masks", ema=False),
             "torchrun --nproc-per-node 2 -m trainfit train rfdetr-seg-nano --data DIR --effective-batch 32 --micro-batch 8 "
-            "--checkpointing all --precision bf16 --no-ema --recipe masks --workers 3 --from RUN",
+            "--checkpointing all --precision bf16 --no-ema --stage masks --workers 3 --from RUN",
         ),
         (
             make_plan(
@@ -158,7 +159,8 @@ def test_the_command_makes_the_plans_recipe(plan: Plan) -> None:
     import tyro
 
     words = train_command(plan).replace("DIR", "sample").split()
-    recipe = tyro.cli(Recipe, args=words[words.index("train") + 1 :])
+    kind: Any = recipe_type(family_of(plan.model)[0].setting)
+    recipe = tyro.cli(kind, args=words[words.index("train") + 1 :])
     for name, value in knobs(plan).items():
         read = getattr(recipe, name)
         defaults = {"effective_batch": DEFAULT_EFFECTIVE_BATCH, "eval_micro_batch": recipe.micro_batch}

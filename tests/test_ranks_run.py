@@ -63,6 +63,7 @@ class LineWorkload:
 
     eval_size, masks, max_detections, export_name = SIDE, False, 100, "best-rfdetr.pth"
     setting = make_setting("rfdetr-nano")
+    remarks = ()
     objective = Objective(terms=terms, counts=lambda window: {"loss": float(len(window))})
 
     def __init__(self, classes: tuple[str, ...]) -> None:

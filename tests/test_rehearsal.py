@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -173,8 +173,16 @@ def test_the_ladder_works_before_the_first_window() -> None:
     before = bits(step)
     with pytest.raises(OutOfMemory, match=r"step 1 \(worst window\): needs 7\.90 GiB, 7\.60 usable"):
         rehearse(
-            step, Survivor(2), Halving(2, CPU), workload, worst_first(RECORDS), size=48, share=4, number=0, force=True
-        )  # type: ignore[arg-type]
+            step,
+            Survivor(2),
+            Halving(2, CPU),
+            cast(Any, workload),
+            worst_first(RECORDS),
+            size=48,
+            share=4,
+            number=0,
+            force=True,
+        )
     assert bits(step) == before
 
 

@@ -21,13 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import rows, run, shared_data
 from support.workloads import make_workload
-from trainfit.cli.guide import translate
 from trainfit.errors import TrainfitError
 from trainfit.models.build import workload_from_metadata
 from trainfit.models.family import family_of
 from trainfit.models.rfdetr import workload as rfdetr_workload
 from trainfit.models.rfdetr.data import make_sample, to_batch, to_targets
 from trainfit.models.rfdetr.family import RfDetrKnobs, Stage
+from trainfit.models.rfdetr.guide import translate
 from trainfit.models.rfdetr.workload import RfDetr, masks_of
 from trainfit.models.workload import OptimizerSettings
 from trainfit.step.ema import averaged_copy, update_ema
@@ -35,7 +35,7 @@ from trainfit.step.window import accumulate, cut
 from trainfit.tasks.detection.masks import decode_rle
 from trainfit.tasks.detection.samples import ImageRecord, Sample, packed
 from trainfit.training import run_folder
-from trainfit.training.recipe import Recipe
+from trainfit.training.recipe import make_recipe
 
 CPU = torch.device("cpu")
 SIDE = 60
@@ -454,4 +454,4 @@ def test_base_builds_without_a_download(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_recipe_says_what_goes_together() -> None:
     with pytest.raises(TrainfitError, match="--weights and --from"):
-        Recipe(data="x", recipe="masks", from_run=Path("a"), weights="b")
+        make_recipe("rtdetr-seg-nano", data="x", stage="masks", from_run=Path("a"), weights="b")

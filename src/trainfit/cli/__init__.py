@@ -23,12 +23,13 @@ def commands(words: Sequence[str]) -> Mapping[str, Callable[..., int]]:
     from trainfit.cli.plan import Plan, plan
     from trainfit.cli.predict import Predict, predict
     from trainfit.cli.report import report
-    from trainfit.cli.train import Recipe, train
+    from trainfit.cli.train import train
+    from trainfit.training.recipe import recipe_type
 
     kind: Any = setting_type(words[1:])
     return {
         "plan": typed(plan, Plan[kind], words),
-        "train": typed(train, Recipe, words),
+        "train": typed(train, recipe_type(kind), words),
         "predict": typed(predict, Predict[kind], words),
         "measure": typed(measure, Measure[kind], words),
         "check-data": check_data,
@@ -76,9 +77,13 @@ def _run(arguments: Sequence[str] | None, handlers: signals.Signals) -> int:
 def _command(arguments: Sequence[str], handlers: signals.Signals) -> int:
     import tyro
 
-    from trainfit.cli.guide import translate
+    from trainfit.cli.arguments import plain_switches
+    from trainfit.models.family import families
 
-    words = translate(arguments)
+    words = list(arguments)
+    for family in families().values():
+        words = family.translate(words)
+    words = plain_switches(words)
     known = dict(commands(words))
     handlers.ready = True
     return tyro.extras.subcommand_cli_from_dict(known, prog="trainfit", args=words)

@@ -79,6 +79,14 @@ class Family:
     """Setting -> what a prediction takes for granted, in sentences."""
     for_data: Callable[[Any, Any], Any] = _as_it_is
     """(setting, the task's statistics of a data set) -> the setting with what the statistics determine."""
+    check_recipe: Callable[[Any], None] = lambda _: None
+    """Recipe -> None; raises TrainfitError for values of the family's knobs that do not go together in a training."""
+    needed_flags: Callable[[Any], Sequence[str]] = lambda _: ()
+    """Setting -> flags that `trainfit train` needs for it besides its knobs, for a printed command."""
+    translate: Callable[[Sequence[str]], list[str]] = list
+    """Command line -> the same with the flags of other programs for these models as trainfit's."""
+    shapes_weights: tuple[str, ...] = ()
+    """Knobs that a run keeps from the one that it starts from with --from."""
     sample_bytes: Callable[[Any], int] = lambda _: 0
     """Setting -> bytes of one decoded sample in host memory."""
     host_seconds: Callable[[Any, int, Capability | None], float] = lambda _setting, _images, _capability: 0.0

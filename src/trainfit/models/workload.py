@@ -86,6 +86,11 @@ class TrainableWorkload(Workload, Protocol):
         ...
 
     @property
+    def remarks(self) -> Sequence[str]:
+        """Lines for the user, where the setting is not taken as it was written."""
+        ...
+
+    @property
     def export_name(self) -> str:
         """File name of the best weights as the upstream project loads them."""
         ...

@@ -12,8 +12,8 @@ from trainfit.gpus.context import ByteRange
 from trainfit.memory.predict import Prediction
 from trainfit.models.family import family_of
 from trainfit.models.setting import Setting
-from trainfit.training.recipe import Recipe
-from trainfit.values import changed, given, require_known
+from trainfit.training.recipe import FROM_DATA, Recipe, make_recipe, recipe_type
+from trainfit.values import given, require_known
 
 SCHEMA = 1
 Verdict = Literal["chosen", "fits", "does not fit"]
@@ -95,21 +95,21 @@ class Plan:
     assumptions: tuple[str, ...]
 
 
+NOT_TAKEN = ("model", "accumulation", *FROM_DATA)
+"""Knobs of a setting that training does not take from a plan."""
+
+
+OF_THE_RUN = ("data", "plan", "weights", "from_run", "out", "resume")
+"""Values of a recipe that no plan determines."""
+
+
 def knobs(plan: Plan) -> dict[str, Any]:
-    """What training takes from a plan: names are those of `training.recipe.Recipe`. The plan must have a chosen setting."""
+    """What training takes from a plan: values of a `training.recipe.Recipe`. The plan must have a chosen setting."""
     assert plan.chosen is not None
     setting = plan.chosen.setting
-    own = {"recipe" if name == "stage" else name: value for name, value in setting.to_json().items()}
-    batch = {"effective_batch": plan.effective_batch}
-    taken = _taken()
-    values = batch | own | {"workers": plan.loading.workers}
-    return {name: value for name, value in values.items() if name in taken and value is not None}
-
-
-def _taken() -> frozenset[str]:
-    """Values of a recipe that may stand in a plan."""
-    elsewhere = {"model", "accumulation", "data", "plan", "weights", "from_run", "out", "resume"}
-    return frozenset(field.name for field in fields(Recipe)) - elsewhere
+    own = {name: value for name, value in setting.to_json().items() if name not in NOT_TAKEN}
+    values = {"effective_batch": plan.effective_batch, **own, "workers": plan.loading.workers}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def with_plan(recipe: Recipe) -> Recipe:
@@ -123,9 +123,9 @@ def with_plan(recipe: Recipe) -> Recipe:
     record = read_plan(recipe.plan)
     if recipe.model and family_of(recipe.model)[1] != record["model"]:
         raise TrainfitError(f"--plan {recipe.plan} is for {record['model']}, not {recipe.model}: drop one of the two")
-    taken = {name: value for name, value in record["knobs"].items() if name not in given(recipe)}
+    own = {name: getattr(recipe, name) for name in given(recipe) - {"model"}}
     try:
-        return changed(recipe, **taken, model=record["model"])
+        return make_recipe(record["model"], **{**record["knobs"], **own})
     except TrainfitError as error:
         raise TrainfitError(f"--plan {recipe.plan}: {error}") from error
 
@@ -173,5 +173,8 @@ def read_plan(path: Path) -> Mapping[str, Any]:
     for key, kind in (("model", str), ("knobs", dict), ("setting", dict), ("predicted", dict)):
         if not isinstance(record.get(key), kind):
             raise TrainfitError(f"--plan {path} is damaged (no {key!r}): write one with trainfit plan --out")
-    require_known(record["knobs"], _taken(), f"--plan {path}, knobs")
-    return record
+    kind = recipe_type(family_of(record["model"])[0].setting)
+    taken = {field.name for field in fields(kind)} - {*NOT_TAKEN, *OF_THE_RUN}
+    former = {"stage" if name == "recipe" else name: value for name, value in record["knobs"].items()}  # version 0.1
+    require_known(former, taken, f"--plan {path}, knobs")
+    return {**record, "knobs": former}

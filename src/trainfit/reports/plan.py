@@ -14,7 +14,7 @@ from trainfit.planning.plan import Candidate, Plan, knobs
 from trainfit.reports.profile import doubts, gib, interval
 from trainfit.step.names import Checkpointing, Precision
 from trainfit.tracing.events import CATEGORIES
-from trainfit.training.recipe import DEFAULT_EFFECTIVE_BATCH, Recipe
+from trainfit.training.recipe import DEFAULT_EFFECTIVE_BATCH, recipe_type
 
 SCHEMA = 1
 ROWS = 14
@@ -263,10 +263,13 @@ def train_command(plan: Plan) -> str:
     if family_of(plan.model)[0].task is None:
         return f"(trainfit does not train {plan.model} yet: --emit writes this plan for another tool)"
     chosen = knobs(plan)
-    defaults = {field.name: field.default for field in fields(Recipe)}
+    family = family_of(plan.model)[0]
+    defaults = {field.name: field.default for field in fields(recipe_type(family.setting))}
     defaults |= {"effective_batch": DEFAULT_EFFECTIVE_BATCH, "eval_micro_batch": chosen["micro_batch"]}
+    defaults["micro_batch"] = None  # training chooses one where none is given
     flags = [_flag(name, value) for name, value in chosen.items() if value != defaults[name]]
-    stage = ["--from RUN"] if chosen.get("recipe") == "masks" else []
+    assert plan.chosen is not None
+    stage = family.needed_flags(plan.chosen.setting)
     launch = f"torchrun --nproc-per-node {plan.gpus} -m trainfit" if plan.gpus > 1 else "trainfit"
     return " ".join([f"{launch} train {plan.model} --data DIR", *flags, *stage])
 

@@ -101,6 +101,10 @@ class Task(Protocol):
         """
         ...
 
+    def summary(self, dataset: Any) -> str:
+        """What the data set holds, in a line."""
+        ...
+
     def notes(self, dataset: Any) -> Sequence[str]:
         """What was left out, mended or held out, a line each."""
         ...

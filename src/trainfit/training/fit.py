@@ -23,10 +23,10 @@ from trainfit.tasks.detection.samples import Sample
 from trainfit.tasks.task import Table, task_of
 from trainfit.training import run_folder
 from trainfit.training.distributed import process_group
+from trainfit.training.earlier_run import on_earlier_run
 from trainfit.training.evaluation import evaluate_model
 from trainfit.training.journal import Journal
 from trainfit.training.loader import STEP, Unreadable, WindowPlan, default_workers, training_loader
-from trainfit.training.mask_stage import on_detector_run
 from trainfit.training.noise_watch import NoiseWatch
 from trainfit.training.oom import HalfUpdated, Halving, Survival, Survivor, survival_line, survivals
 from trainfit.training.recipe import Batching, Recipe, encode, resolve_batching, resume_recipe
@@ -38,6 +38,7 @@ from trainfit.training.setup import load_data, make_step, restore, workload_of
 from trainfit.training.telemetry import Progress, Silent, memory_bytes, percent
 from trainfit.training.window_progress import WindowProgress
 from trainfit.training.workers import LoaderDiedError
+from trainfit.values import changed, given
 
 MOST_SKIPPED = 32
 """Windows in a row that fp16 may skip. Each halves the loss scale: 32 of them bring it from 2**16, where it starts, to 2**-16,
@@ -84,7 +85,7 @@ def fit(recipe: Recipe, *, progress: Progress | None = None, stop: Callable[[], 
     """
     with process_group(recipe.device) as device:
         show = progress if progress is not None and ranks.rank() == 0 else Silent()
-        recipe = resume_recipe(recipe) if recipe.resume else on_detector_run(recipe)
+        recipe = resume_recipe(recipe) if recipe.resume else on_earlier_run(recipe)
         name, resume = family_of(recipe.model)[1], recipe.resume is not None
         with run_folder.opened(recipe.out, name, resume=resume) as folder:
             return _Run(recipe, folder, device, show).train(stop)
@@ -97,9 +98,9 @@ class _Run:
         began = time.perf_counter()
         self.recipe, self.folder, self.device, self.show = recipe, folder, device, show
         self.batching = resolve_batching(recipe, ranks.world_size())
-        self.dataset = load_data(recipe, show)
+        self.task = task_of(str(family_of(recipe.model)[0].task))
+        self.dataset = load_data(recipe, self.task, show)
         self.workload = workload_of(recipe, self.dataset.classes)
-        self.task = task_of(str(self.workload.setting.family.task))
         self.task.require(self.dataset, self.workload)
         self.precision: Precision = resolve_precision(recipe.precision, device)
         self.workers = default_workers() if recipe.workers is None else recipe.workers
@@ -148,10 +149,10 @@ class _Run:
         self._announce(self.batching)
 
     def _write_recipe(self) -> None:
-        batching: dict[str, int | None] = {"effective_batch": self.batching.effective_batch}
-        if self.recipe.accumulation is not None:  # it would mean another effective batch on another number of ranks
-            batching |= {"micro_batch": self.batching.micro_batch, "accumulation": None}
-        text = encode(dataclasses.replace(self.recipe, out=self.folder, **batching))
+        values: dict[str, Any] = {"out": self.folder, "effective_batch": self.batching.effective_batch}
+        if "accumulation" in given(self.recipe):
+            values["micro_batch"] = self.batching.micro_batch
+        text = encode(changed(self.recipe, **values))
         run_folder.write_text(self.folder / run_folder.RECIPE, text)
         if self.recipe.plan is not None:
             run_folder.write_text(self.folder / PLAN, read_bytes(self.recipe.plan).decode())
@@ -159,11 +160,8 @@ class _Run:
     def _announce(self, batching: Batching) -> None:
         sizes = self.plan.sizes
         scale = f"{sizes[-1]} px" if len(sizes) == 1 else f"{min(sizes)}-{max(sizes)} px, one size a window"
-        wanted, used = self.recipe.resolution, self.workload.eval_size
-        if wanted is not None and wanted != used:
-            self.show.note(f"resolution {wanted} is not legal for {self.workload.setting.model}: using {used}")
-        images = {split: len(records) for split, records in self.dataset.splits.items()}
-        self.show.note(f"data: {images}, {len(self.dataset.classes)} classes ({self.dataset.format})")
+        for line in (*self.workload.remarks, self.task.summary(self.dataset)):
+            self.show.note(line)
         self.show.note(
             f"{self.workload.setting.model} at {scale}, {self.precision} on {self.device}; {batching.reason}"
         )

@@ -2,17 +2,20 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, cast, get_type_hints
 
 import tyro
 
 from trainfit.errors import TrainfitError
 from trainfit.files import read_json
-from trainfit.step.names import Checkpointing, Optimizer, Precision
+from trainfit.models.family import family_of, find
+from trainfit.models.setting import Setting
 from trainfit.training.run_files import RECIPE
-from trainfit.values import Range, flag, from_record, given, keeps_given, require_valid
+from trainfit.values import Range, changed, flag, from_record, given, keeps_given, require_known, require_valid
 
 DEFAULT_EFFECTIVE_BATCH = 16
 """Why this many: docs/training.md."""
@@ -21,52 +24,38 @@ DEFAULT_MICRO_BATCH = 4
 
 @keeps_given
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What to train, on what, for how long."""
+class Recipe(Setting):
+    """What to train, on what, for how long: a setting, and data, schedule and run beside it.
+
+    `Recipe(model=..., ...)` is a recipe with the knobs of the model's family (`recipe_type`).
+    """
 
     model: tyro.conf.Positional[str] = ""
-    """Model: rfdetr-nano, -small, -medium, -large; with masks: rfdetr-seg-nano to -2xlarge. Of the run with --from."""
+    """Model, for instance rfdetr-nano. That of the run with --resume and --from, that of the plan with --plan."""
     data: str = ""
     """Data set: a folder (COCO, Roboflow export, YOLO, Pascal VOC), a COCO JSON file, or `sample`."""
     format: Literal["auto", "coco", "yolo", "voc"] = "auto"
-    """Format of the data set; found by looking unless given."""
+    """Format of the data set; detected unless given."""
     allow_outside: bool = False
     """Read files that the data set names but does not hold: absolute paths, `..`, links."""
+    val_fraction: Annotated[float, Range(0, 1, inside=True)] = 0.1
+    """Share of the training data held out where the data set has no validation split."""
+    augment: bool = True
+    """Random crops and flips."""
+    workers: Annotated[int | None, Range(0, 256)] = None
+    """Loader processes per GPU; by the machine's cores unless given."""
     plan: Path | None = None
     """File that `trainfit plan --out` wrote: its knobs are taken where none are given here."""
     weights: str | None = None
     """Start from a file of trainfit or upstream, or `pretrained` (downloads upstream's); random without it."""
-    recipe: Literal["single", "detector", "masks"] = "single"
-    """For models with masks. single: everything trains at once; detector: stage 1, without the mask head; masks: stage 2,
-    the mask head alone, on the frozen detector of --from."""
     from_run: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """Run folder of the detector that --recipe masks adds its mask head to; its evaluated (best) weights are taken."""
-    resolution: Annotated[int | None, Range(1, 8_192)] = None
-    """Side of the square input in pixels; the model's published one by default."""
-    snap: bool = True
-    """Take the nearest legal resolution where the wanted one is not legal."""
+    """Run folder whose evaluated (best) weights a later stage starts from, for instance the detector of --stage masks."""
     effective_batch: Annotated[int | None, Range(1, 1_000_000)] = None
     """Images per optimizer step over all GPUs (default 16; docs/training.md says why)."""
-    micro_batch: Annotated[int | None, Range(1, 100_000)] = None
-    """Images per forward and backward on one GPU; changes memory and speed, not the result."""
-    accumulation: Annotated[int | None, Range(1, 1_000_000)] = None
-    """Micro-batches per optimizer step and GPU."""
     epochs: Annotated[int, Range(1, 1_000_000)] = 100
-    """Passes over the training images."""
+    """Passes over the training data."""
     max_steps: Annotated[int | None, Range(1)] = None
     """Stop after this many optimizer steps."""
-    out: Path | None = None
-    """Run folder; runs/MODEL-N by default."""
-    resume: Path | None = None
-    """Run folder to go on with; its own recipe is used, and --epochs, --max-steps, --micro-batch may be given anew."""
-    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
-    """Weights, order of data and augmentation follow from it."""
-    tensorboard: bool = False
-    """Write TensorBoard logs too (needs trainfit[tensorboard])."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train."""
-    precision: Precision = "auto"
-    """auto: bf16 on CUDA capability 8.0 and later, fp16 on older GPUs, fp32 on the CPU."""
     lr: Annotated[float, Range(0, 1e3)] = 1e-4
     """Learning rate of the heads; it follows the effective batch, not the micro-batch."""
     lr_encoder: Annotated[float, Range(0, 1e3)] = 1.5e-4
@@ -74,53 +63,85 @@ class Recipe:
     weight_decay: Annotated[float, Range(0)] = 1e-4
     """AdamW's decay."""
     schedule: Literal["step", "cosine"] = "step"
-    """step: a tenth of the rate from epoch --lr-drop on; cosine: to zero at the end."""
-    lr_drop: Annotated[int, Range(0)] = 100
-    """Epoch of the step schedule's drop."""
+    """step: a tenth of the rate from epoch 100 on; cosine: to zero at the end."""
+    lr_drop: Annotated[int, Range(0), tyro.conf.Suppress] = 100
+    """Epoch of the step schedule's drop; not a flag."""
     warmup_epochs: Annotated[float, Range(0)] = 0.0
     """Length of the linear warm-up."""
     clip_norm: Annotated[float, Range(0)] = 0.1
     """Largest gradient norm of a window; 0 turns clipping off."""
-    ema: bool = True
-    """Average the weights; evaluation and the saved best use the average."""
-    multi_scale: bool = True
-    """Draw the training size anew for every window; the largest is up to 1.4 times the resolution."""
-    augment: bool = True
-    """Random crops and flips."""
-    num_queries: Annotated[int | None, Range(1, 10_000)] = None
-    """Object queries; the published number by default."""
-    groups: Annotated[int | None, Range(1, 100)] = None
-    """Query groups in training (upstream's group_detr, 13)."""
-    checkpointing: Annotated[Checkpointing, Range(0)] = "none"
-    """Activation checkpointing: how many blocks, from the first, are computed again in backward: less memory, more time."""
-    optimizer: Optimizer = "adamw-fused"
-    """adamw-8bit needs bitsandbytes (trainfit[8bit])."""
-    ema_on_host: bool = False
-    """Keep the averaged weights in the CPU's memory: less on the GPU, more time."""
-    freeze_encoder: bool = False
-    """Train all but the encoder."""
-    workers: Annotated[int | None, Range(0, 256)] = None
-    """Loader processes per GPU; by the machine's cores unless given."""
+    out: Path | None = None
+    """Run folder; runs/MODEL-N by default."""
+    resume: Path | None = None
+    """Run folder to go on with; its own recipe is used, and --epochs, --max-steps, --micro-batch may be given anew."""
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+    """Weights, order of data and augmentation follow from it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
     eval_every: Annotated[int, Range(0)] = 1
     """Evaluate every so many epochs, and at the end; 0: at the end alone."""
-    eval_micro_batch: Annotated[int | None, Range(1, 100_000)] = None
-    """Images per forward in evaluation; the micro-batch by default."""
-    val_fraction: Annotated[float, Range(0, 1, inside=True)] = 0.1
-    """Share of the training images held out where the data set has no validation split."""
     save_minutes: Annotated[float, Range(0)] = 10.0
     """Save the state this often besides after every evaluation."""
+    tensorboard: bool = False
+    """Write TensorBoard logs too (needs trainfit[tensorboard])."""
+
+    def __new__(cls, **values: Any) -> Self:
+        """The recipe of the model's family, where `model` names one."""
+        found = find(str(values.get("model", ""))) if cls is Recipe else None
+        kind: Any = cls if found is None else recipe_type(found[0].setting)
+        return object.__new__(kind)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
+        """Refuse values that cannot be used, alone or together."""
         require_valid(self)
         if self.resume is None and not self.model and self.from_run is None and self.plan is None:
             raise TrainfitError("name a model, for instance: trainfit train rfdetr-nano --data DIR")
         if self.resume is None and not self.data:
             raise TrainfitError("--data is missing: a folder, a COCO JSON file, or `sample`")
-        if (self.recipe == "masks") != (self.from_run is not None):
-            raise TrainfitError("--recipe masks and --from RUN (the run of a detector) go together")
         if self.from_run is not None and self.weights is not None:
             raise TrainfitError("--weights and --from cannot both say where to start: leave --weights out")
+        if type(self) is not Recipe:
+            self.family.check_recipe(self)
+
+
+FROM_DATA = ("classes", "objects_per_image")
+"""Fields of settings that a data set determines: they are no flags of training."""
+
+
+@cache
+def recipe_type(kind: type[Setting]) -> type[Recipe]:
+    """The recipe with the knobs of one kind of setting."""
+    if kind is Setting:
+        return Recipe
+    hints = get_type_hints(kind, include_extras=True)
+    determined = [field for field in dataclasses.fields(kind) if field.name in FROM_DATA]
+    body: dict[str, Any] = {field.name: field.default for field in determined}
+    body["__annotations__"] = {field.name: Annotated[hints[field.name], tyro.conf.Suppress] for field in determined}
+    body["__doc__"] = Recipe.__doc__
+    made = type(f"{kind.__name__.removesuffix('Setting')}Recipe", (Recipe, kind), body)
+    return keeps_given(dataclass(frozen=True, kw_only=True)(made))
+
+
+def make_recipe(model: str, **values: Any) -> Recipe:
+    """The recipe of a model's family with these values, which count as given.
+
+    Raises:
+        TrainfitError: no such model, no such value, or one that cannot be used.
+    """
+    kind = recipe_type(family_of(model)[0].setting)
+    require_known(values, [field.name for field in dataclasses.fields(kind)], "recipe")
+    return cast(Callable[..., Recipe], kind)(**{**values, "model": model})
+
+
+def setting_of(recipe: Recipe, classes: int) -> Setting:
+    """The setting that a recipe trains, for a data set with so many classes.
+
+    Raises:
+        TrainfitError: no such model.
+    """
+    family, model = family_of(recipe.model)
+    values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(family.setting)}
+    return cast(Callable[..., Setting], family.setting)(**{**values, "model": model, "classes": classes})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +165,10 @@ def resolve_batching(recipe: Recipe, world_size: int) -> Batching:
     Raises:
         TrainfitError: all three are given and disagree, or there are fewer images in a batch than ranks.
     """
-    micro, accumulation, effective = recipe.micro_batch, recipe.accumulation, recipe.effective_batch
+    chosen = given(recipe)
+    micro = recipe.micro_batch if "micro_batch" in chosen else None
+    accumulation = recipe.accumulation if "accumulation" in chosen else None
+    effective = recipe.effective_batch
     if accumulation is not None:
         micro = micro or max(1, (effective or DEFAULT_EFFECTIVE_BATCH) // (accumulation * world_size))
         product = micro * accumulation * world_size
@@ -197,7 +221,7 @@ def resume_recipe(wanted: Recipe) -> Recipe:
                 f"{flag(name)} {value} differs from the resumed run's {before}: drop it, or start a new run"
             )
         changes[name] = value
-    return dataclasses.replace(saved, **changes, resume=wanted.resume, out=wanted.resume)
+    return changed(saved, **changes, resume=wanted.resume, out=wanted.resume)
 
 
 def _read(folder: Path) -> Recipe:
@@ -211,10 +235,35 @@ def _read(folder: Path) -> Recipe:
         raise TrainfitError(f"{path} cannot be read ({error.strerror}): start a new run") from error
     except ValueError as error:
         raise TrainfitError(f"{path} is damaged ({error}): start a new run") from error
-    return from_record(Recipe, record, path)
+    if not isinstance(record, dict):
+        return from_record(Recipe, record, path)
+    values = _renamed(cast(dict[str, Any], record))
+    model = values.get("model")
+    if not isinstance(model, str):
+        raise TrainfitError(f"{path}: --model must be text, not {model!r}")
+    try:
+        family, _ = family_of(model)
+    except TrainfitError as error:
+        raise TrainfitError(f"{path}: {error}") from error
+    return from_record(recipe_type(family.setting), values, path)
+
+
+def _renamed(record: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as it is written today: until version 0.1 `stage` was called `recipe`, and null meant "not given"."""
+    values = {"stage" if key == "recipe" else key: value for key, value in record.items()}
+    return {key: value for key, value in values.items() if value is not None or key not in BATCH}
+
+
+BATCH = ("micro_batch", "accumulation")
+"""Values whose absence means that training chooses."""
 
 
 def encode(recipe: Recipe) -> str:
-    """JSON of a recipe."""
+    """JSON of a recipe, without a micro-batch that was not given.
+
+    The accumulation is left out always: it would mean another effective batch on another number of ranks.
+    """
     values = dataclasses.asdict(recipe) | {"resume": None}
-    return json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in values.items()}, indent=2) + "\n"
+    left_out = {*FROM_DATA, "accumulation", *({"micro_batch"} - given(recipe))}
+    shown = {k: str(v) if isinstance(v, Path) else v for k, v in values.items() if k not in left_out}
+    return json.dumps(shown, indent=2) + "\n"

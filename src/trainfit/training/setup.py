@@ -1,6 +1,5 @@
 """What a training starts from: the recipe's data, workload, and step on the device."""
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,56 +9,39 @@ import torch
 
 from trainfit.errors import TrainfitError
 from trainfit.models.build import build_trainable, build_training_step
-from trainfit.models.family import family_of
-from trainfit.models.setting import make_setting
 from trainfit.models.workload import OptimizerSettings, TrainableWorkload
 from trainfit.step.attempt import is_out_of_memory
 from trainfit.step.training_step import TrainingStep
-from trainfit.tasks.detection.read import read_dataset, require_no_errors
-from trainfit.tasks.detection.samples import Dataset
+from trainfit.tasks.task import Task
+from trainfit.training.earlier_run import evaluated_weights
 from trainfit.training.loader import usable_cores
-from trainfit.training.mask_stage import evaluated_weights
-from trainfit.training.recipe import Recipe
+from trainfit.training.recipe import Recipe, setting_of
 from trainfit.training.saved_state import require_like
 from trainfit.training.telemetry import Progress
 from trainfit.weights import UNREADABLE, first_line
 
 
-def load_data(recipe: Recipe, show: Progress) -> Dataset:
-    """Read the data set; say what was left out or mended; refuse what cannot be trained on.
+def load_data(recipe: Recipe, task: Task, show: Progress) -> Any:
+    """Read the data set; report what was left out or mended; refuse what cannot be trained on.
 
     Raises:
-        TrainfitError: the data set has an error, or no image can be used.
+        TrainfitError: the data set has an error, or nothing in it can be used.
     """
-    chosen = None if recipe.format == "auto" else recipe.format
-    dataset = read_dataset(
+    dataset = task.read(
         recipe.data,
-        format=chosen,
+        file_format=None if recipe.format == "auto" else recipe.format,
         val_fraction=recipe.val_fraction,
         seed=recipe.seed,
         allow_outside=recipe.allow_outside,
     )
-    require_no_errors(dataset)
-    for finding in dataset.findings:
-        if finding.severity in ("skipped", "mended"):
-            show.note(f"{finding.severity}: {finding.where}: {finding.kind}: {finding.message}")
-        elif finding.kind == "val held out":
-            show.note(finding.message)
+    for line in task.notes(dataset):
+        show.note(line)
     return dataset
-
-
-BATCH = ("model", "micro_batch", "accumulation", "eval_micro_batch")
-"""Fields of a setting that training resolves by itself."""
 
 
 def workload_of(recipe: Recipe, classes: tuple[str, ...]) -> TrainableWorkload:
     """The recipe's model for these classes."""
-    family, model = family_of(recipe.model)
-    values = vars(recipe) | {"stage": recipe.recipe}
-    own = [field.name for field in dataclasses.fields(family.setting) if field.name not in BATCH]
-    return build_trainable(
-        make_setting(model, **{name: values[name] for name in own if values.get(name) is not None}), classes
-    )
+    return build_trainable(setting_of(recipe, len(classes)), classes)
 
 
 def make_step(workload: TrainableWorkload, recipe: Recipe, device: torch.device, show: Progress) -> TrainingStep:

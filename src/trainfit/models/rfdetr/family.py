@@ -4,7 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
+from trainfit.errors import TrainfitError
 from trainfit.models.family import Capability, Family, dashed, register
+from trainfit.models.rfdetr.guide import translate
 from trainfit.models.rfdetr.matching import matching_seconds
 from trainfit.models.setting import DetectionSetting
 from trainfit.values import Range, require_valid
@@ -158,6 +160,12 @@ def host_seconds(setting: RfDetrSetting, images: int, capability: Capability | N
     )
 
 
+def check_recipe(recipe: Any) -> None:
+    """The mask stage starts from the run of a detector, and nothing else does."""
+    if (recipe.stage == "masks") != (recipe.from_run is not None):
+        raise TrainfitError("--stage masks and --from RUN (the run of a detector) go together")
+
+
 def sample_bytes(setting: RfDetrSetting) -> int:
     """An image of the largest size, and a mask of a byte a pixel for each object."""
     side = setting.resolution or PUBLISHED[setting.model].resolution
@@ -186,6 +194,10 @@ def family() -> Family:
         turns=turns,
         assumptions=assumptions,
         for_data=for_data,
+        check_recipe=check_recipe,
+        needed_flags=lambda setting: ("--from RUN",) if setting.stage == "masks" else (),
+        translate=translate,
+        shapes_weights=("resolution", "num_queries", "groups"),
         sample_bytes=sample_bytes,
         host_seconds=host_seconds,
     )

@@ -87,6 +87,9 @@ class RfDetr:
         self.config = make_config(name, outputs - 1, knobs)
         self.resolution = self.eval_size = self.config.resolution
         self.export_name = "best-rfdetr.pth"
+        wanted, used = knobs.resolution, self.resolution
+        legal = wanted is None or wanted == used
+        self.remarks = () if legal else (f"resolution {wanted} is not legal for {name}: using {used}",)
         self.masks = self.config.segmentation_head
         train_config = upstream.SegmentationTrainConfig if self.masks else upstream.TrainConfig
         train = train_config(dataset_dir=".", output_dir=".")

@@ -29,6 +29,12 @@ def read(
     return dataset
 
 
+def summary(dataset: Dataset) -> str:
+    """Images of each split, classes, and the format."""
+    images = {split: len(records) for split, records in dataset.splits.items()}
+    return f"data: {images}, {len(dataset.classes)} classes ({dataset.format})"
+
+
 def notes(dataset: Dataset) -> Sequence[str]:
     """What was left out, mended or held out, a line each."""
     lines: list[str] = []

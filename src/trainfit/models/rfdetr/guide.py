@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-FLAGS = {"--batch": "--micro-batch", "--accum": "--accumulation", "--stage1-run": "--from"}
-"""The guide's flag -> ours, the value unchanged. Flags that are spelt alike (--resolution, --num-queries, --workers) need
+FLAGS = {"--batch": "--micro-batch", "--accum": "--accumulation", "--stage1-run": "--from", "--recipe": "--stage"}
+"""The guide's flag -> ours, the value unchanged; --recipe is what --stage was called until version 0.1.
+Flags that are spelt alike (--resolution, --num-queries, --workers) need
 no entry; `--size S` becomes the model `rtdetr-seg-S`."""
 
 
