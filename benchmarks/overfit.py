@@ -63,7 +63,8 @@ def main() -> None:
             data, Path(folder) / "run", steps=arguments.steps, resolution=arguments.resolution, lr=arguments.lr
         )
         summary = fit(chosen, progress=progress)
-    ap = summary.ap["bbox"]
+    assert summary.evaluation is not None
+    ap = summary.evaluation.details["bbox"]
     print(f"AP50 {ap.ap50} AP {ap.ap} after {summary.steps} steps in {summary.train_s / 60:.1f} minutes")
 
 

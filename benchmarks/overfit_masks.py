@@ -44,7 +44,8 @@ def main() -> None:
             out=Path(folder) / "run",
         )
         summary = fit(recipe, progress=progress)
-    masks, boxes = summary.ap["segm"], summary.ap["bbox"]
+    assert summary.evaluation is not None
+    masks, boxes = summary.evaluation.details["segm"], summary.evaluation.details["bbox"]
     print(
         f"mask AP50 {masks.ap50} AP {masks.ap}, box AP50 {boxes.ap50} AP {boxes.ap} "
         f"after {summary.steps} steps in {summary.train_s / 60:.1f} minutes"

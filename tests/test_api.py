@@ -149,7 +149,8 @@ def test_train_evaluate_detect(tmp_path: Path) -> None:
     )
     assert (summary.steps, summary.total_steps, summary.folder) == (1, 1, tmp_path / "run")
     evaluation = trainfit.evaluate(tmp_path / "run", data="sample", device="cpu")
-    assert [table.rows for table in evaluation.tables] == [table.rows for table in summary.tables]
+    assert summary.evaluation is not None
+    assert [table.rows for table in evaluation.tables] == [table.rows for table in summary.evaluation.tables]
     image = trainfit.check_data("sample", decode=False).splits["val"][0].path
     (detections,) = trainfit.detect(tmp_path / "run", [image], device="cpu")
     assert detections.boxes.shape == (len(detections.scores), 4)

@@ -152,7 +152,7 @@ def state() -> dict[str, Any]:
         "ema": None,
         "optimizer": {},
         "scaler": {},
-        "best": {"ap": 0.5, "step": 2},
+        "best": {"score": 0.5, "step": 2},
         "skipped": ["a.jpg: broken"],
         "survivor": ladder,
         "skipped_windows": 0,
@@ -169,8 +169,8 @@ ODD_STATES: list[dict[str, Any]] = [
     {"ema": []},
     {"optimizer": None},
     {"best": {}},
-    {"best": {"ap": "high", "step": 2}},
-    {"best": {"ap": float("nan"), "step": 2}},
+    {"best": {"score": "high", "step": 2}},
+    {"best": {"score": float("nan"), "step": 2}},
     {"skipped": [None]},
     {"survivor": {"micro_batch": 2}},
     {"survivor": state()["survivor"] | {"micro_batch": 0}},
@@ -184,7 +184,7 @@ ODD_STATES: list[dict[str, Any]] = [
 
 def test_a_whole_state_passes() -> None:
     require_state(state())
-    require_state(state() | {"best": {"ap": None, "step": None}, "ema": {"weight": torch.zeros(2)}})
+    require_state(state() | {"best": {"score": None, "step": None}, "ema": {"weight": torch.zeros(2)}})
 
 
 @pytest.mark.parametrize("change", ODD_STATES, ids=str)

@@ -22,6 +22,7 @@ def test_eight_images_are_over_fitted(tmp_path: Path) -> None:
     """About a minute on two cores; `benchmarks/overfit.py` goes on to AP50 1.0."""
     benchmark = load_benchmark()
     summary = fit(benchmark.recipe(benchmark.eight_images(tmp_path), tmp_path / "run", steps=45))
-    ap50 = summary.ap["bbox"].ap50
+    assert summary.evaluation is not None
+    ap50 = summary.evaluation.details["bbox"].ap50
     assert ap50 is not None
     assert ap50 >= 0.5

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from plan_cases import MICRO_BATCHES, make_plan
 from support.workloads import make_workload
+from trainfit.cli.arguments import plain_switches
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import GIB, MIB, find_gpu
 from trainfit.models.family import family_of
@@ -158,7 +159,7 @@ def test_the_command_makes_the_plans_recipe(plan: Plan) -> None:
     """As the command line reads it."""
     import tyro
 
-    words = train_command(plan).replace("DIR", "sample").split()
+    words = plain_switches(train_command(plan).replace("DIR", "sample").split())
     kind: Any = recipe_type(family_of(plan.model)[0].setting)
     recipe = tyro.cli(kind, args=words[words.index("train") + 1 :])
     for name, value in knobs(plan).items():

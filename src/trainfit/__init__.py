@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from trainfit.step.terms import LossTerm, Objective
     from trainfit.step.training_step import TrainingStep
     from trainfit.tasks.task import Evaluation
-    from trainfit.training.fit import RunSummary
     from trainfit.training.oom import Survivor
     from trainfit.training.recipe import Recipe
+    from trainfit.training.summary import RunSummary
 
     __version__: str
 
@@ -72,7 +72,7 @@ _MODULES = {
     "step.terms": ("LossTerm", "Objective"),
     "step.training_step": ("TrainingStep",),
     "tasks.task": ("Evaluation",),
-    "training.fit": ("RunSummary",),
+    "training.summary": ("RunSummary",),
     "training.oom": ("Survivor",),
     "training.recipe": ("Recipe",),
 }

@@ -28,7 +28,7 @@ from trainfit.step.names import Checkpointing
 if TYPE_CHECKING:
     from trainfit.tasks.detection.samples import Dataset, ImageDetections
     from trainfit.tasks.task import Evaluation
-    from trainfit.training.fit import RunSummary
+    from trainfit.training.summary import RunSummary
     from trainfit.training.telemetry import Progress
 
 Device = Literal["auto", "cpu", "cuda"]

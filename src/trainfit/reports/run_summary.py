@@ -3,9 +3,9 @@
 from trainfit.reports.progress import GIB
 from trainfit.reports.tables import table_text
 from trainfit.reports.words import duration
-from trainfit.training.fit import RunSummary
 from trainfit.training.oom import survival_line
-from trainfit.training.run_folder import BEST, TELEMETRY, UPSTREAM
+from trainfit.training.run_folder import BEST, TELEMETRY
+from trainfit.training.summary import RunSummary
 
 
 def summary_text(summary: RunSummary) -> str:
@@ -17,21 +17,24 @@ def summary_text(summary: RunSummary) -> str:
             *_survived(summary),
         ]
         return "\n".join([*lines, f"Go on:      trainfit train --resume {folder}"])
+    name = summary.evaluation.score_name if summary.evaluation else "score"
     best = (
-        f"best AP {_percent(summary.best_ap)} at step {summary.best_step}" if summary.best_ap is not None else "no AP"
+        f"best {name} {_percent(summary.best_score)} at step {summary.best_step}"
+        if summary.best_score is not None
+        else f"no {name}"
     )
     lines = [
         f"Trained {summary.model} for {summary.steps} steps in {duration(summary.train_s)}: {best}.",
         f"speed       {summary.images_per_s:.3g} images/s; {summary.loader}",
         f"memory      {summary.memory_bytes / GIB:.2f} GiB",
     ]
-    lines += [table_text(table) for table in summary.tables]
+    lines += [table_text(table) for table in (summary.evaluation.tables if summary.evaluation else ())]
     if summary.skipped_images:
         lines.append(f"left out    {len(summary.skipped_images)} images: {'; '.join(summary.skipped_images)}")
     lines.append(f"batch       {summary.noise}")
     lines += _survived(summary)
     lines += [
-        f"weights     {folder / BEST} (for upstream's pretrain_weights=: {folder / UPSTREAM})",
+        f"weights     {folder / BEST} (for upstream's pretrain_weights=: {summary.exported})",
         f"Next:       trainfit detect {folder} IMAGE",
     ]
     return "\n".join(lines)

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,7 @@ from trainfit.step import ranks
 from trainfit.step.names import Precision
 from trainfit.step.precision import resolve_precision
 from trainfit.step.training_step import StepResult
-from trainfit.tasks.detection.coco_ap import ApResult
-from trainfit.tasks.detection.samples import Sample
-from trainfit.tasks.task import Table, task_of
+from trainfit.tasks.task import Evaluation, task_of
 from trainfit.training import run_folder
 from trainfit.training.distributed import process_group
 from trainfit.training.earlier_run import on_earlier_run
@@ -28,13 +25,14 @@ from trainfit.training.evaluation import evaluate_model
 from trainfit.training.journal import Journal
 from trainfit.training.loader import STEP, Unreadable, WindowPlan, default_workers, training_loader
 from trainfit.training.noise_watch import NoiseWatch
-from trainfit.training.oom import HalfUpdated, Halving, Survival, Survivor, survival_line, survivals
+from trainfit.training.oom import HalfUpdated, Halving, Survivor, survival_line, survivals
 from trainfit.training.recipe import Batching, Recipe, encode, resolve_batching, resume_recipe
 from trainfit.training.rehearsal import rehearse
 from trainfit.training.run_files import PLAN
 from trainfit.training.saved_state import require_state
 from trainfit.training.schedule import lr_factor, mix, set_lr
 from trainfit.training.setup import load_data, make_step, restore, workload_of
+from trainfit.training.summary import RunSummary
 from trainfit.training.telemetry import Progress, Silent, memory_bytes, percent
 from trainfit.training.window_progress import WindowProgress
 from trainfit.training.workers import LoaderDiedError
@@ -43,38 +41,6 @@ from trainfit.values import changed, given
 MOST_SKIPPED = 32
 """Windows in a row that fp16 may skip. Each halves the loss scale: 32 of them bring it from 2**16, where it starts, to 2**-16,
 where only gradients above 4e9 overflow fp16; a run that skips as many has diverged, or its loss is not a number."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSummary:
-    """How a training ended."""
-
-    folder: Path
-    model: str
-    steps: int
-    """Optimizer steps done, those before a resume included."""
-    total_steps: int
-    images_per_s: float
-    """While training; evaluation and saving left out."""
-    train_s: float
-    loader: str
-    """Whether the loader or the model set the pace; see `headroom`."""
-    noise: str
-    """The gradient noise scale; see `noise_scale`."""
-    memory_bytes: int
-    """See `telemetry.memory_bytes`."""
-    ap: dict[str, ApResult]
-    """The last evaluation: "bbox", and "segm" with masks."""
-    tables: tuple[Table, ...]
-    """Its figures."""
-    best_ap: float | None
-    best_step: int | None
-    skipped_images: tuple[str, ...]
-    """Images that could not be decoded while training."""
-    survived: tuple[Survival, ...]
-    """Out-of-memory errors, and what was done; since the start."""
-    interrupted: bool
-    """Stopped by the user before the end; the state is saved."""
 
 
 def fit(recipe: Recipe, *, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False) -> RunSummary:
@@ -115,9 +81,8 @@ class _Run:
         self.steps_per_epoch = self.plan.windows_per_epoch
         self.total_steps = min(recipe.epochs * self.steps_per_epoch, recipe.max_steps or 10**12)
         self.skipped: list[str] = []
-        self.ap: dict[str, ApResult] = {}
-        self.tables: tuple[Table, ...] = ()
-        self.best: dict[str, Any] = {"ap": None, "step": None}
+        self.evaluation: Evaluation | None = None
+        self.best: dict[str, Any] = {"score": None, "step": None}
         self.step, self.done = make_step(self.workload, recipe, device, show), 0
         self.survivor = Survivor(self.batching.micro_batch, blocks=self.workload.blocks(self.step.model))
         self.eval_micro_batch = recipe.eval_micro_batch or self.batching.micro_batch
@@ -273,7 +238,7 @@ class _Run:
             f"the loss or its gradient {what}: start a new run with a lower --lr, or with --precision fp32{weights}"
         )
 
-    def _window(self, window: Sequence[Sample]) -> StepResult:
+    def _window(self, window: Sequence[Any]) -> StepResult:
         factor = lr_factor(self.done, self.recipe, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
         set_lr(self.step.optimizer, factor)
         torch.manual_seed(mix(self.recipe.seed, STEP, self.done, ranks.rank()))
@@ -293,12 +258,12 @@ class _Run:
             self.journal.event("oom", **dataclasses.asdict(event))
         self.told = len(self.survivor.survived)
 
-    def _readable(self, items: Sequence[Sample | Unreadable]) -> list[Sample]:
+    def _readable(self, items: Sequence[Any]) -> list[Any]:
         for item in items:
             if isinstance(item, Unreadable) and item not in self.skipped:
                 self.skipped.append(str(item))
                 self.show.note(f"left out: {item}")
-        return [item for item in items if isinstance(item, Sample)]
+        return [item for item in items if not isinstance(item, Unreadable)]
 
     def _due(self) -> bool:
         """Whether the window just done is followed by an evaluation."""
@@ -323,24 +288,21 @@ class _Run:
             step=self.done - 1,
             in_parts=self.in_parts,
         )
-        self.ap, self.tables = evaluation.details, evaluation.tables
+        self.evaluation = evaluation
         self.pending_evaluation = False
         self._tell()
-        row: dict[str, Any] = {"step": self.done, "epoch": (self.done - 1) // self.steps_per_epoch}
-        for kind, result in self.ap.items():
-            row |= {f"{kind}_ap": result.ap, f"{kind}_ap50": result.ap50, f"{kind}_ap75": result.ap75}
-            row[f"{kind}_per_class"] = {c.name: c.ap for c in result.per_class}
-        self.journal.record([row])
-        score = self.ap.get("segm", self.ap["bbox"]).ap
-        figures = ", ".join(f"{kind} AP {percent(r.ap)} AP50 {percent(r.ap50)}" for kind, r in self.ap.items())
-        better = score is not None and (self.best["ap"] is None or score > self.best["ap"])
-        self.show.note(f"epoch {row['epoch'] + 1} step {self.done}: {figures}{' (best so far)' if better else ''}")
-        if better or score is None or self.best["step"] is None:  # without an AP the last weights are the best
-            self.best = {"ap": score, "step": self.done}
+        epoch = (self.done - 1) // self.steps_per_epoch
+        self.journal.record([{"step": self.done, "epoch": epoch, **evaluation.record}])
+        score, best = evaluation.score, self.best["score"]
+        better = score is not None and (best is None or score > best)
+        figures = ", ".join(f"{name} {percent(value)}" for name, value in evaluation.figures.items())
+        self.show.note(f"epoch {epoch + 1} step {self.done}: {figures}{' (best so far)' if better else ''}")
+        if better or score is None or self.best["step"] is None:  # without a score the last weights are the best
+            self.best = {"score": score, "step": self.done}
             self._save_weights(run_folder.BEST)
 
     def _save_weights(self, name: str) -> None:
-        metadata = self.workload.metadata() | {"step": str(self.done), "ap": json.dumps(self.best["ap"])}
+        metadata = self.workload.metadata() | {"step": str(self.done), "score": json.dumps(self.best["score"])}
         weights = (self.step.ema or self.step.model).state_dict()
         ranks.on_first_rank(lambda: run_folder.save_weights(self.folder / name, weights, metadata))
 
@@ -396,7 +358,7 @@ class _Run:
     def _finish(self, interrupted: bool) -> RunSummary:
         if not interrupted and ranks.rank() == 0:
             weights, _ = run_folder.load_weights(self.folder / run_folder.BEST)
-            path = self.folder / run_folder.UPSTREAM
+            path = self.folder / self.workload.export_name
             run_folder.write_atomically(path, lambda p: self.workload.export(weights, p))
         loader, noise = self.journal.close(self.done, interrupted=interrupted, unseen=self.noise.reason)
         spent = self.journal.clock.total
@@ -411,10 +373,10 @@ class _Run:
             loader=loader,
             noise=noise,
             memory_bytes=memory_bytes(self.device),
-            ap=self.ap,
-            tables=self.tables,
-            best_ap=self.best["ap"],
+            evaluation=self.evaluation,
+            best_score=self.best["score"],
             best_step=self.best["step"],
+            exported=self.folder / self.workload.export_name,
             skipped_images=tuple(self.skipped),
             survived=tuple(self.survivor.survived),
             interrupted=interrupted,

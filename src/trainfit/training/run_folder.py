@@ -29,7 +29,6 @@ from trainfit.weights import (
 __all__ = ["BEST", "LAST", "METRICS", "RECIPE", "TELEMETRY", "load_weights", "save_weights", "write_atomically"]
 
 STATE, PREVIOUS, DAMAGED = "state.pt", "state.previous.pt", "state.damaged.pt"
-UPSTREAM = "best-rfdetr.pth"
 
 
 @contextmanager

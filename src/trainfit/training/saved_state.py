@@ -80,10 +80,10 @@ def _is_weights(value: Any) -> bool:
 
 
 def _is_best(value: Any) -> bool:
-    if not isinstance(value, dict) or value.keys() != {"ap", "step"}:
+    if not isinstance(value, dict) or value.keys() != {"score", "step"}:
         return False
     best = cast(dict[str, Any], value)
-    score = best["ap"]
+    score = best["score"]
     return (score is None or (_is_number(score) and math.isfinite(score))) and (
         best["step"] is None or _is_count(best["step"])
     )

@@ -1,0 +1,40 @@
+"""What a training ends with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainfit.tasks.task import Evaluation
+from trainfit.training.oom import Survival
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """How a training ended."""
+
+    folder: Path
+    model: str
+    steps: int
+    """Optimizer steps done, those before a resume included."""
+    total_steps: int
+    images_per_s: float
+    """While training; evaluation and saving left out."""
+    train_s: float
+    loader: str
+    """Whether the loader or the model set the pace; see `headroom`."""
+    noise: str
+    """The gradient noise scale; see `noise_scale`."""
+    memory_bytes: int
+    """See `telemetry.memory_bytes`."""
+    evaluation: Evaluation | None
+    """The last evaluation; None where there was none since the start or resume."""
+    best_score: float | None
+    """The score of the best weights (`Evaluation.score`)."""
+    best_step: int | None
+    exported: Path
+    """The best weights as the upstream project loads them; written at the end."""
+    skipped_images: tuple[str, ...]
+    """Files that could not be decoded while training."""
+    survived: tuple[Survival, ...]
+    """Out-of-memory errors, and what was done; since the start."""
+    interrupted: bool
+    """Stopped by the user before the end; the state is saved."""
