@@ -3,14 +3,19 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from trainfit.weights import load_weights
 
 SOURCE = Path(__file__).parent / "support" / "toy"
 PACKAGE = Path(__file__).parents[1] / "src"
@@ -77,3 +82,37 @@ def test_predict_and_plan(home: Path) -> None:
     text = trainfit(home, "plan", "toy", *knobs, "--memory", "8GiB", "--effective-batch", 2, "--out", "plan.json")
     assert text.startswith("toy on 8 GiB card: micro-batch 2 x 1")
     assert json.loads((home / "plan.json").read_text())["setting"]["width"] == 64
+
+
+def start(home: Path, *words: object) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "trainfit", *map(str, words)]
+    return subprocess.Popen(command, cwd=home, env=environment(home), stderr=subprocess.DEVNULL)
+
+
+def steps(folder: Path) -> int:
+    """Windows that a run has written."""
+    file = folder / "metrics.jsonl"
+    return sum('"loss"' in line for line in file.read_text().splitlines()) if file.exists() else 0
+
+
+def test_train_is_killed_resumes_and_evaluates(home: Path) -> None:
+    """A run that was killed ends with the losses and the weights of one that was not; its evaluation is the run's own."""
+    words = ("train", "toy", "--data", "data", "--width", 16, "--effective-batch", 8, "--epochs", 40, "--lr", 0.01)
+    words += ("--workers", 0, "--device", "cpu", "--save-minutes", 0)
+    trainfit(home, *words, "--out", "whole")
+    process = start(home, *words, "--out", "killed")
+    until = time.monotonic() + 120
+    while steps(home / "killed") < 5 and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert 5 <= steps(home / "killed") < 120
+    trainfit(home, "train", "--resume", "killed")
+    files = [(home / run / "metrics.jsonl").read_text() for run in ("whole", "killed")]
+    assert files[0] == files[1]
+    weights = [load_weights(home / run / "last.safetensors")[0] for run in ("whole", "killed")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    last = json.loads(files[1].splitlines()[-1])
+    found = json.loads(trainfit(home, "evaluate", "killed", "--data", "data", "--json"))
+    assert last["accuracy"] == 1.0
+    assert found == {"schema": 1, "accuracy": last["accuracy"]}
