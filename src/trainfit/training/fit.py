@@ -213,6 +213,8 @@ class _Run:
                 self.journal.event("pause", self.done, paused_s=self.journal.clock.pause())
             if last:
                 return interrupted
+        if self.done == self.total_steps:  # a finished run was resumed: no window was left
+            return False
         self._save()  # stopped while a window was waited for
         return True
 
