@@ -107,7 +107,7 @@ def test_a_window_pays_for_the_matching_of_each_micro_batch(monkeypatch: pytest.
         return STORED
 
     monkeypatch.setattr(Pricer, "_scaled", scaled)
-    monkeypatch.setattr(Pricer, "_trace", trace)
+    monkeypatch.setattr(Pricer, "trace", trace)
     setting, gpu = RfDetrSetting(model="rfdetr-nano", micro_batch=4, accumulation=3, precision="fp16"), find_gpu("T4")
     one_s = host_seconds(setting, 1, (7, 5))
     window = Pricer(gpu=gpu).seconds(setting, (4, 4, 2))
