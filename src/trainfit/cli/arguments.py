@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from trainfit.errors import TrainfitError
 from trainfit.models.family import find
 from trainfit.models.setting import Setting
 from trainfit.training.run_files import RECIPE
@@ -31,6 +32,8 @@ def setting_type(words: Sequence[str]) -> type[Setting]:
         found = find(_model_in(before, Path(word)))
         if found is not None:
             return found[0].setting
+        if before == "--from":  # its knobs are not known, so the other flags could not be read either
+            raise TrainfitError(f"--from: {word} is no run folder with evaluated weights: train it first")
     return Setting
 
 

@@ -118,5 +118,5 @@ def require_masks(records: Sequence[ImageRecord]) -> None:
     if bare:
         raise TrainfitError(
             f"{len(bare)} of {len(records)} images have objects without a mask, the first {bare[0].path.name}: add their "
-            "masks, or train without masks (--recipe detector, or a model without `seg` in its name)"
+            "masks, or train without masks (--stage detector, or a model without `seg` in its name)"
         )
