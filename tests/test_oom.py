@@ -133,6 +133,79 @@ def test_recognition() -> None:
     assert not is_out_of_memory(ValueError("CUDA error: out of memory"))
 
 
+NCCL = "NCCL error in: NCCLUtils.cpp:77, unhandled cuda error (run with NCCL_DEBUG=INFO for details)\nLast error:\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "who"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", "CUDA"),
+        ("CUDA driver error: out of memory", "the CUDA driver"),
+        ("Triton Error [CUDA]: out of memory", "Triton"),
+        ("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`. If you", "cuSOLVER"),
+        ("cuFFT error: CUFFT_ALLOC_FAILED", "cuFFT"),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", "cuDNN"),
+        ("GET was unable to find an engine to execute this computation", "cuDNN"),
+        (NCCL + "Cuda failure 2 'out of memory'", "NCCL"),
+        (NCCL + "Cuda failure 'out of memory'", "NCCL"),
+        (NCCL + "Failed to CUDA calloc 6291456 bytes", "NCCL"),
+        (NCCL + "Failed to CUDA host alloc 4096 bytes", "NCCL"),
+        ("std::bad_alloc", "the host or CUDA"),
+    ],
+)
+def test_texts_of_libraries(text: str, who: str) -> None:
+    """As the libraries write them; the line about memory is the one that is reported."""
+
+    def fails() -> None:
+        raise RuntimeError(text)
+
+    message = attempt(fails)[1]
+    line = text.splitlines()[-1 if text.startswith("NCCL") else 0]
+    assert message == f"{who} ran out of memory ({line})"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input.",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR",
+        "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED_CUDART",
+    ],
+)
+def test_a_status_with_other_causes_counts_where_memory_is_short(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    free_bytes = [2**20]
+
+    def mem_get_info() -> tuple[int, int]:
+        if not free_bytes:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return free_bytes[0], 2**33
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    assert is_out_of_memory(RuntimeError(text))
+    free_bytes[0] = 2**32
+    assert not is_out_of_memory(RuntimeError(text))
+    free_bytes.clear()  # a broken device is not a full one
+    assert not is_out_of_memory(RuntimeError(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasSgemm(...)`",
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED_LAYOUT",
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that workers are out of shared memory.",
+        NCCL + "Cuda failure 1 'invalid argument'",
+    ],
+)
+def test_what_is_not_out_of_memory(text: str) -> None:
+    assert not is_out_of_memory(RuntimeError(text))
+
+
 def test_other_errors_pass_and_nothing_is_kept_alive() -> None:
     def wrong() -> None:
         raise RuntimeError("shape mismatch")

@@ -221,7 +221,7 @@ Evaluation, micro-batch 4: tight, 1.28 to 2.22 GiB; it allocates 0.98 GiB at mos
 Assumptions
   One process, the card to itself (a desktop may hold 1.1 GiB: --memory); evaluation follows training.
   The fullest image has 7 objects (--objects-per-image, or --data).
-  Multi-scale training: the largest of its sizes.
+  Multi-scale training: memory at the largest of its sizes, time as the mean over all.
   Largest shape assumed, an upper bound: aten.nonzero.
   Values made up: aten.item.
 """  # noqa: E501

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from test_gpus import FakeDevice, FakeError, FakeNvml, NotSupportedError
+from test_oom import FailAt
 from trainfit.gpus.catalogue import MIB
 from trainfit.gpus.usage import GpuUsage, UsageNvml, usage_meter
 from trainfit.step.contrastive import Contrastive
@@ -526,3 +527,13 @@ def test_noise_that_hides_the_gradient_gives_no_number() -> None:
     assert scale is not None
     assert noise_line(scale, 4).startswith("gradient noise scale above ")
     assert noise_scale([NoiseSample(trace=1.0, square=1.0)] * 4) is None
+
+
+def test_a_window_that_is_not_watched_allocates_nothing_outside_its_gradient() -> None:
+    """Outside the gradient running out of memory ends the run."""
+    step = line_step()
+    watch = NoiseWatch(step)
+    for number in (0, EVERY - 1):
+        with FailAt(1) as mode, watch.window(number):
+            pass
+        assert mode.seen == 0

@@ -93,8 +93,9 @@ def predict_traced(
     """Predict from the traces that `trace_requests` names. A pure function."""
     trained = assess(training, gpu, config, gpus=gpus)
     if trained.time is not None:
+        mean = step_seconds(training.ops, gpu, drawn=setting.family.drawn_sizes(setting))
         waits = setting.accumulation * setting.family.host_seconds(setting, setting.micro_batch, gpu.capability)
-        trained = replace(trained, time=with_host_work(trained.time, waits))
+        trained = replace(trained, time=with_host_work(mean, waits))
     evaluated = assess(evaluation, gpu, config, since=last_window(evaluation.trace), gpus=gpus)
     return Prediction(
         setting=setting,

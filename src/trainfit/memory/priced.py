@@ -117,7 +117,8 @@ class Pricer:
                 knob = "micro_batch" if part == "training" else "eval_micro_batch"
                 alone = self.trace(replace(setting, **{knob: most}), part).ops
                 ops, points = (alone, alone), (most, most + 1)
-            found = window_seconds(ops, points, gpu, cuts=cuts, traced_accumulation=traced)
+            drawn = setting.family.drawn_sizes(setting) if part == "training" else None
+            found = window_seconds(ops, points, gpu, cuts=cuts, traced_accumulation=traced, drawn=drawn)
         if part == "training":
             waits = (setting.family.host_seconds(setting, images, self.gpu.capability) for images in cuts)
             found = with_host_work(found, sum(waits))

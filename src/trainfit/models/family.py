@@ -21,6 +21,18 @@ VARIABLE = "TRAINFIT_FAMILIES"
 Capability = tuple[int, int]
 
 
+@dataclass(frozen=True, kw_only=True)
+class DrawnSizes:
+    """The sizes of images that training draws from, where a step is traced at one of them."""
+
+    pixels: tuple[float, ...]
+    """Pixels of each size over those of the traced one; all are drawn equally often."""
+    flops_share: float
+    """Part of a traced micro-batch's FLOPs that is in proportion to the pixels; the rest is the same at every size."""
+    bytes_share: float
+    """Part of the bytes that its kernels read and write that is."""
+
+
 def _nothing_to_turn(_setting: Any, _knob: str) -> Iterator[tuple[str, Any]]:
     yield from ()
 
@@ -89,6 +101,8 @@ class Family:
     """Knobs that a run keeps from the one that it starts from with --from."""
     sample_bytes: Callable[[Any], int] = lambda _: 0
     """Setting -> bytes of one decoded sample in host memory."""
+    drawn_sizes: Callable[[Any], DrawnSizes | None] = lambda _: None
+    """Setting -> the sizes that training draws from; None where the step is always as traced."""
     host_seconds: Callable[[Any, int, Capability | None], float] = lambda _setting, _images, _capability: 0.0
     """(setting, images, compute capability) -> seconds of a training micro-batch that the GPU waits for and that no operator
     of a trace shows."""

@@ -9,10 +9,12 @@ one year and large micro-batches, and carry over to other cards by their rates a
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Literal, get_args
 
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import Gpu
+from trainfit.models.family import DrawnSizes
 from trainfit.step.names import MATMUL_PRECISION
 from trainfit.timing.counts import MATMULS, OpCount
 
@@ -87,6 +89,9 @@ class _Work:
         return _Work(parts_s=parts, kernels=self.kernels + times * other.kernels)
 
 
+_NOTHING = _Work(parts_s=dict.fromkeys(KINDS, 0.0), kernels=0)
+
+
 def _work(ops: Iterable[OpCount], gpu: Gpu, efficiency: Efficiency) -> _Work:
     parts: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
     kernels = 0
@@ -109,11 +114,43 @@ def _estimate(work: _Work, gpu: Gpu, efficiency: Efficiency) -> TimeEstimate:
     )
 
 
-def step_seconds(ops: Iterable[OpCount], gpu: Gpu, *, efficiency: Efficiency = RTX_3090) -> TimeEstimate:
-    """Estimate the time of a step from the counts of its trace. Raises TrainfitError for a card without rates."""
+def _over_sizes(
+    micro_batches: _Work, once: _Work, gpu: Gpu, efficiency: Efficiency, drawn: DrawnSizes | None
+) -> TimeEstimate:
+    """Mean time of a window over the sizes that are drawn; `once` is the work after backward, the same at every size."""
+    if drawn is None:
+        return _estimate(once.plus(micro_batches), gpu, efficiency)
+    every = [_estimate(once.plus(_resized(micro_batches, pixels, drawn)), gpu, efficiency) for pixels in drawn.pixels]
+    parts: dict[Kind, float] = {kind: fmean(each.parts_s[kind] for each in every) for kind in KINDS}
+    bound = max(parts, key=lambda kind: parts[kind])
+    return replace(every[0], seconds=sum(parts.values()), parts_s=parts, bound=bound)
+
+
+def _resized(work: _Work, pixels: float, drawn: DrawnSizes) -> _Work:
+    """The work at a size of `pixels` times those of the traced one; as many kernels."""
+    shares: dict[Kind, float] = {
+        "tensor cores": drawn.flops_share,
+        "plain arithmetic": drawn.flops_share,
+        "memory": drawn.bytes_share,
+    }
+    parts: dict[Kind, float] = {kind: s * (1 - shares.get(kind, 0) * (1 - pixels)) for kind, s in work.parts_s.items()}
+    return replace(work, parts_s=parts)
+
+
+def step_seconds(
+    ops: Iterable[OpCount], gpu: Gpu, *, drawn: DrawnSizes | None = None, efficiency: Efficiency = RTX_3090
+) -> TimeEstimate:
+    """Estimate the time of a step from the counts of its trace; with `drawn`, the mean over the sizes of training.
+
+    Raises:
+        TrainfitError: for a card without rates.
+    """
     if gpu.bandwidth_bytes_per_s is None or gpu.fp32_flops_per_s is None:
         raise TrainfitError(f"the rates of {gpu.name} are not known, so time cannot be told; name a card with --gpu")
-    return _estimate(_work(ops, gpu, efficiency), gpu, efficiency)
+    ops = tuple(ops)
+    micro_batches = _work([row for row in ops if row.phase not in ONCE], gpu, efficiency)
+    once = _work([row for row in ops if row.phase in ONCE], gpu, efficiency)
+    return _over_sizes(micro_batches, once, gpu, efficiency, drawn)
 
 
 def window_seconds(
@@ -123,20 +160,23 @@ def window_seconds(
     *,
     cuts: Sequence[int],
     traced_accumulation: int,
+    drawn: DrawnSizes | None = None,
     efficiency: Efficiency = RTX_3090,
 ) -> TimeEstimate:
     """Time of a window that is cut into micro-batches of `cuts` images, from traces at two micro-batches.
 
     Both windows had `traced_accumulation` micro-batches; `gpu` has rates. What a micro-batch takes is a line through the
-    two, and what comes once a window (clipping, optimizer, averaging) is that of the larger.
+    two, and what comes once a window (clipping, optimizer, averaging) is that of the larger. With `drawn`, it is the mean
+    over the sizes of training.
     """
     small, large = micro_batches
     low, high = (_work([row for row in rows if row.phase not in ONCE], gpu, efficiency) for rows in ops)
-    total = _work([row for row in ops[1] if row.phase in ONCE], gpu, efficiency)
+    once = _work([row for row in ops[1] if row.phase in ONCE], gpu, efficiency)
+    total = _NOTHING
     for images in cuts:
         share = (images - small) / (large - small)
         total = total.plus(high, share / traced_accumulation).plus(low, (1 - share) / traced_accumulation)
-    return _estimate(total, gpu, efficiency)
+    return _over_sizes(total, once, gpu, efficiency, drawn)
 
 
 def line_seconds(
@@ -150,8 +190,7 @@ def line_seconds(
     """Time of a step on the line through two; `gpu` has rates. What grows faster (a large window's logits) is missed."""
     low, high = (_work(rows, gpu, efficiency) for rows in ops)
     share = (at - points[0]) / (points[1] - points[0])
-    nothing = _Work(parts_s=dict.fromkeys(KINDS, 0.0), kernels=0)
-    return _estimate(nothing.plus(high, share).plus(low, 1 - share), gpu, efficiency)
+    return _estimate(_NOTHING.plus(high, share).plus(low, 1 - share), gpu, efficiency)
 
 
 def _row_seconds(row: OpCount, gpu: Gpu, efficiency: Efficiency) -> tuple[Kind, float]:

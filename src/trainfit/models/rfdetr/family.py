@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from trainfit.errors import TrainfitError
-from trainfit.models.family import Capability, Family, dashed, register
+from trainfit.models.family import Capability, DrawnSizes, Family, dashed, register
 from trainfit.models.rfdetr.guide import translate
 from trainfit.models.rfdetr.matching import matching_seconds
+from trainfit.models.rfdetr.sizes import drawn
 from trainfit.models.setting import DetectionSetting
 from trainfit.values import Range, require_valid
 
@@ -136,7 +137,7 @@ def assumptions(setting: RfDetrSetting) -> Sequence[str]:
     """What a prediction takes for granted."""
     lines = [f"The fullest image has {setting.objects_per_image} objects (--objects-per-image, or --data)."]
     if setting.multi_scale:
-        lines.append("Multi-scale training: the largest of its sizes.")
+        lines.append("Multi-scale training: memory at the largest of its sizes, time as the mean over all.")
     return lines
 
 
@@ -164,6 +165,22 @@ def check_recipe(recipe: Any) -> None:
     """The mask stage starts from the run of a detector, and nothing else does."""
     if (recipe.stage == "masks") != (recipe.from_run is not None):
         raise TrainfitError("--stage masks and --from RUN (the run of a detector) go together")
+
+
+def drawn_sizes(setting: RfDetrSetting) -> DrawnSizes | None:
+    """The sizes of multi-scale training; the largest is traced."""
+    if not setting.multi_scale:
+        return None
+    published = PUBLISHED[setting.model]
+    queries = (setting.num_queries or published.queries) * (setting.groups or GROUPS)
+    return drawn(
+        setting.model,
+        resolution=setting.resolution or published.resolution,
+        published=published.resolution,
+        block=published.block,
+        queries_share=queries / (published.queries * GROUPS),
+        masks=setting.has_masks,
+    )
 
 
 def sample_bytes(setting: RfDetrSetting) -> int:
@@ -199,5 +216,6 @@ def family() -> Family:
         translate=translate,
         shapes_weights=("resolution", "num_queries", "groups"),
         sample_bytes=sample_bytes,
+        drawn_sizes=drawn_sizes,
         host_seconds=host_seconds,
     )
