@@ -172,7 +172,9 @@ def read_plan(path: Path) -> Mapping[str, Any]:
         raise TrainfitError(f"--plan {path} is not a plan file of schema {SCHEMA}: write one with trainfit plan --out")
     for key, kind in (("model", str), ("knobs", dict), ("setting", dict), ("predicted", dict)):
         if not isinstance(record.get(key), kind):
-            raise TrainfitError(f"--plan {path} is not a plan file (it has no {key!r}): write one with trainfit plan --out")
+            raise TrainfitError(
+                f"--plan {path} is not a plan file (it has no {key!r}): write one with trainfit plan --out"
+            )
     kind = recipe_type(family_of(record["model"])[0].setting)
     taken = {field.name for field in fields(kind)} - {*NOT_TAKEN, *OF_THE_RUN}
     former = {"stage" if name == "recipe" else name: value for name, value in record["knobs"].items()}  # version 0.1
