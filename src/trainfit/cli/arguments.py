@@ -1,6 +1,5 @@
 """Command lines whose flags depend on the model: a command takes the knobs of the model's family."""
 
-import json
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import pairwise
@@ -10,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from trainfit.errors import TrainfitError
+from trainfit.files import read_json
 from trainfit.models.family import find
 from trainfit.models.setting import Setting
 from trainfit.training.run_files import RECIPE
@@ -41,9 +41,8 @@ def _model_in(flag: str, path: Path) -> str:
     """The model of the plan or run that a flag names; empty where it cannot be read: its command says why."""
     files = {"--plan": path, "--resume": path / RECIPE, "--from": path / RECIPE}
     try:
-        record = json.loads(files[flag].read_text(encoding="utf-8"))
-        return str(record["model"])
-    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return str(read_json(files[flag])["model"])
+    except (OSError, ValueError, LookupError, TypeError):
         return ""
 
 

@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar
 import trainfit
 from trainfit.cache import cache_folder
 from trainfit.errors import TrainfitError
+from trainfit.files import read_bytes
 from trainfit.models.family import registering_modules
 from trainfit.models.setting import Setting
 from trainfit.process import end_running
@@ -193,7 +194,7 @@ def stored(path: Path, parse: Callable[[str], T]) -> T | None:
         TrainfitError: the file exists and cannot be read.
     """
     try:
-        return parse(_decompressed(path.read_bytes()))
+        return parse(_decompressed(read_bytes(path)))
     except FileNotFoundError:
         return None
     except gzip.BadGzipFile as error:
