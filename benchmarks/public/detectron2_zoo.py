@@ -1,0 +1,103 @@
+"""Detectron2's model zoo (V100, 2 images a GPU, float32): the rows whose model torchvision has too.
+
+Memory is the most that torch allocated over a whole training, in steps of 0.1 GB. Detectron2 groups images by aspect
+ratio (DATALOADER.ASPECT_RATIO_GROUPING), so the largest batch is two images of 800 x 1333, not a mixed pair; its masks
+stay polygons on the CPU, so masks here have one pixel. The figure is that of the fullest image too: boxes times anchors is
+what matching compares (`OBJECTS`). Stem and first stage are
+frozen, BatchNorm is frozen (FREEZE_AT 2).
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from benchmarks.public.rows import DATA, Case, Row, records
+from torchvision.models import detection
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.retinanet import LastLevelP6P7
+
+from trainfit.models.maskrcnn.caps import cap_training_samples
+
+CARD, CAPABILITY = "V100 16GB", (7, 0)
+BACKBONES = {"R_50": "resnet50", "R_101": "resnet101", "X_101_32x8d": "resnext101_32x8d"}
+HEADS = {
+    "faster_rcnn": partial(detection.FasterRCNN, num_classes=81),
+    "mask_rcnn": partial(detection.MaskRCNN, num_classes=81),
+    "keypoint_rcnn": partial(detection.KeypointRCNN, num_classes=2, num_keypoints=17),
+    "retinanet": partial(detection.RetinaNet, num_classes=80),
+}
+HEIGHT, WIDTH = 800, 1333
+OBJECTS = 90
+"""About as many as the fullest image of COCO's training set has."""
+
+
+class Step:
+    """SGD with momentum, one parameter tensor at a time as Detectron2's torch had it."""
+
+    ema, blocks = None, 0
+
+    def __init__(self, device: torch.device, head: str, backbone: str, batch: int, objects: int) -> None:
+        """Build model and optimizer on `device`."""
+        extra: dict[str, Any] = {}
+        if head == "retinanet":
+            extra = {"returned_layers": [2, 3, 4], "extra_blocks": LastLevelP6P7(256, 256)}
+        body = resnet_fpn_backbone(backbone_name=BACKBONES[backbone], weights=None, trainable_layers=3, **extra)
+        self.model: Any = HEADS[head](body, min_size=HEIGHT, max_size=WIDTH).to(device).train()
+        if head != "retinanet":
+            cap_training_samples(self.model.roi_heads)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=1e-4, foreach=False)
+        self.device, self.head = device, head
+        self.images = [torch.zeros(3, HEIGHT, WIDTH) for _ in range(batch)]
+        self.targets = [self._target(objects) for _ in range(batch)]
+
+    def run(self) -> None:
+        """One step: images and boxes come to the device, as many as the batch has."""
+        images = [image.to(self.device) for image in self.images]
+        targets = [{name: value.to(self.device) for name, value in target.items()} for target in self.targets]
+        losses = self.model(images, targets)
+        self.optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        self.optimizer.step()
+
+    def _target(self, objects: int) -> dict[str, torch.Tensor]:
+        corner = torch.arange(objects, dtype=torch.float32)[:, None] + torch.tensor([[10.0, 10.0]])
+        target = {"boxes": torch.cat([corner, corner + 200], 1), "labels": torch.ones(objects, dtype=torch.int64)}
+        if self.head == "mask_rcnn":
+            target["masks"] = torch.ones(objects, 1, 1, dtype=torch.uint8)
+        if self.head == "keypoint_rcnn":
+            target["keypoints"] = torch.full((objects, 17, 3), 50.0)
+        return target
+
+
+build = Step
+
+
+def rows() -> list[Row]:
+    """Those that torchvision can build."""
+    made = (_row(record) for record in records(DATA / "public_memory/detectron2_zoo.jsonl"))
+    return [row for row in made if row is not None]
+
+
+def _row(record: dict[str, Any]) -> Row | None:
+    """None: a head, backbone, norm or data set that torchvision's models have not."""
+    plain = record["model"].removesuffix("_1x").removesuffix("_3x").removesuffix("_FPN")
+    head = next((head for head in HEADS if plain.startswith(head)), None)
+    backbone = plain.removeprefix(f"{head}_")
+    if head is None or backbone not in BACKBONES or "FPN" not in record["model"] or record["dataset"] != "COCO":
+        return None
+    if record["micro_batch"] != 2 or "GN" in record["note"].partition("norm ")[2][:8]:
+        return None
+    arguments = {"head": head, "backbone": backbone, "batch": 2, "objects": OBJECTS}
+    return Row(
+        source="detectron2_zoo",
+        group=head,
+        name=record["model"],
+        card=CARD,
+        quantity="allocated",
+        measured_mib=record["value_mib"],
+        case=Case(source="detectron2_zoo", arguments=arguments, capability=CAPABILITY),
+        batch=2,
+        traced_batch=2,
+        seconds=record["seconds_per_step"],
+    )

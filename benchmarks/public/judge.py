@@ -1,0 +1,72 @@
+"""Figures of a set of rows: errors, shares, intervals, verdicts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+import numpy as np
+from benchmarks.public.predictions import Predicted
+from benchmarks.public.rows import Row
+
+Pair = tuple[Row, Predicted]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Of one source and class. Shares and errors are of 1; runs that failed have no measured need and are left out."""
+
+    rows: int
+    median_error: float
+    mean_error: float
+    p95_error: float
+    low_2: float
+    """Share predicted more than 2 % too low."""
+    low_5: float
+    inside: float
+    """Share of measurements inside the interval."""
+    below: float
+    """Share of measurements below it."""
+    width: float
+    """Median width of the interval over the measurement."""
+
+
+def figures(pairs: Sequence[Pair]) -> Figures:
+    """Judge what was measured of runs that succeeded."""
+    done = [(row.measured_mib, p) for row, p in pairs if not row.oom]
+    errors = [p.likely_mib / measured - 1 for measured, p in done]
+    sizes = [abs(error) for error in errors]
+    return Figures(
+        rows=len(done),
+        median_error=median(sizes),
+        mean_error=fmean(sizes),
+        p95_error=float(np.quantile(sizes, 0.95)),
+        low_2=fmean(error < -0.02 for error in errors),
+        low_5=fmean(error < -0.05 for error in errors),
+        inside=fmean(p.low_mib <= measured <= p.high_mib for measured, p in done),
+        below=fmean(measured < p.low_mib for measured, p in done),
+        width=median((p.high_mib - p.low_mib) / measured for measured, p in done),
+    )
+
+
+def others(pairs: Sequence[Pair]) -> Mapping[str, tuple[float, float]]:
+    """By name of another predictor: its median and mean error over the same rows."""
+    found: dict[str, list[float]] = {}
+    for row, _ in pairs:
+        for name, value in row.others_mib.items() if not row.oom else ():
+            found.setdefault(name, []).append(abs(value / row.measured_mib - 1))
+    return {name: (median(errors), fmean(errors)) for name, errors in found.items()}
+
+
+def verdicts(pairs: Sequence[Pair]) -> tuple[int, int, int]:
+    """(runs repeated under a limit, wrongly said to run out, wrongly said to run)."""
+    said = [(cap.oom, runs) for row, p in pairs for cap, runs in zip(row.caps, p.under, strict=True)]
+    return len(said), sum(not oom and not runs for oom, runs in said), sum(oom and runs for oom, runs in said)
+
+
+def ordered(predicted: Sequence[float], measured: Sequence[float]) -> tuple[int, float]:
+    """Pairs whose measured values are over 2 % apart, and the share of them put in the right order."""
+    one, two = np.array(predicted), np.array(measured)
+    i, j = np.triu_indices(len(two), 1)
+    apart = np.maximum(two[i], two[j]) / np.minimum(two[i], two[j]) > 1.02
+    right = ((one[i] > one[j]) == (two[i] > two[j]))[apart]
+    return int(apart.sum()), float(right.mean()) if len(right) else float("nan")
