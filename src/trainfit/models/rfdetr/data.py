@@ -1,6 +1,7 @@
 """Images and objects as RF-DETR trains on them: square resize, crop and flip, normalised targets."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from rfdetr.utilities.tensors import NestedTensor
 
 from trainfit.models.images import IMAGENET_MEAN, IMAGENET_STD, normalise_, to_device
+from trainfit.models.rfdetr.packed_masks import PackedMasks, pack
 from trainfit.tasks.detection.masks import Rle, decode_rle
 from trainfit.tasks.detection.samples import ImageRecord, Polygons, Sample
 from trainfit.tasks.images import read_image
@@ -140,6 +142,18 @@ def to_targets(samples: Sequence[Sample], like: torch.Tensor) -> list[dict[str, 
     counts = [len(sample.classes) for sample in samples]
     kinds = [values.split(counts) for values in packed.values()]
     return [dict(zip(packed, of_sample, strict=True)) for of_sample in zip(*kinds, strict=True)]
+
+
+def to_lean_targets(samples: Sequence[Sample], like: torch.Tensor) -> list[dict[str, Any]]:
+    """Targets as `to_targets` gives them with `masks` as `PackedMasks`, packed before they are copied to the device."""
+    targets: list[dict[str, Any]] = [*to_targets([replace(sample, masks=None) for sample in samples], like)]
+    masks = [sample.masks for sample in samples if sample.masks is not None]
+    if masks:
+        _, height, width = masks[0].shape
+        packed = PackedMasks(bits=to_device([pack(each) for each in masks], like), size=(height, width))
+        for target, own in zip(targets, packed.split([len(each) for each in masks]), strict=True):
+            target["masks"] = own
+    return targets
 
 
 def _relative_boxes(sample: Sample, dtype: torch.dtype) -> torch.Tensor:

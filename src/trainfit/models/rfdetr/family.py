@@ -89,6 +89,9 @@ class RfDetrKnobs:
 class RfDetrSetting(RfDetrKnobs, DetectionSetting):
     """A setting of an RF-DETR."""
 
+    lean: Literal["on", "off"] = "on"
+    """Mask losses and mask matching in pieces on packed masks (same numbers, less memory); off: upstream's own, to compare."""
+
     def __post_init__(self) -> None:
         """Refuse values that cannot be used."""
         DetectionSetting.__post_init__(self)

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from rfdetr.models.criterion import SetCriterion
 
-from trainfit.models.rfdetr.data import to_batch, to_targets
+from trainfit.models.rfdetr.data import to_batch, to_lean_targets, to_targets
+from trainfit.models.rfdetr.lean_losses import LeanCriterion
+from trainfit.models.rfdetr.lean_matching import LeanMatcher
 from trainfit.step.terms import LossTerm, Objective
 from trainfit.tasks.detection.samples import Sample
 
@@ -20,6 +22,15 @@ TERMS = {
 """Upstream's loss names, and ours; those of auxiliary layers (`_0`, `_enc`) are added to their base's."""
 
 
+def make_lean(criterion: SetCriterion) -> None:
+    """Let upstream's criterion, and its matcher, work in pieces on packed target masks; its settings stay.
+
+    Upstream builds both by itself, so that their class is changed after that.
+    """
+    criterion.__class__ = LeanCriterion
+    criterion.matcher.__class__ = LeanMatcher
+
+
 def make_objective(criterion: SetCriterion, *, groups: int, masks: bool, masks_only: bool) -> Objective:
     """Terms and counts of RF-DETR.
 
@@ -28,11 +39,12 @@ def make_objective(criterion: SetCriterion, *, groups: int, masks: bool, masks_o
     `masks_only` drops the terms that are constants when everything but the mask head is frozen.
     """
     names = [name for upstream, name in TERMS.items() if "mask" in upstream or not masks_only]
+    make_targets = to_lean_targets if isinstance(criterion, LeanCriterion) else to_targets
     names = names if masks else [name for name in names if name in ("class", "box", "giou")]
 
     def terms(model: torch.nn.Module, samples: Sequence[Sample], canvas: tuple[int, int]) -> Mapping[str, LossTerm]:
         like = next(model.parameters())
-        targets = to_targets(samples, like)
+        targets = make_targets(samples, like)
         outputs: dict[str, Any] = model(to_batch(samples, canvas, like), targets)
         losses = criterion(outputs, targets, num_boxes=torch.ones((), device=like.device, dtype=like.dtype))
         totals: dict[str, list[torch.Tensor]] = {name: [] for name in names}

@@ -28,7 +28,7 @@ from trainfit.models.rfdetr.interop import (
     find_weights,
     load_weights,
 )
-from trainfit.models.rfdetr.losses import make_objective
+from trainfit.models.rfdetr.losses import make_lean, make_objective
 from trainfit.models.rfdetr.weights_file import read_weights
 from trainfit.models.workload import Decoder, OptimizerSettings
 from trainfit.tasks.detection.masks import Rle, encode_masks
@@ -97,6 +97,8 @@ class RfDetr:
         criterion.train()  # it counts groups in train mode
         if knobs.stage == "masks":
             criterion.losses = ["masks"]  # the others are constants of a frozen detector
+        if self.masks and self.setting.lean == "on":
+            make_lean(criterion)
         self.criterion = criterion
         self.max_detections = train.eval_max_dets
         self.is_class = torch.tensor([name != "" for name in classes] + [False] * (outputs - len(classes)))
