@@ -249,6 +249,10 @@ def test_bad_flags_and_folders_are_one_line(
     assert "use 96" in message(capsys, *train, *flags)
     assert "Perhaps you meant rfdetr-nano" in message(capsys, "train", "rfdetr-nan", "--data", sample_set)
     assert "no such file" in message(capsys, *train, *FAST, "--out", tmp_path / "a", "--weights", tmp_path / "none.pth")
+    for model in ("maskrcnn-r50-v2", "clip:ViT-B-32"):
+        untrained = message(capsys, "train", model, "--data", sample_set, "--out", tmp_path / "none")
+        assert f"trainfit does not train {model} yet" in untrained
+        assert not (tmp_path / "none").exists()
     assert "is not a run folder" in message(capsys, "train", "--resume", tmp_path)
     assert "--data is missing" in message(capsys, "train", "rfdetr-nano")
 

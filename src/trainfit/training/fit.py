@@ -52,9 +52,19 @@ def fit(recipe: Recipe, *, progress: Progress | None = None, stop: Callable[[], 
     with process_group(recipe.device) as device:
         show = progress if progress is not None and ranks.rank() == 0 else Silent()
         recipe = resume_recipe(recipe) if recipe.resume else on_earlier_run(recipe)
+        _require_task(recipe)
         name, resume = family_of(recipe.model)[1], recipe.resume is not None
         with run_folder.opened(recipe.out, name, resume=resume) as folder:
             return _Run(recipe, folder, device, show).train(stop)
+
+
+def _require_task(recipe: Recipe) -> None:
+    """Refuse a model that can only be planned, before anything is written."""
+    if family_of(recipe.model)[0].task is None:
+        raise TrainfitError(
+            f"trainfit does not train {recipe.model} yet: trainfit plan {recipe.model} says what fits, "
+            "and --emit writes its plan for another tool"
+        )
 
 
 class _Run:
