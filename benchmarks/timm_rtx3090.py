@@ -24,10 +24,12 @@ import multiprocessing
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -129,28 +131,37 @@ def prime_from(number: int) -> int:
     return number
 
 
+@contextmanager
+def weights_of_any_values() -> Generator[None]:
+    """Models are built without their initial values, which cost most of the time and decide nothing."""
+    with ExitStack() as patched:
+        for name in ("normal_", "uniform_", "erfinv_"):
+            patched.enter_context(patch.object(torch.Tensor, name, _unchanged))
+        yield
+
+
 def _unchanged(tensor: torch.Tensor, *_args: object, **_kwargs: object) -> torch.Tensor:
     return tensor
 
 
 def traced(row: dict[str, str], batch: int) -> tuple[StoredTrace, int]:
-    """The trace at a batch and the number of parameters. Changes this process for good."""
-    for name in ("normal_", "uniform_", "erfinv_"):  # Initial values cost most of the time and decide nothing.
-        setattr(torch.Tensor, name, _unchanged)
+    """The trace at a batch and the number of parameters."""
     built: list[Step] = []
 
     def build(device: torch.device) -> Step:
-        built.append(Step(device, row["model"], batch, int(row["train_img_size"])))
+        with weights_of_any_values():
+            built.append(Step(device, row["model"], batch, int(row["train_img_size"])))
         return built[0]
 
     result = trace_step(build, target=Target(capability=(8, 6), fused_attention=False))
     return result, sum(p.numel() for p in built[0].model.parameters())
 
 
-def scaled(trace: Trace, traced_batch: int, batch: int) -> Trace:
-    """The trace of the same step at another batch."""
+def scaled(trace: Trace, traced_batch: int, batch: int, *, fixed: Collection[str] = ()) -> Trace:
+    """The trace of the same step at another batch; tensors of `fixed` categories keep their bytes."""
     tensors = (
-        t if t.nbytes % traced_batch else replace(t, nbytes=t.nbytes // traced_batch * batch) for t in trace.tensors
+        t if t.nbytes % traced_batch or t.category in fixed else replace(t, nbytes=t.nbytes // traced_batch * batch)
+        for t in trace.tensors
     )
     return Trace(tensors=tuple(tensors), events=trace.events, marks=trace.marks)
 

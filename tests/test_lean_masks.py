@@ -1,6 +1,6 @@
 """Lean mask losses and matching of RF-DETR: upstream's numbers, in pieces."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import pytest
@@ -18,14 +18,7 @@ from trainfit.models.rfdetr.lean_losses import LeanCriterion
 from trainfit.models.rfdetr.packed_masks import PackedMasks, pack
 from trainfit.models.setting import make_setting
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """These cases are so small that threads cost more than they give."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(("height", "width"), [(96, 96), (673, 96), (5, 673), (1, 3)])

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,13 +43,7 @@ TINY = ["--resolution", 64, "--groups", 1, "--num-queries", 10, "--multi-scale",
 BATCH = ["--batch", 2, "--accum", 2]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """These models are so small that threads cost more than they give."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def drawn(objects: int, seed: int, *, side: int = SIDE, masks: bool = True) -> Sample:

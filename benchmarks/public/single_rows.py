@@ -1,7 +1,7 @@
 """Single published figures of the models that trainfit trains: rf-detr pull request 1437 (NVIDIA L4, allocated peaks).
 
-The pull request gives no number of objects an image. 15 is about twice COCO's mean; what a full 100 cost is the range
-that `trainfit predict` states beside its number.
+The pull request gives no number of objects an image. 15 is about twice COCO's mean, and an
+assumption.
 """
 
 from benchmarks.public.rows import Case, Row

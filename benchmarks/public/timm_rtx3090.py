@@ -6,6 +6,7 @@ alone; the rows judged here are the other two groups.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import benchmarks.timm_rtx3090 as ladder
 
@@ -74,6 +75,7 @@ def group_of(model: str) -> str:
     return "CNN"
 
 
+@cache
 def judged() -> list[Judged]:
     """The tested and the fresh models."""
     tested, fitted, fresh, _ = ladder.load()

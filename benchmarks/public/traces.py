@@ -11,14 +11,12 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from benchmarks.public.rows import Case
+from benchmarks.timm_rtx3090 import scaled, weights_of_any_values
 
 from trainfit.cache import cache_folder
 from trainfit.tracing.events import Trace
@@ -79,18 +77,11 @@ def make(cases: Iterable[Case]) -> None:
         )
 
 
-def _unchanged(tensor: torch.Tensor, *_args: object, **_kwargs: object) -> torch.Tensor:
-    return tensor
-
-
 def _trace(case: Case) -> None:
     source = importlib.import_module(f"benchmarks.public.{case.source}")
 
     def build(device: torch.device) -> Any:
-        """The step with weights of any values: initial values cost most of the time and decide nothing."""
-        with ExitStack() as patched:
-            for name in ("normal_", "uniform_", "erfinv_"):
-                patched.enter_context(patch.object(torch.Tensor, name, _unchanged))
+        with weights_of_any_values():
             return source.build(device, **case.arguments)
 
     target = Target(capability=case.capability, fused_attention=case.fused_attention)
@@ -111,10 +102,4 @@ def _store(case: Case, record: dict[str, Any]) -> None:
 
 def at_batch(trace: Trace, traced_batch: int, batch: int) -> Trace:
     """The trace of the same step at another batch; `traced_batch` is a prime that no other size is a multiple of."""
-    if batch == traced_batch:
-        return trace
-    tensors = (
-        t if t.nbytes % traced_batch or t.category in FIXED else replace(t, nbytes=t.nbytes // traced_batch * batch)
-        for t in trace.tensors
-    )
-    return Trace(tensors=tuple(tensors), events=trace.events, marks=trace.marks)
+    return trace if batch == traced_batch else scaled(trace, traced_batch, batch, fixed=FIXED)

@@ -2,8 +2,8 @@
 
 Upstream (rfdetr 1.11.2 models/criterion.py `loss_masks`) holds the logits of every matched query at full size until
 backward, and a float copy of each target mask for each query group. Here a piece of the logits exists at a time; for
-backward stay the points, the logits and the labels there. The gradient of bilinear sampling needs the points alone, so
-that no product is computed again.
+backward the points are kept, and the logits and the labels there. The gradient of bilinear sampling needs the points alone,
+so nothing is recomputed.
 """
 
 from collections.abc import Iterator, Sequence
