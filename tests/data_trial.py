@@ -23,7 +23,7 @@ from data_corpus import CANARY, Case, write_outside
 from trainfit.errors import TrainfitError
 from trainfit.models.rfdetr.data import make_sample
 from trainfit.reports.check_data import check_data_json, check_data_text
-from trainfit.tasks.detection.check import check_dataset
+from trainfit.tasks.detection.check import check_dataset, check_of
 from trainfit.tasks.detection.masks import require_masks
 from trainfit.tasks.detection.read import read_dataset, require_no_errors
 from trainfit.tasks.detection.samples import Dataset, Sample
@@ -115,8 +115,8 @@ def _try(folder: Path) -> tuple[str, str]:
         dataset = check_dataset(read_dataset(folder))
     except TrainfitError as error:
         return _one_line(str(error))
-    text = check_data_text(dataset, ascii_only=True)
-    document = json.dumps(check_data_json(dataset))
+    text = check_data_text(check_of(dataset), ascii_only=True)
+    document = json.dumps(check_data_json(check_of(dataset)))
     if CANARY in text or CANARY in document:
         return "prints a foreign file", text[:1500]
     if any(not c.isprintable() for c in text.replace("\n", "")):

@@ -14,10 +14,11 @@ from trainfit.cli.check_data import CheckData, check_data
 from trainfit.errors import TrainfitError
 from trainfit.reports.check_data import check_data_text
 from trainfit.tasks.detection.admit import RawImage, RawObject, admit
-from trainfit.tasks.detection.check import check_dataset
+from trainfit.tasks.detection.check import check_dataset, check_of
 from trainfit.tasks.detection.read import read_dataset, require_no_errors
-from trainfit.tasks.detection.samples import Dataset, Finding, ImageRecord
+from trainfit.tasks.detection.samples import Dataset, ImageRecord
 from trainfit.tasks.detection.statistics import statistics
+from trainfit.tasks.findings import Finding
 from trainfit.tasks.images import ImageDefect, ImageHeader, read_header, read_image
 
 RNG = np.random.default_rng(0)
@@ -388,7 +389,7 @@ def test_report_lists_every_finding() -> None:
     dataset = Dataset(
         root=Path("r"), format="coco", classes=(), category_ids=(), splits={"train": ()}, findings=findings
     )
-    lines = check_data_text(dataset).splitlines()
+    lines = check_data_text(check_of(dataset)).splitlines()
     assert "  k: 2000" in lines
     assert [line for line in lines if line.startswith("    file")] == [f"    file {n}: m" for n in range(2000)]
 

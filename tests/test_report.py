@@ -116,7 +116,7 @@ def write(folder: Path, told: Sequence[dict[str, Any]] | None = None, tail: str 
 TEXT = """\
 rfdetr-nano, runs/a: finished, 10 of 10 steps.
 loss        10 -> 1 (mean of the first and of the last 1 window(s))
-AP          boxes 25.0 (AP50 45.0) at step 10, best 31.0 at step 5
+evaluation  step 10: bbox AP 25.0, bbox AP50 45.0; best AP 31.0 at step 5
 rate        0.0001 -> 1e-05
 speed       8 images/s; predicted 9
 time        0:35: 26 % compute, 29 % waiting for data, 14 % evaluation and saving, 29 % start, 3 % other
@@ -135,6 +135,19 @@ def test_the_report_in_words(
     write(Path("runs/a"))
     assert run("report", "runs/a") == 0
     assert capsys.readouterr().out == TEXT
+
+
+def test_evaluations_of_any_task(tmp_path: Path) -> None:
+    """The score and the figures that a run writes, whatever they are called; a score that is not defined is left out."""
+    folder = write(tmp_path / "a")
+    shown: dict[str, Any] = {"score_name": "recall", "figures": {"recall": 0.5, "top-5": None}}
+    rows = [{"step": 5, "score": 0.75, **shown}, {"step": 10, "score": 0.5, **shown}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*metrics()[:5], *rows]))
+    report = read_run(folder)
+    assert "evaluation  step 10: recall 50.0, top-5 -; best recall 75.0 at step 5\n" in run_text(report)
+    assert "Evaluation, %" in run_html(report)
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 5, "score": None, **shown}) + "\n")
+    assert "evaluation  step 5: recall 50.0, top-5 -\n" in run_text(read_run(folder))
 
 
 def test_json_is_the_same_as_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,7 +245,7 @@ def test_the_page_stands_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert list(charts) == [
         "Loss",
         "Learning rate",
-        "AP, %",
+        "Evaluation, %",
         "Images a second",
         "Waiting for data, % of the time",
         "Peak memory, GiB",

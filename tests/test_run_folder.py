@@ -19,7 +19,7 @@ from trainfit.errors import TrainfitError
 from trainfit.models.rfdetr.weights_file import read_weights
 from trainfit.tasks.detection.sample_set import write_sample_set
 from trainfit.training import run_folder
-from trainfit.training.inference import load_detector
+from trainfit.training.inference import load_model
 from trainfit.training.lock import locked
 from trainfit.training.run_files import read_rows
 
@@ -204,13 +204,13 @@ def test_weights_of_any_damage_are_one_line(trained: Path, tmp_path: Path) -> No
         path = tmp_path / f"{kind}.safetensors"
         run_folder.save_weights(path, weights | changes, told)
         with pytest.raises(TrainfitError, match=message) as caught:
-            load_detector(path, torch.device("cpu"))
+            load_model(path, torch.device("cpu"))
         assert str(path) in str(caught.value)
     for kind, data in {"empty": b"", "text": b"hello", "huge header": (2**62).to_bytes(8, "little") + b"{}"}.items():
         path = tmp_path / f"{kind}.safetensors"
         path.write_bytes(data)
         with pytest.raises(TrainfitError, match="not a readable safetensors file"):
-            load_detector(path, torch.device("cpu"))
+            load_model(path, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("data", [b"", b"hello\n", b"\x80\x04.", b"PK\x03\x04 cut"])

@@ -59,6 +59,13 @@ def trainfit(home: Path, *words: object) -> str:
     return done.stdout
 
 
+def test_check_data(home: Path) -> None:
+    text = trainfit(home, "check-data", "data", "--task", "toy_task")
+    assert text.splitlines()[2:4] == ["           train       val", "images        24         8"]
+    found = json.loads(trainfit(home, "check-data", "data", "--task", "toy_task", "--json"))
+    assert found == {"schema": 1, "splits": {"train": 24, "val": 8}, "findings": []}
+
+
 def parameter_bytes(width: int) -> int:
     """Of three 3 x 3 convolutions, their norms, and the linear layer for two classes, in float32."""
     convolutions = sum(9 * channels * width + width for channels in (3, width, width))

@@ -4,8 +4,9 @@ Progress goes to functions that the caller gives; nothing is printed. What a use
 """
 
 import dataclasses
+import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,10 +25,10 @@ from trainfit.planning.make import DEFAULT_EFFECTIVE_BATCH, make_plan
 from trainfit.planning.plan import Plan
 from trainfit.planning.predict import predict_with_trace
 from trainfit.step.names import Checkpointing
+from trainfit.values import flag
 
 if TYPE_CHECKING:
-    from trainfit.tasks.detection.samples import Dataset, ImageDetections
-    from trainfit.tasks.task import Evaluation
+    from trainfit.tasks.task import DataCheck, Evaluation
     from trainfit.training.summary import RunSummary
     from trainfit.training.telemetry import Progress
 
@@ -270,12 +271,15 @@ def evaluate(
     from trainfit.tasks.task import task_of
     from trainfit.training.distributed import choose_device
     from trainfit.training.evaluation import evaluate_model
-    from trainfit.training.inference import load_detector
+    from trainfit.training.inference import load_model
 
-    loaded = load_detector(Path(source), choose_device(device, 0), model=model)
-    task = task_of(str(loaded.workload.setting.family.task))
+    loaded = load_model(Path(source), choose_device(device, 0), model=model)
+    name = str(loaded.workload.setting.family.task)
+    task = task_of(name)
+    require_options(task.metric, options, name)
     dataset = task.read(str(data), allow_outside=allow_outside)
-    for remark in (*loaded.remarks, *_unknown_classes(loaded.workload.classes, dataset.classes, source, data)):
+    remarks = task.compare(dataset, loaded.workload, data=str(data), weights=str(source))
+    for remark in (*loaded.remarks, *remarks):
         note(remark)
     if split not in dataset.splits:
         raise TrainfitError(f"{data} has no split {split!r}: --split is one of {', '.join(dataset.splits)}")
@@ -284,7 +288,7 @@ def evaluate(
         loaded.model,
         loaded.workload,
         records,
-        task.metric(records, loaded.workload, classes=dataset.classes, **options),
+        task.metric(records, loaded.workload, dataset=dataset, **options),
         micro_batch=micro_batch,
         precision=loaded.precision,
         device=loaded.device,
@@ -292,21 +296,18 @@ def evaluate(
     )
 
 
-def _unknown_classes(known: Sequence[str], wanted: Sequence[str], source: str | Path, data: str | Path) -> list[str]:
-    """A remark on classes of the data set that the model does not have.
+def require_options(metric: Callable[..., Any], options: Mapping[str, Any], task: str) -> None:
+    """Refuse options that the metric of a task does not have.
 
     Raises:
-        TrainfitError: it has none of them.
+        TrainfitError: with the first of them.
     """
-    from trainfit.tasks.detection.class_names import positions
-
-    unknown = [name for name, row in zip(wanted, positions(wanted, known), strict=True) if row is None]
-    if len(unknown) == len(wanted):
-        trained = ", ".join(name for name in known if name)
-        raise TrainfitError(f"{data} has the classes {', '.join(wanted)}, {source} was trained on others: {trained}")
-    if not unknown:
-        return []
-    return [f"{source} does not know {', '.join(unknown)}: it never predicts them, so their score is 0"]
+    parameters = inspect.signature(metric).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for option in options:
+        if option not in parameters:
+            raise TrainfitError(f"{flag(option)} is no option of the metric of the task {task!r}: leave it out")
 
 
 def detect(
@@ -316,7 +317,7 @@ def detect(
     model: str | None = None,
     device: Device = "auto",
     note: Callable[[str], None] = _silent,
-) -> "list[ImageDetections]":
+) -> "list[Any]":
     """Detect objects in image files with a trained run: `trainfit detect`.
 
     Args:
@@ -327,49 +328,51 @@ def detect(
         note: Called with a line on weights that do not match.
 
     Returns:
-        The detections of each image in order, of all scores: boxes (n, 4) as x0, y0, x1, y1 in pixels, scores (n,),
-        classes (n,), and masks where the model has them.
+        What the model gives for each image, in order. Of detection: all boxes (n, 4) as x0, y0, x1, y1 in pixels, scores
+        (n,), classes (n,), and masks where the model has them (`tasks.detection.samples.ImageDetections`).
 
     Raises:
-        TrainfitError: no such run or weights, or an image that cannot be read.
+        TrainfitError: no such run or weights, an image that cannot be read, or a task without inference on files.
     """
     from trainfit.training import inference
     from trainfit.training.distributed import choose_device
 
-    detector = inference.load_detector(Path(source), choose_device(device, 0), model=model)
-    for remark in detector.remarks:
+    loaded = inference.load_model(Path(source), choose_device(device, 0), model=model)
+    for remark in loaded.remarks:
         note(remark)
-    return list(inference.detect(detector, [Path(image) for image in images]))
+    return list(inference.infer(loaded, [Path(image) for image in images]))
 
 
 def check_data(
     data: str | Path,
     *,
-    format: Literal["coco", "yolo", "voc"] | None = None,  # noqa: A002 - as the flag
+    task: str | None = None,
+    format: str | None = None,  # noqa: A002 - as the flag
     decode: bool = True,
     allow_outside: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> "Dataset":
-    """Read a data set of detection and list all that is wrong with it: `trainfit check-data`.
+) -> "DataCheck":
+    """Read a data set and list all that is wrong with it: `trainfit check-data`.
 
     Args:
-        data: Folder of the data set, its COCO JSON or YOLO data file, or "sample".
-        format: The format; it is detected unless given.
-        decode: Decode every image; without it, only what the files' heads and ends tell.
+        data: Folder or file of the data set, or "sample".
+        task: What the data are for, for instance "detection"; recognised by the files unless given.
+        format: One of the task's formats, for instance "coco"; detected unless given.
+        decode: Decode every record; without it, only what the files' heads and ends tell.
         allow_outside: Read files that the data set names but does not hold.
-        progress: Called with the images that are decoded, and with all.
+        progress: Called with the records that are decoded, and with all.
 
     Returns:
-        The data set; its `findings` name each defect, and training refuses it where one has the severity "error".
+        The data set, its statistics, and its `findings`, which name each defect. Training refuses it where one has the
+        severity "error" (`usable` is False).
 
     Raises:
-        TrainfitError: there is no data set.
+        TrainfitError: there is no data set, no such task or no such format.
     """
-    from trainfit.tasks.detection.check import check_dataset
-    from trainfit.tasks.detection.read import read_dataset
+    from trainfit.tasks.task import recognised_task, task_of
 
-    dataset = read_dataset(str(data), format=format, allow_outside=allow_outside)
-    return check_dataset(dataset, progress=progress) if decode else dataset
+    chosen = recognised_task(str(data)) if task is None else task_of(task)
+    return chosen.check(str(data), file_format=format, decode=decode, allow_outside=allow_outside, progress=progress)
 
 
 def _card(gpu: str | Gpu | None, memory: str | None, note: Callable[[str], None]) -> Gpu:

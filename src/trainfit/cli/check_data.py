@@ -4,23 +4,25 @@ import json
 import sys
 import time
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckData:
-    """Read a data set, decode every image, and list all defects; changes no file."""
+    """Read a data set, decode every record, and list all defects; changes no file."""
 
     data: tyro.conf.Positional[str]
-    """Folder of the data set, its COCO JSON or YOLO data file, or `sample`."""
-    format: Literal["coco", "yolo", "voc"] | None = None
-    """The format, where looking does not tell."""
+    """Folder or file of the data set, or `sample`."""
+    task: str | None = None
+    """What the data are for, for instance detection; recognised by the files unless given."""
+    format: str | None = None
+    """One of the task's formats, for instance coco, yolo or voc; detected unless given."""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print JSON (schema 1) instead of text."""
     decode: bool = True
-    """Decode every image; without it, only what the files' heads and ends tell."""
+    """Decode every record; without it, only what the files' heads and ends tell."""
     allow_outside: bool = False
     """Read files that the data set names but does not hold: absolute paths, `..`, links."""
 
@@ -30,18 +32,19 @@ def check_data(arguments: Annotated[CheckData, tyro.conf.arg(name="")]) -> int:
     from trainfit import api
     from trainfit.reports.check_data import check_data_json, check_data_text
 
-    dataset = api.check_data(
+    check = api.check_data(
         arguments.data,
+        task=arguments.task,
         format=arguments.format,
         decode=arguments.decode,
         allow_outside=arguments.allow_outside,
         progress=_Progress(),
     )
     if arguments.as_json:
-        print(json.dumps(check_data_json(dataset), indent=2))
+        print(json.dumps(check_data_json(check), indent=2))
     else:
-        print(check_data_text(dataset, ascii_only=not _prints_blocks()))
-    return int(any(finding.severity == "error" for finding in dataset.findings))
+        print(check_data_text(check, ascii_only=not _prints_blocks()))
+    return 0 if check.usable else 1
 
 
 def _prints_blocks() -> bool:
@@ -61,11 +64,12 @@ class _Progress:
         self.next_s = time.monotonic() + 1
 
     def __call__(self, done: int, total: int) -> None:
-        """Show how many images are decoded."""
+        """Show how many records are decoded."""
         now = time.monotonic()
         if now < self.next_s and not (self.shown and done == total):
             return
         self.shown = True
         self.next_s = now + (0.2 if self.live else 10)
-        start, end = ("\r", "\n" if done == total else "") if self.live else ("", "\n")
-        print(f"{start}decoded {done} of {total} images", end=end, file=sys.stderr, flush=True)
+        start = "\r" if self.live else ""
+        end = "" if self.live and done < total else "\n"
+        print(f"{start}decoded {done} of {total}", end=end, file=sys.stderr, flush=True)

@@ -31,26 +31,28 @@ def detect(
         as_json: Print JSON.
     """
     from trainfit.errors import TrainfitError
-    from trainfit.reports.detections import detection_lines, draw_boxes
     from trainfit.reports.words import printable
+    from trainfit.tasks.task import inference_of
     from trainfit.training import inference
     from trainfit.training.distributed import choose_device
 
     if not images:
         raise TrainfitError("name at least one image: trainfit detect RUN IMAGE")
-    detector = inference.load_detector(run, choose_device(device, 0), model=model)
-    for remark in detector.remarks:
+    loaded = inference.load_model(run, choose_device(device, 0), model=model)
+    for remark in loaded.remarks:
         print(remark, file=sys.stderr)
+    task = inference_of(str(loaded.workload.setting.family.task))
     rows: list[dict[str, object]] = []
-    for path, found in zip(images, inference.detect(detector, images), strict=True):
-        rows += (lines := detection_lines(path, found, detector.workload.classes, threshold))
+    for path, output in zip(images, inference.infer(loaded, images), strict=True):
+        own = task.rows(path, output, loaded.workload.classes, threshold)
+        rows += own
         if draw:
-            print(f"wrote {draw_boxes(path, lines, draw)}")
+            print(f"wrote {task.draw(path, own, draw)}")
     if as_json:
         print(json.dumps({"schema": 1, "detections": rows}, indent=2))
     else:
         for row in rows:
-            print(printable("{file}  {class}  {score:.3f}  {box}".format(**row)))
+            print(printable(task.row_text(row)))
         if not rows:
             print(f"nothing found with a score of {threshold} or more")
     return 0

@@ -25,16 +25,16 @@ def evaluate(
     allow_outside: bool = False,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
-    """How good a trained run, or a published checkpoint, is on a data set: COCO AP per class for detectors.
+    """How good a trained run, or a published checkpoint, is on a data set.
 
     Args:
         run: Run folder, or a weights file of one.
-        data: Data set: a folder, a COCO JSON file, or `sample`.
+        data: Data set: a folder or file that the model's task reads, or `sample`.
         weights: Weights file instead of a run: of trainfit, of the upstream project, or `pretrained` (downloads it).
         model: Model that upstream's weights are of, for instance rfdetr-nano.
-        split: Which images.
+        split: Which records.
         micro_batch: Images per forward.
-        max_detections: Detections for each image and class that count; by default as many as upstream counts.
+        max_detections: Of detection: detections for each image and class that count; by default as many as upstream counts.
         device: Where to run.
         allow_outside: Read files that the data set names but does not hold.
         as_json: Print JSON.
@@ -42,8 +42,11 @@ def evaluate(
     from trainfit import api
     from trainfit.reports.tables import table_text
 
+    options = {} if max_detections is None else {"max_detections": max_detections}
+    if max_detections is not None and max_detections < 1:
+        raise TrainfitError(f"--max-detections must be at least 1, not {max_detections}")
     evaluation = api.evaluate(
-        _source(run, weights, max_detections),
+        _source(run, weights),
         data=data,
         model=model,
         split=split,
@@ -51,7 +54,7 @@ def evaluate(
         device=device,
         allow_outside=allow_outside,
         note=lambda line: print(line, file=sys.stderr),
-        **({} if max_detections is None else {"max_detections": max_detections}),
+        **options,
     )
     if as_json:
         details = {name: _plain(value) for name, value in evaluation.details.items()}
@@ -68,9 +71,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _source(run: Path | None, weights: Path | None, max_detections: int | None) -> Path:
-    if max_detections is not None and max_detections < 1:
-        raise TrainfitError(f"--max-detections must be at least 1, not {max_detections}")
+def _source(run: Path | None, weights: Path | None) -> Path:
     if run is not None and weights is not None:
         raise TrainfitError(f"{run} and --weights {weights} cannot both be evaluated: give one of them")
     if run is None and weights is None:

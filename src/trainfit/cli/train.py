@@ -10,7 +10,7 @@ from trainfit.values import given_by_flags
 
 
 def train(recipe: Recipe, given: AbstractSet[str]) -> int:
-    """Train a detector on your data, with the exact gradient of the effective batch.
+    """Train a model on your data, with the exact gradient of the effective batch.
 
     Ctrl-C saves the state and stops; a second Ctrl-C stops at once. Go on with --resume RUN.
     """

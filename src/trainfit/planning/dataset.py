@@ -25,7 +25,8 @@ def read_data(setting: Setting, data: str, *, allow_outside: bool = False) -> Da
 def for_data(setting: Setting, dataset: Dataset) -> Setting:
     """The setting with its number of classes, and what else the training images determine of the family's knobs."""
     statistics_of_data = _task(setting).statistics(dataset.splits["train"])
-    return setting.family.for_data(replace(setting, classes=len(dataset.classes)), statistics_of_data)
+    classes = len(dataset.classes) or setting.classes  # data of some tasks have no classes
+    return setting.family.for_data(replace(setting, classes=classes), statistics_of_data)
 
 
 def _task(setting: Setting) -> Task:

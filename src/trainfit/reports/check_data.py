@@ -1,17 +1,15 @@
-"""A checked data set as text or JSON."""
+"""A checked data set as text or JSON, whatever its task."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from trainfit.reports.words import printable
-from trainfit.tasks.detection.samples import Dataset, Finding
-from trainfit.tasks.detection.statistics import DatasetStatistics, statistics
+from trainfit.tasks.findings import Finding
+from trainfit.tasks.task import DataCheck, Histogram, Lines, Table
 
 SCHEMA = 1
 _BAR_WIDTH = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
-_SIZES_SHOWN = 8
 _HEADINGS = {
     "error": "Errors (training refuses)",
     "skipped": "Skipped (left out)",
@@ -20,66 +18,52 @@ _HEADINGS = {
 }
 
 
-def check_data_text(dataset: Dataset, *, ascii_only: bool = False) -> str:
-    """Counts, objects per image, canvas sizes, then every finding, grouped by kind; nothing is cut short.
+def check_data_text(check: DataCheck, *, ascii_only: bool = False) -> str:
+    """The statistics, then every finding, grouped by kind; nothing is cut short.
 
     `ascii_only` draws the bars of `#`, for an output that has no block characters.
     """
-    by_split = {split: statistics(records) for split, records in dataset.splits.items()}
-    everything = statistics([record for records in dataset.splits.values() for record in records])
     sections = [
-        [f"{dataset.root}: {dataset.format}, {len(dataset.classes)} classes"],
-        _counts(dataset, by_split),
-        _histogram(everything, ascii_only=ascii_only),
-        _canvases(everything),
-        *_groups(dataset.findings),
-        [_verdict(dataset.findings)],
+        [check.title],
+        *(_section(section, ascii_only=ascii_only) for section in check.sections),
+        *_groups(check.findings),
+        [_verdict(check.findings)],
     ]
     return "\n\n".join("\n".join(map(printable, lines)) for lines in sections)
 
 
-def check_data_json(dataset: Dataset) -> dict[str, Any]:
-    """The same as values: `schema` 1, statistics by split, all findings."""
-    return {
-        "schema": SCHEMA,
-        "root": str(dataset.root),
-        "format": dataset.format,
-        "classes": [
-            {"id": category, "name": name} for category, name in zip(dataset.category_ids, dataset.classes, strict=True)
-        ],
-        "splits": {split: asdict(statistics(records)) for split, records in dataset.splits.items()},
-        "findings": [asdict(finding) for finding in dataset.findings],
-    }
+def check_data_json(check: DataCheck) -> dict[str, Any]:
+    """The same as values: `schema` 1, the task's statistics, all findings."""
+    return {"schema": SCHEMA, **check.record, "findings": [asdict(finding) for finding in check.findings]}
 
 
-def _counts(dataset: Dataset, by_split: Mapping[str, DatasetStatistics]) -> list[str]:
-    rows: list[tuple[str, Sequence[float]]] = [
-        ("images", [s.images for s in by_split.values()]),
-        ("  without objects", [s.empty_images for s in by_split.values()]),
-        ("objects", [s.objects for s in by_split.values()]),
-        ("  crowds", [s.crowds for s in by_split.values()]),
-        ("objects per image, mean", [round(s.objects_per_image_mean, 1) for s in by_split.values()]),
-        ("  99th percentile", [round(s.objects_per_image_percentiles[99], 1) for s in by_split.values()]),
-        ("  most", [s.objects_per_image_max for s in by_split.values()]),
+def _section(section: Table | Histogram | Lines, *, ascii_only: bool) -> list[str]:
+    if isinstance(section, Table):
+        return _table(section)
+    if isinstance(section, Histogram):
+        return _histogram(section, ascii_only=ascii_only)
+    return [section.title, *(f"  {line}" for line in section.lines)]
+
+
+def _table(table: Table) -> list[str]:
+    labels = [printable(str(row[0])) for row in table.rows]
+    width = max(len(label) for label in (table.columns[0], *labels))
+    header = f"{table.columns[0]:<{width}}" + "".join(f"{column:>10}" for column in table.columns[1:])
+    rows = [
+        f"{label:<{width}}" + "".join(f"{'-' if cell is None else cell:>10}" for cell in row[1:])
+        for label, row in zip(labels, table.rows, strict=True)
     ]
-    rows += [
-        (printable(f"class {name}"), [s.objects_per_class.get(index, 0) for s in by_split.values()])
-        for index, name in enumerate(dataset.classes)
-    ]
-    width = max(len(label) for label, _ in rows)
-    header = " " * width + "".join(f"{split:>10}" for split in by_split)
-    return [header, *(f"{label:<{width}}" + "".join(f"{value:>10}" for value in values) for label, values in rows)]
+    title = [table.title] if table.title else []
+    return [*title, header, *rows]
 
 
-def _histogram(everything: DatasetStatistics, *, ascii_only: bool) -> list[str]:
-    bins = everything.objects_per_image_histogram
-    most = max((count for _, _, count in bins), default=1)
-    labels = [str(low) if low == high else f"{low}-{high}" for low, high, _ in bins]
+def _histogram(histogram: Histogram, *, ascii_only: bool) -> list[str]:
+    most = max((number for _, number in histogram.bins), default=1)
     lines = [
-        f"  {label:>7} {_bar(n / most, ascii_only=ascii_only)} {n}"
-        for label, (_, _, n) in zip(labels, bins, strict=True)
+        f"  {label:>7} {_bar(number / max(1, most), ascii_only=ascii_only)} {number}"
+        for label, number in histogram.bins
     ]
-    return ["Objects per image (crowds apart), images", *lines]
+    return [histogram.title, *lines]
 
 
 def _bar(share: float, *, ascii_only: bool) -> str:
@@ -88,16 +72,6 @@ def _bar(share: float, *, ascii_only: bool) -> str:
         return "#" * round(share * _BAR_WIDTH)
     eighths = round(share * _BAR_WIDTH * 8)
     return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
-
-
-def _canvases(everything: DatasetStatistics) -> list[str]:
-    sizes = everything.canvas_sizes
-    lines = [f"  {width} x {height}: {count} images" for (width, height), count in sizes[:_SIZES_SHOWN]]
-    if rest := sizes[_SIZES_SHOWN:]:
-        lines.append(f"  {len(rest)} more sizes: {sum(count for _, count in rest)} images")
-    width, height = everything.largest_canvas
-    lines.append(f"  largest {width} x {height}; widest {everything.width_max}, highest {everything.height_max}")
-    return ["Canvas sizes, width x height in pixels", *lines]
 
 
 def _groups(findings: tuple[Finding, ...]) -> list[list[str]]:

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from html import escape
+from itertools import cycle
 
 from trainfit.gpus.catalogue import GIB
 from trainfit.reports import svg
 from trainfit.reports.run_report import (
     Row,
     RunReport,
-    ap_words,
+    evaluation_words,
     gpu_words,
     loss_words,
     memory_words,
@@ -21,6 +22,7 @@ from trainfit.reports.run_report import (
 from trainfit.reports.words import duration
 
 _BLUE, _GREY, _PINK, _VIOLET, _ORANGE, _GREEN = "#4ea5b7", "#7f8fa9", "#e889ab", "#9575cd", "#e38a42", "#6aa84f"
+_FIGURES = (_BLUE, _GREY, _PINK, _VIOLET, _ORANGE, _GREEN)
 _PILLS = {"finished": "fits", "going on": "fits", "interrupted": "tight", "not started": "tight", "broken off": "not"}
 
 
@@ -30,7 +32,7 @@ def run_html(report: RunReport) -> str:
     pill = f"<span class='verdict {_PILLS[report.state]}'>{report.state}</span>"
     facts = [
         ("loss", loss_words(report)),
-        ("AP", ap_words(report)),
+        ("evaluation", evaluation_words(report)),
         ("learning rate", rate_words(report)),
         ("speed", speed_words(report)),
         ("loader", report.loader["line"] if report.loader else None),
@@ -43,7 +45,9 @@ def run_html(report: RunReport) -> str:
         f"<tr><td class='soft label'>{name}</td><td>{escape(words)}</td></tr>" for name, words in facts if words
     )
     charts = [
-        chart for chart in (_loss(report), _ap(report), _speed(report), _waiting(report), *_device(report)) if chart
+        chart
+        for chart in (_loss(report), _evaluations(report), _speed(report), _waiting(report), *_device(report))
+        if chart
     ]
     parts = [
         f"<h1>{escape(title)} {pill}</h1>",
@@ -85,14 +89,12 @@ def _loss(report: RunReport) -> str:
     return _chart(report, "Loss", single, mean, zero=False) + _chart(report, "Learning rate", rate)
 
 
-def _ap(report: RunReport) -> str:
-    kinds = (("bbox", "boxes", _BLUE, _GREY), ("segm", "masks", _PINK, _VIOLET))
-    curves = [
-        _curve(report.evaluations, f"{kind}_{figure}", f"{name} {figure.upper()}", color, 100)
-        for kind, name, *colors in kinds
-        for figure, color in zip(("ap", "ap50"), colors, strict=True)
-    ]
-    return _chart(report, "AP, %", *curves)
+def _evaluations(report: RunReport) -> str:
+    """A curve for each figure, as percentages."""
+    names = dict.fromkeys(name for row in report.evaluations for name in row["figures"])
+    rows = [{"step": row["step"], **row["figures"]} for row in report.evaluations]
+    curves = [_curve(rows, name, name, color, 100) for name, color in zip(names, cycle(_FIGURES), strict=False)]
+    return _chart(report, "Evaluation, %", *curves)
 
 
 def _speed(report: RunReport) -> str:

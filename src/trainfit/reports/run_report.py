@@ -11,7 +11,8 @@ from typing import Any, Literal
 from trainfit.errors import TrainfitError
 from trainfit.files import read_json
 from trainfit.gpus.catalogue import GIB
-from trainfit.reports.words import duration
+from trainfit.reports.words import duration, printable
+from trainfit.tasks.task import percent
 from trainfit.training.noise_scale import NoiseSample, NoiseScale, noise_line, noise_scale
 from trainfit.training.run_files import METRICS, PLAN, RECIPE, TELEMETRY, read_rows
 
@@ -50,7 +51,7 @@ class RunReport:
     windows: tuple[Row, ...]
     """Lines of metrics.jsonl with a loss: step, loss and its parts, gradient_norm, lr, size, images."""
     evaluations: tuple[Row, ...]
-    """Lines of metrics.jsonl with an AP."""
+    """Lines of metrics.jsonl with an evaluation: `score`, `score_name`, `figures` by name, and the task's own values."""
     readings: tuple[Row, ...]
     """Lines of telemetry.jsonl: one for each reading of speed, memory, GPU; only the last of a step done twice."""
     ooms: tuple[Row, ...]
@@ -101,7 +102,7 @@ def read_run(folder: Path, now: float | None = None) -> RunReport:
         step=windows[-1]["step"] if windows else 0,
         total_steps=started[-1]["total_steps"] if started else None,
         windows=tuple(windows),
-        evaluations=tuple(row for row in metrics if "bbox_ap" in row),
+        evaluations=tuple(_evaluation(row) for row in metrics if "figures" in row or "bbox_ap" in row),
         readings=tuple(dict(sorted({row["step"]: row for row in readings}.items())).values()),
         ooms=tuple(events["oom"]),
         time=_time(readings, started, events["pause"], elapsed_s),
@@ -117,6 +118,15 @@ def read_run(folder: Path, now: float | None = None) -> RunReport:
         noise_line=_hint(scale, started, telemetry),
         unreadable_lines=bad_metrics + bad_telemetry,
     )
+
+
+def _evaluation(row: Row) -> Row:
+    """An evaluation with its score and figures; until version 0.1 a row had the values of detection alone."""
+    if "figures" in row:
+        return row
+    kinds = [kind for kind in ("bbox", "segm") if f"{kind}_ap" in row]
+    figures = {f"{kind} {name.upper()}": row[f"{kind}_{name}"] for kind in kinds for name in ("ap", "ap50")}
+    return {**row, "score": row[f"{kinds[-1]}_ap"], "score_name": "AP", "figures": figures}
 
 
 def _object(path: Path) -> Row | None:
@@ -187,7 +197,7 @@ def run_text(report: RunReport) -> str:
     """A sentence, then a line for each thing that the run tells."""
     rows = [
         ("loss", loss_words(report)),
-        ("AP", ap_words(report)),
+        ("evaluation", evaluation_words(report)),
         ("rate", rate_words(report)),
         ("speed", speed_words(report)),
         ("time", time_words(report.time)),
@@ -225,19 +235,17 @@ def loss_words(report: RunReport) -> str | None:
     return words + (f"; {broken} windows without a finite loss" if broken else "")
 
 
-def ap_words(report: RunReport) -> str | None:
-    """The last and the best evaluation of boxes, and of masks where there are any."""
-    words: list[str] = []
-    for kind, name in (("bbox", "boxes"), ("segm", "masks")):
-        found = [row for row in report.evaluations if row.get(f"{kind}_ap") is not None]
-        if found:
-            best = max(found, key=lambda row: row[f"{kind}_ap"])
-            last, key = found[-1], f"{kind}_ap"
-            words.append(
-                f"{name} {100 * last[key]:.1f} (AP50 {100 * last[key + '50']:.1f}) at step {last['step']}, "
-                f"best {100 * best[key]:.1f} at step {best['step']}"
-            )
-    return "; ".join(words) or None
+def evaluation_words(report: RunReport) -> str | None:
+    """The figures of the last evaluation, and the best score."""
+    if not report.evaluations:
+        return None
+    last = report.evaluations[-1]
+    figures = ", ".join(f"{printable(name)} {percent(value)}" for name, value in last["figures"].items())
+    scored = [row for row in report.evaluations if row["score"] is not None]
+    if not scored:
+        return f"step {last['step']}: {figures}"
+    best = max(scored, key=lambda row: row["score"])
+    return f"step {last['step']}: {figures}; best {best['score_name']} {percent(best['score'])} at step {best['step']}"
 
 
 def rate_words(report: RunReport) -> str | None:

@@ -3,6 +3,7 @@
 from trainfit.reports.progress import GIB
 from trainfit.reports.tables import table_text
 from trainfit.reports.words import duration
+from trainfit.tasks.task import percent
 from trainfit.training.oom import survival_line
 from trainfit.training.run_folder import BEST, TELEMETRY
 from trainfit.training.summary import RunSummary
@@ -19,7 +20,7 @@ def summary_text(summary: RunSummary) -> str:
         return "\n".join([*lines, f"Go on:      trainfit train --resume {folder}"])
     name = summary.evaluation.score_name if summary.evaluation else "score"
     best = (
-        f"best {name} {_percent(summary.best_score)} at step {summary.best_step}"
+        f"best {name} {percent(summary.best_score)} at step {summary.best_step}"
         if summary.best_score is not None
         else f"no {name}"
     )
@@ -47,7 +48,3 @@ def _survived(summary: RunSummary) -> list[str]:
         events[3:-3] = [f"{len(events) - 6} more in {summary.folder / TELEMETRY}"]
     errors = sum(event.cause != "quiet" for event in summary.survived)
     return [f"survived    {errors} out-of-memory errors", *(f"  {line}" for line in events)] if events else []
-
-
-def _percent(value: float | None) -> str:
-    return "   -" if value is None else f"{100 * value:4.1f}"

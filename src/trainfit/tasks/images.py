@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image
 
 from trainfit.errors import TrainfitError
-from trainfit.tasks.detection.samples import ImageRecord
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
@@ -30,6 +29,25 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+class ImageFile(Protocol):
+    """An image file and the size that its data set states."""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Pixels, as annotated."""
+        ...
+
+    @property
+    def height(self) -> int:
+        """Pixels, as annotated."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +112,7 @@ def read_headers(paths: Sequence[Path]) -> list[ImageHeader | ImageDefect]:
         return list(pool.map(read_header, paths))
 
 
-def read_image(record: ImageRecord) -> Image.Image:
+def read_image(record: ImageFile) -> Image.Image:
     """The record's image in RGB, exactly `record.width` x `record.height`.
 
     EXIF orientation is applied when the upright size is the annotated one (as Detectron2, mmcv and OpenCV do);

@@ -1,17 +1,21 @@
 """What a task is: how the data of some families are read, checked and measured."""
 
 import importlib
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from trainfit.errors import TrainfitError
+from trainfit.tasks.findings import Finding
 
 Cell = str | int | float | None
+Progress = Callable[[int, int], None]
+"""(records done, records in all)."""
 DEFAULT_TASK = "detection"
-"""What reads a data set where no model with a task is named: of families that are predicted alone, and `check-data`."""
+"""What reads a data set where no model with a task is named and no task recognises it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +26,49 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     """A cell a column; the first says what the row is about. None: there is no such figure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """Numbers by bin, for a person."""
+
+    title: str
+    bins: tuple[tuple[str, int], ...]
+    """(label, number) of each bin."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lines:
+    """Sentences or figures that need no columns."""
+
+    title: str
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DataCheck:
+    """What a data set holds, and all that is wrong with it."""
+
+    dataset: Any
+    """The data set as `Task.read` gives it, without the records that cannot be decoded."""
+    title: str
+    """Where it is and what it is, in a line."""
+    sections: tuple[Table | Histogram | Lines, ...]
+    """Its statistics, in the order in which a person reads them. Cells of tables are counts."""
+    record: Mapping[str, Any]
+    """The same as JSON values by name."""
+    findings: tuple[Finding, ...]
+    """Every defect, and every choice made while reading."""
+
+    @property
+    def splits(self) -> Mapping[str, Sequence[Any]]:
+        """The records by split."""
+        return self.dataset.splits
+
+    @property
+    def usable(self) -> bool:
+        """Whether training takes the data set."""
+        return not any(finding.severity == "error" for finding in self.findings)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,6 +88,11 @@ class Evaluation:
     """The task's own results by name: dataclasses, or JSON values."""
     notes: tuple[str, ...] = ()
     """Sentences about how the figures were computed."""
+
+
+def percent(value: float | None) -> str:
+    """A figure as a percentage with one decimal; "-" for None."""
+    return "-" if value is None else f"{100 * value:.1f}"
 
 
 class Metric(Protocol):
@@ -78,12 +130,19 @@ class Dataset(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes."""
+        """Names of the classes; empty for data without classes."""
         ...
 
 
 class Task(Protocol):
-    """A module of functions: `trainfit.tasks.NAME.task`, or a module outside the package."""
+    """A module of functions: `trainfit.tasks.NAME.task`, or a module outside the package.
+
+    `records` are those of one split, `workload` is a `models.workload.TrainableWorkload` of a family with this task.
+    """
+
+    def recognises(self, data: str) -> bool:
+        """Whether a path holds a data set of this task, by names of files alone; for commands that are given no model."""
+        ...
 
     def read(
         self,
@@ -94,10 +153,40 @@ class Task(Protocol):
         seed: int = 0,
         allow_outside: bool = False,
     ) -> Any:
-        """The data set in a folder or file.
+        """The data set in a folder or file, as a `Dataset`.
+
+        Args:
+            data: What the user named.
+            file_format: One of the task's formats; detected unless given.
+            val_fraction: Share of the training records held out where the data set has no validation split.
+            seed: Which records are held out follows from it.
+            allow_outside: Read files that the data set names but does not hold.
 
         Raises:
-            TrainfitError: there is none, or it has an error that training cannot pass over.
+            TrainfitError: there is none, it has an error that training cannot pass over, or an unknown format.
+        """
+        ...
+
+    def check(
+        self,
+        data: str,
+        *,
+        file_format: str | None = None,
+        decode: bool = True,
+        allow_outside: bool = False,
+        progress: Progress | None = None,
+    ) -> DataCheck:
+        """Read the data set and list its defects, errors included, instead of raising.
+
+        Args:
+            data: What the user named.
+            file_format: One of the task's formats; detected unless given.
+            decode: Decode every record.
+            allow_outside: Read files that the data set names but does not hold.
+            progress: Called while records are decoded.
+
+        Raises:
+            TrainfitError: there is no data set.
         """
         ...
 
@@ -117,6 +206,16 @@ class Task(Protocol):
         """
         ...
 
+    def compare(self, dataset: Any, workload: Any, *, data: str, weights: str) -> Sequence[str]:
+        """Remarks on data that a trained model is evaluated on, for instance on classes that it does not know.
+
+        `data` and `weights` are the names of both in messages.
+
+        Raises:
+            TrainfitError: the model cannot be evaluated on this data.
+        """
+        ...
+
     def statistics(self, records: Sequence[Any]) -> Any:
         """What the family's knobs may follow from (`Family.for_data`)."""
         ...
@@ -125,12 +224,45 @@ class Task(Protocol):
         """Records in the order of the memory that they need, the most first."""
         ...
 
-    def metric(self, records: Sequence[Any], workload: Any, **options: Any) -> Metric:
+    def metric(self, records: Sequence[Any], workload: Any, *, dataset: Any = None, **options: Any) -> Metric:
         """A new metric for these records.
 
-        Options are the task's own, but for `classes`: names of the records' classes where they are not the workload's.
+        `dataset` is given where the records are of another data set than the workload was trained on; `options` are the
+        task's own, declared as parameters of its function.
         """
         ...
+
+
+@runtime_checkable
+class Inference(Protocol):
+    """What a task's module has besides where `trainfit detect` works with its models."""
+
+    def file_record(self, number: int, path: Path) -> Any:
+        """The record of a file without truth; `number` is its place among the files.
+
+        Raises:
+            TrainfitError: the file cannot be read.
+        """
+        ...
+
+    def rows(self, path: Path, output: Any, classes: Sequence[str], threshold: float) -> list[dict[str, Any]]:
+        """JSON values of what a model gives for a file, best first: all with a score of at least `threshold`."""
+        ...
+
+    def row_text(self, row: Mapping[str, Any]) -> str:
+        """One of these as a line of text."""
+        ...
+
+    def draw(self, path: Path, rows: Sequence[Mapping[str, Any]], folder: Path) -> Path:
+        """Draw the rows of a file into a picture in `folder`; returns the picture's path."""
+        ...
+
+
+def task_names() -> tuple[str, ...]:
+    """The tasks of this package, `DEFAULT_TASK` first."""
+    folder = importlib.import_module("trainfit.tasks")
+    names = [module.name for module in pkgutil.iter_modules(folder.__path__) if module.ispkg]
+    return tuple(sorted(names, key=lambda name: (name != DEFAULT_TASK, name)))
 
 
 def task_of(name: str) -> Task:
@@ -143,9 +275,25 @@ def task_of(name: str) -> Task:
     try:
         module: Any = importlib.import_module(f"trainfit.tasks.{name}.task" if room else name)
     except ModuleNotFoundError as error:
-        raise TrainfitError(f"the task {name!r} of a family cannot be imported ({error})") from error
+        raise TrainfitError(
+            f"the task {name!r} cannot be imported ({error}): one of {', '.join(task_names())}"
+        ) from error
     return module
 
 
-Progress = Callable[[int, int], None]
-"""(records done, records in all)."""
+def recognised_task(data: str) -> Task:
+    """The first task of this package that recognises a data set; `DEFAULT_TASK`, whose error says more, where none does."""
+    tasks = [task_of(name) for name in task_names()]
+    return next((task for task in tasks if task.recognises(data)), tasks[0])
+
+
+def inference_of(name: str) -> Inference:
+    """The functions of the task `name` for inference on files.
+
+    Raises:
+        TrainfitError: the task has none.
+    """
+    task: object = task_of(name)
+    if not isinstance(task, Inference):
+        raise TrainfitError(f"trainfit detect does not work with models of the task {name!r}: use trainfit evaluate")
+    return task

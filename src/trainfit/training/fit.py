@@ -17,7 +17,7 @@ from trainfit.step import ranks
 from trainfit.step.names import Precision
 from trainfit.step.precision import resolve_precision
 from trainfit.step.training_step import StepResult
-from trainfit.tasks.task import Evaluation, task_of
+from trainfit.tasks.task import Evaluation, percent, task_of
 from trainfit.training import run_folder
 from trainfit.training.distributed import process_group
 from trainfit.training.earlier_run import on_earlier_run
@@ -33,7 +33,7 @@ from trainfit.training.saved_state import require_state
 from trainfit.training.schedule import lr_factor, mix, set_lr
 from trainfit.training.setup import load_data, make_step, restore, workload_of
 from trainfit.training.summary import RunSummary
-from trainfit.training.telemetry import Progress, Silent, memory_bytes, percent
+from trainfit.training.telemetry import Progress, Silent, memory_bytes
 from trainfit.training.window_progress import WindowProgress
 from trainfit.training.workers import LoaderDiedError
 from trainfit.values import changed, given
@@ -304,7 +304,7 @@ class _Run:
         self.pending_evaluation = False
         self._tell()
         epoch = (self.done - 1) // self.steps_per_epoch
-        self.journal.record([{"step": self.done, "epoch": epoch, **evaluation.record}])
+        self.journal.evaluation(evaluation, step=self.done, epoch=epoch)
         score, best = evaluation.score, self.best["score"]
         better = score is not None and (best is None or score > best)
         figures = ", ".join(f"{name} {percent(value)}" for name, value in evaluation.figures.items())

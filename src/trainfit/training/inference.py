@@ -1,10 +1,10 @@
-"""A trained run, or a checkpoint of a model's upstream project, as a detector."""
+"""A trained run, or a checkpoint of a model's upstream project, as a model for inference."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 
 from trainfit.errors import TrainfitError
@@ -13,14 +13,13 @@ from trainfit.models.family import family_of
 from trainfit.models.workload import TrainableWorkload
 from trainfit.step.names import Precision
 from trainfit.step.precision import autocast
-from trainfit.tasks.detection.samples import ImageDetections, ImageRecord
-from trainfit.tasks.images import ImageDefect, read_header
+from trainfit.tasks.task import inference_of
 from trainfit.training.run_folder import BEST, LAST, load_weights
 from trainfit.weights import require_fit
 
 
 @dataclass(frozen=True, kw_only=True)
-class Detector:
+class LoadedModel:
     """A model in eval mode with the weights of a run."""
 
     workload: TrainableWorkload
@@ -31,9 +30,9 @@ class Detector:
     """What the user should know of how the weights were loaded."""
 
 
-def load_detector(
+def load_model(
     run: Path, device: torch.device, precision: Precision = "fp32", *, model: str | None = None
-) -> Detector:
+) -> LoadedModel:
     """The best weights of a run folder (the last ones where there was no evaluation yet), or one weights file.
 
     Args:
@@ -63,50 +62,28 @@ def load_detector(
     network = workload.build()
     require_fit(network, weights, path)
     network.load_state_dict(weights)
-    return Detector(workload=workload, model=network.to(device).eval(), device=device, precision=precision)
+    return LoadedModel(workload=workload, model=network.to(device).eval(), device=device, precision=precision)
 
 
-def _load_upstream(weights: Path, device: torch.device, precision: Precision, model: str | None) -> Detector:
+def _load_upstream(weights: Path, device: torch.device, precision: Precision, model: str | None) -> LoadedModel:
     if model is None:
         raise TrainfitError(f"{weights} does not say which model it is of: give --model, for instance rfdetr-nano")
     workload, network, remarks = open_checkpoint(model, str(weights))
     network = network.to(device).eval()
-    return Detector(workload=workload, model=network, device=device, precision=precision, remarks=tuple(remarks))
+    return LoadedModel(workload=workload, model=network, device=device, precision=precision, remarks=tuple(remarks))
 
 
-def detect(detector: Detector, images: Sequence[Path], *, micro_batch: int = 4) -> Iterator[ImageDetections]:
-    """Detections of image files, in order; `image_id` is the position in `images`.
+def infer(loaded: LoadedModel, files: Sequence[Path], *, micro_batch: int = 4) -> Iterator[Any]:
+    """What the model gives for each file, in order, as its task has outputs.
 
     Raises:
-        TrainfitError: an image that cannot be read.
+        TrainfitError: a file that cannot be read, or a task without inference on files.
     """
-    decode = detector.workload.decoder()
-    size = detector.workload.eval_size
-    for first in range(0, len(images), micro_batch):
-        batch = [
-            decode(_record(first + i, path), size=size, augment=False, generator=torch.Generator())
-            for i, path in enumerate(images[first : first + micro_batch])
-        ]
-        with autocast(detector.precision, detector.device.type):
-            yield from detector.workload.outputs(detector.model, batch)
-
-
-def _record(number: int, path: Path) -> ImageRecord:
-    """An image file without objects."""
-    header = read_header(path)
-    if isinstance(header, ImageDefect):
-        raise TrainfitError(f"{path}: {header.kind}: {header.message}")
-    width, height = header.upright
-    nothing = np.zeros(0)
-    return ImageRecord(
-        id=number,
-        path=path,
-        width=width,
-        height=height,
-        boxes=np.zeros((0, 4)),
-        classes=nothing.astype(np.int64),
-        crowd=nothing.astype(np.bool_),
-        areas=nothing,
-        segmentations=(),
-        object_ids=nothing.astype(np.int64),
-    )
+    task = inference_of(str(loaded.workload.setting.family.task))
+    decode = loaded.workload.decoder()
+    size = loaded.workload.eval_size
+    for first in range(0, len(files), micro_batch):
+        records = [task.file_record(first + i, path) for i, path in enumerate(files[first : first + micro_batch])]
+        batch = [decode(record, size=size, augment=False, generator=torch.Generator()) for record in records]
+        with autocast(loaded.precision, loaded.device.type):
+            yield from loaded.workload.outputs(loaded.model, batch)

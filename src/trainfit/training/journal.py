@@ -12,6 +12,7 @@ import torch
 
 from trainfit.step import ranks
 from trainfit.step.training_step import StepResult
+from trainfit.tasks.task import Evaluation
 from trainfit.training import headroom
 from trainfit.training.loader import usable_cores
 from trainfit.training.noise_scale import TOO_FEW, NoiseSample, noise_line, noise_scale
@@ -124,6 +125,11 @@ class Journal:
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         epoch = (step - 1) // self.steps_per_epoch
         return {"step": step, "epoch": epoch, **finite, "lr": lr, "size": size, "images": images}
+
+    def evaluation(self, evaluation: Evaluation, *, step: int, epoch: int) -> None:
+        """Write an evaluation: the task's own values, and the score and figures that a report shows of any task."""
+        shown = {"score": evaluation.score, "score_name": evaluation.score_name, "figures": dict(evaluation.figures)}
+        self.record([{"step": step, "epoch": epoch, **evaluation.record, **shown}])
 
     def event(self, name: str, step: int, **values: Any) -> None:
         """Note in telemetry.jsonl that something happened after `step` steps."""

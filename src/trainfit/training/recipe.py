@@ -33,9 +33,9 @@ class Recipe(Setting):
     model: tyro.conf.Positional[str] = ""
     """Model, for instance rfdetr-nano. That of the run with --resume and --from, that of the plan with --plan."""
     data: str = ""
-    """Data set: a folder (COCO, Roboflow export, YOLO, Pascal VOC), a COCO JSON file, or `sample`."""
-    format: Literal["auto", "coco", "yolo", "voc"] = "auto"
-    """Format of the data set; detected unless given."""
+    """Data set: a folder or file that the model's task reads, or `sample`."""
+    format: str = "auto"
+    """Format of the data set, for instance coco, yolo or voc; detected unless given."""
     allow_outside: bool = False
     """Read files that the data set names but does not hold: absolute paths, `..`, links."""
     val_fraction: Annotated[float, Range(0, 1, inside=True)] = 0.1
@@ -134,14 +134,16 @@ def make_recipe(model: str, **values: Any) -> Recipe:
 
 
 def setting_of(recipe: Recipe, classes: int) -> Setting:
-    """The setting that a recipe trains, for a data set with so many classes.
+    """The setting that a recipe trains, for a data set with so many classes (0: the data have none).
 
     Raises:
         TrainfitError: no such model.
     """
     family, model = family_of(recipe.model)
     values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(family.setting)}
-    return cast(Callable[..., Setting], family.setting)(**{**values, "model": model, "classes": classes})
+    return cast(Callable[..., Setting], family.setting)(
+        **{**values, "model": model, "classes": classes or values["classes"]}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -161,8 +161,3 @@ def meter(device: torch.device) -> Callable[[], dict[str, Any]]:
         }
 
     return read
-
-
-def percent(value: float | None) -> str:
-    """A share as a percentage with one decimal; "-" for None."""
-    return "-" if value is None else f"{100 * value:.1f}"

@@ -11,7 +11,7 @@ from PIL import Image
 
 from trainfit.errors import TrainfitError
 from trainfit.step import ranks
-from trainfit.tasks.task import Evaluation, Table
+from trainfit.tasks.task import DataCheck, Evaluation, Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,11 @@ def decode(record: ClassRecord, *, size: int, augment: bool, generator: torch.Ge
     return LabelledImage(image=pixels.contiguous(), label=record.label, record_id=record.id)
 
 
+def recognises(data: str) -> bool:
+    """Whether there are folders of classes."""
+    return any(Path(data).glob("train/*/*.png"))
+
+
 def read(data: str, **_options: Any) -> ClassFolders:
     """The folders below `data`."""
     folder = Path(data)
@@ -76,6 +81,14 @@ def read(data: str, **_options: Any) -> ClassFolders:
         files = [(file, row) for row, name in enumerate(classes) for file in sorted((folder / split / name).iterdir())]
         splits[split] = [ClassRecord(id=i, path=file, label=row) for i, (file, row) in enumerate(files)]
     return ClassFolders(splits=splits, classes=classes)
+
+
+def check(data: str, **_options: Any) -> DataCheck:
+    """The number of images of each split; nothing is ever wrong."""
+    dataset = read(data)
+    counts = {split: len(records) for split, records in dataset.splits.items()}
+    table = Table(title="", columns=("", *counts), rows=(("images", *counts.values()),))
+    return DataCheck(dataset=dataset, title=data, sections=(table,), record={"splits": counts}, findings=())
 
 
 def summary(dataset: ClassFolders) -> str:
@@ -90,6 +103,11 @@ def notes(_dataset: ClassFolders) -> Sequence[str]:
 
 def require(dataset: ClassFolders, workload: Any) -> None:
     """Any model that takes classes takes these."""
+
+
+def compare(dataset: ClassFolders, workload: Any, *, data: str, weights: str) -> Sequence[str]:
+    """Any model of these classes can be evaluated."""
+    return () if dataset.classes == workload.classes else (f"{weights} has other classes than {data}",)
 
 
 def statistics(records: Sequence[ClassRecord]) -> int:

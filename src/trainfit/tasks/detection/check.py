@@ -1,15 +1,19 @@
-"""The check that costs time: every image decoded, every mask drawn."""
+"""What `trainfit check-data` says of a data set for detection: counts and sizes, and every defect."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from trainfit.errors import TrainfitError
 from trainfit.tasks.detection.admit import relative
 from trainfit.tasks.detection.masks import mask_area
-from trainfit.tasks.detection.samples import Dataset, Finding, ImageRecord
+from trainfit.tasks.detection.read import read_dataset
+from trainfit.tasks.detection.samples import Dataset, ImageRecord
+from trainfit.tasks.detection.statistics import sections_of, statistics
+from trainfit.tasks.findings import Finding
 from trainfit.tasks.images import read_image
+from trainfit.tasks.task import DataCheck, Progress
 
 DECODE_BYTES = 1 << 30
 """What all decoding threads may hold together."""
@@ -18,7 +22,39 @@ _BYTES_PER_PIXEL = 8
 _REFUSED = "models with masks refuse the data set"
 
 
-def check_dataset(dataset: Dataset, *, progress: Callable[[int, int], None] | None = None) -> Dataset:
+def check(
+    data: str,
+    *,
+    file_format: str | None = None,
+    decode: bool = True,
+    allow_outside: bool = False,
+    progress: Progress | None = None,
+) -> DataCheck:
+    """Read a data set, decode every image unless told otherwise, and list all defects; see `tasks.task.Task.check`."""
+    dataset = read_dataset(data, format=file_format, allow_outside=allow_outside)
+    return check_of(check_dataset(dataset, progress=progress) if decode else dataset)
+
+
+def check_of(dataset: Dataset) -> DataCheck:
+    """A data set, its statistics and its findings, for a report."""
+    by_split = {split: statistics(records) for split, records in dataset.splits.items()}
+    everything = statistics([record for records in dataset.splits.values() for record in records])
+    ids = zip(dataset.category_ids, dataset.classes, strict=True)
+    return DataCheck(
+        dataset=dataset,
+        title=f"{dataset.root}: {dataset.format}, {len(dataset.classes)} classes",
+        sections=sections_of(by_split, everything, dataset.classes),
+        record={
+            "root": str(dataset.root),
+            "format": dataset.format,
+            "classes": [{"id": category, "name": name} for category, name in ids],
+            "splits": {split: asdict(counted) for split, counted in by_split.items()},
+        },
+        findings=dataset.findings,
+    )
+
+
+def check_dataset(dataset: Dataset, *, progress: Progress | None = None) -> Dataset:
     """Decodes every image and leaves out those that fail, each with a `skipped` finding; draws every mask.
 
     Everything else was checked by `read_dataset` already. A JPEG damaged in the middle may still decode, in grey:

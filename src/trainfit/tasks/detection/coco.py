@@ -11,7 +11,6 @@ from typing import Any
 
 from trainfit.errors import TrainfitError
 from trainfit.tasks.detection.admit import LONGEST_PATH, RawImage, RawObject, admit, relative
-from trainfit.tasks.detection.findings import MOST_LISTED, Findings
 from trainfit.tasks.detection.folder import (
     JSON_BYTES,
     DataFolder,
@@ -26,7 +25,8 @@ from trainfit.tasks.detection.folder import (
     read_regular,
     shown,
 )
-from trainfit.tasks.detection.samples import Dataset, Finding, ImageRecord
+from trainfit.tasks.detection.samples import Dataset, ImageRecord
+from trainfit.tasks.findings import MOST_LISTED, Finding, Findings
 
 SPLIT_WORDS = {
     "train": "train",

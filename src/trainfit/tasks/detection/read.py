@@ -11,9 +11,10 @@ from trainfit.cache import cache_folder
 from trainfit.errors import TrainfitError
 from trainfit.tasks.detection.coco import find_coco, read_coco
 from trainfit.tasks.detection.sample_set import SAMPLE_SET_VERSION, write_sample_set
-from trainfit.tasks.detection.samples import Dataset, Finding, ImageRecord
+from trainfit.tasks.detection.samples import Dataset, ImageRecord
 from trainfit.tasks.detection.voc import find_voc, read_voc
 from trainfit.tasks.detection.yolo import find_yolo, read_yolo
+from trainfit.tasks.findings import Finding
 
 _READERS = {"coco": read_coco, "yolo": read_yolo, "voc": read_voc}
 _FINDERS = {"coco": find_coco, "yolo": find_yolo, "voc": find_voc}
@@ -38,6 +39,8 @@ def read_dataset(
     Raises:
         TrainfitError: nothing there, nothing recognised, a broken file, no usable image in train.
     """
+    if format not in (None, "sample", *FORMATS):
+        raise TrainfitError(f"--format {format}: unknown; it is one of {', '.join(FORMATS)}")
     if str(path) == "sample" and format in (None, "sample"):
         sample = read_coco(_sample_folder())
         return replace(sample, format="sample")
@@ -52,6 +55,18 @@ def read_dataset(
     return replace(dataset, findings=findings)
 
 
+def recognises(data: str) -> bool:
+    """Whether a path looks like a data set of a format that detection reads; `sample` is one."""
+    if data == "sample":
+        return True
+    if not os.path.exists(data):  # noqa: PTH110 - Path.exists raises for long names
+        return False
+    try:
+        return any(find(Path(data)) for find in _FINDERS.values())
+    except TrainfitError:  # it looks like one, and has a fault that `read_dataset` reports
+        return True
+
+
 def require_no_errors(dataset: Dataset) -> None:
     """What training calls first: raises TrainfitError with the first `error` finding, and how many more there are."""
     errors = [finding for finding in dataset.findings if finding.severity == "error"]
@@ -63,8 +78,6 @@ def require_no_errors(dataset: Dataset) -> None:
 
 def _format(path: Path, given: str | None) -> str:
     if given is not None:
-        if given not in FORMATS:
-            raise TrainfitError(f"--format {given}: unknown; it is one of {', '.join(FORMATS)}")
         return given
     found = [name for name, find in _FINDERS.items() if find(path)]
     if len(found) > 1:

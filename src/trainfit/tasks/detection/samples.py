@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from trainfit.tasks.findings import Finding
 
 Segmentation = list[list[float]] | dict[str, Any]
 """One object's mask as COCO writes it: polygons (x0, y0, x1, y1, ... in pixels), or an RLE with `size` and `counts`."""
@@ -51,23 +53,6 @@ def packed(segmentation: Segmentation | None) -> Polygons | dict[str, Any] | Non
     if isinstance(segmentation, list):
         return tuple(np.array(polygon, np.float64) for polygon in segmentation)
     return segmentation
-
-
-Severity = Literal["error", "skipped", "mended", "note"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """One defect of a data set, or one choice made while reading it."""
-
-    severity: Severity
-    """`error`: training refuses; `skipped`: left out; `mended`: repaired in memory; `note`: nothing was changed."""
-    kind: str
-    """What it is, in a few words that are the same for all of a kind: "zero-size box"."""
-    where: str
-    """File and id: "BloodImage_00338.xml object 7"."""
-    message: str
-    """What was found, with the values, and what was done."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What a data set asks of a training step: how many objects, how large a canvas."""
+"""What a data set asks of a training step: how many objects, how large a canvas; as values, and as tables for a person."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,9 +8,12 @@ from itertools import pairwise
 import numpy as np
 
 from trainfit.tasks.detection.samples import ImageRecord
+from trainfit.tasks.task import Cell, Histogram, Lines, Table
 
 PERCENTILES = (50, 90, 95, 99)
 HISTOGRAM_EDGES = (0, 1, 2, 3, 5, 9, 17, 33, 65, 129, 257, 513)
+SIZES_SHOWN = 8
+"""Canvas sizes that are listed one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,3 +72,46 @@ def _histogram(counts: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
         edges.append(2 * edges[-1] - 1)
     bins = [(low, high - 1, sum(low <= n < high for n in counts)) for low, high in pairwise(edges)]
     return tuple(entry for entry in bins if entry[0] <= max(counts, default=-1))
+
+
+def sections_of(
+    by_split: Mapping[str, DatasetStatistics], everything: DatasetStatistics, classes: Sequence[str]
+) -> tuple[Table | Histogram | Lines, ...]:
+    """Counts by split, objects per image and canvas sizes of all splits together, for a person."""
+    return _counts(by_split, classes), _objects(everything), _canvases(everything)
+
+
+def _counts(by_split: Mapping[str, DatasetStatistics], classes: Sequence[str]) -> Table:
+    splits = by_split.values()
+    rows: list[tuple[Cell, ...]] = [
+        ("images", *(s.images for s in splits)),
+        ("  without objects", *(s.empty_images for s in splits)),
+        ("objects", *(s.objects for s in splits)),
+        ("  crowds", *(s.crowds for s in splits)),
+        ("objects per image, mean", *(round(s.objects_per_image_mean, 1) for s in splits)),
+        ("  99th percentile", *(round(s.objects_per_image_percentiles[99], 1) for s in splits)),
+        ("  most", *(s.objects_per_image_max for s in splits)),
+    ]
+    rows += [
+        (f"class {name}", *(s.objects_per_class.get(index, 0) for s in splits)) for index, name in enumerate(classes)
+    ]
+    return Table(title="", columns=("", *by_split), rows=tuple(rows))
+
+
+def _objects(everything: DatasetStatistics) -> Histogram:
+    bins = everything.objects_per_image_histogram
+    return Histogram(
+        title="Objects per image (crowds apart), images",
+        bins=tuple((str(low) if low == high else f"{low}-{high}", number) for low, high, number in bins),
+    )
+
+
+def _canvases(everything: DatasetStatistics) -> Lines:
+    sizes = everything.canvas_sizes
+    lines = [f"{width} x {height}: {count} images" for (width, height), count in sizes[:SIZES_SHOWN]]
+    rest = sizes[SIZES_SHOWN:]
+    if rest:
+        lines.append(f"{len(rest)} more sizes: {sum(count for _, count in rest)} images")
+    width, height = everything.largest_canvas
+    lines.append(f"largest {width} x {height}; widest {everything.width_max}, highest {everything.height_max}")
+    return Lines(title="Canvas sizes, width x height in pixels", lines=tuple(lines))

@@ -3,12 +3,34 @@
 from collections.abc import Sequence
 from typing import Any
 
+from trainfit.errors import TrainfitError
+from trainfit.tasks.detection.check import check
+from trainfit.tasks.detection.class_names import positions
 from trainfit.tasks.detection.masks import require_masks
 from trainfit.tasks.detection.metric import DetectionMetric
-from trainfit.tasks.detection.read import read_dataset, require_no_errors
+from trainfit.tasks.detection.pictures import draw, file_record, row_text, rows
+from trainfit.tasks.detection.read import read_dataset, recognises, require_no_errors
 from trainfit.tasks.detection.samples import Dataset, ImageRecord
 from trainfit.tasks.detection.statistics import DatasetStatistics
 from trainfit.tasks.detection.statistics import statistics as statistics_of
+
+__all__ = [
+    "check",
+    "compare",
+    "draw",
+    "file_record",
+    "metric",
+    "notes",
+    "read",
+    "recognises",
+    "require",
+    "row_text",
+    "rows",
+    "statistics",
+    "summary",
+    "worst_first",
+]
+"""The functions of `tasks.task.Task` and of `tasks.task.Inference`."""
 
 
 def read(
@@ -56,6 +78,23 @@ def require(dataset: Dataset, workload: Any) -> None:
         require_masks([record for split in ("train", "val") for record in dataset.splits[split]])
 
 
+def compare(dataset: Dataset, workload: Any, *, data: str, weights: str) -> Sequence[str]:
+    """A remark on classes of the data set that the model does not have.
+
+    Raises:
+        TrainfitError: it has none of them.
+    """
+    known: Sequence[str] = workload.classes
+    wanted = dataset.classes
+    unknown = [name for name, row in zip(wanted, positions(wanted, known), strict=True) if row is None]
+    if len(unknown) == len(wanted):
+        trained = ", ".join(name for name in known if name)
+        raise TrainfitError(f"{data} has the classes {', '.join(wanted)}, {weights} was trained on others: {trained}")
+    if not unknown:
+        return []
+    return [f"{weights} does not know {', '.join(unknown)}: it never predicts them, so their score is 0"]
+
+
 def statistics(records: Sequence[ImageRecord]) -> DatasetStatistics:
     """Counts and sizes of images and their objects."""
     return statistics_of(records)
@@ -72,7 +111,7 @@ def metric(
     records: Sequence[ImageRecord],
     workload: Any,
     *,
-    classes: Sequence[str] | None = None,
+    dataset: Dataset | None = None,
     max_detections: int | None = None,
 ) -> DetectionMetric:
     """AP of boxes, and of masks where the workload has them.
@@ -80,13 +119,18 @@ def metric(
     Args:
         records: The images.
         workload: What detects; `masks`, `classes` and `max_detections` are taken from it.
-        classes: Names of the records' classes, where they are not the workload's.
+        dataset: The records' data set, where its classes may not be the workload's: they are compared by name.
         max_detections: Detections that count for each image and class, instead of the workload's.
+
+    Raises:
+        TrainfitError: `max_detections` is less than 1.
     """
+    if max_detections is not None and max_detections < 1:
+        raise TrainfitError(f"--max-detections must be at least 1, not {max_detections}")
     return DetectionMetric(
         records,
-        workload.classes if classes is None else classes,
+        workload.classes if dataset is None else dataset.classes,
         masks=workload.masks,
         max_detections=max_detections or workload.max_detections,
-        model_classes=None if classes is None else workload.classes,
+        model_classes=None if dataset is None else workload.classes,
     )

@@ -8,7 +8,6 @@ from xml.etree.ElementTree import Element
 from trainfit.errors import TrainfitError
 from trainfit.tasks.detection.admit import Box, RawImage, RawObject, admit, relative
 from trainfit.tasks.detection.coco import SPLIT_WORDS
-from trainfit.tasks.detection.findings import Findings
 from trainfit.tasks.detection.folder import (
     OUTSIDE,
     XML_BYTES,
@@ -21,7 +20,8 @@ from trainfit.tasks.detection.folder import (
     pixels,
     shown,
 )
-from trainfit.tasks.detection.samples import Dataset, Finding, ImageRecord
+from trainfit.tasks.detection.samples import Dataset, ImageRecord
+from trainfit.tasks.findings import Finding, Findings
 from trainfit.tasks.images import IMAGE_SUFFIXES
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")

@@ -1,12 +1,29 @@
-"""Findings of one annotation file: a list that a file with millions of defects does not blow up."""
+"""Findings: what is wrong with a data set, in a list that a file with millions of defects does not blow up."""
 
 from collections import Counter
 from collections.abc import Iterable
-
-from trainfit.tasks.detection.samples import Finding, Severity
+from dataclasses import dataclass
+from typing import Literal
 
 MOST_LISTED = 10_000
 """Findings of one kind that are listed one by one; a finding takes about a KiB, with its line of the report."""
+
+
+Severity = Literal["error", "skipped", "mended", "note"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One defect of a data set, or one choice made while reading it."""
+
+    severity: Severity
+    """`error`: training refuses; `skipped`: left out; `mended`: repaired in memory; `note`: nothing was changed."""
+    kind: str
+    """What it is, in a few words that are the same for all of a kind: "zero-size box"."""
+    where: str
+    """File and id: "BloodImage_00338.xml object 7"."""
+    message: str
+    """What is wrong, with the values, and what was done."""
 
 
 class Findings:
