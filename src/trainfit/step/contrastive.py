@@ -1,8 +1,10 @@
 """A window whose loss couples every pair of samples: exact gradient by cached features, at the memory of a micro-batch."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,19 +13,94 @@ import torch.distributed as dist
 from trainfit.step import ranks
 from trainfit.step.names import Precision
 from trainfit.step.precision import autocast
+from trainfit.step.terms import LossTerm
+from trainfit.step.window import cut, share
+
+Features = Sequence[torch.Tensor]
+"""Features of some samples: tensors of one row a sample, (n, d), each with a d of its own."""
+FeatureFunction = Callable[[torch.nn.Module, Sequence[Any]], Features]
+TermsFunction = Callable[[torch.nn.Module, Sequence[Any]], tuple[Features, Mapping[str, LossTerm]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tower:
+    """A part of the model that makes features of each sample by itself."""
+
+    features: FeatureFunction
+    """(model, micro-batch) -> its features; moves the samples to the device."""
+    learns: bool = True
+    """Whether gradients flow into what makes the features. A tower that does not learn (a locked one, a teacher) runs once,
+    without gradients."""
+    ratio: float = 1.0
+    """Samples in one forward and backward of this tower, as a multiple of the step's micro-batch."""
+    with_terms: TermsFunction | None = None
+    """Gives the same features, and loss terms of each sample by itself (CoCa's caption): the pass with gradients calls it
+    instead of `features`. Counts of the terms come from `Contrastive.counts`."""
+
+
+def _no_counts(_window: Sequence[Any]) -> Mapping[str, float]:
+    return {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contrastive:
     """An objective of kind `coupled`: a loss over the features of all pairs of the window, on all ranks."""
 
-    features: Callable[[torch.nn.Module, Sequence[Any]], tuple[torch.Tensor, torch.Tensor]]
-    """(model, micro-batch) -> the two towers' features, each (n, d); moves the samples to the device."""
-    rows_loss: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, slice], torch.Tensor]
-    """(model, all first features (N, d), all second features (N, d), rows) -> these rows' part of the loss, a scalar:
-    the parts of all rows add up to the loss of the window. Reads scale and bias from the model itself."""
+    features: FeatureFunction | Sequence[Tower]
+    """(model, micro-batch) -> the features of all towers, which then run together; or the towers, which run one after the
+    other, so that each has the memory to itself. The costliest comes last: the graph of its last micro-batch is kept."""
+    rows_loss: Callable[..., torch.Tensor | Mapping[str, torch.Tensor]]
+    """(model, each feature of all pairs (N, d) in the order of the towers, rows) -> these rows' part of the loss: a scalar, or
+    scalars by name. The parts of all rows add up to the loss of the window. Reads scale and bias from the model itself."""
     chunk_rows: int = 1024
     """Rows of the N x N logits that exist at a time."""
+    names: tuple[str, ...] = ("contrastive",)
+    """Names of what `rows_loss` gives."""
+    counts: Callable[[Sequence[Any]], Mapping[str, float]] = _no_counts
+    """Samples -> the count of every term of `Tower.with_terms` by its name, as `Objective.counts`."""
+    constrain: Callable[[torch.nn.Module], None] | None = None
+    """Brings parameters back into their bounds after the optimizer's step (CLIP's scale); done twice it changes nothing."""
+
+    @property
+    def towers(self) -> Sequence[Tower]:
+        """The towers; one where they run together."""
+        return (Tower(features=self.features),) if callable(self.features) else self.features
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Random:
+    """State of the random numbers on the CPU and the step's device."""
+
+    cpu: torch.Tensor
+    gpu: torch.Tensor | None
+
+    @staticmethod
+    def now(device: torch.device) -> "_Random":
+        return _Random(
+            cpu=torch.get_rng_state(), gpu=torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        )
+
+    def restore(self, device: torch.device) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.gpu is not None:
+            torch.cuda.set_rng_state(self.gpu, device)
+
+
+@dataclass(kw_only=True, eq=False)
+class _Pass:
+    """One tower's way through the window."""
+
+    tower: Tower
+    parts: Sequence[Sequence[Any]]
+    """Micro-batches of this tower."""
+    keeps_last: bool = False
+    """Whether the graph of the last micro-batch is kept, so that it need not run again."""
+    kinds: int = 0
+    """Features that the tower makes of a sample, of those that learn."""
+    before: list[_Random] = field(default_factory=list[_Random])
+    """Random numbers before each micro-batch that runs again."""
+    last: tuple[Features, Mapping[str, LossTerm]] | None = None
+    """What the last micro-batch gave, where its graph is kept."""
 
 
 def accumulate_contrastive(
@@ -34,6 +111,7 @@ def accumulate_contrastive(
     device: torch.device,
     precision: Precision = "fp32",
     scaler: torch.amp.GradScaler | None = None,
+    after_micro_batch: Callable[[int], None] | None = None,
     last_backward: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> dict[str, torch.Tensor]:
     """Add the window's gradient to `.grad`, equal to that of one big batch on all ranks together.
@@ -41,102 +119,205 @@ def accumulate_contrastive(
     Features of every micro-batch but the last are computed without gradients; the loss is taken once, on features that
     are leaves, which gives their gradients, and those of scale and bias, exactly; then each micro-batch runs again with
     gradients, drawing the random numbers that it drew before, and is sent its features' gradients (GradCache, Gao et
-    al. 2021, arXiv 2101.06983). The last micro-batch keeps its graph: one micro-batch is the plain step. Buffers
-    (BatchNorm's running statistics) move once a micro-batch.
+    al. 2021, arXiv 2101.06983). The last micro-batch keeps its graph: one micro-batch is the plain step. Of towers that
+    run one after the other the last one's alone is kept, unless each is a single micro-batch. Buffers (BatchNorm's
+    running statistics) move once a micro-batch.
     Where one rank runs out of memory before a collective all raise, so that none waits; behind the last it raises alone.
     Gradients are to be summed over the ranks, not averaged; see `accumulate`.
 
     Returns:
-        {"contrastive": this rank's share of the window's loss}, a scalar on `device`.
+        This rank's share of the window's losses by name, scalars on `device`.
     """
-    devices = [device] if device.type == "cuda" else []
-    cpu_state, device_states = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
-
-    def forward(micro_batch: Sequence[Any]) -> torch.Tensor:
-        with autocast(precision, device.type):
-            pair = objective.features(model, micro_batch)
-        return torch.stack([f.to(torch.promote_types(f.dtype, torch.float32)) for f in pair], dim=1)
-
-    def features() -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        with torch.no_grad():
-            cached = [forward(micro_batch) for micro_batch in micro_batches[:-1]]
-        last = forward(micro_batches[-1]) if micro_batches else None
-        return last, torch.cat([*cached, last.detach()]) if last is not None else None
-
-    last, own = ranks.together(features)
-    every, rows = _gather(own, like=next(model.parameters()))
-    loss = ranks.together(lambda: _backward_rows(model, objective, every, rows, precision=precision, scaler=scaler))
-    assert every.grad is not None
-    gradient = _sum(every.grad)[rows]
-    if last is None:
-        return {"contrastive": loss}
-    parts = gradient.split([len(m) for m in micro_batches])
-    with last_backward() if len(parts) == 1 else nullcontext():
-        last.backward(parts[-1])
-    buffers = [buffer.clone() for buffer in model.buffers()]
-    with torch.random.fork_rng(devices=devices):
-        torch.set_rng_state(cpu_state)
-        for d, state in zip(devices, device_states, strict=True):
-            torch.cuda.set_rng_state(state, d)
-        for number, micro_batch in enumerate(micro_batches[:-1], 1):
-            again = forward(micro_batch)
-            with last_backward() if number == len(parts) - 1 else nullcontext():
-                again.backward(parts[number - 1])
-    with torch.no_grad():
-        for buffer, after in zip(model.buffers(), buffers, strict=True):
-            buffer.copy_(after)
-    return {"contrastive": loss}
+    window = [sample for micro_batch in micro_batches for sample in micro_batch]
+    counts = ranks.sum_over_ranks(objective.counts(window))
+    run = _Run(model, counts, device=device, precision=precision, scaler=scaler, after_micro_batch=after_micro_batch)
+    passes = _passes(objective.towers, micro_batches)
+    own = ranks.together(lambda: [run.cached_features(each) for each in passes])
+    every = _gather(own, [each.tower.learns for each in passes], like=next(model.parameters()))
+    run.losses |= ranks.together(partial(run.backward_rows, objective, every))
+    gradients = every.own_gradients()
+    del own, every
+    run.backward_towers(passes, gradients, last_backward)
+    return run.losses
 
 
-def _backward_rows(
-    model: torch.nn.Module,
-    objective: Contrastive,
-    every: torch.Tensor,
-    rows: slice,
-    *,
-    precision: Precision,
-    scaler: torch.amp.GradScaler | None,
-) -> torch.Tensor:
-    """Backward of the loss of this rank's rows, a chunk at a time; returns its value."""
-    total = torch.zeros((), device=every.device)
-    every.grad = torch.zeros_like(every)
-    for start in range(rows.start, rows.stop, objective.chunk_rows):
-        chunk = slice(start, min(start + objective.chunk_rows, rows.stop))
-        with autocast(precision, every.device.type):
-            loss = objective.rows_loss(model, every[:, 0], every[:, 1], chunk)
-        (scaler.scale(loss) if scaler is not None else loss).backward()
-        total = total + loss.detach()
-    return total
+def _passes(towers: Sequence[Tower], micro_batches: Sequence[Sequence[Any]]) -> list[_Pass]:
+    """Each tower with its own cut of the window, and which of them keep a graph."""
+    largest = max((len(micro_batch) for micro_batch in micro_batches), default=1)
+    window = [sample for micro_batch in micro_batches for sample in micro_batch]
+
+    def parts(tower: Tower) -> Sequence[Sequence[Any]]:
+        if tower.ratio == 1:
+            return micro_batches
+        return cut(window, 1 if largest == 1 else math.ceil(largest * tower.ratio))
+
+    passes = [_Pass(tower=tower, parts=parts(tower)) for tower in towers]
+    learning = [each for each in passes if each.tower.learns]
+    plain = all(len(each.parts) <= 1 for each in learning)
+    for each in learning:
+        each.keeps_last = plain or each is learning[-1]
+    return passes
 
 
-def _gather(own: torch.Tensor | None, *, like: torch.Tensor) -> tuple[torch.Tensor, slice]:
-    """Features of all ranks (N, 2, d) as a leaf, and which rows are this rank's.
+class _Run:
+    """What the parts of one window's gradient share."""
 
-    A rank's share may have any size or be empty (None), so rows are placed in zeros and summed.
-    """
-    size, width = (len(own), own.shape[2]) if own is not None else (0, 0)
-    found = ranks.sum_over_ranks(
-        {f"{r}": float(size if r == ranks.rank() else 0) for r in range(ranks.world_size())}
-        | {"width": float(width), "ranks": float(own is not None)}
-    )
-    start = int(sum(found[f"{r}"] for r in range(ranks.rank())))
-    rows = slice(start, start + size)
-    if ranks.world_size() == 1 and own is not None:
-        return own.requires_grad_(), rows
-    total = int(sum(found[f"{r}"] for r in range(ranks.world_size())))
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        counts: Mapping[str, float],
+        *,
+        device: torch.device,
+        precision: Precision,
+        scaler: torch.amp.GradScaler | None,
+        after_micro_batch: Callable[[int], None] | None,
+    ) -> None:
+        self.model, self.counts, self.device, self.scaler = model, counts, device, scaler
+        self.precision: Precision = precision
+        self.progress: Callable[[int], None] = after_micro_batch or (lambda images: None)  # noqa: ARG005
+        self.losses = {name: torch.zeros((), device=device) for name in counts}
+
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        return self.scaler.scale(loss) if self.scaler is not None else loss
+
+    def forward(self, tower: Tower, part: Sequence[Any]) -> tuple[Features, Mapping[str, LossTerm]]:
+        """Features in at least float32; with loss terms where there are any and gradients are wanted."""
+        with autocast(self.precision, self.device.type):
+            if tower.with_terms is not None and torch.is_grad_enabled():
+                features, terms = tower.with_terms(self.model, part)
+            else:
+                features, terms = tower.features(self.model, part), {}
+        return [f.to(torch.promote_types(f.dtype, torch.float32)) for f in features], terms
+
+    def cached_features(self, one: _Pass) -> list[torch.Tensor]:
+        """The tower's features of this rank's samples, without a graph."""
+        columns: list[Features] = []
+        for number, part in enumerate(one.parts, 1):
+            if one.keeps_last and number == len(one.parts):
+                one.last = self.forward(one.tower, part)
+                columns.append([feature.detach() for feature in one.last[0]])
+                continue
+            if one.tower.learns:
+                one.before.append(_Random.now(self.device))
+            with torch.no_grad():
+                columns.append(self.forward(one.tower, part)[0])
+            self.progress(0)
+        one.kinds = len(columns[0]) if columns and one.tower.learns else 0
+        return [torch.cat(column) for column in zip(*columns, strict=True)]
+
+    def backward_rows(self, objective: Contrastive, every: "_Every") -> dict[str, torch.Tensor]:
+        """Backward of the loss of this rank's rows, a chunk at a time; returns its value by name."""
+        totals = {name: torch.zeros((), device=self.device) for name in objective.names}
+        for start in range(every.rows.start, every.rows.stop, objective.chunk_rows):
+            chunk = slice(start, min(start + objective.chunk_rows, every.rows.stop))
+            with autocast(self.precision, self.device.type):
+                found = objective.rows_loss(self.model, *every.features, chunk)
+                named = {objective.names[0]: found} if isinstance(found, torch.Tensor) else found
+                loss = torch.stack(list(named.values())).sum()
+            self.scaled(loss).backward()
+            for name, value in named.items():
+                totals[name] = totals[name] + value.detach()
+        return totals
+
+    def backward_towers(
+        self,
+        passes: Sequence[_Pass],
+        gradients: Sequence[torch.Tensor],
+        last_backward: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """Send this rank's features' gradients through the towers: the kept graphs first, then each micro-batch again."""
+        jobs: list[tuple[_Pass, int, list[torch.Tensor]]] = []
+        left = list(gradients)
+        for one in passes:
+            own, left = left[: one.kinds], left[one.kinds :]
+            sizes = [len(part) for part in one.parts]
+            cuts = zip(*(gradient.split(sizes) for gradient in own), strict=True)
+            jobs += [(one, number, list(of_part)) for number, of_part in enumerate(cuts)]
+        jobs.sort(key=lambda job: job[1] < len(job[0].before))
+        buffers = [buffer.clone() for buffer in self.model.buffers()] if any(one.before for one in passes) else None
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            for count, (one, number, of_part) in enumerate(jobs, 1):
+                with last_backward() if count == len(jobs) else nullcontext():
+                    self.backward_part(one, number, of_part)
+                if one is passes[-1]:
+                    self.progress(len(one.parts[number]))
+        if buffers is not None:
+            with torch.no_grad():
+                for buffer, after in zip(self.model.buffers(), buffers, strict=True):
+                    buffer.copy_(after)
+
+    def backward_part(self, one: _Pass, number: int, gradients: Sequence[torch.Tensor]) -> None:
+        """Backward of one micro-batch of a tower, of the kept graph or of a new one."""
+        if number < len(one.before):
+            one.before[number].restore(self.device)
+            features, terms = self.forward(one.tower, one.parts[number])
+        else:
+            assert one.last is not None
+            features, terms = one.last
+            one.last = None
+        pairs = [(f, gradient) for f, gradient in zip(features, gradients, strict=True) if f.requires_grad]
+        for name, term in terms.items():
+            loss = share(name, term, self.counts, len(one.parts[number]))
+            self.losses[name] = self.losses[name] + loss.detach()
+            scaled = self.scaled(loss)
+            pairs.append((scaled, torch.ones_like(scaled)))
+        if pairs:
+            torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Every:
+    """The features of all pairs of the window, on all ranks."""
+
+    features: list[torch.Tensor]
+    """(N, d) each; those that learn are leaves, whose `.grad` is there."""
+    rows: slice
+    """The rows of this rank."""
+    gradient: torch.Tensor | None
+    """(N, sum of d) of the features that learn, which their `.grad`s are parts of; None in a run of one process."""
+
+    def own_gradients(self) -> list[torch.Tensor]:
+        """The gradients of this rank's features that learn, summed over the ranks: a collective call."""
+        learned = [feature for feature in self.features if feature.requires_grad]
+        if self.gradient is None:
+            return [feature.grad for feature in learned if feature.grad is not None]
+        own = _sum(self.gradient)[self.rows].clone()
+        return list(own.split([feature.shape[1] for feature in learned], dim=1))
+
+
+def _gather(own: Sequence[Sequence[torch.Tensor]], learns: Sequence[bool], *, like: torch.Tensor) -> _Every:
+    """Features of all ranks, by one collective. A rank's share may have any size or be empty: rows are placed in zeros."""
+    mine = [(feature, learned) for features, learned in zip(own, learns, strict=True) for feature in features]
+    if ranks.world_size() == 1:
+        for feature, learned in mine:
+            if learned:
+                feature.requires_grad_().grad = torch.zeros_like(feature)
+        rows = slice(0, len(mine[0][0]) if mine else 0)
+        return _Every(features=[feature for feature, _ in mine], rows=rows, gradient=None)
+    shapes = ranks.gather((len(mine[0][0]) if mine else 0, [(f.shape[1], learned) for f, learned in mine]))
+    sizes = [size for size, _ in shapes]
+    kinds = next((kinds for _, kinds in shapes if kinds), [])
+    start = sum(sizes[: ranks.rank()])
+    rows = slice(start, start + sizes[ranks.rank()])
     dtype = torch.promote_types(like.dtype, torch.float32)
-    shape = (total, 2, int(found["width"] / max(found["ranks"], 1)))
 
-    def placed() -> torch.Tensor:
-        every = torch.zeros(shape, dtype=dtype, device=like.device)
-        if own is not None:
-            every[rows] = own
-        return every
+    def room() -> tuple[torch.Tensor, torch.Tensor]:
+        widths = [[width for width, _ in kinds], [width for width, learned in kinds if learned]]
+        every, gradient = (torch.zeros((sum(sizes), sum(each)), dtype=dtype, device=like.device) for each in widths)
+        if mine:
+            torch.cat([feature for feature, _ in mine], dim=1, out=every[rows])
+        return every, gradient
 
-    return _sum(ranks.together(placed)).requires_grad_(), rows
+    every, gradient = ranks.together(room)
+    features = list(_sum(every).split([width for width, _ in kinds], dim=1))
+    parts = iter(gradient.split([width for width, learned in kinds if learned], dim=1))
+    for feature, (_, learned) in zip(features, kinds, strict=True):
+        if learned:
+            feature.requires_grad_().grad = next(parts)
+    return _Every(features=features, rows=rows, gradient=gradient)
 
 
 def _sum(tensor: torch.Tensor) -> torch.Tensor:
-    if ranks.world_size() > 1:
+    with ranks.collective():
         dist.all_reduce(tensor)
     return tensor

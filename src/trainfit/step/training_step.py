@@ -58,7 +58,8 @@ class TrainingStep:
     ema_settings: tuple[float, float] = (0.993, 100.0)
     """(decay, tau) of `ema_decay`."""
     after_micro_batch: Callable[[int], None] | None = None
-    """Called with the number of images after each backward; never for a `Contrastive` objective."""
+    """Called with the number of images after each backward; of a `Contrastive` objective also with 0 after each forward of
+    the pass without gradients."""
     requests: Callable[[], Mapping[str, float]] = dict
     """Numbers that the window's agreement sums over the ranks (whether a rank wants to stop); asked once a window."""
 
@@ -117,14 +118,14 @@ class TrainingStep:
         if isinstance(self.objective, Contrastive):
             window_gradient = partial(accumulate_contrastive, self.model, self.objective)
         else:
-            watch = self.after_micro_batch
-            window_gradient = partial(accumulate, self.model, self.objective, after_micro_batch=watch)
+            window_gradient = partial(accumulate, self.model, self.objective)
         start_scaler(self.scaler, self.device)
         return window_gradient(
             cut(window, micro_batch),
             device=self.device,
             precision=self.precision,
             scaler=self.scaler,
+            after_micro_batch=self.after_micro_batch,
             last_backward=last_backward,
         )
 
@@ -163,6 +164,8 @@ class TrainingStep:
         if self.clip_norm > 0:
             phases += [partial(self._clip, kind) for kind in kinds]
         phases += [partial(self._step_unit, unit) for unit in units_of(self.optimizer)]
+        if isinstance(self.objective, Contrastive) and self.objective.constrain is not None:
+            phases.append(partial(self.objective.constrain, self.model))
         return [*phases, partial(self._average, step), self._update_scale, self._clear]
 
     def _unscale(self, part: _Scaled) -> None:

@@ -12,7 +12,7 @@ EVERY_S = 25.0
 class WindowProgress:
     """Reports how many images of a window are done, once the window takes longer than `EVERY_S`.
 
-    Known limit: one micro-batch that takes minutes is not reported before its end, nor is a `Contrastive` objective.
+    Known limit: one micro-batch that takes minutes is not reported before its end.
     """
 
     def __init__(self, step: TrainingStep, note: Callable[[str], None]) -> None:
