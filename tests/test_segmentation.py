@@ -23,11 +23,12 @@ from support.workloads import make_workload
 from trainfit.errors import TrainfitError
 from trainfit.models.build import workload_from_metadata
 from trainfit.models.family import family_of
-from trainfit.models.rfdetr import workload as rfdetr_workload
+from trainfit.models.rfdetr import lean_head
 from trainfit.models.rfdetr.data import make_sample, to_batch, to_targets
 from trainfit.models.rfdetr.family import RfDetrKnobs, Stage
 from trainfit.models.rfdetr.guide import translate
-from trainfit.models.rfdetr.workload import RfDetr, masks_of
+from trainfit.models.rfdetr.lean_head import masks_of
+from trainfit.models.rfdetr.workload import RfDetr
 from trainfit.models.workload import OptimizerSettings
 from trainfit.step.ema import averaged_copy, update_ema
 from trainfit.step.window import accumulate, cut
@@ -176,9 +177,9 @@ def test_masks_of_a_large_image_are_upstreams_and_never_there_at_once(monkeypatc
     outputs = {"pred_logits": scores, "pred_boxes": torch.rand(1, 40, 4), "pred_masks": logits}
     theirs = PostProcess(num_select=30)(outputs, torch.tensor([[301, 203]]))[0]["masks"][:, 0]
     _, _, queries = PostProcess(num_select=30)._select_topk(scores)  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setattr(rfdetr_workload, "MASK_PIXELS_AT_ONCE", 4 * 301 * 203 + 5)
+    monkeypatch.setattr(lean_head, "MASK_PIXELS_AT_ONCE", 4 * 301 * 203 + 5)
     with _Largest() as seen:
-        ours = masks_of(logits[0], queries[0], (301, 203))
+        ours = masks_of(logits, 0, queries[0], (301, 203))
     assert seen.largest_bytes <= 4 * 4 * 301 * 203
     np.testing.assert_array_equal(np.stack([decode_rle(rle, 301, 203) for rle in ours]), theirs.numpy())
 

@@ -28,10 +28,10 @@ from trainfit.models.rfdetr.interop import (
     find_weights,
     load_weights,
 )
+from trainfit.models.rfdetr.lean_head import LeanHead, Masks, masks_of
 from trainfit.models.rfdetr.losses import make_lean, make_objective
 from trainfit.models.rfdetr.weights_file import read_weights
 from trainfit.models.workload import Decoder, OptimizerSettings
-from trainfit.tasks.detection.masks import Rle, encode_masks
 from trainfit.tasks.detection.samples import ImageDetections, Sample
 
 CONFIGS: Mapping[str, type[upstream.ModelConfig]] = {
@@ -63,6 +63,8 @@ LAYER_DECAY = 0.8
 COMPONENT_DECAY = 0.7
 """Decoder: lr x this; encoder: lr_encoder x this squared (`lr_component_decay`)."""
 ENCODER_LAYERS = "backbone.0.encoder.encoder.encoder.layer"
+DECODER_LAYERS = "transformer.decoder.layers"
+PROJECTOR = "backbone.0.projector"
 
 
 class RfDetr:
@@ -114,6 +116,8 @@ class RfDetr:
             # Upstream never uses the encoder's mask token: without this it would be a parameter that gets no gradient.
             if name.endswith("mask_token") or (self.knobs.stage == "masks" and not name.startswith(MASK_HEAD)):
                 parameter.requires_grad_(False)
+        if self.masks and self.setting.lean == "on":
+            model.get_submodule(MASK_HEAD.removesuffix(".")).__class__ = LeanHead
         return model.train()
 
     def load(self, model: torch.nn.Module, weights: str) -> list[str]:
@@ -141,8 +145,14 @@ class RfDetr:
         return [{"params": params, "lr": lr, "weight_decay": wd} for (lr, wd), params in merged.items()]
 
     def blocks(self, model: torch.nn.Module) -> list[torch.nn.Module]:
-        layers = (ENCODER_LAYERS, "transformer.decoder.layers")
-        return [layer for name in layers for layer in model.get_submodule(name).children()]
+        """The mask head's, which free most for their time; then the encoder's, the projector and the decoder's."""
+        encoder, decoder = (model.get_submodule(name).children() for name in (ENCODER_LAYERS, DECODER_LAYERS))
+        blocks = [*encoder, model.get_submodule(PROJECTOR), *decoder]
+        if self.masks:
+            head = cast(LWDETR, model).segmentation_head
+            assert head is not None
+            blocks = [*head.blocks, head.query_features_block, *blocks]
+        return [block for block in blocks if any(parameter.requires_grad for parameter in block.parameters())]
 
     def saturate(self, model: torch.nn.Module) -> None:
         """Nothing in an RF-DETR depends on the data but its targets."""
@@ -172,7 +182,8 @@ class RfDetr:
         like = next(model.parameters())
         outputs = model(to_batch(samples, (self.resolution, self.resolution), like))
         sizes = torch.tensor([s.original_size for s in samples], device=like.device)
-        logits = outputs.pop("pred_masks", None)  # upstream would make all masks of all images at image size at once
+        # Upstream would make all masks of all images at image size at once.
+        masks: Masks | None = outputs.pop("pred_masks", None)
         _, _, queries = self.postprocess._select_topk(outputs["pred_logits"])  # pyright: ignore[reportPrivateUsage]
         is_class = self.is_class.to(like.device)
         found: list[ImageDetections] = []
@@ -184,7 +195,7 @@ class RfDetr:
                     boxes=result["boxes"][known].float().cpu(),
                     scores=result["scores"][known].float().cpu(),
                     classes=result["labels"][known].cpu(),
-                    masks=None if logits is None else masks_of(logits[i], queries[i][known], sample.original_size),
+                    masks=None if masks is None else masks_of(masks, i, queries[i][known], sample.original_size),
                 )
             )
         return found
@@ -223,23 +234,6 @@ def from_upstream(name: str, weights: str) -> tuple[RfDetr, torch.nn.Module, lis
         model = workload.build()
         remarks = fill(cast(LWDETR, model), workload.config, file, name=name, classes=None)
     return workload, model, remarks
-
-
-MASK_PIXELS_AT_ONCE = 2**24
-"""Pixels of masks that are upsampled in one go: 64 MiB in float32 and 16 MiB as bool, at any number of queries."""
-
-
-def masks_of(logits: torch.Tensor, queries: torch.Tensor, size: tuple[int, int]) -> list[Rle]:
-    """The masks of the chosen `queries` at an image's size, some at a time and run-length encoded at once.
-
-    `logits` is (queries, height / 4, width / 4) of one image. The same masks as upstream's (rfdetr 1.11.2
-    models/postprocess.py `_postprocess_masks`): bilinear, then positive.
-    """
-    masks: list[Rle] = []
-    for some in queries.split(max(1, MASK_PIXELS_AT_ONCE // (size[0] * size[1]))):
-        grown = torch.nn.functional.interpolate(logits[some][:, None], size=size, mode="bilinear", align_corners=False)
-        masks += encode_masks(grown[:, 0] > 0)
-    return masks
 
 
 def make_config(name: str, classes: int, knobs: RfDetrKnobs) -> upstream.ModelConfig:
