@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from trainfit.cli import main
 from trainfit.memory import shipped
@@ -16,6 +17,10 @@ from trainfit.training.run_folder import METRICS
 
 # Threads that wait for each other by spinning make a busy machine up to 30 times slower: one here and in subprocesses.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# How long an example takes says how busy the machine is; tests assert laws.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
