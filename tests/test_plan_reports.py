@@ -7,7 +7,6 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +14,8 @@ from hypothesis import strategies as st
 
 from plan_cases import MICRO_BATCHES, make_plan
 from support.workloads import make_workload
-from trainfit.cli.arguments import plain_switches
+from trainfit.cli.arguments import given_flags
+from trainfit.cli.flags import flags_of
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import GIB, MIB, find_gpu
 from trainfit.models.family import family_of
@@ -33,7 +33,7 @@ from trainfit.reports.plan import (
 )
 from trainfit.reports.plan_html import plan_html
 from trainfit.step.names import Checkpointing
-from trainfit.training.recipe import DEFAULT_EFFECTIVE_BATCH, recipe_type
+from trainfit.training.recipe import BATCH, DEFAULT_EFFECTIVE_BATCH, recipe_type
 
 
 def lines(plan: Plan) -> list[str]:
@@ -137,7 +137,7 @@ def test_smallest_card() -> None:
         (
             make_plan((8, "all"), gpus=2, effective_batch=32, model="rfdetr-seg-nano", stage="masks", ema=False),
             "torchrun --nproc-per-node 2 -m trainfit train rfdetr-seg-nano --data DIR --effective-batch 32 --micro-batch 8 "
-            "--checkpointing all --precision bf16 --no-ema --stage masks --workers 3 --from RUN",
+            "--checkpointing all --precision bf16 --no-ema --stage masks --workers 3 --weights RUN",
         ),
         (
             make_plan(
@@ -159,9 +159,10 @@ def test_the_command_makes_the_plans_recipe(plan: Plan) -> None:
     """As the command line reads it."""
     import tyro
 
-    words = plain_switches(train_command(plan).replace("DIR", "sample").split())
-    kind: Any = recipe_type(family_of(plan.model)[0].setting)
-    recipe = tyro.cli(kind, args=words[words.index("train") + 1 :])
+    words = train_command(plan).replace("DIR", "sample").split()
+    words = words[words.index("train") + 1 :]
+    made, build = flags_of(recipe_type(family_of(plan.model)[0].setting), BATCH)
+    recipe = build(tyro.cli(made, args=words), given_flags(words))
     for name, value in knobs(plan).items():
         read = getattr(recipe, name)
         defaults = {"effective_batch": DEFAULT_EFFECTIVE_BATCH, "eval_micro_batch": recipe.micro_batch}

@@ -403,8 +403,8 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def test_bad_recipes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = ["train", "--data", "sample", *TINY, "--out", tmp_path / "run"]
-    assert "--from" in failure(capsys, *train, "rfdetr-seg-nano", "--recipe", "masks")
-    assert "--stage masks" in failure(capsys, *train, "rfdetr-seg-nano", "--from", tmp_path)
+    assert "--weights RUN" in failure(capsys, *train, "rfdetr-seg-nano", "--recipe", "masks")
+    assert "evaluated weights" in failure(capsys, *train, "rfdetr-seg-nano", "--from", tmp_path)
     assert "evaluated weights" in failure(capsys, *train, "--recipe", "masks", "--from", tmp_path)
     bccd = ["train", "rfdetr-seg-nano", "--data", shared_data("bccd"), *TINY, "--out", tmp_path / "run"]
     assert "without a mask" in failure(capsys, *bccd)
@@ -413,7 +413,7 @@ def test_bad_recipes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_the_guides_command_lines_are_ours() -> None:
     guide = "train --size nano --recipe masks --batch 1 --accum=8 --multi_scale 0 --num_queries 300 --stage1_run runs/a"
     ours = "train rtdetr-seg-nano --stage masks --micro-batch 1 --accumulation 8 --no-multi-scale"
-    assert translate(guide.split()) == [*ours.split(), "--num-queries", "300", "--from", "runs/a"]
+    assert translate(guide.split()) == [*ours.split(), "--num-queries", "300", "--weights", "runs/a"]
     assert translate(["train", "--multi-scale", "1", "--multi-scale", "--lr=1"])[1:4] == [
         "--multi-scale",
         "--multi-scale",
@@ -447,5 +447,6 @@ def test_base_builds_without_a_download(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_recipe_says_what_goes_together() -> None:
-    with pytest.raises(TrainfitError, match="--weights and --from"):
-        make_recipe("rtdetr-seg-nano", data="x", stage="masks", from_run=Path("a"), weights="b")
+    with pytest.raises(TrainfitError, match="--weights RUN"):
+        make_recipe("rtdetr-seg-nano", data="x", stage="masks", weights="pretrained")
+    assert make_recipe("rtdetr-seg-nano", data="x", stage="masks", weights="runs/a").weights == "runs/a"

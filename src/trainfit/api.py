@@ -211,7 +211,7 @@ def train(
     """Train on data, with the exact gradient of the effective batch: `trainfit train`.
 
     Args:
-        model: Name of a model; it may be left out with `plan`, `resume` and `from_run`.
+        model: Name of a model; it may be left out with `plan`, `resume` and a run folder as `weights`.
         progress: Shows what happens; nothing is shown without it.
         stop: Called after every window; when it returns True, the state is saved and training ends.
         values: Fields of `training.recipe.Recipe`, for instance `data="DIR"`, `epochs=10`, `micro_batch=4`.
@@ -231,7 +231,7 @@ def _recipe(model: str, values: dict[str, Any]) -> Any:
     from trainfit.training.recipe import Recipe
 
     known = {field.name for field in dataclasses.fields(Recipe)}
-    paths = {name: Path(values[name]) for name in ("plan", "from_run", "out", "resume") if values.get(name)}
+    paths = {name: Path(values[name]) for name in ("plan", "out", "resume") if values.get(name)}
     given: dict[str, Any] = {"model": model, **values, **paths} if model else {**values, **paths}
     try:
         return Recipe(**given)

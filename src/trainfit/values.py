@@ -14,7 +14,7 @@ from trainfit.errors import TrainfitError
 
 T = TypeVar("T")
 _GIVEN = "_given"
-_FLAGS = {"from_run": "--from"}
+_FLAGS = {"as_json": "--json"}
 """Flags that are not spelt as their field."""
 
 
@@ -34,6 +34,20 @@ class Range:
         if value < self.low:
             return f"must be at least {self.low:g}"
         return f"must be at most {self.high:g}" if value > self.high else None
+
+
+@dataclass(frozen=True)
+class In:
+    """Where the flags of a command show a field; an annotation: `Annotated[int, In("memory")]`.
+
+    A family's knobs are in the group "model" unless they say otherwise.
+    """
+
+    group: str | None = ""
+    """The group of `--help`: "model", "card", "data", "batch", "memory", "schedule", "run", "output", or "" for the others.
+    None: the field is no flag."""
+    positional: bool = False
+    """Whether it is given without a flag."""
 
 
 def flag(name: str) -> str:
@@ -115,7 +129,7 @@ def changed(values: T, **changes: Any) -> T:
 
 
 def given_by_flags(values: T, flags: AbstractSet[str]) -> T:
-    """A copy that was given the values whose flags are named ("from" for --from), and no others."""
+    """A copy that was given the values whose flags are named, and no others."""
     names = {field.name for field in fields(cast(Any, values))}
     return _marked(
         replace(cast(Any, values)), frozenset(name for name in names if flag(name)[2:].replace("-", "_") in flags)

@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from trainfit.cli import signals, streams
@@ -11,31 +12,31 @@ from trainfit.reports.words import printable
 
 
 def commands(words: Sequence[str]) -> Mapping[str, Callable[..., int]]:
-    """Command name -> function; its parameters are the flags, its result the exit code.
+    """Command name -> function; the parameters are the flags, the result is the exit code.
 
     `words` is the command line: flags of a model's commands are those of its family.
     """
     from trainfit.cli.arguments import setting_type, typed
-    from trainfit.cli.check_data import check_data
-    from trainfit.cli.detect import detect
-    from trainfit.cli.evaluate import evaluate
+    from trainfit.cli.check_data import CheckData, check_data
+    from trainfit.cli.detect import Detect, detect
+    from trainfit.cli.evaluate import Evaluate, evaluate
     from trainfit.cli.measure import Measure, measure
     from trainfit.cli.plan import Plan, plan
     from trainfit.cli.predict import Predict, predict
-    from trainfit.cli.report import report
+    from trainfit.cli.report import Report, report
     from trainfit.cli.train import train
-    from trainfit.training.recipe import recipe_type
+    from trainfit.training.recipe import BATCH, recipe_type
 
     kind: Any = setting_type(words[1:])
     return {
         "plan": typed(plan, Plan[kind], words),
-        "train": typed(train, recipe_type(kind), words),
+        "train": typed(train, recipe_type(kind), words, chosen=BATCH),
         "predict": typed(predict, Predict[kind], words),
         "measure": typed(measure, Measure[kind], words),
-        "check-data": check_data,
-        "detect": detect,
-        "evaluate": evaluate,
-        "report": report,
+        "check-data": typed(check_data, CheckData, words),
+        "detect": typed(detect, Detect, words),
+        "evaluate": typed(evaluate, Evaluate, words),
+        "report": typed(report, Report, words),
     }
 
 
@@ -77,16 +78,20 @@ def _run(arguments: Sequence[str] | None, handlers: signals.Signals) -> int:
 def _command(arguments: Sequence[str], handlers: signals.Signals) -> int:
     import tyro
 
-    from trainfit.cli.arguments import plain_switches
+    from trainfit.cli.arguments import todays_flags
     from trainfit.models.family import families
 
     words = list(arguments)
+    if words[:1] == ["--version"]:
+        print(f"trainfit {version('trainfit')}")
+        return 0
     for family in families().values():
         words = family.translate(words)
-    words = plain_switches(words)
+    words = todays_flags(words)
     known = dict(commands(words))
     handlers.ready = True
-    return tyro.extras.subcommand_cli_from_dict(known, prog="trainfit", args=words)
+    about = "Plan, predict, measure and run training that fits a GPU; --version for the version."
+    return tyro.extras.subcommand_cli_from_dict(known, prog="trainfit", description=about, args=words)
 
 
 def _complain(text: str) -> None:

@@ -1,6 +1,6 @@
 """Command lines whose flags depend on the model: a command takes the knobs of the model's family."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import pairwise
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from trainfit.cli.flags import flags_of
 from trainfit.errors import TrainfitError
 from trainfit.files import read_json
 from trainfit.models.family import find
@@ -32,14 +33,14 @@ def setting_type(words: Sequence[str]) -> type[Setting]:
         found = find(_model_in(before, Path(word)))
         if found is not None:
             return found[0].setting
-        if before == "--from":  # its knobs are not known, so the other flags could not be read either
-            raise TrainfitError(f"--from: {word} is no run folder with evaluated weights: train it first")
+        if before == "--weights" and Path(word).is_dir():  # without its knobs the other flags could not be read either
+            raise TrainfitError(f"--weights: {word} is no run folder with evaluated weights: train it first")
     return Setting
 
 
 def _model_in(flag: str, path: Path) -> str:
     """The model of the plan or run that a flag names; empty where it cannot be read: its command says why."""
-    files = {"--plan": path, "--resume": path / RECIPE, "--from": path / RECIPE}
+    files = {"--plan": path, "--resume": path / RECIPE, "--weights": path / RECIPE}
     try:
         return str(read_json(files[flag])["model"])
     except (OSError, ValueError, LookupError, TypeError):
@@ -52,25 +53,41 @@ def given_flags(words: Sequence[str]) -> frozenset[str]:
     return frozenset(flag.removeprefix("no_") for flag in flags)
 
 
-def plain_switches(words: Sequence[str]) -> list[str]:
-    """`--ema` and `--no-ema` as tyro reads a switch that may also be left open: `--ema True` and `--ema False`."""
+def todays_flags(words: Sequence[str]) -> list[str]:
+    """A command line of version 0.1 with the flags of today.
+
+    `train --from RUN` is `--weights RUN`, and `--ema True` or `--ema False` is `--ema` or `--no-ema`.
+
+    Raises:
+        TrainfitError: `--from` and `--weights` are both given.
+    """
     result: list[str] = []
-    for word, after in zip(words, (*words[1:], ""), strict=True):
-        if word == "--no-ema":
-            result += ["--ema", "False"]
-        elif word == "--ema" and after not in ("True", "False", "None"):
-            result += ["--ema", "True"]
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == "--from" and words[0] == "train":
+            if any(each.partition("=")[0] == "--weights" for each in words):
+                raise TrainfitError("--from is what --weights RUN was called: give one of the two")
+            result.append("--weights" + equals + value)
+        elif result and result[-1] == "--ema" and word in ("True", "False"):
+            result[-1] = "--ema" if word == "True" else "--no-ema"
         else:
             result.append(word)
     return result
 
 
-def typed(command: Callable[[Any, AbstractSet[str]], int], arguments: Any, words: Sequence[str]) -> Callable[..., int]:
-    """A command as tyro takes it: `arguments` is the type of its flags, and the flags that are given go with them."""
+def typed(
+    command: Callable[[Any, AbstractSet[str]], int], arguments: Any, words: Sequence[str], chosen: Container[str] = ()
+) -> Callable[..., int]:
+    """A command as tyro takes it, which is given its arguments and the names of the flags that stand in the command line.
+
+    `arguments` is the dataclass of its flags; `chosen` are those that it chooses where they are not given.
+    """
+    given = given_flags(words)
+    made, build = flags_of(arguments, chosen)
 
     def run(flags: Any) -> int:
-        return command(flags, given_flags(words))
+        return command(build(flags, given), given)
 
-    run.__annotations__ = {"flags": Annotated[arguments, tyro.conf.arg(name="")], "return": int}
     run.__doc__ = command.__doc__
+    run.__annotations__ = {"flags": Annotated[made, tyro.conf.arg(name="")], "return": int}
     return run

@@ -3,23 +3,24 @@
 import json
 import sys
 import time
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Annotated
 
-import tyro
+from trainfit.values import In
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckData:
     """Read a data set, decode every record, and list all defects; changes no file."""
 
-    data: tyro.conf.Positional[str]
+    data: Annotated[str, In(positional=True)]
     """Folder or file of the data set, or `sample`."""
     task: str | None = None
     """What the data are for, for instance detection; recognised by the files unless given."""
     format: str | None = None
     """One of the task's formats, for instance coco, yolo or voc; detected unless given."""
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    as_json: bool = False
     """Print JSON (schema 1) instead of text."""
     decode: bool = True
     """Decode every record; without it, only what the files' heads and ends tell."""
@@ -27,8 +28,8 @@ class CheckData:
     """Read files that the data set names but does not hold: absolute paths, `..`, links."""
 
 
-def check_data(arguments: Annotated[CheckData, tyro.conf.arg(name="")]) -> int:
-    """Say what a data set holds, and every defect with file and id; exit code 1 where training would refuse it."""
+def check_data(arguments: CheckData, _given: AbstractSet[str] = frozenset()) -> int:
+    """List what a data set holds and its defects; exit code 1 if training refuses it."""
     from trainfit import api
     from trainfit.reports.check_data import check_data_json, check_data_text
 

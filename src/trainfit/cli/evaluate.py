@@ -3,60 +3,60 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-import tyro
-
 from trainfit.errors import TrainfitError
+from trainfit.values import In, Range, require_valid
 
 
-def evaluate(
-    run: tyro.conf.Positional[Path | None] = None,
-    /,
-    *,
-    data: str,
-    weights: Path | None = None,
-    model: str | None = None,
-    split: Literal["train", "val", "test"] = "val",
-    micro_batch: int = 4,
-    max_detections: int | None = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    allow_outside: bool = False,
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
-) -> int:
-    """How good a trained run, or a published checkpoint, is on a data set.
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """What is evaluated, and on what."""
 
-    Args:
-        run: Run folder, or a weights file of one.
-        data: Data set: a folder or file that the model's task reads, or `sample`.
-        weights: Weights file instead of a run: of trainfit, of the upstream project, or `pretrained` (downloads it).
-        model: Model that upstream's weights are of, for instance rfdetr-nano.
-        split: Which records.
-        micro_batch: Images per forward.
-        max_detections: Of detection: detections for each image and class that count; by default as many as upstream counts.
-        device: Where to run.
-        allow_outside: Read files that the data set names but does not hold.
-        as_json: Print JSON.
-    """
+    run: Annotated[Path | None, In(positional=True)] = None
+    """Run folder, or a weights file of one."""
+    data: str
+    """Data set: a folder or file that the model's task reads, or `sample`."""
+    weights: Path | None = None
+    """Weights file instead of a run: of trainfit, of the upstream project, or `pretrained` (downloads it)."""
+    model: str | None = None
+    """Model that upstream's weights are of, for instance rfdetr-nano."""
+    split: Literal["train", "val", "test"] = "val"
+    """Which records."""
+    micro_batch: Annotated[int, Range(1, 100_000)] = 4
+    """Images per forward."""
+    max_detections: Annotated[int | None, Range(1)] = None
+    """Of detection: detections for each image and class that count; as many as upstream counts unless given."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run."""
+    allow_outside: bool = False
+    """Read files that the data set names but does not hold."""
+    as_json: bool = False
+    """Print JSON (schema 1) instead of text."""
+
+
+def evaluate(arguments: Evaluate, _given: AbstractSet[str]) -> int:
+    """Evaluate a trained run, or a published checkpoint, on a data set."""
     from trainfit import api
     from trainfit.reports.tables import table_text
 
-    options = {} if max_detections is None else {"max_detections": max_detections}
-    if max_detections is not None and max_detections < 1:
-        raise TrainfitError(f"--max-detections must be at least 1, not {max_detections}")
+    require_valid(arguments)
+    options = {} if arguments.max_detections is None else {"max_detections": arguments.max_detections}
     evaluation = api.evaluate(
-        _source(run, weights),
-        data=data,
-        model=model,
-        split=split,
-        micro_batch=micro_batch,
-        device=device,
-        allow_outside=allow_outside,
+        _source(arguments.run, arguments.weights),
+        data=arguments.data,
+        model=arguments.model,
+        split=arguments.split,
+        micro_batch=arguments.micro_batch,
+        device=arguments.device,
+        allow_outside=arguments.allow_outside,
         note=lambda line: print(line, file=sys.stderr),
         **options,
     )
-    if as_json:
+    if arguments.as_json:
         details = {name: _plain(value) for name, value in evaluation.details.items()}
         print(json.dumps({"schema": 1, **details}, indent=2))
     else:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Generic, Literal
 
-import tyro
-
 from trainfit.api import make_bench
 from trainfit.cli.arguments import AnySetting
 from trainfit.errors import OutOfMemory, TrainfitError
@@ -18,25 +16,26 @@ from trainfit.measuring.search import Measured
 from trainfit.models.setting import Setting, named, setting_from_json
 from trainfit.planning.plan import read_plan
 from trainfit.reports.measure import measured_json, measured_text
+from trainfit.values import In
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measure(Generic[AnySetting]):
     """Speed and memory of a setting on this machine's GPU, beside the prediction; without a GPU, the CPU's speed alone."""
 
-    setting: tyro.conf.OmitArgPrefixes[tyro.conf.PositionalRequiredArgs[AnySetting]]
+    setting: AnySetting
     """The model, and every knob of its step. --micro-batch is where the search begins if nothing can be predicted."""
-    plan: Path | None = None
+    plan: Annotated[Path | None, In("run")] = None
     """File that `trainfit plan --out` wrote: its setting is measured."""
-    micro_batches: str | None = None
+    micro_batches: Annotated[str | None, In("run")] = None
     """Measure these, for instance 1,2,4: instead of the fewest that tell from which micro-batch on speed stops to grow."""
-    steps: int = 10
+    steps: Annotated[int, In("run")] = 10
     """Timed windows of each trial at most; after 10 s only three are waited for."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], In("run")] = "auto"
     """auto: the first GPU that CUDA_VISIBLE_DEVICES shows, else the CPU."""
-    memory: str | None = None
+    memory: Annotated[str | None, In("run")] = None
     """Act as a smaller card, for instance 4GiB: the allocator may not reserve more, kernels are still the large card's."""
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    as_json: Annotated[bool, In("output")] = False
     """Print JSON (schema 1) instead of text."""
 
 

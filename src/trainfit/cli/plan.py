@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Generic, Literal
 
-import tyro
-
 from trainfit import api
 from trainfit.cli.arguments import AnySetting
 from trainfit.cli.files import require_writable, write
@@ -20,46 +18,49 @@ from trainfit.planning.plan import to_json
 from trainfit.reports.emit import emit
 from trainfit.reports.plan import plan_json, plan_text
 from trainfit.reports.plan_html import plan_html
+from trainfit.values import In
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Generic[AnySetting]):
     """Of all settings that fit a GPU, the fastest; the GPU need not be there."""
 
-    setting: tyro.conf.OmitArgPrefixes[tyro.conf.PositionalRequiredArgs[AnySetting]]
+    setting: AnySetting
     """The model, and its knobs as wanted. --micro-batch and --checkpointing, where given, are planned with alone."""
-    gpu: str | None = None
+    gpu: Annotated[str | None, In("card")] = None
     """Name of the card, for instance "RTX 3060"; without it and --memory, the first card of this machine."""
-    memory: str | None = None
+    memory: Annotated[str | None, In("card")] = None
     """Memory of the card, for instance 8GiB: instead of --gpu, or of what that card has."""
-    gpus: int = 1
+    gpus: Annotated[int, In("card")] = 1
     """Cards of this kind."""
-    data: str | None = None
+    data: Annotated[str | None, In("data")] = None
     """Data set: its classes, fullest image, canvas and decoding time are used."""
-    allow_outside: bool = False
+    allow_outside: Annotated[bool, In("data")] = False
     """Read files that the data set names but does not hold."""
-    effective_batch: int = DEFAULT_EFFECTIVE_BATCH
+    effective_batch: Annotated[int, In("batch")] = DEFAULT_EFFECTIVE_BATCH
     """Images per optimizer step over all GPUs; held exactly."""
-    allow: tuple[str, ...] = ()
+    allow: Annotated[tuple[str, ...], In("model")] = ()
     """Knobs that change what is learned and may be turned where nothing fits otherwise."""
-    alloc_conf: str = ""
+    alloc_conf: Annotated[str, In("card")] = ""
     """As PYTORCH_ALLOC_CONF, for instance expandable_segments:True."""
-    emit: Literal["rfdetr", "detectron2", "open_clip", "lightning", "transformers", "accelerate"] | None = None
+    emit: Annotated[
+        Literal["rfdetr", "detectron2", "open_clip", "lightning", "transformers", "accelerate"] | None, In("output")
+    ] = None
     """Print the setting as another tool writes it, instead of the report."""
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    as_json: Annotated[bool, In("output")] = False
     """Print JSON (schema 1) instead of text."""
-    html: Path | None = None
+    html: Annotated[Path | None, In("output")] = None
     """Write the report as one HTML page."""
-    out: Path | None = None
+    out: Annotated[Path | None, In("output")] = None
     """Write the plan file that train, measure and report take."""
-    force: bool = False
+    force: Annotated[bool, In("output")] = False
     """Overwrite files."""
-    cache: bool = True
+    cache: Annotated[bool, In("output")] = True
     """Store the traces, and use stored ones."""
 
 
 def plan(arguments: Plan[Setting], given: AbstractSet[str]) -> int:
-    """Plan the fastest training that fits a GPU, without the GPU; the exit code is 1 where nothing fits."""
+    """Plan the fastest training that fits a GPU; the exit code is 1 if nothing fits."""
     require_writable((arguments.html, arguments.out), force=arguments.force)
     setting, note = arguments.setting, _note if sys.stderr.isatty() else _ignore
     found = api.plan(

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Generic, Literal
 
-import tyro
-
 from trainfit.cli.arguments import AnySetting
 from trainfit.cli.files import require_writable, write
 from trainfit.errors import TrainfitError
@@ -21,43 +19,44 @@ from trainfit.planning.predict import predict_with_trace
 from trainfit.reports.memory_viewer import snapshot
 from trainfit.reports.profile import profile_json, profile_text
 from trainfit.reports.profile_html import profile_html
+from trainfit.values import In
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predict(Generic[AnySetting]):
     """Whether a setting fits a GPU that need not be there: memory of a training step and of evaluation."""
 
-    setting: tyro.conf.OmitArgPrefixes[tyro.conf.PositionalRequiredArgs[AnySetting]]
+    setting: AnySetting
     """The model, and every knob of its step."""
-    gpu: str | None = None
+    gpu: Annotated[str | None, In("card")] = None
     """Name of the card, for instance "RTX 3060"."""
-    memory: str | None = None
+    memory: Annotated[str | None, In("card")] = None
     """Memory of the card, for instance 8GiB: instead of --gpu, or of what that card has."""
-    gpus: int = 1
+    gpus: Annotated[int, In("card")] = 1
     """Cards of this kind that train together: each also holds NCCL's buffers and that of the gradient exchange."""
-    data: str | None = None
+    data: Annotated[str | None, In("data")] = None
     """Data set that tells --classes, --objects-per-image and --canvas; it overrides them."""
-    allow_outside: bool = False
+    allow_outside: Annotated[bool, In("data")] = False
     """Read files that the data set names but does not hold."""
-    alloc_conf: str = ""
+    alloc_conf: Annotated[str, In("card")] = ""
     """As PYTORCH_ALLOC_CONF, for instance expandable_segments:True."""
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    as_json: Annotated[bool, In("output")] = False
     """Print JSON (schema 1) instead of text."""
-    html: Path | None = None
+    html: Annotated[Path | None, In("output")] = None
     """Write the report as one HTML page."""
-    snapshot: Path | None = None
+    snapshot: Annotated[Path | None, In("output")] = None
     """Write the step for PyTorch's memory viewer."""
-    force: bool = False
+    force: Annotated[bool, In("output")] = False
     """Overwrite files."""
-    cache: bool = True
+    cache: Annotated[bool, In("output")] = True
     """Store the traces, and use stored ones."""
-    trace_on: Literal["cuda", "cpu"] = "cuda"
+    trace_on: Annotated[Literal["cuda", "cpu"], In("output")] = "cuda"
     """cuda: fake tensors of the card. cpu: really run the step here, where a new torch cannot be traced otherwise: slow,
     needs the memory, in float32 and with the CPU's kernels."""
 
 
 def predict(arguments: Predict[Setting], _given: AbstractSet[str]) -> int:
-    """Predict whether a setting fits a GPU, without the GPU; the exit code is 0, whatever the verdict."""
+    """Predict whether a setting fits a GPU; the exit code is 0, whatever the verdict."""
     require_writable((arguments.html, arguments.snapshot), force=arguments.force)
     if arguments.gpus < 1:
         raise TrainfitError(f"--gpus must be at least 1, not {arguments.gpus}")

@@ -1,25 +1,25 @@
 """trainfit report."""
 
 import json
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
-
-import tyro
 
 from trainfit.cli.files import require_writable, write
 from trainfit.errors import TrainfitError
 from trainfit.reports.run_html import run_html
 from trainfit.reports.run_report import read_run, run_json, run_text
+from trainfit.values import In
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What a run did: loss and AP, speed, where the time went, memory, every out-of-memory error."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[Path, In(positional=True)]
     """Run folder; the run may still be going on."""
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    as_json: bool = False
     """Print JSON (schema 1) instead of text."""
     html: Path | None = None
     """Write the report as one HTML page, with curves."""
@@ -27,7 +27,7 @@ class Report:
     """Overwrite that page."""
 
 
-def report(arguments: Annotated[Report, tyro.conf.arg(name="")]) -> int:
+def report(arguments: Report, _given: AbstractSet[str]) -> int:
     """Show what a run did, or does: from its files alone."""
     page = arguments.html
     require_writable((page,), force=arguments.force)

@@ -12,7 +12,7 @@ from trainfit.values import given_by_flags
 def train(recipe: Recipe, given: AbstractSet[str]) -> int:
     """Train a model on your data, with the exact gradient of the effective batch.
 
-    Ctrl-C saves the state and stops; a second Ctrl-C stops at once. Go on with --resume RUN.
+    Ctrl-C saves the state and stops, a second stops at once; --resume RUN goes on.
     """
     with StopAfterStep() as signals:
         from trainfit.reports.progress import TerminalProgress

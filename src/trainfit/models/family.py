@@ -98,7 +98,7 @@ class Family:
     translate: Callable[[Sequence[str]], list[str]] = list
     """Command line -> the same with the flags of other programs for these models as trainfit's."""
     shapes_weights: tuple[str, ...] = ()
-    """Knobs that a run keeps from the one that it starts from with --from."""
+    """Knobs that a run keeps from the one that it starts from with --weights RUN."""
     sample_bytes: Callable[[Any], int] = lambda _: 0
     """Setting -> bytes of one decoded sample in host memory."""
     drawn_sizes: Callable[[Any], DrawnSizes | None] = lambda _: None

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from trainfit.errors import TrainfitError
 from trainfit.models.family import Family, families, family_of
 from trainfit.step.names import Checkpointing, Optimizer, Precision
-from trainfit.values import Range, flag, from_record, require_valid
+from trainfit.values import In, Range, flag, from_record, require_valid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,23 +21,23 @@ class Setting:
     family: ClassVar[Family]
     """The family whose setting it is; `models.family.register` sets it."""
 
-    model: str
-    """Name of the model: `trainfit models` lists them; clip:ARCH, timm:NAME, or module:function of your own."""
-    micro_batch: Annotated[int, Range(1, 100_000)] = 1
+    model: Annotated[str, In(positional=True)]
+    """The model: a name, for instance rfdetr-nano; clip:ARCH, timm:NAME, or module:function of your own."""
+    micro_batch: Annotated[int, Range(1, 100_000), In("batch")] = 1
     """Images (or pairs) in one forward and backward on one GPU; changes memory and speed, not the result."""
-    accumulation: Annotated[int, Range(1, 1_000_000)] = 1
+    accumulation: Annotated[int, Range(1, 1_000_000), In("batch")] = 1
     """Micro-batches per optimizer step and GPU."""
-    eval_micro_batch: Annotated[int | None, Range(1, 100_000)] = None
+    eval_micro_batch: Annotated[int | None, Range(1, 100_000), In("batch")] = None
     """Images in one forward of evaluation; the micro-batch unless given."""
-    checkpointing: Annotated[Checkpointing, Range(0)] = "none"
+    checkpointing: Annotated[Checkpointing, Range(0), In("memory")] = "none"
     """Activation checkpointing: how many of the model's blocks, from the first, are recomputed in backward."""
-    precision: Precision = "auto"
+    precision: Annotated[Precision, In("memory")] = "auto"
     """auto: bf16 on CUDA capability 8.0 and later, fp16 on older GPUs, fp32 on the CPU."""
-    optimizer: Optimizer = "adamw-fused"
+    optimizer: Annotated[Optimizer, In("memory")] = "adamw-fused"
     """sgd has momentum 0.9; adamw-8bit is that of bitsandbytes (extra `8bit`)."""
-    ema: bool | None = None
-    """Keep EMA weights, for evaluation and the best checkpoint. As the family is trained unless given."""
-    ema_on_host: bool = False
+    ema: Annotated[bool | None, In("memory")] = None
+    """Keep EMA weights, for evaluation and the best checkpoint; as upstream trains the model unless given."""
+    ema_on_host: Annotated[bool, In("memory")] = False
     """Keep the EMA weights in host memory: less on the GPU, more time."""
     classes: Annotated[int, Range(1, 100_000)] = 80
     """Classes of the data set, background not counted."""

@@ -99,7 +99,7 @@ NOT_TAKEN = ("model", "accumulation", *FROM_DATA)
 """Knobs of a setting that training does not take from a plan."""
 
 
-OF_THE_RUN = ("data", "plan", "weights", "from_run", "out", "resume")
+OF_THE_RUN = ("data", "plan", "weights", "out", "resume")
 """Values of a recipe that no plan determines."""
 
 

@@ -1,4 +1,4 @@
-"""A run that starts from the evaluated weights of another one: what `--from` fixes of its recipe."""
+"""A run that starts from the evaluated weights of another one: what `--weights RUN` determines of its recipe."""
 
 import json
 from pathlib import Path
@@ -18,19 +18,19 @@ def evaluated_weights(run: Path) -> Path:
     """
     path = run / BEST
     if not path.is_file():
-        raise TrainfitError(f"--from: {run} is no run folder with evaluated weights (no {BEST}): train it first")
+        raise TrainfitError(f"--weights: {run} is no run folder with evaluated weights (no {BEST}): train it first")
     return path
 
 
 def on_earlier_run(recipe: Recipe) -> Recipe:
-    """The recipe with the model, and the knobs that shape its weights, as the run of `--from` had them.
+    """The recipe with the model, and the knobs that shape its weights, as the run had them that `weights` names.
 
     Raises:
-        TrainfitError: `--from` is no run folder with evaluated weights.
+        TrainfitError: the folder is no run folder with evaluated weights.
     """
-    if recipe.from_run is None:
+    if recipe.earlier_run is None:
         return recipe
-    path = evaluated_weights(recipe.from_run)
+    path = evaluated_weights(recipe.earlier_run)
     _, metadata = load_weights(path)
     if "model" not in metadata or "knobs" not in metadata:
         raise TrainfitError(f"{path} is not a weights file of trainfit")

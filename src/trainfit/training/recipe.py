@@ -8,14 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast, get_type_hints
 
-import tyro
-
 from trainfit.errors import TrainfitError
 from trainfit.files import read_json
 from trainfit.models.family import family_of, find
 from trainfit.models.setting import Setting
 from trainfit.training.run_files import RECIPE
-from trainfit.values import Range, changed, flag, from_record, given, keeps_given, require_known, require_valid
+from trainfit.values import In, Range, changed, flag, from_record, given, keeps_given, require_known, require_valid
 
 DEFAULT_EFFECTIVE_BATCH = 16
 """Why this many: docs/training.md."""
@@ -30,59 +28,58 @@ class Recipe(Setting):
     `Recipe(model=..., ...)` is a recipe with the knobs of the model's family (`recipe_type`).
     """
 
-    model: tyro.conf.Positional[str] = ""
-    """Model, for instance rfdetr-nano. That of the run with --resume and --from, that of the plan with --plan."""
-    data: str = ""
+    model: Annotated[str, In(positional=True)] = ""
+    """The model, for instance rfdetr-nano; with --resume, --plan or --weights RUN it may be left out."""
+    data: Annotated[str, In("data")] = ""
     """Data set: a folder or file that the model's task reads, or `sample`."""
-    format: str = "auto"
+    format: Annotated[str, In("data")] = "auto"
     """Format of the data set, for instance coco, yolo or voc; detected unless given."""
-    allow_outside: bool = False
+    allow_outside: Annotated[bool, In("data")] = False
     """Read files that the data set names but does not hold: absolute paths, `..`, links."""
-    val_fraction: Annotated[float, Range(0, 1, inside=True)] = 0.1
+    val_fraction: Annotated[float, Range(0, 1, inside=True), In("data")] = 0.1
     """Share of the training data held out where the data set has no validation split."""
-    augment: bool = True
+    augment: Annotated[bool, In("data")] = True
     """Random crops and flips."""
-    workers: Annotated[int | None, Range(0, 256)] = None
+    workers: Annotated[int | None, Range(0, 256), In("data")] = None
     """Loader processes per GPU; by the machine's cores unless given."""
-    plan: Path | None = None
+    plan: Annotated[Path | None, In("run")] = None
     """File that `trainfit plan --out` wrote: its knobs are taken where none are given here."""
-    weights: str | None = None
-    """Start from a file of trainfit or upstream, or `pretrained` (downloads upstream's); random without it."""
-    from_run: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """Run folder whose evaluated (best) weights a later stage starts from, for instance the detector of --stage masks."""
-    effective_batch: Annotated[int | None, Range(1, 1_000_000)] = None
+    weights: Annotated[str | None, In("run")] = None
+    """What to start from: a run folder (its best weights), a weights file of trainfit or upstream, or `pretrained`
+    (downloads upstream's); random without it."""
+    effective_batch: Annotated[int | None, Range(1, 1_000_000), In("batch")] = None
     """Images per optimizer step over all GPUs (default 16; docs/training.md says why)."""
-    epochs: Annotated[int, Range(1, 1_000_000)] = 100
+    epochs: Annotated[int, Range(1, 1_000_000), In("schedule")] = 100
     """Passes over the training data."""
-    max_steps: Annotated[int | None, Range(1)] = None
+    max_steps: Annotated[int | None, Range(1), In("schedule")] = None
     """Stop after this many optimizer steps."""
-    lr: Annotated[float, Range(0, 1e3)] = 1e-4
+    lr: Annotated[float, Range(0, 1e3), In("schedule")] = 1e-4
     """Learning rate of the heads; it follows the effective batch, not the micro-batch."""
-    lr_encoder: Annotated[float, Range(0, 1e3)] = 1.5e-4
+    lr_encoder: Annotated[float, Range(0, 1e3), In("schedule")] = 1.5e-4
     """Learning rate of the encoder's last layer, before component decay."""
-    weight_decay: Annotated[float, Range(0)] = 1e-4
+    weight_decay: Annotated[float, Range(0), In("schedule")] = 1e-4
     """AdamW's decay."""
-    schedule: Literal["step", "cosine"] = "step"
+    schedule: Annotated[Literal["step", "cosine"], In("schedule")] = "step"
     """step: a tenth of the rate from epoch 100 on; cosine: to zero at the end."""
-    lr_drop: Annotated[int, Range(0), tyro.conf.Suppress] = 100
+    lr_drop: Annotated[int, Range(0), In(None)] = 100
     """Epoch of the step schedule's drop; not a flag."""
-    warmup_epochs: Annotated[float, Range(0)] = 0.0
+    warmup_epochs: Annotated[float, Range(0), In("schedule")] = 0.0
     """Length of the linear warm-up."""
-    clip_norm: Annotated[float, Range(0)] = 0.1
+    clip_norm: Annotated[float, Range(0), In("schedule")] = 0.1
     """Largest gradient norm of a window; 0 turns clipping off."""
-    out: Path | None = None
+    out: Annotated[Path | None, In("run")] = None
     """Run folder; runs/MODEL-N by default."""
-    resume: Path | None = None
+    resume: Annotated[Path | None, In("run")] = None
     """Run folder to go on with; its own recipe is used, and --epochs, --max-steps, --micro-batch may be given anew."""
-    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+    seed: Annotated[int, Range(0, 2**63 - 1), In("run")] = 0
     """Weights, order of data and augmentation follow from it."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], In("run")] = "auto"
     """Where to train."""
-    eval_every: Annotated[int, Range(0)] = 1
+    eval_every: Annotated[int, Range(0), In("run")] = 1
     """Evaluate every so many epochs, and at the end; 0: at the end alone."""
-    save_minutes: Annotated[float, Range(0)] = 10.0
+    save_minutes: Annotated[float, Range(0), In("run")] = 10.0
     """Save the state this often besides after every evaluation."""
-    tensorboard: bool = False
+    tensorboard: Annotated[bool, In("run")] = False
     """Write TensorBoard logs too (needs trainfit[tensorboard])."""
 
     def __new__(cls, **values: Any) -> Self:
@@ -94,14 +91,17 @@ class Recipe(Setting):
     def __post_init__(self) -> None:
         """Refuse values that cannot be used, alone or together."""
         require_valid(self)
-        if self.resume is None and not self.model and self.from_run is None and self.plan is None:
+        if self.resume is None and not self.model and self.earlier_run is None and self.plan is None:
             raise TrainfitError("name a model, for instance: trainfit train rfdetr-nano --data DIR")
         if self.resume is None and not self.data:
             raise TrainfitError("--data is missing: a folder, a COCO JSON file, or `sample`")
-        if self.from_run is not None and self.weights is not None:
-            raise TrainfitError("--weights and --from cannot both say where to start: leave --weights out")
         if type(self) is not Recipe:
             self.family.check_recipe(self)
+
+    @property
+    def earlier_run(self) -> Path | None:
+        """The run folder that `weights` names; None where it names something else."""
+        return Path(self.weights) if self.weights and Path(self.weights).is_dir() else None
 
 
 FROM_DATA = ("classes", "objects_per_image")
@@ -116,7 +116,7 @@ def recipe_type(kind: type[Setting]) -> type[Recipe]:
     hints = get_type_hints(kind, include_extras=True)
     determined = [field for field in dataclasses.fields(kind) if field.name in FROM_DATA]
     body: dict[str, Any] = {field.name: field.default for field in determined}
-    body["__annotations__"] = {field.name: Annotated[hints[field.name], tyro.conf.Suppress] for field in determined}
+    body["__annotations__"] = {field.name: Annotated[hints[field.name], In(None)] for field in determined}
     body["__doc__"] = Recipe.__doc__
     made = type(f"{kind.__name__.removesuffix('Setting')}Recipe", (Recipe, kind), body)
     return keeps_given(dataclass(frozen=True, kw_only=True)(made))
@@ -251,8 +251,14 @@ def _read(folder: Path) -> Recipe:
 
 
 def _renamed(record: dict[str, Any]) -> dict[str, Any]:
-    """A recipe as it is written today: until version 0.1 `stage` was called `recipe`, and null meant "not given"."""
+    """A recipe as it is written today.
+
+    Until version 0.1 `stage` was called `recipe`, the run that `weights` may name was `from_run`, and null meant "not given".
+    """
     values = {"stage" if key == "recipe" else key: value for key, value in record.items()}
+    earlier_run = values.pop("from_run", None)
+    if earlier_run is not None:
+        values["weights"] = earlier_run
     return {key: value for key, value in values.items() if value is not None or key not in BATCH}
 
 

@@ -51,7 +51,9 @@ def make_step(workload: TrainableWorkload, recipe: Recipe, device: torch.device,
         torch.set_num_threads(max(1, usable_cores() - 1))
     torch.manual_seed(recipe.seed)
     model = workload.build()
-    weights = str(evaluated_weights(recipe.from_run)) if recipe.from_run else recipe.weights
+    weights = recipe.weights
+    if recipe.earlier_run is not None:
+        weights = str(evaluated_weights(recipe.earlier_run))
     if weights:
         for remark in _load(workload, model, weights):
             show.note(remark)

@@ -165,9 +165,9 @@ def host_seconds(setting: RfDetrSetting, images: int, capability: Capability | N
 
 
 def check_recipe(recipe: Any) -> None:
-    """The mask stage starts from the run of a detector, and nothing else does."""
-    if (recipe.stage == "masks") != (recipe.from_run is not None):
-        raise TrainfitError("--stage masks and --from RUN (the run of a detector) go together")
+    """The mask stage starts from the run of a detector."""
+    if recipe.stage == "masks" and recipe.weights in (None, "pretrained"):
+        raise TrainfitError("--stage masks trains on a frozen detector: give its run folder with --weights RUN")
 
 
 def drawn_sizes(setting: RfDetrSetting) -> DrawnSizes | None:
@@ -215,7 +215,7 @@ def family() -> Family:
         assumptions=assumptions,
         for_data=for_data,
         check_recipe=check_recipe,
-        needed_flags=lambda setting: ("--from RUN",) if setting.stage == "masks" else (),
+        needed_flags=lambda setting: ("--weights RUN",) if setting.stage == "masks" else (),
         translate=translate,
         shapes_weights=("resolution", "num_queries", "groups"),
         sample_bytes=sample_bytes,

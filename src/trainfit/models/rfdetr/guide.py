@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-FLAGS = {"--batch": "--micro-batch", "--accum": "--accumulation", "--stage1-run": "--from", "--recipe": "--stage"}
+FLAGS = {"--batch": "--micro-batch", "--accum": "--accumulation", "--stage1-run": "--weights", "--recipe": "--stage"}
 """The guide's flag -> ours, the value unchanged; --recipe is what --stage was called until version 0.1.
 Flags that are spelt alike (--resolution, --num-queries, --workers) need
 no entry; `--size S` becomes the model `rtdetr-seg-S`."""
