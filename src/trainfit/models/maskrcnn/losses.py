@@ -7,11 +7,12 @@ import torch
 from torch.nn import functional
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.roi_heads import fastrcnn_loss, maskrcnn_loss
+from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 
 from trainfit.models.images import to_device
 from trainfit.models.maskrcnn.family import resized
+from trainfit.models.maskrcnn.lean import assign_to_anchors, mask_targets
 from trainfit.step.terms import LossTerm, Objective
 from trainfit.tasks.detection.samples import Sample
 
@@ -48,7 +49,8 @@ def terms(model: torch.nn.Module, samples: Sequence[Sample], canvas: tuple[int, 
     images.tensors = _pad(images.tensors, canvas)
     features = rcnn.backbone(images.tensors)
     proposals, found = _rpn_terms(rcnn.rpn, images, features, targets)
-    return found | _region_terms(rcnn.roi_heads, features, proposals, images.image_sizes, targets)
+    masks = [s.masks for s in samples]
+    return found | _region_terms(rcnn.roi_heads, features, proposals, images.image_sizes, targets, masks)
 
 
 def to_image(sample: Sample, like: torch.Tensor) -> torch.Tensor:
@@ -57,12 +59,8 @@ def to_image(sample: Sample, like: torch.Tensor) -> torch.Tensor:
 
 
 def _target(sample: Sample, like: torch.Tensor) -> dict[str, torch.Tensor]:
-    assert sample.masks is not None
-    target = {
-        "boxes": sample.boxes.to(like.dtype),
-        "labels": sample.classes + 1,  # 0 is the background
-        "masks": sample.masks.view(torch.uint8),
-    }
+    """Boxes and labels on the device. Masks stay on the CPU until the mask loss takes them, some at a time."""
+    target = {"boxes": sample.boxes.to(like.dtype), "labels": sample.classes + 1}  # 0 is the background
     return {name: to_device([value], like) for name, value in target.items()}
 
 
@@ -86,7 +84,7 @@ def _rpn_terms(
     objectness, deltas = concat_box_prediction_layers(objectness, deltas)
     proposals = rpn.box_coder.decode(deltas.detach(), anchors).view(len(anchors), -1, 4)
     proposals, _ = rpn.filter_proposals(proposals, objectness, images.image_sizes, per_level)
-    labels, matched = rpn.assign_targets_to_anchors(anchors, targets)
+    labels, matched = assign_to_anchors(rpn, anchors, targets)
     wanted = torch.cat(list(rpn.box_coder.encode(matched, anchors)))
     positive, negative = (torch.where(torch.cat(picked))[0] for picked in rpn.fg_bg_sampler(labels))
     sampled = torch.cat((positive, negative))
@@ -98,31 +96,48 @@ def _rpn_terms(
 
 
 def _region_terms(
-    heads: Any, features: Features, proposals: list[torch.Tensor], sizes: list[tuple[int, int]], targets: Targets
+    heads: Any,
+    features: Features,
+    proposals: list[torch.Tensor],
+    sizes: list[tuple[int, int]],
+    targets: Targets,
+    masks: Sequence[torch.Tensor | None],
 ) -> dict[str, LossTerm]:
     """`RoIHeads.forward` in training (torchvision 0.29 roi_heads.py), its means times their counts."""
-    proposals, matched, labels, wanted = heads.select_training_samples(proposals, targets)
+    asked_for = [{**target, "masks": target["labels"]} for target in targets]  # it checks that there is such a key
+    proposals, matched, labels, wanted = heads.select_training_samples(proposals, asked_for)
     pooled = heads.box_head(heads.box_roi_pool(features, proposals, sizes))
     class_logits, deltas = heads.box_predictor(pooled)
     of_class, of_box = fastrcnn_loss(class_logits, deltas, labels, wanted)
     positive = [torch.where(label > 0)[0] for label in labels]
     regions = _pick(proposals, positive)
     logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, regions, sizes)))
-    masks, classes = [t["masks"] for t in targets], [t["labels"] for t in targets]
-    of_mask = maskrcnn_loss(logits, regions, masks, classes, _pick(matched, positive))
+    of_mask = _mask_loss(logits, regions, masks, sizes, _pick(labels, positive), _pick(matched, positive))
     count = len(class_logits)
     return {
         "class": _term(of_class * count, count),
         "box": _term(of_box * count, count),
-        "mask": _term(of_mask * len(logits), len(logits)),
+        "mask": _term(of_mask, len(logits)),
     }
+
+
+def _mask_loss(
+    logits: torch.Tensor,
+    regions: list[torch.Tensor],
+    masks: Sequence[torch.Tensor | None],
+    sizes: list[tuple[int, int]],
+    labels: list[torch.Tensor],
+    matched: list[torch.Tensor],
+) -> torch.Tensor:
+    """Torchvision's `maskrcnn_loss` times the number of positive regions."""
+    side = logits.shape[-1]
+    wanted: list[torch.Tensor] = []
+    for of_image, size, region, match in zip(masks, sizes, regions, matched, strict=True):
+        assert of_image is not None
+        wanted.append(mask_targets(of_image, size, region.detach(), match, side))
+    own = logits[torch.arange(len(logits), device=logits.device), torch.cat(labels)]
+    return functional.binary_cross_entropy_with_logits(own, torch.cat(wanted), reduction="sum") / side**2
 
 
 def _pick(rows: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [row[index] for row, index in zip(rows, indices, strict=True)]
-
-
-def detect(model: torch.nn.Module, samples: Sequence[Sample]) -> list[dict[str, torch.Tensor]]:
-    """What torchvision returns for a micro-batch, on the CPU; model in eval mode."""
-    like = next(model.parameters())
-    return [{name: v.cpu() for name, v in found.items()} for found in model([to_image(s, like) for s in samples])]

@@ -9,11 +9,12 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from trainfit.models.images import crowded_sample
 from trainfit.models.maskrcnn.caps import cap_detections, cap_training_samples
+from trainfit.models.maskrcnn.detect import detect
 from trainfit.models.maskrcnn.family import MaskRcnnSetting
-from trainfit.models.maskrcnn.losses import detect, make_objective
+from trainfit.models.maskrcnn.losses import make_objective
 from trainfit.models.workload import OptimizerSettings, all_parameters
 from trainfit.step.checkpointing import repeated_blocks
-from trainfit.tasks.detection.samples import Sample
+from trainfit.tasks.detection.samples import ImageDetections, Sample
 
 TRAINED_LAYERS = ("layer2", "layer3", "layer4")
 """Of the ResNet; torchvision trains these when it starts from pretrained weights."""
@@ -68,7 +69,7 @@ class MaskRcnn:
     def eval_sample(self, model: torch.nn.Module) -> Sample:
         return self._sample(*self.setting.sides)
 
-    def outputs(self, model: torch.nn.Module, samples: Sequence[Sample]) -> Any:
+    def outputs(self, model: torch.nn.Module, samples: Sequence[Sample]) -> list[ImageDetections]:
         return detect(model, samples)
 
     def _sample(self, height: int, width: int) -> Sample:
