@@ -10,6 +10,7 @@ ROOMS = [
     "api",
     "reports",
     "planning",
+    "exactness",
     "training",
     "measuring",
     "memory",

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainfit.api import check_data, detect, evaluate, measure, plan, predict, train
     from trainfit.errors import OutOfMemory, TrainfitError
+    from trainfit.exactness.check import check_exactness
+    from trainfit.exactness.loop import Exactness, OwnLoop
     from trainfit.gpus.catalogue import Gpu, find_gpu
     from trainfit.measuring.search import Measured
     from trainfit.memory.predict import Prediction
@@ -30,12 +32,14 @@ __all__ = [
     "Contrastive",
     "CustomTask",
     "Evaluation",
+    "Exactness",
     "Family",
     "Gpu",
     "LossTerm",
     "Measured",
     "Objective",
     "OutOfMemory",
+    "OwnLoop",
     "Plan",
     "Prediction",
     "Recipe",
@@ -46,6 +50,7 @@ __all__ = [
     "TrainingStep",
     "__version__",
     "check_data",
+    "check_exactness",
     "detect",
     "evaluate",
     "find_gpu",
@@ -61,6 +66,8 @@ __all__ = [
 _MODULES = {
     "api": ("check_data", "detect", "evaluate", "measure", "plan", "predict", "train"),
     "errors": ("OutOfMemory", "TrainfitError"),
+    "exactness.check": ("check_exactness",),
+    "exactness.loop": ("Exactness", "OwnLoop"),
     "gpus.catalogue": ("Gpu", "find_gpu"),
     "measuring.search": ("Measured",),
     "memory.predict": ("Prediction",),

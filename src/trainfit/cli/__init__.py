@@ -18,6 +18,7 @@ def commands(words: Sequence[str]) -> Mapping[str, Callable[..., int]]:
     """
     from trainfit.cli.arguments import setting_type, typed
     from trainfit.cli.check_data import CheckData, check_data
+    from trainfit.cli.check_exactness import CheckExactness, check_exactness
     from trainfit.cli.detect import Detect, detect
     from trainfit.cli.evaluate import Evaluate, evaluate
     from trainfit.cli.measure import Measure, measure
@@ -34,6 +35,7 @@ def commands(words: Sequence[str]) -> Mapping[str, Callable[..., int]]:
         "predict": typed(predict, Predict[kind], words),
         "measure": typed(measure, Measure[kind], words),
         "check-data": typed(check_data, CheckData, words),
+        "check-exactness": typed(check_exactness, CheckExactness, words),
         "detect": typed(detect, Detect, words),
         "evaluate": typed(evaluate, Evaluate, words),
         "report": typed(report, Report, words),

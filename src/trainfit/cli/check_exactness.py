@@ -1,0 +1,46 @@
+"""trainfit check-exactness."""
+
+import json
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from trainfit.reports.exactness import exactness_json, exactness_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckExactness:
+    """Whether a training loop of your own accumulates the gradient of the big batch, and if not, why."""
+
+    loop: tyro.conf.Positional[str]
+    """module:function of a function without parameters that returns a trainfit.OwnLoop."""
+    micro_batch: int = 2
+    """Items in one micro-batch."""
+    accumulation: int = 4
+    """Micro-batches in one window."""
+    ranks: int = 1
+    """Processes that share each window, on the CPU: for loops with DistributedDataParallel."""
+    precision: Literal["float64", "float32"] = "float64"
+    """float32 is for a loop that cannot run in float64."""
+    tolerance: float | None = None
+    """Relative error that counts as rounding; without it, what the number format allows."""
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Print JSON (schema 1) instead of text."""
+
+
+def check_exactness(arguments: CheckExactness, _given: AbstractSet[str]) -> int:
+    """Check the gradient of a training loop of your own; the exit code is 1 where it is not exact."""
+    from trainfit.exactness.check import check_exactness as check
+
+    result = check(
+        arguments.loop,
+        micro_batch=arguments.micro_batch,
+        accumulation=arguments.accumulation,
+        ranks=arguments.ranks,
+        precision=arguments.precision,
+        tolerance=arguments.tolerance,
+    )
+    print(json.dumps(exactness_json(result)) if arguments.as_json else exactness_text(result))
+    return 0 if result.exact else 1

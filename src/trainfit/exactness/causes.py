@@ -1,0 +1,375 @@
+"""From what was seen of a loop to the causes for which its windows are not the big batch's."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from trainfit.exactness.loop import Cause, Finding
+from trainfit.exactness.observe import Gradients, Run, Window
+from trainfit.exactness.runs import How, Runner, parameter_errors, whole
+
+Windows = Sequence[Sequence[Sequence[Any]]]
+IGNORED = (-100, -1, 255)
+"""Labels that usually count nowhere: of torch's losses, of detection and of segmentation."""
+FIT = 1e-6
+"""Relative residual below which weights of the micro-batches explain the big batch's gradient."""
+
+
+def events(micro: Run, alone: Run, windows: Windows, *, accumulation: int) -> list[Finding]:
+    """What is wrong whatever the gradient: steps, averages, schedules, scalers, exchanges at the wrong moment."""
+    found: list[Finding] = []
+
+    def say(cause: Cause, explanation: str) -> None:
+        if cause not in [each.cause for each in found]:
+            found.append(Finding(cause=cause, explanation=explanation))
+
+    batches = sum(len(window) for window in windows)
+    if len(micro.windows) > len(alone.windows):
+        steps = f"{len(micro.windows)} steps for {batches} micro-batches in {len(windows)} windows"
+        say("step", f"the optimizer steps within the window: {steps}; step once after every {accumulation}")
+    expected = 0
+    for window, got in zip(windows, micro.windows, strict=False):
+        expected += len(window)
+        if 0 < got.taken < expected:
+            say(
+                "step",
+                f"the optimizer steps after {got.taken} micro-batches where {expected} belong to the windows so far: "
+                f"step after every {accumulation}",
+            )
+    for explanation in _dropped(micro, alone, windows, batches):
+        say("short last window", explanation)
+    for window in (*micro.windows, *alone.windows):
+        if window.left_over:
+            say("zero_grad", "gradients of the window before are still in .grad: call zero_grad once after every step")
+        if window.cleared:
+            say(
+                "zero_grad",
+                "gradients vanish within the window, so the last micro-batches alone count: call zero_grad after the step",
+            )
+        for cause, explanation in _moments(window):
+            say(cause, explanation)
+    return found
+
+
+def _dropped(micro: Run, alone: Run, windows: Windows, batches: int) -> Iterator[str]:
+    short = len(windows[-1])
+    if len(micro.windows) >= len(alone.windows):
+        return
+    if micro.trailing_backwards:
+        yield (
+            f"{micro.trailing_backwards} micro-batches at the end go backward without a step after them: "
+            "step also where the data end"
+        )
+    elif micro.taken <= batches - short or len(micro.windows) == len(windows) - 1:
+        yield f"the last window, of {short} micro-batches, is left out: train on it too, divided by its own count"
+
+
+def _moments(window: Window) -> Iterator[tuple[Cause, str]]:
+    """Of one window: what happens more than once, or too late."""
+    if window.backwards > 1:
+        if len(window.averages) > 1:
+            yield (
+                "EMA",
+                f"the average of the weights moves {len(window.averages)} times in one window: update it once after the step",
+            )
+        counts = [len(moments) for moments in window.schedules.values()]
+        if max(counts, default=0) > 1:
+            yield (
+                "scheduler",
+                f"the scheduler steps {max(counts)} times in one window: step it once after the optimizer",
+            )
+        elif len({rates for rates in window.rates if rates}) > 1:
+            yield "scheduler", "the learning rate changes within the window: set it once after the step"
+        if len({backwards for backwards, _ in window.clips}) > 1:
+            yield "clip", "the gradient is clipped within the window: clip once, before the step"
+    if any(scaled for _, scaled in window.clips):
+        yield (
+            "scaler",
+            "the gradient is clipped while it is still scaled: call scaler.unscale_(optimizer) before the clip",
+        )
+    if window.scaled_at_step:
+        yield "scaler", "the optimizer steps on scaled gradients: call scaler.step(optimizer), which unscales them"
+    if len(window.scales) > 1:
+        yield (
+            "scaler",
+            f"the loss scale changes within the window ({sorted(window.scales)}): call scaler.update() once after the step",
+        )
+    if window.synchronised and not window.synchronised[-1]:
+        yield (
+            "not synchronised",
+            "the window's last micro-batch runs in no_sync, so the ranks step on gradients of their own: leave no_sync for it",
+        )
+
+
+def differences(
+    runner: Runner,
+    micro: Run,
+    alone: Run,
+    windows: Windows,
+    found: Sequence[Finding],
+    *,
+    accumulation: int,
+    limit: float,
+) -> list[Finding]:
+    """Why the gradient of a window is not the big batch's, where it is not."""
+    known = [finding.cause for finding in found]
+    if any(cause in known for cause in ("step", "zero_grad", "clip")):
+        return []  # they change the gradient themselves
+    result: list[Finding] = []
+    if _error(micro.windows[0], alone.windows[0]) > limit:
+        result = _of_first_window(runner, micro, alone, windows[0], accumulation=accumulation, limit=limit)
+    else:
+        for number in range(1, min(len(micro.windows), len(alone.windows))):
+            if _error(micro.windows[number], alone.windows[number]) > limit:
+                result = _of_later_window(runner, micro, alone, windows, number, accumulation=accumulation, limit=limit)
+                break
+    return [finding for finding in result if finding.cause not in known or finding.cause == "short last window"]
+
+
+def _error(one: Window, other: Window) -> float:
+    return max(parameter_errors(one.gradients, other.gradients).values(), default=0.0)
+
+
+def _of_later_window(
+    runner: Runner, micro: Run, alone: Run, windows: Windows, number: int, *, accumulation: int, limit: float
+) -> list[Finding]:
+    """The first window is exact and a later one is not: for the number of its micro-batches, or what is in it."""
+    one, other = micro.windows[number], alone.windows[number]
+    ratio = _ratio(one.gradients, other.gradients)
+    size = len(windows[number])
+    if size < accumulation and ratio is not None:
+        return [
+            Finding(
+                cause="short last window",
+                explanation=f"its gradient is {ratio:.4g} of the big batch's: it has {size} micro-batches, and its losses "
+                f"are weighted as those of {accumulation}: divide by its own count (the normaliser)",
+            )
+        ]
+    if windows[number] and len(windows[number]) > 1:
+        rest = windows[number:]
+        again_micro = runner.run(rest[:1], accumulation=accumulation)
+        again_alone = runner.run(whole(rest[:1]), accumulation=1)
+        if (
+            again_micro.windows
+            and again_alone.windows
+            and _error(again_micro.windows[0], again_alone.windows[0]) > limit
+        ):
+            return _of_first_window(runner, again_micro, again_alone, rest[0], accumulation=accumulation, limit=limit)
+    return [_unknown(_error(one, other), f"in window {number + 1}, which is exact on its own")]
+
+
+def _of_first_window(
+    runner: Runner, micro: Run, alone: Run, window: Sequence[Sequence[Any]], *, accumulation: int, limit: float
+) -> list[Finding]:
+    """Take possible causes away, all and all but one: those that bring a difference are causes; then judge the weights."""
+    error = _error(micro.windows[0], alone.windows[0])
+    whole_window = whole([window])
+    canvases = runner.shapes([*window, whole_window[0][0]])
+    possible: dict[Cause, str] = {}
+    if len(canvases) > 1:
+        possible["canvas padding"] = "one_canvas"
+    if micro.batch_norms or alone.batch_norms:
+        possible["BatchNorm"] = "freeze_norms"
+    if micro.random or alone.random:
+        possible["RNG"] = "mute"
+    clean = How(**dict.fromkeys(possible.values(), True))
+
+    def runs(how: How) -> tuple[Run, Run]:
+        return (
+            runner.run([window], accumulation=accumulation, how=how),
+            runner.run(whole_window, accumulation=1, how=how),
+        )
+
+    result: list[Finding] = []
+    one, other = runs(clean)
+    left = _error(one.windows[0], other.windows[0])
+    for cause, knob in possible.items():
+        with_cause = [run.windows[0] for run in runs(replace(clean, **{knob: False}))]
+        if _error(with_cause[0], with_cause[1]) > max(limit, 3 * left if left <= limit else 0) and _differs(
+            with_cause, [one.windows[0], other.windows[0]], limit
+        ):
+            result.append(Finding(cause=cause, explanation=_inherent(cause, micro, canvases)))
+    if left > limit and micro.random & {"Python's random", "numpy.random"}:
+        other_seed = runner.run(whole_window, accumulation=1, how=replace(clean, seed=1))
+        if _error(other_seed.windows[0], other.windows[0]) > limit:
+            random_numbers = Finding(cause="RNG", explanation=_inherent("RNG", micro, canvases))
+            return [*(each for each in result if each.cause != "RNG"), random_numbers]
+    if left > limit:
+        result += _weights(runner, one, other, window, how=clean, limit=limit)
+    elif not result:
+        result.append(
+            _unknown(error, "which goes away when padding, BatchNorm and random numbers are taken away together")
+        )
+    return result
+
+
+def _differs(with_cause: Sequence[Window], without: Sequence[Window], limit: float) -> bool:
+    """Whether a cause changes how far micro-batches and big batch are apart, beyond what is left without it."""
+
+    def gap(pair: Sequence[Window]) -> Gradients:
+        mine, truth = pair[0].gradients, pair[1].gradients
+        return {name: mine.get(name, torch.zeros_like(value)) - value for name, value in truth.items()}
+
+    one, other = gap(with_cause), gap(without)
+    size = max(_norm(with_cause[1].gradients), 1e-300)
+    return _norm({name: one[name] - other[name] for name in one if name in other}) / size > limit
+
+
+def _inherent(cause: Cause, micro: Run, canvases: set[tuple[Any, ...]]) -> str:
+    if cause == "BatchNorm":
+        kinds = ", ".join(micro.batch_norms)
+        return (
+            f"{kinds} uses the micro-batch's statistics, which no accumulation makes those of the window: "
+            "freeze it, or use GroupNorm"
+        )
+    if cause == "RNG":
+        kinds = ", ".join(sorted(micro.random)) or "the loop"
+        return f"random numbers ({kinds}) are drawn by micro-batch, others than for the big batch: equal in distribution alone"
+    return (
+        f"micro-batches are padded to {len(canvases)} different canvases, and padding changes the result: pad each to "
+        "the canvas of its window"
+    )
+
+
+def _weights(
+    runner: Runner, micro: Run, alone: Run, window: Sequence[Sequence[Any]], *, how: How, limit: float
+) -> list[Finding]:
+    """Judge the weight that the loop gives each micro-batch against the weight that it has in the big batch."""
+    mine, truth = micro.windows[0].gradients, alone.windows[0].gradients
+    parts = len(window)
+    ratio = _ratio(mine, truth)
+    if ratio is not None:
+        if abs(ratio - parts) < FIT * parts:
+            why = f"losses of {parts} micro-batches are added, not divided by their number: divide each by {parts}"
+        elif abs(ratio * parts - 1) < FIT:
+            why = f"losses are divided by {parts} once too often"
+        else:
+            why = "every micro-batch has the same wrong weight"
+        return [Finding(cause="normaliser", explanation=f"the gradient is {ratio:.6g} x the big batch's: {why}")]
+    scaled = _counted_again(mine, truth, parts, limit)
+    if scaled:
+        return [
+            Finding(
+                cause="scale parameter",
+                explanation=f"{', '.join(scaled[:3])} is in the loss of every one of the {parts} backward passes, so its gradient "
+                f"is {parts} x the big batch's, while all others are right: keep its gradient of one pass, or divide it",
+            )
+        ]
+    own = [each.gradients for each in runner.run([window], accumulation=1, how=how).windows]
+    weights, residual = _fit(own, truth)
+    if residual < FIT:
+        used, _ = _fit(own, mine)
+        text = f"micro-batches weigh {_numbers(used)}, in the big batch {_numbers(weights)}"
+        ignored = _ignored(micro, weights) or _ignored_in_data(runner, window, weights)
+        if ignored:
+            return [
+                Finding(
+                    cause="ignored labels", explanation=f"{text}: {ignored}; divide sums by the window's valid labels"
+                )
+            ]
+        sizes = [len(m) for m in window]
+        if _same(weights, sizes):
+            return [Finding(cause="normaliser", explanation=f"{text}: they have {sizes} items; weight means by them")]
+        return [
+            Finding(
+                cause="normaliser",
+                explanation=f"a mean of means: {text}; divide each sum by the count of the whole window",
+            )
+        ]
+    if micro.pairs and any(len(m) in micro.pairs for m in window) and sum(len(m) for m in window) in alone.pairs:
+        return [
+            Finding(
+                cause="coupled loss",
+                explanation="the loss compares every sample with every other of its batch (a square product of that side), so "
+                "micro-batches lack pairs: use cached features (trainfit.Contrastive)",
+            )
+        ]
+    text = "no weights of the micro-batches give the big batch's gradient: several loss terms with a count of their own each"
+    if _label_shares(micro):
+        return [Finding(cause="ignored labels", explanation=f"{text}, one of which leaves labels out")]
+    return [Finding(cause="normaliser", explanation=f"{text} (mean of means), or a loss that couples samples")]
+
+
+def _ignored(micro: Run, weights: Sequence[float]) -> str:
+    shares = _label_shares(micro)
+    for counts in shares:
+        if len(counts) == len(weights) and _same(weights, counts):
+            return f"they have {counts} labels that count, the others are ignored"
+    return ""
+
+
+def _ignored_in_data(runner: Runner, window: Sequence[Sequence[Any]], weights: Sequence[float]) -> str:
+    """Where the big batch's weights are the numbers of labels that are none of the usual marks of an ignored one."""
+    tensors = [runner.tensors(m) for m in window]
+    for value in IGNORED:
+        for several in zip(*tensors, strict=False):
+            if not any(t.is_floating_point() or t.dtype == torch.bool for t in several):
+                counts = [int((t != value).sum()) for t in several]
+                if counts != [t.numel() for t in several] and _same(weights, counts):
+                    return f"they have {counts} labels that are not {value}, the others are ignored"
+    return ""
+
+
+def _label_shares(micro: Run) -> list[list[int]]:
+    """Labels that count in each backward, of the cross entropies that ignored some."""
+    backwards = micro.windows[0].backwards if micro.windows else 0
+    calls = micro.labels
+    if not calls or not backwards or len(calls) % backwards or not any(ignored for _, ignored in calls):
+        return []
+    each = len(calls) // backwards
+    return [[total - ignored for total, ignored in calls[k::each]] for k in range(each)]
+
+
+def _same(weights: Sequence[float], counts: Sequence[float]) -> bool:
+    total = sum(counts)
+    return total > 0 and all(abs(w - c / total) < FIT for w, c in zip(weights, counts, strict=True))
+
+
+def _ratio(mine: Gradients, truth: Gradients) -> float | None:
+    """C where the one gradient is c times the other, but for rounding."""
+    square = sum(float((value * value).sum()) for value in truth.values())
+    if not square:
+        return None
+    c = sum(float((mine[name] * value).sum()) for name, value in truth.items() if name in mine) / square
+    scaled = {name: c * value for name, value in truth.items()}
+    return c if c and max(parameter_errors(mine, scaled).values()) < FIT else None
+
+
+def _counted_again(mine: Gradients, truth: Gradients, parts: int, limit: float) -> list[str]:
+    """Parameters whose gradient is `parts` times the true one, if all others are exact."""
+    errors = parameter_errors(mine, truth)
+    wrong = [name for name, error in errors.items() if error > limit]
+    again = parameter_errors(mine, {n: parts * value if n in wrong else value for n, value in truth.items()})
+    right = len(wrong) < len(errors) and max(again.values()) < max(limit, FIT)
+    return wrong if right else []
+
+
+def _fit(parts: Sequence[Gradients], whole_gradient: Gradients) -> tuple[list[float], float]:
+    """Least squares weights of the parts' gradients for the whole, and the relative residual."""
+    names = sorted(whole_gradient)
+    columns = [
+        torch.cat([(part[n] if n in part else torch.zeros_like(whole_gradient[n])).flatten() for n in names])
+        for part in parts
+    ]
+    matrix = torch.stack(columns, dim=1).double().cpu()
+    goal = torch.cat([whole_gradient[n].flatten() for n in names]).double().cpu()
+    solution = torch.linalg.lstsq(matrix, goal[:, None], driver="gelsd").solution[:, 0]
+    residual = float((matrix @ solution - goal).norm() / goal.norm().clamp_min(1e-300))
+    return [round(w, 9) for w in solution.tolist()], residual
+
+
+def _norm(gradients: Gradients) -> float:
+    return float(sum(float(value.norm()) ** 2 for value in gradients.values()) ** 0.5)
+
+
+def _numbers(weights: Sequence[float]) -> str:
+    return ", ".join(f"{weight:.3g}" for weight in weights)
+
+
+def _unknown(error: float, where: str) -> Finding:
+    return Finding(
+        cause="unknown",
+        explanation=f"the gradient is {error:.2g} off the big batch's, {where}: none of the known causes explains it",
+    )

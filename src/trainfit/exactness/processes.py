@@ -1,0 +1,127 @@
+"""A loop on several ranks, each a process of its own on the CPU, against one process with the whole window."""
+
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from trainfit.errors import TrainfitError
+from trainfit.exactness.loop import Finding, OwnLoop, resolve
+from trainfit.exactness.observe import Run
+from trainfit.exactness.runs import Runner, parameter_errors
+
+TIMEOUT_S = 300
+
+
+def run_ranks(
+    loop: OwnLoop | Callable[[], OwnLoop] | str,
+    windows: Sequence[Sequence[Sequence[Any]]],
+    *,
+    ranks: int,
+    accumulation: int,
+    double: bool,
+) -> list[Run]:
+    """Each rank's run on its share of every micro-batch; the process group (gloo) is there before the loop begins.
+
+    Raises:
+        TrainfitError: a rank failed, or the loop cannot be sent to another process.
+    """
+    if isinstance(loop, OwnLoop):
+        raise TrainfitError(
+            "with several ranks give a function that returns the loop, or its name: a process of its own makes it"
+        )
+    sizes = [[len(m) // ranks for m in window] for window in windows]
+    with tempfile.TemporaryDirectory() as folder:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        try:
+            torch.multiprocessing.spawn(
+                _rank, args=(loop, sizes, ranks, accumulation, double, port, folder), nprocs=ranks, join=True
+            )
+        except Exception as error:
+            said = [file.read_text() for file in sorted(Path(folder).glob("*.txt"))]
+            raise TrainfitError(said[0] if said else f"a rank failed: {' '.join(str(error).split())[-300:]}") from error
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+@contextmanager
+def alone() -> Generator[None]:
+    """A process group of this process alone, for a loop that needs one."""
+    made = not dist.is_initialized()
+    if made:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        if made:
+            dist.destroy_process_group()
+
+
+def _rank(
+    rank: int,
+    loop: Any,
+    sizes: Sequence[Sequence[int]],
+    ranks: int,
+    accumulation: int,
+    double: bool,
+    port: int,
+    folder: str,
+) -> None:
+    """One process."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    try:
+        own = resolve(loop)
+        windows: list[list[list[Any]]] = []
+        start = 0
+        for window in sizes:
+            windows.append([])
+            for size in window:
+                windows[-1].append(list(own.items[start + rank * size : start + (rank + 1) * size]))
+                start += size * ranks
+        run = Runner(own, micro_batch=1, double=double).run(windows, accumulation=accumulation)
+        torch.save(run, Path(folder) / f"{rank}.pt")
+    except TrainfitError as error:
+        (Path(folder) / f"{rank}.txt").write_text(f"rank {rank}: {error}")
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def synchronised(many: Sequence[Run], reference: Run, limit: float) -> list[Finding]:
+    """Whether all ranks stepped on the same gradient, and whether it is that of the whole window."""
+    steps = min(len(run.windows) for run in many)
+    for number in range(min(steps, len(reference.windows))):
+        gradients = [run.windows[number].gradients for run in many]
+        apart = max(max(parameter_errors(g, gradients[0]).values(), default=0.0) for g in gradients)
+        if apart > limit:
+            return [
+                Finding(
+                    cause="not synchronised",
+                    explanation=f"the ranks step on different gradients ({apart:.2g} apart): exchange them in the last "
+                    "micro-batch of every window",
+                )
+            ]
+        truth = reference.windows[number].gradients
+        if max(parameter_errors(gradients[0], truth).values(), default=0.0) > limit:
+            ratio = sum(float((gradients[0][n] * t).sum()) for n, t in truth.items() if n in gradients[0]) / max(
+                sum(float((t * t).sum()) for t in truth.values()), 1e-300
+            )
+            return [
+                Finding(
+                    cause="normaliser",
+                    explanation=f"all ranks agree, but on {ratio:.4g} x the gradient of the whole window: count over the "
+                    f"window of all {len(many)} ranks; with ranks=1 the check looks closer",
+                )
+            ]
+    return []
