@@ -5,16 +5,15 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import tyro
-
 from trainfit.reports.exactness import exactness_json, exactness_text
+from trainfit.values import In
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckExactness:
     """Whether a training loop of your own accumulates the gradient of the big batch, and if not, why."""
 
-    loop: tyro.conf.Positional[str]
+    loop: Annotated[str, In(positional=True)]
     """module:function of a function without parameters that returns a trainfit.OwnLoop."""
     micro_batch: int = 2
     """Items in one micro-batch."""
@@ -26,7 +25,7 @@ class CheckExactness:
     """float32 is for a loop that cannot run in float64."""
     tolerance: float | None = None
     """Relative error that counts as rounding; without it, what the number format allows."""
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    as_json: bool = False
     """Print JSON (schema 1) instead of text."""
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from trainfit.errors import TrainfitError
 from trainfit.exactness import processes
 from trainfit.exactness.causes import differences, events
-from trainfit.exactness.loop import Exactness, GroupError, OwnLoop, resolve
+from trainfit.exactness.loop import Exactness, Finding, GroupError, OwnLoop, resolve
 from trainfit.exactness.observe import Run
 from trainfit.exactness.runs import Runner, parameter_errors, whole, windows_of
 
@@ -59,25 +59,9 @@ def check_exactness(
     windows = windows_of(own.items, micro_batch=micro_batch * ranks, accumulation=accumulation)
     if ranks > 1:
         windows = [w for w in windows if all(len(m) == micro_batch * ranks for m in w)]
-        many = processes.run_ranks(loop, windows, ranks=ranks, accumulation=accumulation, double=double)
-        with processes.alone():
-            alone = _reference(runner, windows)
-        limit = tolerance or _tolerance((alone, *many), precision)
-        findings = (
-            *processes.synchronised(many, alone, limit),
-            *events(many[0], alone, windows, accumulation=accumulation),
-        )
-        micro = many[0]
+        micro, alone, findings, limit = _on_ranks(loop, runner, windows, ranks, accumulation, tolerance)
     else:
-        alone = _reference(runner, windows)
-        micro = runner.run(windows, accumulation=accumulation)
-        if not micro.windows:
-            raise TrainfitError(
-                f"the loop steps its optimizer with accumulation 1, but never with accumulation {accumulation}"
-            )
-        limit = tolerance or _tolerance((alone, micro), precision)
-        found = events(micro, alone, windows, accumulation=accumulation)
-        findings = (*found, *differences(runner, micro, alone, windows, found, accumulation=accumulation, limit=limit))
+        micro, alone, findings, limit = _here(runner, windows, accumulation, tolerance)
     return Exactness(
         findings=tuple(findings),
         groups=_groups(micro, alone),
@@ -90,6 +74,36 @@ def check_exactness(
     )
 
 
+def _here(
+    runner: Runner, windows: Sequence[Any], accumulation: int, tolerance: float | None
+) -> tuple[Run, Run, list[Finding], float]:
+    """The run in one process, the reference, what was found, and the errors that count as rounding."""
+    alone = _reference(runner, windows)
+    micro = runner.run(windows, accumulation=accumulation)
+    if not micro.windows:
+        raise TrainfitError(
+            f"the loop steps its optimizer with accumulation 1, but never with accumulation {accumulation}"
+        )
+    limit = tolerance or _tolerance((alone, micro), double=runner.double)
+    found = events(micro, alone, windows, accumulation=accumulation)
+    found += differences(runner, micro, alone, windows, found, accumulation=accumulation, limit=limit)
+    return micro, alone, found, limit
+
+
+def _on_ranks(
+    loop: Any, runner: Runner, windows: Sequence[Any], ranks: int, accumulation: int, tolerance: float | None
+) -> tuple[Run, Run, list[Finding], float]:
+    """As `_here`, of the first rank's run."""
+    many = processes.run_ranks(loop, windows, ranks=ranks, accumulation=accumulation, double=runner.double)
+    with processes.alone():
+        alone = _reference(runner, windows)
+    limit = tolerance or _tolerance((alone, *many), double=runner.double)
+    found = processes.synchronised(many, alone, limit)
+    known = [finding.cause for finding in found]
+    of_rank = events(many[0], alone, windows, accumulation=accumulation)
+    return many[0], alone, [*found, *(each for each in of_rank if each.cause not in known)], limit
+
+
 def _reference(runner: Runner, windows: Sequence[Sequence[Sequence[Any]]]) -> Run:
     reference = runner.run(whole(windows), accumulation=1)
     if not reference.windows:
@@ -97,8 +111,8 @@ def _reference(runner: Runner, windows: Sequence[Sequence[Sequence[Any]]]) -> Ru
     return reference
 
 
-def _tolerance(runs: Sequence[Run], precision: str) -> float:
-    return TOLERANCE["float32" if any(run.low for run in runs) else precision]
+def _tolerance(runs: Sequence[Run], *, double: bool) -> float:
+    return TOLERANCE["float64" if double and not any(run.low for run in runs) else "float32"]
 
 
 def _groups(micro: Run, alone: Run) -> tuple[GroupError, ...]:
