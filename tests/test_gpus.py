@@ -26,6 +26,9 @@ from trainfit.gpus.catalogue import (
     name_key,
 )
 from trainfit.gpus.context import (
+    CONTEXTS,
+    EAGER_CONTEXT,
+    UNKNOWN_CONTEXT,
     cublas_workspace_bytes,
     cuda_context_bytes,
     driver_reserved_bytes,
@@ -454,3 +457,14 @@ def test_the_protocol_is_nvidias_own() -> None:
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has an NVIDIA driver")
 def test_a_machine_without_a_driver() -> None:
     assert detect_gpus() == ()
+
+
+def test_the_context_is_that_of_the_kind_of_card() -> None:
+    """A T4 took 135 MiB, CUDA before 11.7 over 1,000; a card that was never measured gets the widest range."""
+    turing, unknown = cuda_context_bytes(find_gpu("RTX 2080 Ti")), cuda_context_bytes(find_gpu("H100"))
+    assert turing.low_bytes <= 135 * MIB <= turing.high_bytes < unknown.high_bytes
+    assert cuda_context_bytes(find_gpu("T4"), cuda=(11, 3)).low_bytes == 1000 * MIB
+    assert cuda_context_bytes(gpu_with_memory("8GiB")) == cuda_context_bytes() == unknown
+    for row in (*CONTEXTS.values(), UNKNOWN_CONTEXT, EAGER_CONTEXT):
+        assert row.low_bytes <= row.likely_bytes <= row.high_bytes
+        assert row.source

@@ -56,12 +56,12 @@ def test_scaled_prices_are_those_of_full_traces(micro_batch: int) -> None:
     setting = replace(NETWORK, micro_batch=micro_batch, accumulation=2)
     pricer, alone = Pricer(gpu=GPU), predict(setting, GPU)
     priced = pricer.predict(setting, (micro_batch, micro_batch))
-    assert priced.training.low_bytes == pytest.approx(alone.training.low_bytes, rel=0.01)
-    assert priced.training.high_bytes == pytest.approx(alone.training.high_bytes, rel=0.01)
+    assert priced.training.needs.low_bytes == pytest.approx(alone.training.needs.low_bytes, rel=0.01)
+    assert priced.training.needs.high_bytes == pytest.approx(alone.training.needs.high_bytes, rel=0.01)
     assert priced.training.profile.peak_allocated_bytes == pytest.approx(
         alone.training.profile.peak_allocated_bytes, rel=0.002
     )
-    assert pricer.needs(setting).high_bytes == priced.training.high_bytes
+    assert pricer.needs(setting).high_bytes == priced.training.needs.high_bytes
     assert priced.training.time is not None
     assert alone.training.time is not None
     assert priced.training.time.seconds == pytest.approx(alone.training.time.seconds, rel=0.03)
@@ -114,7 +114,7 @@ def test_evaluation_of_ema_weights_on_the_host_pays_for_bringing_them() -> None:
     priced, traced = Pricer(gpu=GPU).predict(setting, (4, 4)), predict(setting, GPU)
     for found, known in ((priced.training, traced.training), (priced.evaluation, traced.evaluation)):
         assert found.profile.peak_allocated_bytes == pytest.approx(known.profile.peak_allocated_bytes, rel=0.002)
-        assert found.high_bytes == pytest.approx(known.high_bytes, rel=0.01)
+        assert found.needs.high_bytes == pytest.approx(known.needs.high_bytes, rel=0.01)
     assert priced.evaluation.profile.peak_op == traced.evaluation.profile.peak_op
 
 
@@ -291,9 +291,9 @@ def test_a_shipped_trace_equals_a_fresh_one() -> None:
     fresh = predict(replace(setting, micro_batch=4, accumulation=2), find_gpu("A100"), cache=False)
     shipped = pricer.predict(replace(setting, micro_batch=4, accumulation=2), cuts(8, 4))
     assert shipped.training.profile == fresh.training.profile
-    assert (shipped.training.low_bytes, shipped.training.high_bytes) == (
-        fresh.training.low_bytes,
-        fresh.training.high_bytes,
+    assert (shipped.training.needs.low_bytes, shipped.training.needs.high_bytes) == (
+        fresh.training.needs.low_bytes,
+        fresh.training.needs.high_bytes,
     )
 
 

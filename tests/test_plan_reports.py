@@ -231,7 +231,7 @@ def test_reports_need_no_torch() -> None:
 
 
 TEXT = """\
-rfdetr-nano on RTX 3090: micro-batch 6 x 3, the last 4, no checkpointing, bf16, adamw-fused: an effective batch of 16. With evaluation it needs 1.28 to 2.22 GiB of 3.50 to 3.70 GiB that it may have. It has 0.96x the speed of the fastest considered, whether it fits or not.
+rfdetr-nano on RTX 3090: micro-batch 6 x 3, the last 4, no checkpointing, bf16, adamw-fused: an effective batch of 16. With evaluation it needs 1.23 to 1.39 GiB of 3.50 to 3.70 GiB that it may have, 3% of the card kept free; where there is room it takes 1.23 to 1.42 GiB. It has 0.96x the speed of the fastest considered, whether it fits or not.
 
 Considered, 6 of 6
     micro-batch        checkpointed  needs GiB     speed  verdict       why

@@ -13,7 +13,7 @@ from test_predict import STORED, card
 from trainfit.errors import TrainfitError
 from trainfit.gpus.context import ByteRange
 from trainfit.memory.alloc_conf import AllocatorConfig
-from trainfit.memory.predict import Prediction, predict_traced
+from trainfit.memory.predict import RESERVE, Prediction, predict_traced
 from trainfit.models.rfdetr.family import RfDetrSetting
 from trainfit.models.setting import Setting, make_setting
 from trainfit.planning.knobs import batches, cuts, turned
@@ -81,7 +81,7 @@ class Formula:
 
 
 def find(budget: int, prices: Formula | None = None, **wish: Any) -> Found:
-    wanted: dict[str, Any] = {"setting": BASE, "effective_batch": 16, **wish}
+    wanted: dict[str, Any] = {"setting": BASE, "effective_batch": 16, "reserve": 0.0, **wish}
     return search(Wish(budget_bytes=budget, **wanted), prices or Formula())
 
 
@@ -136,6 +136,23 @@ def test_a_plan_is_within_its_budget_and_holds_the_effective_batch(
     else:
         least = replace(BASE, micro_batch=1, checkpointing="all", ema_on_host=True)
         assert prices.needs(least).high_bytes > budget
+
+
+@hypothesis.given(prices=FORMULAS, batch=BATCHES, budget=st.integers(0, 40000))
+def test_the_reserve_is_given_up_only_where_nothing_leaves_it(prices: Formula, batch: int, budget: int) -> None:
+    """Whatever fits with less than 97 % of the budget is chosen as if that were all; else as if nothing were kept."""
+    kept = find(budget, prices, effective_batch=batch, reserve=RESERVE)
+    small, whole = (find(b, prices, effective_batch=batch) for b in (int((1 - RESERVE) * budget), budget))
+    assert (kept.chosen is None) == (whole.chosen is None)
+    if small.chosen is not None:
+        assert kept.chosen is not None
+        assert prices.needs(kept.chosen.setting).high_bytes <= (1 - RESERVE) * budget
+        assert seconds(kept) == seconds(small)
+    for each in kept.candidates:
+        if each.verdict != "chosen":
+            fits = each.needs.high_bytes <= budget
+            spare = each.needs.high_bytes <= (1 - RESERVE) * budget
+            assert each.verdict == ("fits" if spare else "fits, no reserve" if fits else "does not fit")
 
 
 @hypothesis.given(prices=FORMULAS, batch=BATCHES, budget=st.integers(0, 40000), more=st.integers(0, 20000))

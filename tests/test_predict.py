@@ -36,17 +36,19 @@ def verdict(memory_bytes: int, config: AllocatorConfig) -> str:
 
 @pytest.mark.parametrize("expandable", [False, True])
 def test_verdicts_at_exact_limits(expandable: bool) -> None:
-    """Fits from the highest need on, tight below; what the lowest need lacks by one page does not fit."""
+    """Fits from the top of the need on, tight below; a page below its low end does not fit. What is taken is another number."""
     config = AllocatorConfig(expandable_segments=expandable)
     ample = assess(STORED, card(2**40), config)
-    assert ample.low_bytes < ample.high_bytes
-    assert verdict(ample.high_bytes, config) == "fits"
-    assert verdict(ample.high_bytes - 1, config) == "tight"
-    assert verdict(ample.low_bytes, config) == "tight"
-    short = assess(STORED, card(ample.low_bytes - 24 * MIB), config)
+    needs = ample.needs
+    assert needs.low_bytes < needs.high_bytes
+    assert verdict(needs.high_bytes, config) == "fits"
+    assert verdict(needs.high_bytes - 1, config) == "tight"
+    assert verdict(needs.low_bytes, config) == "tight"
+    assert ample.takes.low_bytes <= ample.takes_bytes <= ample.takes.high_bytes
+    short = assess(STORED, card(needs.low_bytes - 24 * MIB), config)
     assert short.verdict == "does not fit"
     assert short.oom is not None
-    assert short.low_bytes == ample.low_bytes  # what it would need, though it never got it
+    assert short.needs == needs  # what it would need, though it never got it
 
 
 def test_fraction_limits_the_allocator_alone() -> None:
@@ -54,7 +56,7 @@ def test_fraction_limits_the_allocator_alone() -> None:
     half = AllocatorConfig(per_process_memory_fraction=0.5)
     room = allocator_room(card(4096 * MIB), half)
     assert room.low_bytes == room.high_bytes == 2048 * MIB
-    assert allocator_room(card(4096 * MIB), AllocatorConfig()).low_bytes == (4096 - 600) * MIB
+    assert allocator_room(card(4096 * MIB), AllocatorConfig()).low_bytes == (4096 - 390) * MIB
 
 
 def test_nominal_memory_pays_the_driver() -> None:

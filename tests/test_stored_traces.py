@@ -213,8 +213,8 @@ def test_predict_gives_the_numbers_of_the_plan(card: str, knobs: dict[str, objec
     pricer = Pricer(gpu=find_gpu(card))
     precision = "fp16" if card == "T4" else "bf16"
     resolved = replace(setting, precision=precision)
-    assert found.training.low_bytes <= pricer.needs(resolved).low_bytes <= found.training.high_bytes
-    assert found.training.high_bytes == pricer.needs(resolved).high_bytes
+    assert found.training.needs.low_bytes <= pricer.needs(resolved).low_bytes <= found.training.needs.high_bytes
+    assert found.training.needs.high_bytes == pricer.needs(resolved).high_bytes
     assert found.training.time == pricer.seconds(resolved, (setting.micro_batch,) * setting.accumulation)
     assert found.setting == setting
     assert (priced.PRICED_LIKE_TWO in found.assumptions) == (setting.accumulation == 1)

@@ -48,13 +48,13 @@ class Compared:
     predicted_bytes: int
     """Peak reserved with every unknown at its smallest."""
     high_bytes: int
-    """Peak reserved with every unknown at its largest: what "fits" is judged by."""
+    """Top of the interval of peak reserved memory."""
     needed_bytes: int
     """Peak allocated, and the context at the end: less would surely not have done."""
     held_bytes: int
     """Peak reserved, and the context at the end: so much surely does."""
     limit_bytes: int
-    """What the whole process is predicted to need at most."""
+    """The top of what the whole process is predicted to need: "fits" says that so much is there."""
     time_ratio: float | None
     """Predicted time of a window over the measured one; None: no speed on one side."""
 
@@ -123,10 +123,10 @@ def judge(record: Mapping[str, Any], stored: StoredTrace) -> Compared:
         verdict=predicted.verdict,
         measured_bytes=peak["reserved_bytes"],
         predicted_bytes=predicted.profile.peak_reserved_bytes,
-        high_bytes=predicted.high_bytes - cuda_context_bytes().high_bytes,
+        high_bytes=predicted.takes.high_bytes - cuda_context_bytes(gpu).high_bytes,
         needed_bytes=peak["allocated_bytes"] + context,
         held_bytes=peak["reserved_bytes"] + context,
-        limit_bytes=predicted.high_bytes,
+        limit_bytes=predicted.needs.high_bytes,
         time_ratio=ratio,
     )
 

@@ -3,7 +3,9 @@
 Memory is the most that torch allocated over a whole training, in steps of 0.1 GB. Detectron2 groups images by aspect
 ratio (DATALOADER.ASPECT_RATIO_GROUPING), so the largest batch is two images of 800 x 1333, not a mixed pair; its masks
 stay polygons on the CPU, so masks here have one pixel. Matching compares boxes with anchors, so the fullest image counts
-(`OBJECTS`). Stem and first stage are frozen, BatchNorm is frozen (FREEZE_AT 2).
+(`OBJECTS`). Stem and first stage are frozen, BatchNorm is frozen (FREEZE_AT 2). Eight GPUs: DistributedDataParallel holds
+buckets as large as the gradients. RetinaNet's classification loss is over all images at once, its targets made by a one-hot
+tensor of int64 (detectron2 modeling/meta_arch/retinanet.py), where torchvision goes image by image.
 """
 
 from functools import partial
@@ -14,6 +16,7 @@ from benchmarks.public.rows import DATA, Case, Row, records
 from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.retinanet import LastLevelP6P7
+from torchvision.ops import sigmoid_focal_loss
 
 from trainfit.models.maskrcnn.caps import cap_training_samples
 
@@ -35,7 +38,7 @@ class Step:
 
     ema, blocks = None, 0
 
-    def __init__(self, device: torch.device, head: str, backbone: str, batch: int, objects: int) -> None:
+    def __init__(self, device: torch.device, head: str, backbone: str, batch: int, objects: int, ranks: int) -> None:
         """Build model and optimizer on `device`."""
         extra: dict[str, Any] = {}
         if head == "retinanet":
@@ -44,7 +47,10 @@ class Step:
         self.model: Any = HEADS[head](body, min_size=HEIGHT, max_size=WIDTH).to(device).train()
         if head != "retinanet":
             cap_training_samples(self.model.roi_heads)
+        else:
+            vars(self.model.head.classification_head)["compute_loss"] = _loss_of_all_images
         parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.buckets = [torch.empty_like(p) for p in parameters] if ranks > 1 else []
         self.optimizer = torch.optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=1e-4, foreach=False)
         self.device, self.head = device, head
         self.images = [torch.zeros(3, HEIGHT, WIDTH) for _ in range(batch)]
@@ -69,6 +75,19 @@ class Step:
         return target
 
 
+def _loss_of_all_images(
+    targets: list[dict[str, torch.Tensor]], outputs: dict[str, torch.Tensor], matched: list[torch.Tensor]
+) -> torch.Tensor:
+    """RetinaNet's classification loss with the tensors that Detectron2 makes for it."""
+    logits = outputs["cls_logits"]
+    classes = logits.shape[-1]
+    labels = torch.stack([t["labels"][m.clamp(min=0)] for t, m in zip(targets, matched, strict=True)])
+    hot = torch.zeros(*labels.shape, classes + 1, dtype=torch.int64, device=logits.device)
+    hot.scatter_(-1, labels[..., None], 1)
+    chosen = logits.clone()  # a copy, as an index by all valid anchors makes it
+    return sigmoid_focal_loss(chosen, hot[..., :-1].to(logits.dtype), reduction="sum") / len(targets)
+
+
 build = Step
 
 
@@ -87,7 +106,7 @@ def _row(record: dict[str, Any]) -> Row | None:
         return None
     if record["micro_batch"] != 2 or "GN" in record["note"].partition("norm ")[2][:8]:
         return None
-    arguments = {"head": head, "backbone": backbone, "batch": 2, "objects": OBJECTS}
+    arguments = {"head": head, "backbone": backbone, "batch": 2, "objects": OBJECTS, "ranks": 8}
     return Row(
         source="detectron2_zoo",
         group=head,

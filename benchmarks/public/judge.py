@@ -57,10 +57,42 @@ def others(pairs: Sequence[Pair]) -> Mapping[str, tuple[float, float]]:
     return {name: (median(errors), fmean(errors)) for name, errors in found.items()}
 
 
-def verdicts(pairs: Sequence[Pair]) -> tuple[int, int, int]:
-    """(runs repeated under a limit, wrongly said to run out, wrongly said to run)."""
-    said = [(cap.oom, runs) for row, p in pairs for cap, runs in zip(row.caps, p.under, strict=True)]
-    return len(said), sum(not oom and not runs for oom, runs in said), sum(oom and runs for oom, runs in said)
+@dataclass(frozen=True, kw_only=True)
+class Verdicts:
+    """Of runs that were repeated under a limit."""
+
+    number: int
+    right: int
+    tight: int
+    """Neither said to run nor to run out: the limit lies within what the run is said to need."""
+    false_nots: int
+    """Said to run out, and ran."""
+    false_fits: int
+    """Said to run, and ran out."""
+    middle_right: int
+    """Right where the middle of the need decides instead."""
+
+
+def verdicts(pairs: Sequence[Pair]) -> Verdicts:
+    """Judge the repetitions under a limit."""
+    fits, nots, tight, middle = [], [], 0, 0
+    for cap, (low, high) in ((cap, p.needs_mib) for row, p in pairs for cap in row.caps):
+        middle += (cap.limit_mib >= (low + high) / 2) != cap.oom
+        if cap.limit_mib >= high:
+            fits.append(cap.oom)
+        elif cap.limit_mib < low:
+            nots.append(not cap.oom)
+        else:
+            tight += 1
+    number, wrong = len(fits) + len(nots) + tight, sum(fits) + sum(nots)
+    return Verdicts(
+        number=number,
+        right=number - tight - wrong,
+        tight=tight,
+        false_nots=sum(nots),
+        false_fits=sum(fits),
+        middle_right=middle,
+    )
 
 
 def ordered(predicted: Sequence[float], measured: Sequence[float]) -> tuple[int, float]:

@@ -5,11 +5,10 @@ from dataclasses import dataclass, replace
 from benchmarks.public import traces
 from benchmarks.public.rows import Case, Row
 
-from trainfit.gpus.catalogue import MIB, find_gpu
-from trainfit.gpus.context import ByteRange, cuda_context_bytes
+from trainfit.gpus.catalogue import MIB, Gpu, find_gpu
+from trainfit.gpus.context import UNKNOWN_CONTEXT, ByteRange, cuda_context_bytes
 from trainfit.memory.alloc_conf import AllocatorConfig
-from trainfit.memory.allocator import replay
-from trainfit.memory.predict import MemoryPrediction, assess, completed
+from trainfit.memory.predict import MemoryPrediction, assess, needed
 from trainfit.timing.roofline import step_seconds
 from trainfit.tracing.stored_trace import StoredTrace
 
@@ -23,26 +22,28 @@ class Predicted:
     high_mib: float
     seconds: float
     """Of the step."""
-    under: tuple[bool, ...]
-    """Whether it runs under each of the row's limits."""
+    needs_mib: tuple[float, float]
+    """What the allocator needs to reserve, at least and at most: what a limit on it is compared with."""
 
 
 def predict(row: Row) -> Predicted | None:
     """The prediction of a row; None where its step has no trace."""
     gpu = find_gpu(row.card)
     if row.quantity == "context":
-        return _of(cuda_context_bytes())
+        # The card's own row in `gpus.context` is this measurement: the range of cards that were never measured is judged.
+        return _of(UNKNOWN_CONTEXT, UNKNOWN_CONTEXT.likely_bytes)
     stored = None if row.case is None else _by_name(row.case)
     if stored is None:
         return None
     stored = replace(stored, trace=traces.at_batch(stored.trace, row.traced_batch, row.batch))
     begin = next((at for at, name in stored.trace.marks if name == f"window {row.after_step}"), 0)
-    found = assess(stored, gpu, AllocatorConfig(), since=begin)
-    low, likely, high = _quantity(row, found)
-    lowest = completed(stored, gpu, upper=False).trace
-    under = tuple(replay(lowest, capacity_bytes=int(cap.limit_mib * MIB)).oom is None for cap in row.caps)
-    seconds = step_seconds(stored.ops, gpu).seconds
-    return Predicted(low_mib=low, likely_mib=likely, high_mib=high, seconds=seconds, under=under)
+    config = AllocatorConfig()
+    reserved = needed(stored, gpu, config)
+    found = assess(stored, gpu, config, since=begin, reserved=reserved)
+    size, likely_bytes = _quantity(row, found, gpu)
+    made = _of(size, likely_bytes)
+    needs_mib = (reserved.low_bytes / MIB, reserved.high_bytes / MIB)
+    return replace(made, seconds=step_seconds(stored.ops, gpu).seconds, needs_mib=needs_mib)
 
 
 _stored: dict[str, StoredTrace | None] = {}
@@ -54,23 +55,18 @@ def _by_name(case: Case) -> StoredTrace | None:
     return _stored[case.name]
 
 
-def _of(size: ByteRange) -> Predicted:
-    low, high = size.low_bytes / MIB, size.high_bytes / MIB
-    return Predicted(low_mib=low, likely_mib=(low + high) / 2, high_mib=high, seconds=0, under=())
+def _of(size: ByteRange, likely_bytes: int) -> Predicted:
+    low, likely, high = (nbytes / MIB for nbytes in (size.low_bytes, likely_bytes, size.high_bytes))
+    return Predicted(low_mib=low, likely_mib=likely, high_mib=high, seconds=0, needs_mib=(0, 0))
 
 
-def _quantity(row: Row, found: MemoryPrediction) -> tuple[float, float, float]:
-    """(low, likely, high) MiB of what the row measured."""
-    context = cuda_context_bytes()
-    reserved = (
-        found.low_bytes - context.low_bytes,
-        found.low_bytes - context.low_bytes,
-        found.high_bytes - context.high_bytes,
-    )
+def _quantity(row: Row, found: MemoryPrediction, gpu: Gpu) -> tuple[ByteRange, int]:
+    """(interval, likeliest bytes) of what the row measured."""
+    context, takes = cuda_context_bytes(gpu), found.takes
     if row.quantity == "allocated":
-        allocated = found.profile.peak_allocated_bytes
-        return allocated / MIB, allocated / MIB, allocated / MIB
+        return found.allocated, found.profile.peak_allocated_bytes
     if row.quantity == "device_total":
-        reserved = (found.low_bytes, found.low_bytes, found.high_bytes)
-    low, likely, high = (size / MIB for size in reserved)
-    return low, likely, high
+        return takes, found.takes_bytes
+    # reserved, or the card's growth from a first sample that has the bare context
+    low, high = takes.low_bytes - context.low_bytes, takes.high_bytes - context.high_bytes
+    return ByteRange(low_bytes=low, high_bytes=high), found.takes_bytes - context.likely_bytes

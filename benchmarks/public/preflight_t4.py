@@ -33,16 +33,20 @@ class Step:
         """One step."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            loss = self._loss()
+            loss, _out = (
+                self._loss()
+            )  # the script's `out` lives as long: logits and keys and values of a language model
         loss.backward()
         self.optimizer.step()
 
-    def _loss(self) -> torch.Tensor:
+    def _loss(self) -> tuple[torch.Tensor, Any]:
         if self.name == "resnet50":
-            return torch.nn.functional.cross_entropy(self.model(self.images), self.labels)
+            return torch.nn.functional.cross_entropy(self.model(self.images), self.labels), None
         if self.name == "gpt2":
-            return self.model(input_ids=self.ids, labels=self.ids).loss
-        return self.model(input_ids=self.ids).last_hidden_state.float().pow(2).mean()
+            out = self.model(input_ids=self.ids, labels=self.ids)
+            return out.loss, out
+        out = self.model(input_ids=self.ids)
+        return out.last_hidden_state.float().pow(2).mean(), out
 
 
 build = Step
@@ -78,7 +82,9 @@ def _row(record: dict[str, Any]) -> Row:
         name=f"{model} {batch} x {length} {record['quantity']}",
         quantity=record["quantity"],
         case=Case(
-            source="preflight_t4", arguments={"model": model, "batch": batch, "length": length}, capability=CAPABILITY
+            source="preflight_t4",
+            arguments={"model": model, "batch": batch, "length": length},
+            capability=CAPABILITY,
         ),
         batch=batch,
         traced_batch=batch,

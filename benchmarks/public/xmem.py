@@ -11,6 +11,7 @@ import torch
 import torchvision
 from benchmarks.public.rows import DATA, Cap, Case, Row, records
 
+from trainfit.gpus.capability import kernel_class
 from trainfit.gpus.catalogue import find_gpu
 
 OPTIMIZERS = {
@@ -70,8 +71,7 @@ def _row(record: dict[str, Any]) -> Row:
     model, card = record["model"], CARDS[record["card"]]
     mode = 1 if record["zero_grad_mode"] is None else record["zero_grad_mode"]
     classes = 10 if model in ("mnasnet1_0", "mobilenet_v3_large") else 1000
-    capability = find_gpu(card).capability
-    assert capability is not None
+    capability = kernel_class(find_gpu(card).capability)
     arguments = {"model": model, "optimizer": record["optimizer"], "classes": classes, "mode": mode}
     caps = tuple(Cap(limit_mib=cap["cap_mib"], oom=cap["oom"]) for cap in record["capped_reruns"])
     return Row(

@@ -1,5 +1,6 @@
 """What CUDA and its libraries take of a card's memory beside the tensors, with sources."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trainfit.gpus.catalogue import MIB, Gpu
@@ -18,15 +19,60 @@ class ByteRange:
     """Largest value seen; the one to plan with."""
 
 
-def cuda_context_bytes() -> ByteRange:
-    """CUDA context of a torch >= 2 process: 300 to 600 MiB, outside the caching allocator and never given back.
+@dataclass(frozen=True, kw_only=True)
+class ContextBytes(ByteRange):
+    """CUDA's own memory in one process: what was seen, and where."""
 
-    It holds the kernels used so far, so it grows through the first step; lazy module loading has been torch's default
-    since 1.13 (pytorch PR 86509: 274 MiB after the first tensor, 636 MiB without it). Other points: about 300 MiB
-    (pytorch issue 107667), 400 MiB (issue 109888), 426 MiB on an RTX 6000 Ada with torch 2.10 and CUDA 13.0
-    (unsloth-zoo PR 1053), 120 to 550 MB for a context without torch, by card (llama.cpp PR 20595).
+    likely_bytes: int
+    """The value that a total is predicted with."""
+    source: str
+    """Card, driver or CUDA version, and where it was published."""
+
+
+LAZY_LOADING = (11, 7)
+"""CUDA version from which kernels are loaded when they are first used (torch's default since 1.13)."""
+
+
+def _mib(low: int, likely: int, high: int, source: str) -> ContextBytes:
+    return ContextBytes(low_bytes=low * MIB, likely_bytes=likely * MIB, high_bytes=high * MIB, source=source)
+
+
+CONTEXTS: Mapping[tuple[int, int], ContextBytes] = {
+    (7, 0): _mib(300, 350, 400, "V100, torch 1.1: 300 to 400 MiB (pytorch issue 20532)"),
+    (7, 5): _mib(
+        105, 135, 300, "T4, torch 2.11, CUDA 12.8: 105 MiB at first, 131 with cuBLAS, 135 with cuDNN (torch-preflight)"
+    ),
+    (8, 0): _mib(524, 524, 590, "A100 40 GB, 2025: used less reserved is 524 MiB in 8 of 12 runs, 526 to 590 in 4"),
+    (8, 6): _mib(256, 286, 390, "RTX 3090, torch 2.7, CUDA 12.8: 256 MiB bare (InvokeAI issue 9413); RTX 3060: at most 390"),
+    (8, 9): _mib(256, 426, 460, "RTX 6000 Ada, torch 2.10: 426 MiB bare (unsloth-zoo PR 1053); RTX 4060: at most 460"),
+}  # fmt: skip
+"""By CUDA capability. A range is what was seen, not a bound; kernels are loaded as they are first used, so it grows in the
+first step. Bare: before any kernel; cuBLAS and cuDNN add 30 MiB on a T4, which is added for the RTX 3090. The RTX 3060's and
+4060's: less than the card's memory by what runs out of memory had taken (xMem, CUDA 12.4)."""
+UNKNOWN_CONTEXT = _mib(
+    300,
+    450,
+    600,
+    "no measurement of this kind of card: 300 to 600 MiB seen with torch >= 2 (pytorch issues 107667, 109888)",
+)
+"""Other points: 274 MiB after the first tensor, 636 MiB without lazy loading (pytorch PR 86509); 120 to 550 MB for a context
+without torch, by card (llama.cpp PR 20595)."""
+EAGER_CONTEXT = _mib(
+    1000, 1100, 1300, "CUDA before 11.7 loads all kernels at once: over 1,000 MiB (pytorch issue 107667)"
+)
+
+
+def cuda_context_bytes(gpu: Gpu | None = None, *, cuda: tuple[int, int] | None = None) -> ContextBytes:
+    """CUDA context of a process of torch, outside the caching allocator and never given back.
+
+    `cuda`: version of CUDA that torch was built with; by default one that loads kernels lazily. A card whose kind was
+    never measured, or none, gets the widest range.
     """
-    return ByteRange(low_bytes=300 * MIB, high_bytes=600 * MIB)
+    if cuda is not None and cuda < LAZY_LOADING:
+        return EAGER_CONTEXT
+    if gpu is None or gpu.capability is None:
+        return UNKNOWN_CONTEXT
+    return CONTEXTS.get(gpu.capability, UNKNOWN_CONTEXT)
 
 
 def cublas_workspace_bytes(gpu: Gpu) -> int:

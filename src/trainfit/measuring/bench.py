@@ -79,14 +79,14 @@ class Bench:
         except TrainfitError as error:
             self.show(f"micro-batch {micro_batch}: no prediction: {error}")
             return None
-        found, context = assess(stored, gpu, config), cuda_context_bytes()
+        found, context = assess(stored, gpu, config), cuda_context_bytes(gpu)
         images, setting = micro_batch * self.setting.accumulation, self.setting
         waits_s = setting.accumulation * setting.family.host_seconds(setting, micro_batch, gpu.capability)
         return Predicted(
             verdict=found.verdict,
             allocated_bytes=found.profile.peak_allocated_bytes,
-            reserved_low_bytes=found.low_bytes - context.low_bytes,
-            reserved_high_bytes=found.high_bytes - context.high_bytes,
+            reserved_low_bytes=found.profile.peak_reserved_bytes,
+            reserved_high_bytes=found.takes.high_bytes - context.high_bytes,
             images_per_s=images / (found.time.seconds + waits_s) if found.time else None,
         )
 

@@ -16,6 +16,7 @@ from trainfit.gpus.context import (
     cuda_context_bytes,
     driver_reserved_bytes,
 )
+from trainfit.memory.errors import ErrorClass
 from trainfit.memory.ranks import exchange_bytes, nccl_bytes
 from trainfit.timing.counts import MATMULS
 from trainfit.tracing.events import TensorInfo, Trace
@@ -76,9 +77,11 @@ _CONVOLUTIONS = ("aten.convolution", "aten.convolution_backward")
 """cuDNN's workspace and contiguous copies: nothing, or at most input and output in another layout."""
 WINOGRAD = 36 / 16
 """float32 convolutions: bytes of transformed tiles for each byte of image; F(4x4, 3x3) makes 6 x 6 numbers of 4 x 4."""
-MODEL_ERROR = 0.049
-"""Mean error of replayed reserved memory against 173 public A100 measurements of 66 timm models (older torch, one fitted
-constant); to be replaced by the errors of our own measurements."""
+KERNEL_TEMPORARIES = "kernel temporaries"
+"""Name of the row of `reserved_rows` that says how much kernels may hold."""
+Bound = Literal["least", "needed", "most"]
+"""How much kernels allocate within themselves: as little as they may; as much, but no workspaces of convolutions, which
+PyTorch replaces by smaller ones where memory is short (pytorch native/cudnn/Conv_v8.cpp, `try_configs`); as much as all may."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +95,12 @@ class Completed:
     """All cuBLAS workspaces in it."""
     kernels: tuple[str, ...]
     """Operators with temporaries in it."""
+    largest_bytes: int
+    """The largest of these."""
 
 
-def complete(trace: Trace, gpu: Gpu, *, upper: bool, half_precision: bool) -> Completed:
-    """Insert cuBLAS workspaces and kernels' temporaries into a trace; `upper`: the largest that they may be.
+def complete(trace: Trace, gpu: Gpu, *, bound: Bound, half_precision: bool) -> Completed:
+    """Insert cuBLAS workspaces and kernels' temporaries into a trace.
 
     `half_precision`: convolutions run in fp16 or bf16. A workspace comes with the first matrix
     product of the main thread and with that of the autograd thread (a handle each) and stays; a temporary is freed as
@@ -108,6 +113,7 @@ def complete(trace: Trace, gpu: Gpu, *, upper: bool, half_precision: bool) -> Co
     threads: set[bool] = set()
     kernels: dict[str, None] = {}
     begins: list[int] = []
+    largest_bytes = 0
 
     def add(tensor: TensorInfo, nbytes: int, name: str) -> int:
         tensors.append(replace(tensor, id=len(tensors), nbytes=nbytes, category="workspace", op=name))
@@ -124,13 +130,14 @@ def complete(trace: Trace, gpu: Gpu, *, upper: bool, half_precision: bool) -> Co
             events.append(add(replace(tensor, module=""), workspace_bytes, "cuBLAS workspace"))
         if tensor.op in _CONVOLUTIONS:
             other = partners.get((tensor.op, tensor.module), tensor.nbytes)
-            nbytes = upper * layout_factor * (tensor.nbytes + other)
+            nbytes = (bound == "most") * layout_factor * (tensor.nbytes + other)
         elif kernel := TEMPORARIES.get(tensor.op):
-            nbytes = (kernel.high if upper else kernel.low) * tensor.nbytes
+            nbytes = (kernel.low if bound == "least" else kernel.high) * tensor.nbytes
         else:
             continue
         if nbytes:
             kernels[tensor.op.removeprefix("aten.")] = None
+            largest_bytes = max(largest_bytes, int(nbytes))
             number = add(tensor, int(nbytes), f"within {tensor.op}")
             events += (number, -number)
     begins.append(len(events))
@@ -141,6 +148,7 @@ def complete(trace: Trace, gpu: Gpu, *, upper: bool, half_precision: bool) -> Co
         begins=tuple(begins),
         cublas_bytes=len(threads) * workspace_bytes,
         kernels=tuple(sorted(kernels)),
+        largest_bytes=largest_bytes,
     )
 
 
@@ -160,8 +168,8 @@ def _partners(trace: Trace) -> dict[tuple[str, str], int]:
 
 def hidden_rows(gpu: Gpu, gpus: int = 1) -> tuple[HiddenRow, ...]:
     """What the traced step's allocator never gets: the process's own, one of `gpus`, and what others hold of the card."""
-    context, driver = cuda_context_bytes(), driver_reserved_bytes(gpu)
-    rows = [_row("CUDA context", context, "process", "300 to 600 MiB seen with torch >= 2, lazy loading")]
+    context, driver = cuda_context_bytes(gpu), driver_reserved_bytes(gpu)
+    rows = [_row("CUDA context", context, "process", context.source)]
     if gpu.memory_is_nominal:
         rows.append(_row("driver", driver, "card", "nominal memory less the driver's total, over the catalogue"))
     if gpus > 1:
@@ -174,16 +182,17 @@ def hidden_rows(gpu: Gpu, gpus: int = 1) -> tuple[HiddenRow, ...]:
     return tuple(rows)
 
 
-def reserved_rows(low: Completed, high: Completed, *, low_bytes: int, high_bytes: int) -> tuple[HiddenRow, ...]:
-    """What the allocator gives besides tensors. It reserves `low_bytes` and `high_bytes` for the two traces."""
+def reserved_rows(low: Completed, high: Completed, *, reserved_bytes: int, error: ErrorClass) -> tuple[HiddenRow, ...]:
+    """What the allocator gives besides tensors, and how far `reserved_bytes`, the peak of the replay of `low`, may be off."""
     workspaces = ByteRange(low_bytes=low.cublas_bytes, high_bytes=high.cublas_bytes)
-    temporaries = ByteRange(low_bytes=0, high_bytes=max(0, high_bytes - low_bytes))
-    error = ByteRange(low_bytes=0, high_bytes=int(MODEL_ERROR * low_bytes))
+    temporaries = ByteRange(low_bytes=low.largest_bytes, high_bytes=high.largest_bytes)
+    off = int(error.spread * reserved_bytes)
     default = "torch 2.15's default CUBLAS_WORKSPACE_CONFIG: one each for forward and backward"
+    largest = f"bounds of the largest at one time, of {', '.join(high.kernels) or 'no operator'}"
     return (
         _row("cuBLAS workspaces", workspaces, "reserved", default),
-        _row("kernel temporaries", temporaries, "reserved", f"bounds for {', '.join(high.kernels) or 'no operator'}"),
-        _row("model error", error, "reserved", f"{MODEL_ERROR:.1%}: mean over 173 public A100 measurements"),
+        _row(KERNEL_TEMPORARIES, temporaries, "reserved", largest),
+        _row("error of the model", ByteRange(low_bytes=-off, high_bytes=off), "reserved", error.source),
     )
 
 

@@ -7,7 +7,9 @@ from trainfit.gpus.capability import kernel_class
 from trainfit.gpus.catalogue import Gpu
 from trainfit.gpus.context import ByteRange, cuda_context_bytes
 from trainfit.memory.allocator import AllocatorConfig, OutOfMemoryAt, Replay, replay
-from trainfit.memory.hidden import MODEL_ERROR, Completed, HiddenRow, complete, hidden_rows, reserved_rows
+from trainfit.memory.errors import ALLOCATED_ERROR, NEEDS_ERROR, ErrorClass, class_of
+from trainfit.memory.hidden import KERNEL_TEMPORARIES, Bound, Completed, HiddenRow, complete, hidden_rows, reserved_rows
+from trainfit.memory.least import least_capacity_bytes
 from trainfit.memory.profile import Profile, last_window, make_profile
 from trainfit.models.setting import Setting
 from trainfit.timing.roofline import TimeEstimate, step_seconds, with_host_work
@@ -16,33 +18,49 @@ from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace_cache import TraceRequest
 
 Verdict = Literal["fits", "tight", "does not fit"]
+RESERVE = 0.03
+"""Share of what a process may have that a plan keeps free."""
 _VERDICTS: tuple[Verdict, ...] = ("fits", "tight", "does not fit")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPrediction:
-    """What one process needs, and whether it gets it."""
+    """What one process needs, what it takes when there is room, and whether it gets it. Both with the CUDA context."""
 
-    low_bytes: int
-    """CUDA context and reserved memory with every unknown at its smallest. If the card has less than the allocator would
-    like to keep, this is what it lives with after giving cached blocks back."""
-    high_bytes: int
-    """The same with every unknown at its largest, and nothing given back."""
+    needs: ByteRange
+    """The least that it runs in: the allocator gives cached blocks back before it gives up, which stalls the GPU, and
+    convolutions make do with smaller workspaces."""
+    takes: ByteRange
+    """What the driver shows for the process (nvidia-smi), where the card has the memory."""
+    takes_bytes: int
+    """The likeliest of these."""
+    error: ErrorClass
+    """By what it may be off."""
     verdict: Verdict
-    """fits: `high_bytes` are there; does not fit: out of memory at the lowest; tight: anything between."""
+    """fits: the top of `needs` is there; does not fit: not even its low end is; tight: anything between."""
     retries: int
-    """How often the cache has to be emptied at `low_bytes`; each stalls the GPU."""
+    """How often the cache has to be emptied on the card; each stalls the GPU."""
     oom: OutOfMemoryAt | None
-    """Where it runs out of memory at the lowest, if it does."""
+    """Where the replay on the card runs out of memory, if it does."""
     profile: Profile
-    """At the lowest; of a card with memory enough, if it does not fit."""
+    """On the card; of a card with memory enough, if the replay runs out of it."""
     hidden: tuple[HiddenRow, ...]
     time: TimeEstimate | None
     """Of the last window; None for a card whose rates are not known."""
     made_up: tuple[str, ...]
     """Operators that needed a value which no trace knows."""
     upper_bounds: tuple[str, ...]
-    """Those of them that got the largest shape: a real step may need less than `low_bytes`."""
+    """Those of them that got the largest shape: a real step may need less."""
+
+    @property
+    def allocated(self) -> ByteRange:
+        """Peak of what tensors and kernels' workspaces hold (`torch.cuda.max_memory_allocated`)."""
+        peak, within = (
+            self.profile.peak_allocated_bytes,
+            max(r.high_bytes for r in self.hidden if r.name == KERNEL_TEMPORARIES),
+        )
+        off = int(ALLOCATED_ERROR * peak)
+        return ByteRange(low_bytes=peak - off, high_bytes=peak + off + within)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +82,22 @@ class Prediction:
 
     @property
     def needs(self) -> ByteRange:
-        """Of training and evaluation."""
-        parts = (self.training, self.evaluation)
-        return ByteRange(low_bytes=max(p.low_bytes for p in parts), high_bytes=max(p.high_bytes for p in parts))
+        """The least that training and evaluation run in."""
+        return _largest(self.training.needs, self.evaluation.needs)
+
+    @property
+    def takes(self) -> ByteRange:
+        """What training and evaluation take where the card has it."""
+        return _largest(self.training.takes, self.evaluation.takes)
+
+
+def has_reserve(needs: ByteRange, budget: ByteRange) -> bool:
+    """Whether the top of what is needed leaves `RESERVE` of what there is for sure."""
+    return needs.high_bytes <= (1 - RESERVE) * budget.low_bytes
+
+
+def _largest(one: ByteRange, other: ByteRange) -> ByteRange:
+    return ByteRange(low_bytes=max(one.low_bytes, other.low_bytes), high_bytes=max(one.high_bytes, other.high_bytes))
 
 
 def trace_requests(
@@ -89,14 +120,18 @@ def predict_traced(
     evaluation: StoredTrace,
     config: AllocatorConfig,
     gpus: int = 1,
+    reserved: ByteRange | None = None,
 ) -> Prediction:
-    """Predict from the traces that `trace_requests` names. A pure function."""
-    trained = assess(training, gpu, config, gpus=gpus)
+    """Predict from the traces that `trace_requests` names; `reserved`: of training, if it is known (`needed`)."""
+    reserved = reserved or needed(training, gpu, config)
+    trained = assess(training, gpu, config, gpus=gpus, reserved=reserved)
     if trained.time is not None:
         mean = step_seconds(training.ops, gpu, drawn=setting.family.drawn_sizes(setting))
         waits = setting.accumulation * setting.family.host_seconds(setting, setting.micro_batch, gpu.capability)
         trained = replace(trained, time=with_host_work(mean, waits))
-    evaluated = assess(evaluation, gpu, config, since=last_window(evaluation.trace), gpus=gpus)
+    after = needed(evaluation, gpu, config, at_least=reserved)  # training came before it
+    since = last_window(evaluation.trace)
+    evaluated = assess(evaluation, gpu, config, since=since, gpus=gpus, reserved=after)
     return Prediction(
         setting=setting,
         gpu=gpu,
@@ -123,60 +158,96 @@ def allocator_room(gpu: Gpu, config: AllocatorConfig, gpus: int = 1) -> ByteRang
 
 def process_budget(gpu: Gpu, config: AllocatorConfig, gpus: int = 1) -> ByteRange:
     """What one process may have of the card, its CUDA context included, at worst and at best."""
-    room, context = allocator_room(gpu, config, gpus), cuda_context_bytes()
+    room, context = allocator_room(gpu, config, gpus), cuda_context_bytes(gpu)
     return ByteRange(low_bytes=room.low_bytes + context.high_bytes, high_bytes=room.high_bytes + context.low_bytes)
 
 
-def needed(stored: StoredTrace, gpu: Gpu, config: AllocatorConfig) -> ByteRange:
-    """What `MemoryPrediction` says of a trace on a card with memory enough, by two replays alone."""
-    low, high = (
-        replay(completed(stored, gpu, upper=upper).trace, capacity_bytes=None, config=config).peak_reserved_bytes
-        for upper in (False, True)
-    )
-    context = cuda_context_bytes()
+def needed(stored: StoredTrace, gpu: Gpu, config: AllocatorConfig, *, at_least: ByteRange | None = None) -> ByteRange:
+    """What the allocator needs to reserve for a trace to run, as `assess` takes it; of the card only its workspaces count.
+
+    `at_least`: what a part of the same process needs; where that is enough for the trace too, it is the answer.
+    """
+    low, high = completed(stored, gpu, bound="least"), completed(stored, gpu, bound="needed")
+    if at_least is not None and replay(high.trace, capacity_bytes=at_least.high_bytes, config=config).oom is None:
+        return at_least
+    free = replay(low.trace, capacity_bytes=None, config=config)
+    most = free.peak_reserved_bytes
+    least = least_capacity_bytes(low.trace, config, low_bytes=free.peak_requested_bytes, high_bytes=most)
+    top = least
+    if (
+        high.largest_bytes > low.largest_bytes
+        and replay(high.trace, capacity_bytes=least, config=config).oom is not None
+    ):
+        most = replay(high.trace, capacity_bytes=None, config=config).peak_reserved_bytes
+        top = least_capacity_bytes(high.trace, config, low_bytes=least, high_bytes=max(least, most))
     return ByteRange(
-        low_bytes=low + context.low_bytes, high_bytes=max(low, high) + int(MODEL_ERROR * low) + context.high_bytes
+        low_bytes=max(free.peak_requested_bytes, int((1 - NEEDS_ERROR) * least)),
+        high_bytes=int((1 + NEEDS_ERROR) * top),
+    )
+
+
+def with_context(reserved: ByteRange, gpu: Gpu) -> ByteRange:
+    """What the process needs where its allocator reserves so much."""
+    context = cuda_context_bytes(gpu)
+    return ByteRange(
+        low_bytes=reserved.low_bytes + context.low_bytes, high_bytes=reserved.high_bytes + context.high_bytes
     )
 
 
 def assess(
-    stored: StoredTrace, gpu: Gpu, config: AllocatorConfig, *, since: int = 0, gpus: int = 1
+    stored: StoredTrace,
+    gpu: Gpu,
+    config: AllocatorConfig,
+    *,
+    since: int = 0,
+    gpus: int = 1,
+    reserved: ByteRange | None = None,
 ) -> MemoryPrediction:
-    """Replay a trace at the card's real capacity, unknowns at their lowest and at their highest.
+    """Replay a trace at the card's real capacity, and judge by what it needs.
 
-    `since`: event of the stored trace from which the profile seeks its peak.
+    Args:
+        stored: The trace.
+        gpu: The card.
+        config: The allocator's.
+        since: Event of the stored trace from which the profile seeks its peak.
+        gpus: Cards that train together, one process each.
+        reserved: What `needed` says of the trace, if that is known.
     """
-    low, high = completed(stored, gpu, upper=False), completed(stored, gpu, upper=True)
+    low, high = completed(stored, gpu, bound="least"), completed(stored, gpu, bound="most")
     tried = replay_on(gpu, low.trace, config, gpus)
     likely = tried if tried.oom is None else replay(low.trace, capacity_bytes=None, config=config, timeline=True)
-    worst = replay(high.trace, capacity_bytes=None, config=config)
-    low_reserved = likely.peak_reserved_bytes
-    inserted = reserved_rows(low, high, low_bytes=low_reserved, high_bytes=worst.peak_reserved_bytes)
-    high_reserved = low_reserved + sum(row.high_bytes - row.low_bytes for row in inserted)
+    reserved = reserved or needed(stored, gpu, config)
+    room, error = allocator_room(gpu, config, gpus), class_of(stored.ops)
     verdict: Verdict = "tight"
-    if high_reserved <= allocator_room(gpu, config, gpus).low_bytes:
+    if reserved.high_bytes <= room.low_bytes:
         verdict = "fits"
-    elif tried.oom is not None:
+    elif reserved.low_bytes > room.high_bytes:
         verdict = "does not fit"
-    context = cuda_context_bytes()
+    peak, context = likely.peak_reserved_bytes, cuda_context_bytes(gpu)
+    least = max(likely.peak_allocated_bytes, int((1 - error.spread) * peak))
+    most = int((1 + error.spread) * peak)
+    if tried.oom is None:  # it cannot take more than there is
+        most = max(peak, min(most, room.high_bytes))
     return MemoryPrediction(
-        low_bytes=low_reserved + context.low_bytes,
-        high_bytes=high_reserved + context.high_bytes,
+        needs=with_context(reserved, gpu),
+        takes=ByteRange(low_bytes=least + context.low_bytes, high_bytes=most + context.high_bytes),
+        takes_bytes=peak + context.likely_bytes,
+        error=error,
         verdict=verdict,
         retries=tried.retries,
         oom=tried.oom,
         profile=make_profile(low.trace, likely, since=low.begins[since]),
-        hidden=(*hidden_rows(gpu, gpus), *inserted),
+        hidden=(*hidden_rows(gpu, gpus), *reserved_rows(low, high, reserved_bytes=peak, error=error)),
         time=step_seconds(stored.ops, gpu) if gpu.bandwidth_bytes_per_s and gpu.fp32_flops_per_s else None,
         made_up=stored.made_up,
         upper_bounds=stored.upper_bounds,
     )
 
 
-def completed(stored: StoredTrace, gpu: Gpu, *, upper: bool) -> Completed:
+def completed(stored: StoredTrace, gpu: Gpu, *, bound: Bound) -> Completed:
     """The trace with what kernels and libraries allocate on the card; see `hidden.complete`."""
     dtypes = {row.dtype for row in stored.ops if row.op.startswith("aten.convolution")}
-    return complete(stored.trace, gpu, upper=upper, half_precision="float32" not in dtypes)
+    return complete(stored.trace, gpu, bound=bound, half_precision="float32" not in dtypes)
 
 
 def replay_on(gpu: Gpu, trace: Trace, config: AllocatorConfig, gpus: int = 1) -> Replay:

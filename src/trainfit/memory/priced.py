@@ -14,7 +14,7 @@ from trainfit.gpus.catalogue import FLOPS_RATES, Gpu, find_gpu
 from trainfit.gpus.context import ByteRange, cublas_workspace_bytes
 from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.host_ema import ema_for_evaluation, without_ema
-from trainfit.memory.predict import Prediction, needed, predict_traced
+from trainfit.memory.predict import Prediction, needed, predict_traced, with_context
 from trainfit.memory.profile import last_window
 from trainfit.memory.scaling import ScaledTrace, scale
 from trainfit.memory.shipped import NEEDS_CODE, is_shipped, shipped, shipped_needs
@@ -77,8 +77,8 @@ class Pricer:
     )
     _needs_of: dict[TraceRequest, Needs] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def needs(self, setting: Setting) -> ByteRange:
-        """What one process needs for training: CUDA context and reserved memory."""
+    def reserved(self, setting: Setting) -> ByteRange:
+        """What the allocator of one process needs to reserve for training; see `predict.needed`."""
         request = self.request(setting, "training")
         key = f"{setting.micro_batch}:{setting.ema_on_host}:{cublas_workspace_bytes(self.gpu)}"
         if self.config != AllocatorConfig():
@@ -91,6 +91,10 @@ class Pricer:
                 store(_path(request, "needs"), with_origin(request, known, NEEDS_CODE))
         low, high = known[key]
         return ByteRange(low_bytes=low, high_bytes=high)
+
+    def needs(self, setting: Setting) -> ByteRange:
+        """The least that one process trains in, its CUDA context included."""
+        return with_context(self.reserved(setting), self.gpu)
 
     def known_needs(self, request: TraceRequest) -> Needs:
         """Needs that were computed before, by this pricer, for the package or for the disk. It grows."""
@@ -132,7 +136,13 @@ class Pricer:
         """Training and evaluation, with the time of a window."""
         training, evaluation = self.trace(setting, "training"), self.trace(setting, "evaluation")
         found = predict_traced(
-            setting, self.gpu, training=training, evaluation=evaluation, config=self.config, gpus=self.gpus
+            setting,
+            self.gpu,
+            training=training,
+            evaluation=evaluation,
+            config=self.config,
+            gpus=self.gpus,
+            reserved=self.reserved(setting),
         )
         if scalable(setting) and setting.accumulation < TRACED_ACCUMULATION:
             found = replace(found, assumptions=(*found.assumptions, PRICED_LIKE_TWO))

@@ -16,7 +16,7 @@ from trainfit.training.recipe import FROM_DATA, Recipe, make_recipe, recipe_type
 from trainfit.values import given, require_known
 
 SCHEMA = 1
-Verdict = Literal["chosen", "fits", "does not fit"]
+Verdict = Literal["chosen", "fits", "fits, no reserve", "does not fit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +28,13 @@ class Candidate:
     cuts: tuple[int, ...]
     """Images of each micro-batch of a full window on one GPU; the last may be smaller."""
     needs: ByteRange
-    """Of training: CUDA context and reserved memory, at least and at most."""
+    """The least that training runs in, its CUDA context included (`memory.predict.MemoryPrediction.needs`)."""
     seconds: float | None
     """Of one window; None for a card whose rates are not known."""
     images_per_s: float | None
     """Over all GPUs."""
     verdict: Verdict
-    """fits: the most that it may need is there."""
+    """fits: the most that it may need is there, and `memory.predict.RESERVE` of it beside."""
     reason: str
     """Why it was not chosen, with its number; of the chosen one, why it was."""
 
@@ -145,6 +145,8 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "predicted": {
             "low_bytes": plan.prediction.needs.low_bytes,
             "high_bytes": plan.prediction.needs.high_bytes,
+            "takes_low_bytes": plan.prediction.takes.low_bytes,
+            "takes_high_bytes": plan.prediction.takes.high_bytes,
             "allocated_bytes": training.profile.peak_allocated_bytes,
             "reserved_bytes": training.profile.peak_reserved_bytes,
             "budget_bytes": plan.budget.low_bytes,

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil
 from typing import Literal, Protocol
 
 from trainfit.gpus.context import ByteRange
-from trainfit.memory.predict import Prediction
+from trainfit.memory.predict import RESERVE, Prediction, has_reserve
 from trainfit.models.setting import Setting
 from trainfit.planning.knobs import FREE, batches, coupled_batches, cuts, turned
-from trainfit.planning.plan import Candidate, Saving
+from trainfit.planning.plan import Candidate, Saving, Verdict
 from trainfit.step.names import Checkpointing
 from trainfit.timing.roofline import TimeEstimate
 
@@ -22,7 +23,7 @@ class Prices(Protocol):
     """What settings cost on one card; `memory.priced.Pricer`."""
 
     def needs(self, setting: Setting) -> ByteRange:
-        """Of training in one process: CUDA context and reserved memory."""
+        """The least that training of one process runs in, its CUDA context included."""
         ...
 
     def seconds(
@@ -50,6 +51,8 @@ class Wish:
     gpus: int = 1
     budget_bytes: int
     """What a process may have for sure."""
+    reserve: float = RESERVE
+    """Share of it that is kept free; 0 where nothing leaves so much."""
     exchange_s: float = 0.0
     """Summing the gradients over the GPUs, once a window."""
     micro_batch: int | None = None
@@ -91,17 +94,26 @@ class _Search:
         setting = replace(base, micro_batch=micro_batch, accumulation=len(cuts(share, micro_batch)))
         if setting not in self.seen:
             needs, seconds = self.prices.needs(setting), self.speed(base, micro_batch)
-            fits = needs.high_bytes <= self.wish.budget_bytes
             self.seen[setting] = Candidate(
                 setting=setting,
                 cuts=cuts(share, micro_batch),
                 needs=needs,
                 seconds=seconds,
                 images_per_s=self.wish.effective_batch / seconds,
-                verdict="fits" if fits else "does not fit",
+                verdict=self.verdict(needs),
                 reason="",
             )
         return self.seen[setting]
+
+    def verdict(self, needs: ByteRange) -> Verdict:
+        budget_bytes = self.wish.budget_bytes
+        if needs.high_bytes <= (1 - RESERVE) * budget_bytes:
+            return "fits"
+        return "fits, no reserve" if needs.high_bytes <= budget_bytes else "does not fit"
+
+    def fits(self, needs: ByteRange) -> bool:
+        """With the reserve that is wished for."""
+        return needs.high_bytes <= (1 - self.wish.reserve) * self.wish.budget_bytes
 
     def speed(self, base: Setting, micro_batch: int) -> float:
         """Seconds of a window."""
@@ -120,7 +132,7 @@ class _Search:
         low, high = -1, len(sizes)
         while high - low > 1:
             middle = (low + high) // 2
-            if self.price(base, sizes[middle]).verdict == "fits":
+            if self.fits(self.price(base, sizes[middle]).needs):
                 low = middle
             else:
                 high = middle
@@ -133,12 +145,12 @@ class _Search:
             return None
         sizes = self.worth(largest)
         best = min(sizes, key=lambda b: (self.speed(base, b), b))
-        while self.price(base, best).verdict != "fits":  # memory that does not grow with the micro-batch
+        while not self.fits(self.price(base, best).needs):  # memory that does not grow with the micro-batch
             sizes.remove(best)
             best = min(sizes, key=lambda b: (self.speed(base, b), b))
         slowest = (1 + KNEE) * self.speed(base, best)
         within = [b for b in sizes if b <= best and self.speed(base, b) <= slowest]
-        best = next(b for b in within if self.price(base, b).verdict == "fits")
+        best = next(b for b in within if self.fits(self.price(base, b).needs))
         smaller = [b for b in self.batches() if b < best]
         if smaller:
             self.price(base, smaller[-1])
@@ -185,10 +197,11 @@ class _Search:
         for none in (base for base in self.means() if base.checkpointing == "none"):
             for b in self.batches():
                 most, least = (self.price(each, b) for each in (none, replace(none, checkpointing="all")))
-                if least.verdict != "fits" or most.verdict == "fits":
+                if self.fits(most.needs) or not self.fits(least.needs):
                     continue
                 freed = most.needs.high_bytes - least.needs.high_bytes
-                count = -(-blocks * (most.needs.high_bytes - self.wish.budget_bytes) // max(1, freed))
+                over = most.needs.high_bytes - (1 - self.wish.reserve) * self.wish.budget_bytes
+                count = ceil(blocks * over / max(1, freed))
                 if 0 < count < blocks:
                     seconds = _seconds(most) + (_seconds(least) - _seconds(most)) * count / blocks
                     tries.append((seconds, b, count, none))
@@ -200,7 +213,7 @@ class _Search:
         for _ in range(PARTIAL_TRIES):
             self.note(f"pricing {count} of {blocks} blocks computed again at micro-batch {b}")
             found = self.price(replace(base, checkpointing=count), b)
-            if found.verdict == "fits":
+            if self.fits(found.needs):
                 return found
             count += -(-blocks // 8)
             if count >= blocks:
@@ -219,7 +232,8 @@ class _Search:
         for e in (*reversed([e for e in sizes if e <= knee]), *(() if wanted else (1,))):
             setting = replace(chosen.setting, eval_micro_batch=e)
             prediction = self.prices.predict(setting, chosen.cuts)
-            if prediction.evaluation.verdict == "fits":
+            spare = not self.wish.reserve or has_reserve(prediction.needs, prediction.budget)
+            if spare and prediction.evaluation.verdict == "fits":
                 return replace(chosen, setting=setting, needs=prediction.needs), prediction
         return None
 
@@ -235,10 +249,15 @@ class _Search:
 def search(wish: Wish, prices: Prices, *, note: Callable[[str], None] = lambda _: None) -> Found:
     """The fastest setting that fits, holding the effective batch; `note` hears of what takes seconds.
 
-    Where nothing fits, allowed knobs are turned one after the other, the gentlest first, until something does.
+    Where nothing fits, the reserve is given up; then allowed knobs are turned one after the other, the gentlest first,
+    until something does.
     """
     found = _Search(wish, prices, note)
     best = found.best()
+    if best is None and wish.reserve:
+        wish = replace(wish, reserve=0.0)
+        found = _Search(wish, prices, note, found.seen)
+        best = found.best()
     knobs = [knob for knob in wish.setting.family.learns if knob in wish.allow]
     while best is None and knobs:
         for flag, setting in turned(wish.setting, knobs.pop(0)):

@@ -100,7 +100,7 @@ def _notes(bench: Bench, rows: Sequence[Measured], calibration: Calibration | No
         names = ", ".join(f"{each.name or 'a program'} ({each.pid})" for each in bench.card.processes)
         lines.append(f"Other programs were on the card: {names}. Speed and context are less sure.")
     if bench.limit_bytes is not None:
-        context = gib(cuda_context_bytes().high_bytes)
+        context = gib(cuda_context_bytes(bench.card.gpu if bench.card else None).high_bytes)
         lines.append(
             f"The allocator was held to {gib(bench.limit_bytes)} GiB; {context} more are left to the CUDA context. Kernels were "
             "still chosen for the large card, at its speed: memory may be less on the small one, and its own speed is another."

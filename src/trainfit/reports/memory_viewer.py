@@ -16,7 +16,7 @@ from trainfit.tracing.stored_trace import StoredTrace
 
 def snapshot(stored: StoredTrace, gpu: Gpu, config: AllocatorConfig) -> dict[str, Any]:
     """A trace replayed on the card, unknowns at their lowest; see `to_snapshot`."""
-    trace = completed(stored, gpu, upper=False).trace
+    trace = completed(stored, gpu, bound="least").trace
     return to_snapshot(trace, replay_on(gpu, trace, config))
 
 

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from trainfit.gpus.catalogue import GIB, Gpu, all_gpus, gpu_with_memory
-from trainfit.gpus.context import ByteRange, cuda_context_bytes
+from trainfit.gpus.context import ByteRange
 from trainfit.memory.alloc_conf import AllocatorConfig
-from trainfit.memory.predict import allocator_room
+from trainfit.memory.predict import RESERVE, has_reserve, process_budget
 from trainfit.models.family import family_of
 from trainfit.models.setting import Setting
 from trainfit.planning.plan import Candidate, Plan, knobs
@@ -69,8 +69,17 @@ def sentence(plan: Plan) -> str:
     assert plan.prediction is not None
     kinds = f"{plan.chosen.setting.precision}, {plan.chosen.setting.optimizer}"
     what = f"{choice(plan.chosen)}, {kinds}: an effective batch of {plan.effective_batch}"
-    needs = f"With evaluation it needs {_interval(plan.prediction.needs)} {budget}."
+    spare = reserve_text(plan)
+    takes = f"where there is room it takes {_interval(plan.prediction.takes)}"
+    needs = f"With evaluation it needs {_interval(plan.prediction.needs)} {budget}{spare}; {takes}."
     return f"{where}: {what}. {needs} {_how_fast(plan, plan.chosen)}"
+
+
+def reserve_text(plan: Plan) -> str:
+    """What the plan keeps free on each card; of a chosen setting that leaves less, that it does."""
+    kept = f"{RESERVE:.0%} of the card kept free"
+    assert plan.prediction is not None
+    return f", {kept}" if has_reserve(plan.prediction.needs, plan.budget) else f", and not {kept}: it fits, no reserve"
 
 
 def _how_fast(plan: Plan, chosen: Candidate) -> str:
@@ -223,7 +232,7 @@ def savings_lines(plan: Plan, missing_bytes: int) -> list[str]:
 
 def room_bytes(gpu: Gpu) -> int:
     """What a process may have of a card for sure, CUDA context included: what a need is compared with."""
-    return allocator_room(gpu, AllocatorConfig()).low_bytes + cuda_context_bytes().high_bytes
+    return process_budget(gpu, AllocatorConfig()).low_bytes
 
 
 def smallest_card(need_bytes: int, precision: Precision) -> Gpu | None:

@@ -26,7 +26,7 @@ from trainfit.reports.profile import category_rows, gib, limit_bytes
 from trainfit.reports.profile_html import CATEGORY_COLORS, modules, timeline
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 960, 320, 56, 24, 46
-_COLORS = {"chosen": "#2f6fdb", "fits": "#3a9a54", "does not fit": "#c4654f"}
+_COLORS = {"chosen": "#2f6fdb", "fits": "#3a9a54", "fits, no reserve": "#b8960b", "does not fit": "#c4654f"}
 """Readable on white and on near-black."""
 
 

@@ -6,8 +6,9 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from trainfit.gpus.catalogue import GIB, MIB
+from trainfit.gpus.context import ByteRange
 from trainfit.memory.hidden import HiddenRow
-from trainfit.memory.predict import MemoryPrediction, Prediction
+from trainfit.memory.predict import MemoryPrediction, Prediction, has_reserve
 from trainfit.memory.profile import ModuleRow, Profile, Sample
 from trainfit.tracing.events import CATEGORIES
 
@@ -34,7 +35,7 @@ def profile_text(prediction: Prediction) -> str:
         ["One window of training, GiB: █ allocated, ░ reserved", *timeline_lines(profile, limit_bytes(prediction))],
         [
             f"Evaluation, micro-batch {_eval_micro_batch(prediction)}: {evaluation.verdict}, "
-            f"{interval(evaluation.low_bytes, evaluation.high_bytes)}; "
+            f"{spread(evaluation.needs)}; "
             f"it allocates {gib(evaluation.profile.peak_allocated_bytes)} GiB at most"
         ],
         ["Assumptions", *(f"  {line}" for line in (*prediction.assumptions, *doubts(prediction)))],
@@ -45,11 +46,13 @@ def profile_text(prediction: Prediction) -> str:
 def sentence(prediction: Prediction) -> str:
     """Model, card, verdict, needs, and what dominates."""
     setting, training = prediction.setting, prediction.training
-    what = f"{setting.model}, micro-batch {setting.micro_batch}, on {prediction.gpu.name}: {prediction.verdict}."
+    spare = "" if prediction.verdict != "fits" or has_reserve(prediction.needs, prediction.budget) else ", no reserve"
+    where = f"{setting.model}, micro-batch {setting.micro_batch}, on {prediction.gpu.name}"
+    what = f"{where}: {prediction.verdict}{spare}."
     needs, budget = prediction.needs, prediction.budget
     bound = ", an upper bound," if training.upper_bounds else ""
-    have = f"of {interval(budget.low_bytes, budget.high_bytes)} that it may have"
-    numbers = f"It needs {interval(needs.low_bytes, needs.high_bytes)}{bound} {have}."
+    have = f"of {spread(budget)} that it may have"
+    numbers = f"It needs {spread(needs)}{bound} {have}; where there is room it takes {spread(prediction.takes)}."
     return f"{what} {numbers} {_peak(training)}{_trouble(prediction)}{_speed(prediction)}"
 
 
@@ -88,6 +91,11 @@ def gib(nbytes: float) -> str:
 def interval(low_bytes: int, high_bytes: int) -> str:
     """`1.20 to 1.50 GiB`."""
     return f"{gib(low_bytes)} GiB" if low_bytes == high_bytes else f"{gib(low_bytes)} to {gib(high_bytes)} GiB"
+
+
+def spread(size: ByteRange) -> str:
+    """The interval of a range."""
+    return interval(size.low_bytes, size.high_bytes)
 
 
 def limit_bytes(prediction: Prediction) -> int:

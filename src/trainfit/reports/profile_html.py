@@ -10,7 +10,7 @@ from trainfit.memory.predict import Prediction
 from trainfit.memory.profile import Profile, Sample
 from trainfit.reports import svg
 from trainfit.reports.html_tables import bullets, byte_bars
-from trainfit.reports.profile import category_rows, doubts, gib, interval, limit_bytes, scale_bytes, sentence
+from trainfit.reports.profile import category_rows, doubts, gib, limit_bytes, scale_bytes, sentence, spread
 from trainfit.tracing.events import CATEGORIES
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 960, 340, 56, 34, 26
@@ -38,7 +38,7 @@ def profile_html(prediction: Prediction) -> str:
         "<h2>What no operator shows</h2>",
         _hidden(training.hidden),
         "<h2>Evaluation</h2>",
-        f"<p>{evaluation.verdict}; needs {interval(evaluation.low_bytes, evaluation.high_bytes)}, "
+        f"<p>{evaluation.verdict}; needs {spread(evaluation.needs)}, "
         f"allocates {gib(evaluation.profile.peak_allocated_bytes)} GiB at most.</p>",
         "<h2>Assumptions</h2>",
         bullets((*prediction.assumptions, *doubts(prediction))),

@@ -1,0 +1,85 @@
+"""What a step needs and what it takes, on traces whose answers can be computed by hand."""
+
+from dataclasses import replace
+
+import hypothesis
+from hypothesis import strategies as st
+
+from test_profile import make_trace
+from trainfit.gpus.catalogue import MIB, find_gpu
+from trainfit.memory.alloc_conf import AllocatorConfig
+from trainfit.memory.allocator import replay
+from trainfit.memory.errors import DENSE, DEPTHWISE, HYBRID, MATRIX_PRODUCTS, NEEDS_ERROR, class_of
+from trainfit.memory.least import least_capacity_bytes
+from trainfit.memory.predict import assess, needed
+from trainfit.timing.counts import OpCount
+from trainfit.tracing.events import Category
+from trainfit.tracing.stored_trace import StoredTrace
+
+CONFIG = AllocatorConfig()
+GPU = find_gpu("RTX 3090")
+
+
+def count(op: str, flops: float) -> OpCount:
+    return OpCount(op=op, phase="forward", dtype="float32", count=1, flops=flops, bytes=1)
+
+
+def stored(sizes_mib: list[int], events: tuple[int, ...]) -> StoredTrace:
+    rows: list[tuple[int, Category, str, str, str]] = [(n, "temporary", "op", "", "forward") for n in sizes_mib]
+    return StoredTrace(trace=make_trace(rows, events), ops=())
+
+
+def test_cached_blocks_are_taken_and_not_needed() -> None:
+    """100 MiB, freed, then 300: the cache keeps the 100 where there is room, and gives them back where there is not."""
+    step = stored([100, 300], (1, -1, 2, -2))
+    found = assess(step, GPU, CONFIG)
+    context = (found.takes_bytes - found.profile.peak_reserved_bytes) / MIB
+    assert found.takes_bytes / MIB == 400 + context
+    reserved = needed(step, GPU, CONFIG)
+    assert reserved.low_bytes == 300 * MIB
+    assert reserved.high_bytes / MIB <= 300 * (1 + NEEDS_ERROR) * 1.01
+    assert replay(step.trace, capacity_bytes=reserved.high_bytes).retries == 1
+    enough = replace(GPU, memory_bytes=found.needs.high_bytes)
+    assert assess(step, enough, CONFIG).verdict == "fits"
+
+
+@hypothesis.settings(deadline=None, max_examples=30)
+@hypothesis.given(sizes=st.lists(st.integers(1, 200), min_size=1, max_size=25), life=st.integers(1, 6))
+def test_the_least_capacity_survives(sizes: list[int], life: int) -> None:
+    """And is between the peak of the tensors and what is reserved with memory enough."""
+    n = len(sizes)
+    events = [
+        e
+        for at in range(n + life)
+        for e in ([at + 1] if at < n else []) + ([-(at - life + 1)] if 0 <= at - life < n else [])
+    ]
+    trace = stored(sizes, tuple(events)).trace
+    free = replay(trace, capacity_bytes=None)
+    low, high = free.peak_requested_bytes, free.peak_reserved_bytes
+    least = least_capacity_bytes(trace, CONFIG, low_bytes=low, high_bytes=high)
+    assert low <= least <= high
+    assert replay(trace, capacity_bytes=least).oom is None
+
+
+def test_a_later_part_needs_no_less() -> None:
+    step, larger = stored([100], (1,)), stored([400], (1,))
+    before = needed(step, GPU, CONFIG)
+    assert needed(step, GPU, CONFIG, at_least=needed(larger, GPU, CONFIG)) == needed(larger, GPU, CONFIG)
+    assert needed(larger, GPU, CONFIG, at_least=before).low_bytes == 400 * MIB
+
+
+def test_classes_follow_the_work() -> None:
+    convolution, depthwise = count("aten.convolution", 90), count("aten.convolution.grouped1", 5)
+    assert class_of((convolution,)) == DENSE
+    assert class_of((convolution, depthwise)) == DEPTHWISE
+    assert class_of((count("aten.mm", 900), convolution, depthwise)) == MATRIX_PRODUCTS  # ConvNeXt
+    assert class_of((count("aten.mm", 100), convolution)) == HYBRID
+    assert DENSE.spread > DEPTHWISE.spread > MATRIX_PRODUCTS.spread
+
+
+def test_what_is_taken_is_never_more_than_there_is() -> None:
+    step = stored([1000, 2000], (1, -1, 2, -2))
+    small = replace(GPU, memory_bytes=3000 * MIB)
+    found = assess(step, small, CONFIG)
+    assert found.oom is None
+    assert found.takes.high_bytes <= small.memory_bytes + 200 * MIB  # the context's own range
