@@ -193,7 +193,7 @@ def learning_rate(setting: Setting, effective_batch: int) -> str:
         return f"{said}: upstream takes the recipe's rate for {least} as for {largest}, so it stays."
     nearest = largest if effective_batch > largest else least
     ratio = effective_batch / nearest
-    if setting.optimizer == "sgd":
+    if setting.optimizer.startswith("sgd"):
         return f"{said}: the recipe's is for {nearest}; for SGD multiply it by {ratio:.3g} (linear; Goyal 2017)."
     return f"{said}: the recipe's is for {nearest}; for Adam multiply it by {sqrt(ratio):.3g} (root; Malladi 2022)."
 

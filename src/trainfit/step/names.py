@@ -9,5 +9,5 @@ MATMUL_PRECISION: Literal["highest", "high"] = "high"
 (capability 8.0 and above), as upstream trains. Convolutions do so by torch's default."""
 Checkpointing = int | Literal["none", "all"]
 """Blocks of the model, from the first, whose forward is computed again in backward."""
-Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-8bit", "sgd"]
-"""adamw-8bit is bitsandbytes' (extra `8bit`); sgd has momentum 0.9."""
+Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-8bit", "sgd", "sgd-plain", "adam", "adagrad", "rmsprop"]
+"""adamw-8bit is bitsandbytes' (extra `8bit`); sgd has momentum 0.9, sgd-plain none. The others are torch's at their defaults."""

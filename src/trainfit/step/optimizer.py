@@ -1,11 +1,13 @@
 """Optimizers whose state is there before the first step, so that this step is not the first to need the memory."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from trainfit.errors import TrainfitError
 from trainfit.step.names import Optimizer
+
+Adam = TypeVar("Adam", torch.optim.Adam, torch.optim.AdamW)
 
 
 def make_optimizer(kind: Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -16,17 +18,27 @@ def make_optimizer(kind: Optimizer, groups: list[dict[str, Any]]) -> torch.optim
     """
     if kind == "sgd":
         return make_sgd(groups)
+    if kind == "sgd-plain":
+        return torch.optim.SGD(groups, momentum=0.0, fused=True)
+    if kind == "adagrad":
+        return torch.optim.Adagrad(groups, foreach=True)  # its sums are made with it
+    if kind == "rmsprop":
+        return make_rmsprop(groups)
     if kind == "adamw-8bit":
         return make_adamw_8bit(groups)
+    if kind == "adam":
+        return with_moments(torch.optim.Adam(groups, fused=True), fused=True)
     return make_adamw(groups, fused=kind == "adamw-fused")
 
 
 def make_adamw(groups: list[dict[str, Any]], *, fused: bool = True) -> torch.optim.AdamW:
-    """AdamW, fused or foreach.
+    """AdamW, fused or foreach."""
+    made = torch.optim.AdamW(groups, fused=True) if fused else torch.optim.AdamW(groups, foreach=True)
+    return with_moments(made, fused=fused)
 
-    The state is what torch 2.15 optim/adamw.py `_init_group` makes: the step count of the foreach form is on the CPU.
-    """
-    optimizer = torch.optim.AdamW(groups, fused=True) if fused else torch.optim.AdamW(groups, foreach=True)
+
+def with_moments(optimizer: Adam, *, fused: bool) -> Adam:
+    """Adam's or AdamW's state, as torch 2.15 optim/adam.py `_init_group` makes it: the count of the foreach form is on the CPU."""
     count_dtype = torch.float32 if fused else torch.get_default_dtype()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -45,6 +57,18 @@ def make_sgd(groups: list[dict[str, Any]]) -> torch.optim.SGD:
         for parameter in group["params"]:
             buffer = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             optimizer.state[parameter] = {"momentum_buffer": buffer}
+    return optimizer
+
+
+def make_rmsprop(groups: list[dict[str, Any]]) -> torch.optim.RMSprop:
+    """RMSprop, not centred and without momentum; the state is that of torch 2.15 optim/rmsprop.py `_init_group`."""
+    optimizer = torch.optim.RMSprop(groups, foreach=True)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.get_default_dtype()),
+                "square_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
     return optimizer
 
 

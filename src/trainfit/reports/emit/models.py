@@ -56,6 +56,8 @@ def _rfdetr(job: Job) -> tuple[str, list[str]]:
     optimizers: Mapping[str, dict[str, object]] = {
         "sgd": {"optimizer": "sgd", "optimizer_kwargs": {"momentum": 0.9}},
         "adamw-8bit": {"optimizer": "bitsandbytes.optim.AdamW8bit"},
+        "sgd-plain": {"optimizer": "sgd", "optimizer_kwargs": {"momentum": 0.0}},
+        **{name: {"optimizer": name} for name in ("adam", "adagrad", "rmsprop")},
     }
     training |= optimizers.get(setting.optimizer, {})
     name = RFDETR_CLASSES[setting.model]

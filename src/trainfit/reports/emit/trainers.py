@@ -71,6 +71,9 @@ def _transformers(job: Job) -> tuple[str, list[str]]:
         "adamw-foreach": "adamw_torch",
         "adamw-8bit": "adamw_8bit",
         "sgd": "sgd",
+        "sgd-plain": "sgd",
+        "adagrad": "adagrad",
+        "rmsprop": "rmsprop",
     }
     arguments: dict[str, object] = {
         "output_dir": "runs",
@@ -79,7 +82,7 @@ def _transformers(job: Job) -> tuple[str, list[str]]:
         "per_device_eval_batch_size": setting.eval_micro_batch or setting.micro_batch,
         "bf16": setting.precision == "bf16",
         "fp16": setting.precision == "fp16",
-        "optim": optimizers[setting.optimizer],
+        "optim": optimizers.get(setting.optimizer, "adamw_torch_fused"),
         "dataloader_num_workers": job.plan.loading.workers,
     }
     arguments |= {"activation_checkpointing": True} if job.checkpoints else {}
@@ -87,6 +90,10 @@ def _transformers(job: Job) -> tuple[str, list[str]]:
     start = f"{job.torchrun} train.py" if job.plan.gpus > 1 else "CUDA_VISIBLE_DEVICES=0 python train.py"
     head = f"# Start it with: {start}\n" + "from transformers import TrainingArguments\n\n"
     notes = [*_contrast(setting), *_own_code(setting)]
+    if setting.optimizer not in optimizers:
+        notes.append(
+            f"TrainingArguments has no {setting.optimizer}: AdamW, of the same state; or give Trainer your own."
+        )
     if job.plan.gpus == 1:
         notes.append(
             "With several GPUs in sight Trainer uses them all, and the effective batch grows with them: show it one."
