@@ -15,6 +15,7 @@ from emitted_cases import call_arguments, effective_batch, open_clip_flags
 from plan_cases import MICRO_BATCHES, make_plan
 from trainfit.errors import TrainfitError
 from trainfit.models.rfdetr.workload import CONFIGS
+from trainfit.models.workload import OptimizerSettings
 from trainfit.reports.emit import TOOLS, emit
 from trainfit.reports.emit.models import RFDETR_CLASSES
 from trainfit.reports.emit.tool import MEANS, register
@@ -91,17 +92,28 @@ def test_rfdetr_takes_every_key(model: str) -> None:
     train_kind = upstream.SegmentationTrainConfig if "seg" in model else upstream.TrainConfig
     training = train_kind(**call_arguments(text, "train"))
     assert (training.batch_size, training.grad_accum_steps, training.devices, training.strategy) == (4, 2, 2, "ddp")
+    assert (training.lr, training.lr_encoder) == (OptimizerSettings().lr, OptimizerSettings().lr_encoder)
     assert (training.use_ema, training.multi_scale, training.amp_dtype) == (False, "off", "fp16")
     typo: dict[str, Any] = {**call_arguments(text, "train"), "epoch": 3}
     with pytest.raises(ValueError, match="epoch"):
         train_kind(**typo)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw-fused", "sgd", "adamw-8bit"])
+def test_a_rate_follows_the_effective_batch() -> None:
+    """Adam by the root above 16 images, and the same between 4 and 16."""
+    rates = [
+        call_arguments(emit(make_plan((4, "none"), effective_batch=n), "rfdetr").text, "train")["lr"]
+        for n in (4, 16, 64)
+    ]
+    assert rates == [1e-4, 1e-4, 2e-4]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw-fused", "sgd", "adamw-8bit", "adam", "rmsprop"])
 def test_rfdetr_optimizers(optimizer: str) -> None:
     made = call_arguments(emit(make_plan((4, "none"), optimizer=optimizer), "rfdetr").text, "train")
     training = upstream.TrainConfig(**made)
-    expected = {"adamw-fused": "adamw", "sgd": "sgd", "adamw-8bit": "bitsandbytes.optim.AdamW8bit"}[optimizer]
+    names = {"adamw-fused": "adamw", "adamw-8bit": "bitsandbytes.optim.AdamW8bit"}
+    expected = names.get(optimizer, optimizer)
     assert training.optimizer == expected
     assert training.optimizer_kwargs == ({"momentum": 0.9} if optimizer == "sgd" else {})
 
@@ -136,6 +148,7 @@ def test_open_clip_parses_its_flags(precision: str, expected: str) -> None:
     made = params.parse_args(flags)
     assert gpus * made.batch_size * made.accum_freq == 16
     assert (made.batch_size, made.precision, made.grad_checkpointing, made.workers) == (4, expected, True, 3)
+    assert made.lr == pytest.approx(5e-4 * (16 / 32768) ** 0.5, rel=0.01)
     assert (made.force_image_size, made.siglip, made.local_loss, made.gather_with_grad) == ([192], True, True, True)
 
 
@@ -185,10 +198,16 @@ def test_detectron2_has_every_key(model: str) -> None:
     for path, value in leaves(record):
         assert path in DETECTRON2, path
         assert type(value) is DETECTRON2[path], path
-    assert (record["SOLVER"], record["MODEL"]["ROI_HEADS"]) == (
-        {"IMS_PER_BATCH": 8, "AMP": {"ENABLED": True}},
-        {"NUM_CLASSES": 7},
-    )
+    # Half of the 16 images of detectron2's 3x schedule (0.02, 270,000 iterations, steps at 210,000 and 250,000).
+    assert record["SOLVER"] == {
+        "IMS_PER_BATCH": 8,
+        "BASE_LR": 0.01,
+        "MAX_ITER": 540_000,
+        "STEPS": [420_000, 500_000],
+        "AMP": {"ENABLED": True},
+    }
+    assert record["MODEL"]["ROI_HEADS"] == {"NUM_CLASSES": 7}
+    assert record["INPUT"].pop("FORMAT", "BGR") == ("RGB" if model.endswith("v2") else "BGR")
     assert record["INPUT"] == {"MIN_SIZE_TRAIN": [640], "MAX_SIZE_TRAIN": 1066}
     assert any("fp16" in note for note in made.notes)
 
@@ -246,6 +265,14 @@ DETECTRON2 = {
     "INPUT.MAX_SIZE_TRAIN": int,
     "SOLVER.IMS_PER_BATCH": int,
     "SOLVER.AMP.ENABLED": bool,
+    "SOLVER.BASE_LR": float,
+    "SOLVER.MAX_ITER": int,
+    "SOLVER.STEPS": list,  # a tuple there
+    "MODEL.WEIGHTS": str,
+    "MODEL.PIXEL_MEAN": list,
+    "MODEL.PIXEL_STD": list,
+    "INPUT.FORMAT": str,
+    "CUDNN_BENCHMARK": bool,
     "DATALOADER.NUM_WORKERS": int,
 }
 """Keys and types of detectron2/config/defaults.py that a plan may name."""

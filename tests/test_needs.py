@@ -83,3 +83,16 @@ def test_what_is_taken_is_never_more_than_there_is() -> None:
     found = assess(step, small, CONFIG)
     assert found.oom is None
     assert found.takes.high_bytes <= small.memory_bytes + 200 * MIB  # the context's own range
+
+
+def test_a_search_for_the_fastest_algorithm_empties_the_cache() -> None:
+    """100 MiB freed, a convolution's 200, 200 more: the search gives the 100 back before the last are asked for."""
+    rows: list[tuple[int, Category, str, str, str]] = [
+        (100, "temporary", "op", "", "forward"),
+        (200, "activations", "aten.convolution", "model.conv", "forward"),
+        (200, "temporary", "op", "", "forward"),
+    ]
+    step = StoredTrace(trace=make_trace(rows, (1, -1, 2, 3, -3)), ops=())
+    plain = assess(step, GPU, CONFIG).profile.peak_reserved_bytes
+    searched = assess(step, GPU, AllocatorConfig(cudnn_benchmark=True)).profile.peak_reserved_bytes
+    assert (plain, searched) == (500 * MIB, 400 * MIB)

@@ -253,6 +253,7 @@ Learning rate: The recipe's 1e-4 is for an effective batch of 16: it stays.
 Assumptions
   Kernels start as fast as on a desktop of 2024.
   One process, the card to itself (a desktop may hold 1.1 GiB: --memory); evaluation follows training.
+  torch.backends.cudnn.benchmark is off, as torch leaves it.
   The fullest image has 7 objects (--objects-per-image, or --data).
   Multi-scale training: memory at the largest of its sizes, time as the mean over all.
   Largest shape assumed, an upper bound: aten.nonzero.

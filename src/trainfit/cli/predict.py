@@ -4,7 +4,7 @@ import json
 import pickle
 import sys
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Generic, Literal
 
@@ -40,6 +40,8 @@ class Predict(Generic[AnySetting]):
     """Read files that the data set names but does not hold."""
     alloc_conf: Annotated[str, In("card")] = ""
     """As PYTORCH_ALLOC_CONF, for instance expandable_segments:True."""
+    cudnn_benchmark: Annotated[bool, In("card")] = False
+    """torch.backends.cudnn.benchmark is on: each convolution's first run empties the allocator's cache. trainfit leaves it off."""
     as_json: Annotated[bool, In("output")] = False
     """Print JSON (schema 1) instead of text."""
     html: Annotated[Path | None, In("output")] = None
@@ -61,6 +63,7 @@ def predict(arguments: Predict[Setting], _given: AbstractSet[str]) -> int:
     if arguments.gpus < 1:
         raise TrainfitError(f"--gpus must be at least 1, not {arguments.gpus}")
     gpu, config = chosen_gpu(arguments.gpu, arguments.memory), AllocatorConfig.from_env_string(arguments.alloc_conf)
+    config = replace(config, cudnn_benchmark=arguments.cudnn_benchmark)
     setting = named(arguments.setting)
     if arguments.data is not None:
         setting = for_data(setting, read_data(setting, arguments.data, allow_outside=arguments.allow_outside))

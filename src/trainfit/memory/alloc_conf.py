@@ -45,6 +45,9 @@ class AllocatorConfig:
     """Segment for requests of 1 to 10 MiB, and the page of an expandable large pool."""
     max_non_split_rounding_bytes: int = 20 * MIB
     """A request that may not split a block takes a free one only if that is less than this larger."""
+    cudnn_benchmark: bool = False
+    """`torch.backends.cudnn.benchmark`, which is no setting of the allocator: at each convolution's first run the fastest
+    algorithm is searched, and then the cache is emptied (pytorch native/cudnn/Conv_v8.cpp, `get_plans_from_find`)."""
 
     @classmethod
     def from_env_string(cls, text: str) -> "AllocatorConfig":
@@ -57,7 +60,8 @@ class AllocatorConfig:
             key, _, value = setting.partition(":")
             if key in _IGNORED or setting == "backend:native":
                 continue
-            modelled = [field.name.replace("_bytes", "_mb") for field in fields(cls)]
+            names = [field.name for field in fields(cls) if field.name != "cudnn_benchmark"]
+            modelled = [name.replace("_bytes", "_mb") for name in names]
             if key not in modelled:
                 known = ", ".join(sorted((*modelled, *_IGNORED, "backend:native")))
                 raise TrainfitError(f"allocator setting {setting!r} cannot be modelled; use some of {known}")

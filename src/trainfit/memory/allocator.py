@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.caching_allocator import Block, CachingAllocator, SegmentAction, round_size
-from trainfit.tracing.events import Trace
+from trainfit.tracing.events import EMPTY_CACHE, Trace
 
 __all__ = ["AllocatorConfig", "OutOfMemoryAt", "Replay", "replay"]
 
@@ -106,6 +106,11 @@ class _Run:
         self.sizes = [round_size(nbytes, config.roundup_power2_divisions) for nbytes in self.requests]
         tensors = zip(self.sizes, trace.tensors, strict=True)
         self.pools = [allocator.pool_for(size, tensor.stream) for size, tensor in tensors]
+        self.empties = (
+            {i for i, tensor in enumerate(trace.tensors) if not tensor.nbytes and tensor.op == EMPTY_CACHE}
+            if config.cudnn_benchmark
+            else set[int]()
+        )
         self.blocks: list[Block | None] = [None] * len(self.sizes)
         self.addresses = [0] * len(self.sizes)
         self.peak_allocated_bytes = 0
@@ -140,6 +145,8 @@ class _Run:
                     self.peak_allocated_bytes = allocator.allocated_bytes
                 if allocator.requested_bytes > self.peak_requested_bytes:
                     self.peak_requested_bytes = allocator.requested_bytes
+            elif event - 1 in self.empties:
+                allocator.empty_cache()
             if timeline:
                 self.allocated.append(allocator.allocated_bytes)
                 self.reserved.append(allocator.reserved_bytes)

@@ -19,7 +19,7 @@ from trainfit.gpus.context import (
 from trainfit.memory.errors import ErrorClass
 from trainfit.memory.ranks import exchange_bytes, nccl_bytes
 from trainfit.timing.counts import MATMULS
-from trainfit.tracing.events import TensorInfo, Trace
+from trainfit.tracing.events import EMPTY_CACHE, TensorInfo, Trace
 
 Within = Literal["reserved", "process", "card"]
 
@@ -100,7 +100,7 @@ class Completed:
 
 
 def complete(trace: Trace, gpu: Gpu, *, bound: Bound, half_precision: bool) -> Completed:
-    """Insert cuBLAS workspaces and kernels' temporaries into a trace.
+    """Insert cuBLAS workspaces, kernels' temporaries and the ends of searches for algorithms into a trace.
 
     `half_precision`: convolutions run in fp16 or bf16. A workspace comes with the first matrix
     product of the main thread and with that of the autograd thread (a handle each) and stays; a temporary is freed as
@@ -114,6 +114,7 @@ def complete(trace: Trace, gpu: Gpu, *, bound: Bound, half_precision: bool) -> C
     kernels: dict[str, None] = {}
     begins: list[int] = []
     largest_bytes = 0
+    searched: set[tuple[str, str, int]] = set()
 
     def add(tensor: TensorInfo, nbytes: int, name: str) -> int:
         tensors.append(replace(tensor, id=len(tensors), nbytes=nbytes, category="workspace", op=name))
@@ -129,6 +130,9 @@ def complete(trace: Trace, gpu: Gpu, *, bound: Bound, half_precision: bool) -> C
             threads.add(tensor.phase == "backward")
             events.append(add(replace(tensor, module=""), workspace_bytes, "cuBLAS workspace"))
         if tensor.op in _CONVOLUTIONS:
+            if (key := (tensor.op, tensor.module, tensor.nbytes)) not in searched:
+                searched.add(key)
+                events.append(add(tensor, 0, EMPTY_CACHE))
             other = partners.get((tensor.op, tensor.module), tensor.nbytes)
             nbytes = (bound == "most") * layout_factor * (tensor.nbytes + other)
         elif kernel := TEMPORARIES.get(tensor.op):

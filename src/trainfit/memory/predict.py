@@ -18,6 +18,7 @@ from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace_cache import TraceRequest
 
 Verdict = Literal["fits", "tight", "does not fit"]
+BENCHMARK_OFF = "torch.backends.cudnn.benchmark is off, as torch leaves it."
 RESERVE = 0.03
 """Share of what a process may have that a plan keeps free."""
 _VERDICTS: tuple[Verdict, ...] = ("fits", "tight", "does not fit")
@@ -140,7 +141,7 @@ def predict_traced(
         budget=process_budget(gpu, config, gpus),
         training=trained,
         evaluation=evaluated,
-        assumptions=_assumptions(setting, gpu, gpus),
+        assumptions=_assumptions(setting, gpu, config, gpus),
     )
 
 
@@ -261,9 +262,10 @@ def replay_on(gpu: Gpu, trace: Trace, config: AllocatorConfig, gpus: int = 1) ->
     )
 
 
-def _assumptions(setting: Setting, gpu: Gpu, gpus: int) -> tuple[str, ...]:
+def _assumptions(setting: Setting, gpu: Gpu, config: AllocatorConfig, gpus: int) -> tuple[str, ...]:
     # 1152 MiB: an RTX 5060 Ti on Windows (llama.cpp log: 16,310 MiB in all, 15,158 free before any training).
     lines = ["One process, the card to itself (a desktop may hold 1.1 GiB: --memory); evaluation follows training."]
+    lines.append("torch.backends.cudnn.benchmark is on." if config.cudnn_benchmark else BENCHMARK_OFF)
     if gpus > 1:
         lines.append(f"{gpus} GPUs of one machine, a process each: NCCL's buffers are bounds, not measurements.")
     lines += setting.family.assumptions(setting)

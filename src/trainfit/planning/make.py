@@ -182,6 +182,15 @@ def precision_for(setting: Setting, gpu: Gpu) -> Literal["fp32", "fp16", "bf16"]
     return setting.precision
 
 
+def rate_factor(setting: Setting, effective_batch: int) -> float | None:
+    """By what the recipe's learning rates are multiplied at an effective batch; None: the family has no recipe."""
+    reference = setting.family.reference_batches
+    if reference is None:
+        return None
+    ratio = effective_batch / min(max(effective_batch, reference[0]), reference[1])
+    return ratio if setting.optimizer.startswith("sgd") else sqrt(ratio)
+
+
 def learning_rate(setting: Setting, effective_batch: int) -> str:
     """What the effective batch means for the learning rate, in a sentence."""
     said = "The learning rate follows the effective batch, not how it is cut"

@@ -9,6 +9,9 @@ from trainfit.errors import TrainfitError
 
 SCHEMA = 1
 
+EMPTY_CACHE = "torch.cuda.empty_cache"
+"""Operator of a tensor of no bytes: here a search for the fastest algorithm of a convolution would give all cached blocks back."""
+
 Category = Literal[
     "parameters",
     "buffers",

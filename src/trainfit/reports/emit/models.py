@@ -2,13 +2,15 @@
 
 import shlex
 from collections.abc import Mapping
+from math import sqrt
 
 from trainfit.errors import TrainfitError
 from trainfit.models.clip.family import ClipSetting
 from trainfit.models.maskrcnn.family import MaskRcnnSetting
 from trainfit.models.rfdetr.family import RfDetrSetting
 from trainfit.models.setting import Setting
-from trainfit.reports.emit.tool import Job, call, means, register
+from trainfit.planning.make import rate_factor
+from trainfit.reports.emit.tool import RATE, RATE_ENCODER, Job, call, means, register, rounded
 from trainfit.reports.profile import gib
 from trainfit.tracing.events import CATEGORIES
 
@@ -20,6 +22,12 @@ RFDETR_CLASSES: Mapping[str, str] = {
     "rfdetr-seg-xlarge": "RFDETRSegXLarge",
     "rfdetr-seg-2xlarge": "RFDETRSeg2XLarge",
 }
+
+
+DETECTRON2_BATCH, DETECTRON2_RATE, DETECTRON2_ITERATIONS, DETECTRON2_STEPS = 16, 0.02, 270_000, (210_000, 250_000)
+"""detectron2 configs/Base-RCNN-FPN.yaml and COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml."""
+OPEN_CLIP_BATCH, OPEN_CLIP_RATE = 32_768, 5e-4
+"""Radford et al. 2021, table 18; open_clip_train/params.py `get_default_params`."""
 
 
 def _rfdetr_blocks(setting: Setting) -> bool:
@@ -52,6 +60,8 @@ def _rfdetr(job: Job) -> tuple[str, list[str]]:
         "use_ema": setting.ema is not False,
         "num_workers": job.plan.loading.workers,
     }
+    factor = rate_factor(setting, job.plan.effective_batch) or 1.0
+    training |= {"lr": rounded(RATE * factor), "lr_encoder": rounded(RATE_ENCODER * factor)}
     training |= {"devices": gpus, "strategy": "ddp"} if gpus > 1 else {}
     optimizers: Mapping[str, dict[str, object]] = {
         "sgd": {"optimizer": "sgd", "optimizer_kwargs": {"momentum": 0.9}},
@@ -66,7 +76,10 @@ def _rfdetr(job: Job) -> tuple[str, list[str]]:
 
 
 def _rfdetr_notes(job: Job) -> list[str]:
-    setting, notes = job.setting, list[str]()
+    setting, notes = (
+        job.setting,
+        ["It starts from the model's published weights; pretrain_weights=None starts from random ones."],
+    )
     if job.checkpoints and setting.checkpointing != ENCODER_BLOCKS:
         notes.append(
             f"rfdetr checkpoints all {ENCODER_BLOCKS} blocks of the encoder: less memory and more time than planned."
@@ -107,22 +120,39 @@ def _detectron2(job: Job) -> tuple[str, list[str]]:
             "RESNETS": {"NORM": "BN", "STRIDE_IN_1X1": False},
             "FPN": {"NORM": "BN"},
             "RPN": {"CONV_DIMS": [-1, -1]},
+            "WEIGHTS": "detectron2://ImageNetPretrained/torchvision/R-50.pkl",
+            "PIXEL_MEAN": [123.675, 116.28, 103.53],
+            "PIXEL_STD": [58.395, 57.12, 57.375],
             "ROI_HEADS": {"NUM_CLASSES": setting.classes},
             "ROI_BOX_HEAD": {"NAME": "FastRCNNConvFCHead", "NUM_CONV": 4, "NUM_FC": 1, "NORM": "BN"},
             "ROI_MASK_HEAD": {"NUM_CONV": 4, "NORM": "BN"},
         }
+    images = job.plan.effective_batch
+    longer = DETECTRON2_BATCH / images
+    solver = {
+        "IMS_PER_BATCH": images,
+        "BASE_LR": rounded(DETECTRON2_RATE / longer),
+        "MAX_ITER": round(DETECTRON2_ITERATIONS * longer),
+        "STEPS": [round(at * longer) for at in DETECTRON2_STEPS],
+        "AMP": {"ENABLED": setting.precision != "fp32"},
+    }
+    input_ = {"MIN_SIZE_TRAIN": [short], "MAX_SIZE_TRAIN": longest}
     record = {
         "_BASE_": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml",
         "MODEL": model,
-        "INPUT": {"MIN_SIZE_TRAIN": [short], "MAX_SIZE_TRAIN": longest},
-        "SOLVER": {"IMS_PER_BATCH": job.plan.effective_batch, "AMP": {"ENABLED": setting.precision != "fp32"}},
+        "INPUT": input_ | ({"FORMAT": "RGB"} if setting.model == "maskrcnn-r50-v2" else {}),
+        "SOLVER": solver,
         "DATALOADER": {"NUM_WORKERS": job.plan.loading.workers},
+        "CUDNN_BENCHMARK": False,
     }
     head = (
         "# A file of detectron2's folder configs/, for its tools/train_net.py:\n"
         f"# train_net.py --num-gpus {job.plan.gpus} --config-file configs/THIS_FILE\n"
     )
-    notes = ["detectron2's optimizer is SGD with momentum, whatever the plan's; it holds no more than AdamW."]
+    notes = [
+        "detectron2's optimizer is SGD with momentum, whatever the plan's; it holds no more than AdamW.",
+        f"Rate and iterations are those of its 3x schedule for {DETECTRON2_BATCH} images, scaled to {images} (linear; Goyal 2017).",
+    ]
     if setting.precision == "bf16":
         notes.append("SOLVER.AMP computes in fp16, with loss scaling: the same memory as the plan's bf16.")
     if setting.ema:
@@ -150,7 +180,13 @@ def _open_clip(job: Job) -> tuple[str, list[str]]:
     flags += ["--grad-checkpointing"] if job.checkpoints else []
     flags += ["--siglip"] if "siglip" in architecture.lower() else []
     flags += ["--local-loss", "--gather-with-grad"] if gpus > 1 else []
-    notes: list[str] = []
+    rate = rounded(OPEN_CLIP_RATE * sqrt(job.plan.effective_batch / OPEN_CLIP_BATCH))
+    flags += ["--lr", f"{rate:g}"]
+    notes = [
+        f"The rate is CLIP's {OPEN_CLIP_RATE:g} for {OPEN_CLIP_BATCH} pairs, scaled by the root (Malladi 2022); weights are random "
+        "without --pretrained NAME, and --warmup is 10000 steps unless given.",
+        "open_clip turns torch.backends.cudnn.benchmark on, which the plan has off: a convolution's first run empties the cache.",
+    ]
     if setting.accumulation > 1:
         notes.append(
             f"open_clip keeps the {setting.accumulation * setting.micro_batch} images of a window on the GPU; the gradient "

@@ -9,6 +9,10 @@ from trainfit.planning.plan import Plan
 MEANS = "The micro-batches' losses, each normalised by itself, are averaged: not the gradient of one large batch."
 
 
+RATE, RATE_ENCODER = 1e-4, 1.5e-4
+"""The recipe's learning rates (a test compares with `models.workload.OptimizerSettings`), which are RF-DETR's own."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What is written: the plan's choice, or the nearest that the tool can express."""
@@ -74,6 +78,11 @@ def call(name: str, arguments: Mapping[str, object]) -> str:
     """A Python call, an argument a line."""
     lines = "".join(f"    {key}={value!r},\n" for key, value in arguments.items())
     return f"{name}(\n{lines})\n"
+
+
+def rounded(value: float) -> float:
+    """To three digits."""
+    return float(f"{value:.3g}")
 
 
 def means(setting: Setting) -> list[str]:

@@ -3,7 +3,8 @@
 from dataclasses import fields
 
 from trainfit.models.setting import Setting, make_setting
-from trainfit.reports.emit.tool import Job, call, means, register
+from trainfit.planning.make import rate_factor
+from trainfit.reports.emit.tool import RATE, Job, call, means, register, rounded
 from trainfit.reports.plan import blocks_text
 
 EXPRESSED = {
@@ -42,6 +43,7 @@ def _lightning(job: Job) -> tuple[str, list[str]]:
     trainer: dict[str, object] = {"accelerator": "gpu", "devices": gpus}
     trainer |= {"strategy": "ddp"} if gpus > 1 else {}
     trainer |= {"precision": _MIXED[setting.precision], "accumulate_grad_batches": setting.accumulation}
+    trainer |= {"benchmark": False}
     loader = f"loader = DataLoader(dataset, batch_size={setting.micro_batch}, num_workers={job.plan.loading.workers})\n"
     imports = "from lightning import Trainer\nfrom torch.utils.data import DataLoader\n\n"
     text = f"{imports}{loader}trainer = {call('Trainer', trainer)}"
@@ -88,7 +90,10 @@ def _transformers(job: Job) -> tuple[str, list[str]]:
     arguments |= {"activation_checkpointing": True} if job.checkpoints else {}
     arguments |= {"optim_args": "momentum=0.9"} if setting.optimizer == "sgd" else {}
     start = f"{job.torchrun} train.py" if job.plan.gpus > 1 else "CUDA_VISIBLE_DEVICES=0 python train.py"
-    head = f"# Start it with: {start}\n" + "from transformers import TrainingArguments\n\n"
+    factor = rate_factor(setting, job.plan.effective_batch)
+    arguments |= {} if factor is None else {"learning_rate": rounded(RATE * factor)}
+    benchmark = "import torch\n\ntorch.backends.cudnn.benchmark = False\n"
+    head = f"# Start it with: {start}\n{benchmark}" + "from transformers import TrainingArguments\n\n"
     notes = [*_contrast(setting), *_own_code(setting)]
     if setting.optimizer not in optimizers:
         notes.append(
@@ -120,7 +125,7 @@ def _accelerate(job: Job) -> tuple[str, list[str]]:
     head = (
         f"# ACCELERATE_GRADIENT_ACCUMULATION_STEPS={setting.accumulation} accelerate launch --config_file THIS_FILE train.py\n"
         f"# train.py: DataLoader(batch_size={setting.micro_batch}, num_workers={job.plan.loading.workers}), and each "
-        "micro-batch in `with accelerator.accumulate(model):`\n"
+        "micro-batch in `with accelerator.accumulate(model):`; torch.backends.cudnn.benchmark = False\n"
     )
     notes = [*_contrast(setting), *_blocks_are_yours(job), *_optimizer_is_yours(setting), *_own_code(setting)]
     return head + yaml.safe_dump(record, sort_keys=False), notes
