@@ -225,6 +225,7 @@ Assumptions
   One process, the card to itself (a desktop may hold 1.1 GiB: --memory); evaluation follows training.
   torch.backends.cudnn.benchmark is off, as torch leaves it.
   The fullest image has 7 objects (--objects-per-image, or --data).
+  Every image is resized to 384 x 384 pixels: no canvas to pad to.
   Multi-scale training: memory at the largest of its sizes, time as the mean over all.
   Largest shape assumed, an upper bound: aten.nonzero.
   Values made up: aten.item.

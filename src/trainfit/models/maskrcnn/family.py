@@ -46,7 +46,9 @@ def kernels(capability: Capability) -> Capability:
 
 def assumptions(setting: MaskRcnnSetting) -> Sequence[str]:
     """What a prediction takes for granted."""
-    canvas = "x".join(map(str, setting.canvas)) if setting.canvas else "the largest there is"
+    longest = max(setting.sides)
+    largest = f"{longest} x {longest} pixels, which portrait and landscape images together are padded to"
+    canvas = f"{setting.canvas[0]} x {setting.canvas[1]} pixels" if setting.canvas else largest
     return (
         f"The fullest image has {setting.objects_per_image} objects (--objects-per-image, or --data).",
         f"All region samplers are full; the canvas is {canvas} (--data narrows it).",

@@ -139,6 +139,8 @@ def turns(setting: RfDetrSetting, knob: str) -> Iterator[tuple[str, RfDetrSettin
 def assumptions(setting: RfDetrSetting) -> Sequence[str]:
     """What a prediction takes for granted."""
     lines = [f"The fullest image has {setting.objects_per_image} objects (--objects-per-image, or --data)."]
+    side = setting.resolution or PUBLISHED[setting.model].resolution
+    lines.append(f"Every image is resized to {side} x {side} pixels: no canvas to pad to.")
     if setting.multi_scale:
         lines.append("Multi-scale training: memory at the largest of its sizes, time as the mean over all.")
     return lines
