@@ -14,10 +14,11 @@ from trainfit.gpus.catalogue import FLOPS_RATES, Gpu, find_gpu
 from trainfit.gpus.context import ByteRange, cublas_workspace_bytes
 from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.host_ema import ema_for_evaluation, without_ema
+from trainfit.memory.laws import moved
 from trainfit.memory.predict import Prediction, needed, predict_traced, with_context
 from trainfit.memory.profile import last_window
 from trainfit.memory.scaling import ScaledTrace, scale
-from trainfit.memory.shipped import NEEDS_CODE, is_shipped, shipped, shipped_needs
+from trainfit.memory.shipped import NEEDS_CODE, moved_from, shipped, shipped_needs
 from trainfit.models.setting import Setting
 from trainfit.timing.roofline import (
     HOST_BYTES_PER_S,
@@ -28,7 +29,6 @@ from trainfit.timing.roofline import (
     window_seconds,
     with_host_work,
 )
-from trainfit.tracing.events import Trace
 from trainfit.tracing.provenance import Provenance, provenance
 from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace_cache import (
@@ -154,13 +154,13 @@ class Pricer:
 
     def _answers(self, setting: Setting, part: Part) -> bool:
         request = self.request(setting, part)
-        if not is_shipped(request):
+        if moved_from(request) is None:
             return False
         scaled = self._scaled(setting, part)
         evaluated = setting.eval_micro_batch or setting.micro_batch
         if scaled is not None and min(setting.micro_batch, evaluated) >= scaled.micro_batches[0]:
             return True
-        return setting.micro_batch == evaluated == 1 and is_shipped(request, alone=True)
+        return setting.micro_batch == evaluated == 1 and moved_from(request, alone=True) is not None
 
     def blocks(self, setting: Setting) -> int:
         """Blocks of the model that activation checkpointing may compute again."""
@@ -199,7 +199,7 @@ class Pricer:
         request, scaled = self.request(setting, part), self._scaled(setting, part)
         evaluated = setting.eval_micro_batch or setting.micro_batch
         if scaled is not None and not scalable(setting):
-            found = _stored(scaled, scaled.at(setting.accumulation))
+            found = scaled.stored(scaled.at(setting.accumulation))
         elif scaled is None or min(setting.micro_batch, evaluated) < scaled.micro_batches[0]:
             exact = request.setting if not scalable(setting) else _at(request, setting.micro_batch).setting
             exact = replace(exact, eval_micro_batch=setting.eval_micro_batch if part == "evaluation" else None)
@@ -207,7 +207,7 @@ class Pricer:
         else:
             since = last_window(scaled.trace) if part == "evaluation" else None
             made = scaled.at(setting.micro_batch, eval_micro_batch=evaluated, evaluated_from=since)
-            found = _stored(scaled, made)
+            found = scaled.stored(made)
         if not setting.ema_on_host:
             return found
         moved = without_ema(found.trace) if part == "training" else ema_for_evaluation(found.trace)
@@ -216,19 +216,25 @@ class Pricer:
     def _alone(self, request: TraceRequest) -> StoredTrace:
         """The request's own trace: the package has those of micro-batch 1."""
         of_one = request.setting.micro_batch == 1 and request.setting.eval_micro_batch in (None, 1)
-        found = shipped(_at(request, 1), StoredTrace.from_record, alone=True) if of_one else None
+        found = packaged_alone(_at(request, 1)) if of_one else None
         return found or get_trace(request, cache=self.cache)
 
 
-def _stored(scaled: ScaledTrace, trace: Trace) -> StoredTrace:
-    """`trace`, made from `scaled`, with what goes with it."""
-    return StoredTrace(
-        trace=trace,
-        ops=scaled.ops[1],
-        made_up=scaled.made_up,
-        upper_bounds=scaled.upper_bounds,
-        blocks=scaled.blocks,
-    )
+def packaged(request: TraceRequest) -> ScaledTrace | None:
+    """The package's trace of a request for any micro-batch, taken to its objects and classes."""
+    found = moved_from(request)
+    scaled = shipped(found[0], ScaledTrace.from_record) if found else None
+    return moved(scaled, found[1]) if found and scaled else None
+
+
+def packaged_alone(request: TraceRequest) -> StoredTrace | None:
+    """The package's trace of a request at micro-batch 1."""
+    found = moved_from(request, alone=True)
+    traced = shipped(found[0], StoredTrace.from_record, alone=True) if found else None
+    if found is None or traced is None or not found[1]:
+        return traced
+    made = moved(ScaledTrace.of_one(traced, 1), found[1])
+    return made.stored(made.trace)
 
 
 def rated(gpu: Gpu) -> Gpu:
@@ -247,7 +253,7 @@ def _at(request: TraceRequest, number: int) -> TraceRequest:
 
 def _load(request: TraceRequest, *, cache: bool) -> ScaledTrace | None:
     """From the package, from the disk, or traced now; None where the step's traces cannot be scaled."""
-    found = shipped(request, ScaledTrace.from_record)
+    found = packaged(request)
     if found is not None:
         return found
     known = stored(_path(request, "scaled"), partial(_optional_scaled, request)) if cache else None

@@ -70,6 +70,30 @@ class ScaledTrace:
         grown = (tensor.nbytes - before) * (micro_batch - small)
         return max(0, before + -(-grown // (large - small)))
 
+    @classmethod
+    def of_one(cls, traced: StoredTrace, micro_batch: int) -> "ScaledTrace":
+        """A trace of one micro-batch alone: its sizes are the same at every one."""
+        return cls(
+            micro_batches=(micro_batch, micro_batch),
+            trace=traced.trace,
+            small_bytes=tuple(tensor.nbytes for tensor in traced.trace.tensors),
+            passing=frozenset(),
+            ops=(traced.ops, traced.ops),
+            made_up=traced.made_up,
+            upper_bounds=traced.upper_bounds,
+            blocks=traced.blocks,
+        )
+
+    def stored(self, trace: Trace) -> StoredTrace:
+        """`trace`, made from this one, with what goes with it."""
+        return StoredTrace(
+            trace=trace,
+            ops=self.ops[1],
+            made_up=self.made_up,
+            upper_bounds=self.upper_bounds,
+            blocks=self.blocks,
+        )
+
     def to_record(self) -> dict[str, Any]:
         """Plain JSON values, as `from_record` reads them."""
         return {

@@ -1,7 +1,8 @@
 """Traces of the built-in models that come with the package, so that a plan or a prediction of them needs no tracing.
 
-`shipped/MODEL.tar.xz` has the traces of one model (`tar tf` lists them) and the setting of each; `made_with.json` says
-what the traces of each model were made with; `needs.json.xz` has memory needs that were computed from them.
+`shipped/MODEL.tar.xz` has the traces of one model (`tar tf` lists them), the setting of each, and laws (`memory.laws`)
+that take them to the objects and classes of any data set; `made_with.json` says what the traces of each model were made
+with; `needs.json.xz` has memory needs that were computed from them.
 `scripts/traces` makes all of these.
 
 In an installed release the code is that which made the traces. In a checkout where it was edited since, or with another
@@ -15,12 +16,14 @@ import json
 import lzma
 import tarfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
 from trainfit.errors import TrainfitError
+from trainfit.memory.laws import Laws
 from trainfit.models.setting import Setting
 from trainfit.tracing.provenance import Provenance
 from trainfit.tracing.trace_cache import DAMAGE, TraceRequest, is_of
@@ -72,6 +75,28 @@ def shipped(request: TraceRequest, parse: Callable[[Mapping[str, Any]], T], *, a
         return parse(json.loads(_entries(path)[entry_name(request, alone=alone)]))
     except DAMAGE as error:
         raise _damaged(path, error) from error
+
+
+def laws_name(request: TraceRequest, *, alone: bool = False) -> str:
+    """Name in the archive of the laws that take traces of a request's kind to other values of knobs."""
+    capability = "{}.{}".format(*request.capability)
+    return f"laws of {request.part} capability={capability}, {'micro-batch 1' if alone else 'any micro-batch'}.json"
+
+
+def moved_from(request: TraceRequest, *, alone: bool = False) -> tuple[TraceRequest, list[tuple[Laws, int]]] | None:
+    """The request whose trace the package has, and the laws with their values that take it to `request`: none where it is
+    the same. None: the package has no valid trace, or its laws do not reach so far.
+    """
+    if is_shipped(request, alone=alone):
+        return request, []
+    path = archive_path(request.setting.model)
+    if not path.exists() or changes(request.setting.model):
+        return None
+    laws = _laws(path).get(laws_name(request, alone=alone), ())
+    values = [(each, getattr(request.setting, each.knob)) for each in laws]
+    base = replace(request, setting=replace(request.setting, **{each.knob: each.base for each in laws}))
+    reached = all(each.holds(value) for each, value in values) and is_shipped(base, alone=alone)
+    return (base, [(each, value) for each, value in values if value != each.base]) if reached else None
 
 
 def shipped_needs(request: TraceRequest) -> dict[str, tuple[int, int]]:
@@ -135,13 +160,22 @@ _entries = cache(read_archive)
 
 
 @cache
+def _laws(path: Path) -> dict[str, tuple[Laws, ...]]:
+    try:
+        named = {name: json.loads(text) for name, text in _entries(path).items() if name.startswith("laws ")}
+        return {name: tuple(map(Laws.from_record, records)) for name, records in named.items()}
+    except DAMAGE as error:
+        raise _damaged(path, error) from error
+
+
+@cache
 def _needs(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     return json.loads(lzma.decompress(path.read_bytes()))
 
 
 def forget() -> None:
     """Read the files anew from now on."""
-    for cached in (_entries, _needs, _settings, _made_with):
+    for cached in (_entries, _laws, _needs, _settings, _made_with):
         cached.cache_clear()
 
 
