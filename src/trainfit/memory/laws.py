@@ -1,113 +1,167 @@
 """How a step's sizes follow what a data set brings: its objects and its classes. Imports no torch.
 
-Two traces that differ in one knob alone go through the same operators, and a size of the one is found in the other at the
-same place. What it grows by is a law of its operator, module, phase and size, not of its place: `laws` refuses traces where
-that is ambiguous. So the laws of one traced case hold for every case with the same kernels: each window, evaluation, and
-training that computes blocks again.
+Two traces that differ in these knobs alone are aligned, and a size of the one is found in the other at its place. Sizes are
+products: bytes of a number, rows, and of a knob or of two (of classes plus one, where a class head has a row for none), so
+that the ratio of two sizes tells which, when no two of these ratios are equal. What a size follows is a law of its operator,
+module, phase and bytes, not of its place, so that the laws of one traced case hold for every case with the same kernels:
+each window, evaluation, and training that computes blocks again.
+
+Code that works in pieces of bounded size makes more pieces for more objects: pieces are constant, and there are as many as
+in the trace that is taken to other values, which is that with the most.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations_with_replacement
 from math import prod
 from typing import Any
 
-from trainfit.memory.scaling import ScaledTrace
+from trainfit.memory.scaling import TOLERANCE, ScaledTrace, matched, peak_bytes
 from trainfit.timing.counts import OpCount
 from trainfit.tracing.events import TensorInfo
 from trainfit.tracing.stored_trace import StoredTrace
 
+TOLERANCE_ABOVE = 0.01
+"""By so much the peak may be too high where the laws were found; by `scaling.TOLERANCE` too low."""
+MOST_FACTORS = 2
+"""Of a size."""
 Kind = tuple[str, str, str, int]
 """Operator, module, phase and bytes of a tensor at the base."""
 Row = tuple[str, str, str]
 """Operator, phase and data type of a row of counts."""
+Change = tuple[float, float, float]
+"""Of kernels, FLOPs and bytes, as a share of those at the base."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Laws:
-    """What changes with one knob, as a line through two of its values: every other size is constant."""
+class Variable:
+    """A knob that sizes follow, or the knob plus one."""
 
     knob: str
     """Field of a setting."""
     base: int
     """Its value in the trace that the laws are applied to."""
     other: int
-    """Its value in the trace that they were found with."""
+    """Its smaller value in the trace that they were found with."""
     least: int
     most: int
-    """They hold from here to here."""
-    sizes: Mapping[Kind, int]
-    """Bytes at `other`."""
-    counts: Mapping[Row, tuple[float, float, float]]
-    """Kernels, FLOPs and bytes at `other`, each over that at the base."""
+    """Laws hold from here to here."""
+    plus: int = 0
+    """What is added to the knob."""
 
-    def holds(self, value: int) -> bool:
-        """Whether they tell of this value of the knob."""
-        return self.least <= value <= self.most
+    def ratio(self, value: int) -> tuple[int, int]:
+        """(numerator, denominator) of the variable at a value of the knob over that at the base."""
+        return value + self.plus, self.base + self.plus
 
-    def ratio(self, kind: Kind, value: int) -> tuple[int, int]:
-        """(numerator, denominator) of a size at `value` over that at the base."""
-        at_other = self.sizes.get(kind)
-        if at_other is None:
-            return 1, 1
-        at_base, span = kind[3], self.other - self.base
-        moved = at_base * span + (at_other - at_base) * (value - self.base)
-        return (moved, at_base * span) if span > 0 else (-moved, -at_base * span)
 
-    def counted(self, row: OpCount, value: int) -> OpCount:
-        """A row of counts at `value`."""
-        ratios = self.counts.get((row.op, row.phase, row.dtype))
-        if ratios is None:
+@dataclass(frozen=True, kw_only=True)
+class Laws:
+    """What follows the knobs; every other size is constant."""
+
+    variables: tuple[Variable, ...]
+    sizes: Mapping[Kind, tuple[int, ...]]
+    """Indices into `variables`, for each factor one."""
+    counts: Mapping[Row, tuple[Change, ...]]
+    """For each variable what the row changes by when it goes from its base to its other value; it changes along a line."""
+
+    def knobs(self) -> dict[str, int]:
+        """The knobs, and their values in the trace that the laws are applied to."""
+        return {each.knob: each.base for each in self.variables}
+
+    def hold(self, values: Mapping[str, int]) -> bool:
+        """Whether they tell of these values of the knobs."""
+        return all(each.least <= values[each.knob] <= each.most for each in self.variables)
+
+    def counted(self, row: OpCount, values: Mapping[str, int]) -> OpCount:
+        """A row of counts at other values."""
+        changes = self.counts.get((row.op, row.phase, row.dtype))
+        if changes is None:
             return row
-        share = (value - self.base) / (self.other - self.base)
-        count, flops, nbytes = (max(0.0, 1 + share * (ratio - 1)) for ratio in ratios)
+        shares = [(values[each.knob] - each.base) / (each.other - each.base) for each in self.variables]
+        count, flops, nbytes = (
+            max(0.0, 1 + sum(s * change[index] for s, change in zip(shares, changes, strict=True)))
+            for index in range(3)
+        )
         return replace(row, count=max(1, round(row.count * count)), flops=row.flops * flops, bytes=row.bytes * nbytes)
 
     def to_record(self) -> dict[str, Any]:
         """Plain JSON values, as `from_record` reads them."""
-        own = {name: getattr(self, name) for name in ("knob", "base", "other", "least", "most")}
-        sizes = [[*kind, nbytes] for kind, nbytes in sorted(self.sizes.items())]
-        return own | {"sizes": sizes, "counts": [[*row, *ratios] for row, ratios in sorted(self.counts.items())]}
+        return {
+            "variables": [asdict(each) for each in self.variables],
+            "sizes": [[*kind, factors] for kind, factors in sorted(self.sizes.items())],
+            "counts": [[*row, changes] for row, changes in sorted(self.counts.items())],
+        }
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Laws":
         """What `to_record` gave."""
-        own = {name: record[name] for name in ("knob", "base", "other", "least", "most")}
-        sizes = {(op, module, phase, base): other for op, module, phase, base, other in record["sizes"]}
-        counts = {(op, phase, dtype): (n, flops, size) for op, phase, dtype, n, flops, size in record["counts"]}
-        return cls(**own, sizes=sizes, counts=counts)
+        sizes = {(op, module, phase, base): tuple(factors) for op, module, phase, base, factors in record["sizes"]}
+        counts = {
+            (op, phase, dtype): tuple((n, flops, nbytes) for n, flops, nbytes in changes)
+            for op, phase, dtype, changes in record["counts"]
+        }
+        return cls(variables=tuple(Variable(**each) for each in record["variables"]), sizes=sizes, counts=counts)
 
 
 def find_laws(
-    pairs: Sequence[tuple[StoredTrace, StoredTrace]], *, knob: str, values: tuple[int, int], holds: tuple[int, int]
-) -> Laws | None:
-    """The laws that take the first trace of each pair to the second; `values` of the knob are theirs.
+    pairs: Sequence[tuple[StoredTrace, StoredTrace]], variables: Sequence[Variable]
+) -> tuple[Laws, ...] | None:
+    """The laws that take the first trace of each pair, at the base of all variables, to the second, at their other values;
+    for each pair, with its counts.
 
-    None: the step does other things at the one value than at the other, or two tensors that cannot be told apart grow by
-    different laws.
+    Of tensors that cannot be told apart and grow differently, the largest counts; a size that is no product of variables
+    stays. None: what the laws make of a first trace has not the peak of the second.
     """
-    sizes: dict[Kind, int] = {}
-    for at_base, at_other in pairs:
-        if at_base.trace.events != at_other.trace.events:
+    likes: dict[Kind, int] = {}
+    for base, other in pairs:
+        growth = prod(each.base / each.other for each in variables)
+        for one, nbytes in zip(base.trace.tensors, _like(base, other, growth), strict=True):
+            if nbytes is not None:
+                likes[kind_of(one)] = max(nbytes, likes.get(kind_of(one), 0))
+    products = [
+        factors
+        for count in range(1, MOST_FACTORS + 1)
+        for factors in combinations_with_replacement(range(len(variables)), count)
+    ]
+    sizes = {
+        kind: factors
+        for kind, nbytes in likes.items()
+        if nbytes != kind[3] and (factors := _factors(kind[3], nbytes, variables, products)) is not None
+    }
+    found: list[Laws] = []
+    for base, other in pairs:
+        laws = Laws(variables=tuple(variables), sizes=sizes, counts=_changes(base, other, sizes, len(variables)))
+        values = {each.knob: each.other for each in variables}
+        made, true = peak_bytes(moved(ScaledTrace.of_one(base, 1), laws, values).trace), peak_bytes(other.trace)
+        if not (1 - TOLERANCE) * true <= made <= (1 + TOLERANCE_ABOVE) * true:
             return None
-        for one, other in zip(at_base.trace.tensors, at_other.trace.tensors, strict=True):
-            kind = kind_of(one)
-            if (
-                kind[:3] != (other.op, other.module, other.phase)
-                or sizes.setdefault(kind, other.nbytes) != other.nbytes
-            ):
-                return None
-    changed = {kind: nbytes for kind, nbytes in sizes.items() if nbytes != kind[3]}
-    at_base, at_other = pairs[0]
-    return Laws(
-        knob=knob,
-        base=values[0],
-        other=values[1],
-        least=holds[0],
-        most=holds[1],
-        sizes=changed,
-        counts=_ratios(at_base.ops, at_other.ops),
-    )
+        found.append(laws)
+    return tuple(found)
+
+
+def _like(base: StoredTrace, other: StoredTrace, growth: float) -> list[int | None]:
+    """For each tensor of `base` the bytes of its like in `other`; None where there is none."""
+    ours, theirs = base.trace.tensors, other.trace.tensors
+    if len(ours) == len(theirs) and all(kind_of(a)[:3] == kind_of(b)[:3] for a, b in zip(ours, theirs, strict=True)):
+        return [tensor.nbytes for tensor in theirs]
+    return [None if match is None else theirs[match].nbytes for match in matched(theirs, ours, growth=growth)]
+
+
+def _factors(
+    at_base: int, at_other: int, variables: Sequence[Variable], products: Sequence[tuple[int, ...]]
+) -> tuple[int, ...] | None:
+    """The first of `products` that grows as a size does."""
+    for factors in products:
+        over, under = _ratio(variables, factors, {each.knob: each.other for each in variables})
+        if at_other * under == at_base * over:
+            return factors
+    return None
+
+
+def _ratio(variables: Sequence[Variable], factors: Sequence[int], values: Mapping[str, int]) -> tuple[int, int]:
+    ratios = [variables[index].ratio(values[variables[index].knob]) for index in factors]
+    return prod(ratio[0] for ratio in ratios), prod(ratio[1] for ratio in ratios)
 
 
 def kind_of(tensor: TensorInfo) -> Kind:
@@ -115,13 +169,26 @@ def kind_of(tensor: TensorInfo) -> Kind:
     return tensor.op, tensor.module, tensor.phase, tensor.nbytes
 
 
-def _ratios(at_base: Iterable[OpCount], at_other: Iterable[OpCount]) -> dict[Row, tuple[float, float, float]]:
-    """Of the rows that differ; rows of one operator, phase and type are taken together."""
-    base, other = _sums(at_base), _sums(at_other)
-    ratios = {
-        row: tuple(_over(b, a) for a, b in zip(base[row], other.get(row, base[row]), strict=True)) for row in base
-    }
-    return {row: (each[0], each[1], each[2]) for row, each in ratios.items() if each != (1, 1, 1)}
+def _changes(
+    base: StoredTrace, other: StoredTrace, sizes: Mapping[Kind, tuple[int, ...]], variables: int
+) -> dict[Row, tuple[Change, ...]]:
+    """Of the rows that differ; rows of one operator, phase and type are taken together. Where several variables change,
+    each has the share that it has of the bytes that the operator's tensors change by, or all tensors.
+    """
+    weights: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0] * variables)
+    for tensor in base.trace.tensors:
+        for index in sizes.get(kind_of(tensor), ()):
+            for key in ((tensor.op, tensor.phase), ("", "")):
+                weights[key][index] += tensor.nbytes
+    at_base, at_other = _sums(base.ops), _sums(other.ops)
+    found: dict[Row, tuple[Change, ...]] = {}
+    for row, sums in at_base.items():
+        change = [b / a - 1 if a else 0.0 for a, b in zip(sums, at_other.get(row, sums), strict=True)]
+        if any(change):
+            of_row = weights.get((row[0], row[1])) or weights["", ""]
+            whole = sum(of_row) or 1
+            found[row] = tuple((change[0] * w / whole, change[1] * w / whole, change[2] * w / whole) for w in of_row)
+    return found
 
 
 def _sums(rows: Iterable[OpCount]) -> dict[Row, list[float]]:
@@ -133,42 +200,25 @@ def _sums(rows: Iterable[OpCount]) -> dict[Row, list[float]]:
     return sums
 
 
-def _over(one: float, other: float) -> float:
-    return one / other if other else 1.0
+def moved(scaled: ScaledTrace, laws: Laws, values: Mapping[str, int]) -> ScaledTrace:
+    """A scaled trace, at whose larger micro-batch the laws were found, at other values of the knobs.
 
-
-def moved(scaled: ScaledTrace, laws: Sequence[tuple[Laws, int]]) -> ScaledTrace:
-    """A scaled trace at other values of knobs: each with its laws, which were found at the larger micro-batch.
-
-    A size that follows several knobs follows their product; at the smaller micro-batch it follows them as at the larger.
+    At the smaller micro-batch a size follows them as at the larger.
     """
-    tensors = list(scaled.trace.tensors)
-    small = list(scaled.small_bytes)
-    kinds = {kind for each, _ in laws for kind in each.sizes}
+    tensors, small = list(scaled.trace.tensors), list(scaled.small_bytes)
+    ratios = {kind: _ratio(laws.variables, factors, values) for kind, factors in laws.sizes.items()}
     for number, tensor in enumerate(tensors):
-        kind = kind_of(tensor)
-        if kind not in kinds:
-            continue
-        ratios = [each.ratio(kind, value) for each, value in laws]
-        over, under = prod(ratio[0] for ratio in ratios), prod(ratio[1] for ratio in ratios)
-        tensors[number] = replace(tensor, nbytes=_times(tensor.nbytes, over, under))
-        small[number] = _times(small[number], over, under)
-    return replace(
-        scaled,
-        trace=replace(scaled.trace, tensors=tuple(tensors)),
-        small_bytes=tuple(small),
-        ops=(_counted(scaled.ops[0], laws), _counted(scaled.ops[1], laws)),
-    )
+        ratio = ratios.get(kind_of(tensor))
+        if ratio is not None:
+            tensors[number] = replace(tensor, nbytes=_times(tensor.nbytes, ratio))
+            small[number] = _times(small[number], ratio)
+    few, many = (tuple(laws.counted(row, values) for row in rows) for rows in scaled.ops)
+    trace = replace(scaled.trace, tensors=tuple(tensors))
+    return replace(scaled, trace=trace, small_bytes=tuple(small), ops=(few, many))
 
 
-def _times(nbytes: int, over: int, under: int) -> int:
-    return max(0, -(-nbytes * over // under))
-
-
-def _counted(rows: Sequence[OpCount], laws: Sequence[tuple[Laws, int]]) -> tuple[OpCount, ...]:
-    for each, value in laws:
-        rows = [each.counted(row, value) for row in rows]
-    return tuple(rows)
+def _times(nbytes: int, ratio: tuple[int, int]) -> int:
+    return -(-nbytes * ratio[0] // ratio[1])
 
 
 def missing(scaled: Iterable[ScaledTrace], laws: Laws) -> set[Kind]:

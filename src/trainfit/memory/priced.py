@@ -18,7 +18,7 @@ from trainfit.memory.laws import moved
 from trainfit.memory.predict import Prediction, needed, predict_traced, with_context
 from trainfit.memory.profile import last_window
 from trainfit.memory.scaling import ScaledTrace, scale
-from trainfit.memory.shipped import NEEDS_CODE, moved_from, shipped, shipped_needs
+from trainfit.memory.shipped import NEEDS_CODE, shipped, shipped_needs, source
 from trainfit.models.setting import Setting
 from trainfit.timing.roofline import (
     HOST_BYTES_PER_S,
@@ -154,13 +154,13 @@ class Pricer:
 
     def _answers(self, setting: Setting, part: Part) -> bool:
         request = self.request(setting, part)
-        if moved_from(request) is None:
+        if source(request) is None:
             return False
         scaled = self._scaled(setting, part)
         evaluated = setting.eval_micro_batch or setting.micro_batch
         if scaled is not None and min(setting.micro_batch, evaluated) >= scaled.micro_batches[0]:
             return True
-        return setting.micro_batch == evaluated == 1 and moved_from(request, alone=True) is not None
+        return setting.micro_batch == evaluated == 1 and source(request, alone=True) is not None
 
     def blocks(self, setting: Setting) -> int:
         """Blocks of the model that activation checkpointing may compute again."""
@@ -222,18 +222,18 @@ class Pricer:
 
 def packaged(request: TraceRequest) -> ScaledTrace | None:
     """The package's trace of a request for any micro-batch, taken to its objects and classes."""
-    found = moved_from(request)
-    scaled = shipped(found[0], ScaledTrace.from_record) if found else None
-    return moved(scaled, found[1]) if found and scaled else None
+    found = source(request)
+    scaled = shipped(found.request, ScaledTrace.from_record) if found else None
+    return moved(scaled, found.laws, found.values) if found and found.laws and scaled else scaled
 
 
 def packaged_alone(request: TraceRequest) -> StoredTrace | None:
     """The package's trace of a request at micro-batch 1."""
-    found = moved_from(request, alone=True)
-    traced = shipped(found[0], StoredTrace.from_record, alone=True) if found else None
-    if found is None or traced is None or not found[1]:
+    found = source(request, alone=True)
+    traced = shipped(found.request, StoredTrace.from_record, alone=True) if found else None
+    if found is None or found.laws is None or traced is None:
         return traced
-    made = moved(ScaledTrace.of_one(traced, 1), found[1])
+    made = moved(ScaledTrace.of_one(traced, 1), found.laws, found.values)
     return made.stored(made.trace)
 
 

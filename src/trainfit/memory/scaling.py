@@ -141,7 +141,7 @@ def scale(small: StoredTrace, large: StoredTrace, micro_batches: tuple[int, int]
 
     None: the step does other things at the one than at the other, so that each has to be traced by itself.
     """
-    matches = _matches(small.trace.tensors, large.trace.tensors, growth=micro_batches[1] / micro_batches[0])
+    matches = matched(small.trace.tensors, large.trace.tensors, growth=micro_batches[1] / micro_batches[0])
     sizes = tuple(0 if match is None else small.trace.tensors[match].nbytes for match in matches)
     scaled = ScaledTrace(
         micro_batches=micro_batches,
@@ -153,11 +153,12 @@ def scale(small: StoredTrace, large: StoredTrace, micro_batches: tuple[int, int]
         upper_bounds=large.upper_bounds,
         blocks=large.blocks,
     )
-    true, found = _peak_bytes(small.trace), _peak_bytes(scaled.at(micro_batches[0]))
+    true, found = peak_bytes(small.trace), peak_bytes(scaled.at(micro_batches[0]))
     return scaled if abs(found - true) <= TOLERANCE * true else None
 
 
-def _peak_bytes(trace: Trace) -> int:
+def peak_bytes(trace: Trace) -> int:
+    """The most that a trace's tensors asked for at once."""
     held = peak = 0
     for made, tensor in trace:
         held += tensor.nbytes if made else -tensor.nbytes
@@ -165,7 +166,7 @@ def _peak_bytes(trace: Trace) -> int:
     return peak
 
 
-def _matches(small: Sequence[TensorInfo], large: Sequence[TensorInfo], *, growth: float) -> list[int | None]:
+def matched(small: Sequence[TensorInfo], large: Sequence[TensorInfo], *, growth: float) -> list[int | None]:
     """For each tensor of `large` its like in `small`.
 
     Phase by phase, where the two go through the same ones (with more accumulation they do not); backward from its end,

@@ -16,7 +16,7 @@ import json
 import lzma
 import tarfile
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -83,20 +83,31 @@ def laws_name(request: TraceRequest, *, alone: bool = False) -> str:
     return f"laws of {request.part} capability={capability}, {'micro-batch 1' if alone else 'any micro-batch'}.json"
 
 
-def moved_from(request: TraceRequest, *, alone: bool = False) -> tuple[TraceRequest, list[tuple[Laws, int]]] | None:
-    """The request whose trace the package has, and the laws with their values that take it to `request`: none where it is
-    the same. None: the package has no valid trace, or its laws do not reach so far.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What the package answers a request from."""
+
+    request: TraceRequest
+    """Its trace is there."""
+    laws: Laws | None
+    """Take it to `values`; None: it is what was asked for."""
+    values: Mapping[str, int]
+
+
+def source(request: TraceRequest, *, alone: bool = False) -> Source | None:
+    """None: the package has no valid trace, or its laws do not reach so far."""
     if is_shipped(request, alone=alone):
-        return request, []
+        return Source(request=request, laws=None, values={})
     path = archive_path(request.setting.model)
     if not path.exists() or changes(request.setting.model):
         return None
-    laws = _laws(path).get(laws_name(request, alone=alone), ())
-    values = [(each, getattr(request.setting, each.knob)) for each in laws]
-    base = replace(request, setting=replace(request.setting, **{each.knob: each.base for each in laws}))
-    reached = all(each.holds(value) for each, value in values) and is_shipped(base, alone=alone)
-    return (base, [(each, value) for each, value in values if value != each.base]) if reached else None
+    laws = _laws(path).get(laws_name(request, alone=alone))
+    if laws is None:
+        return None
+    values = {knob: getattr(request.setting, knob) for knob in laws.knobs()}
+    base = replace(request, setting=replace(request.setting, **laws.knobs()))
+    reached = laws.hold(values) and is_shipped(base, alone=alone)
+    return Source(request=base, laws=laws, values=values) if reached else None
 
 
 def shipped_needs(request: TraceRequest) -> dict[str, tuple[int, int]]:
@@ -160,10 +171,10 @@ _entries = cache(read_archive)
 
 
 @cache
-def _laws(path: Path) -> dict[str, tuple[Laws, ...]]:
+def _laws(path: Path) -> dict[str, Laws]:
     try:
         named = {name: json.loads(text) for name, text in _entries(path).items() if name.startswith("laws ")}
-        return {name: tuple(map(Laws.from_record, records)) for name, records in named.items()}
+        return {name: Laws.from_record(record) for name, record in named.items()}
     except DAMAGE as error:
         raise _damaged(path, error) from error
 

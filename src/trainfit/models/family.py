@@ -101,6 +101,9 @@ class Family:
     """Knobs that a run keeps from the one that it starts from with --weights RUN."""
     sample_bytes: Callable[[Any], int] = lambda _: 0
     """Setting -> bytes of one decoded sample in host memory."""
+    loads: Callable[[Any], tuple[int, bool]] | None = None
+    """Setting -> pixels of the side that a loader process resizes an image to, and whether it draws masks: loading is timed
+    without torch. None: it is timed with the family's own decoder."""
     drawn_sizes: Callable[[Any], DrawnSizes | None] = lambda _: None
     """Setting -> the sizes that training draws from; None where the step is always as traced."""
     host_seconds: Callable[[Any, int, Capability | None], float] = lambda _setting, _images, _capability: 0.0

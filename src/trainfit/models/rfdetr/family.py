@@ -188,6 +188,12 @@ def drawn_sizes(setting: RfDetrSetting) -> DrawnSizes | None:
     )
 
 
+def loads(setting: RfDetrSetting) -> tuple[int, bool]:
+    """The largest size of training, and whether masks are drawn."""
+    side = setting.resolution or PUBLISHED[setting.model].resolution
+    return int(side * LARGEST_SCALE) if setting.multi_scale else side, setting.has_masks
+
+
 def sample_bytes(setting: RfDetrSetting) -> int:
     """An image of the largest size, and a mask of a byte a pixel for each object."""
     side = setting.resolution or PUBLISHED[setting.model].resolution
@@ -221,6 +227,7 @@ def family() -> Family:
         translate=translate,
         shapes_weights=("resolution", "num_queries", "groups"),
         sample_bytes=sample_bytes,
+        loads=loads,
         drawn_sizes=drawn_sizes,
         host_seconds=host_seconds,
     )

@@ -6,7 +6,6 @@ from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
-import torch.distributed as dist
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval import mask as mask_api
 from numpy.typing import NDArray
@@ -183,6 +182,8 @@ def gather_detections(detections: Iterable[Detections]) -> list[Detections]:
     """
     mine = list(detections)
     ranks = [mine]
+    import torch.distributed as dist  # here, because a plan reads data without torch
+
     if dist.is_available() and dist.is_initialized():
         ranks: list[list[Detections]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(ranks, mine)

@@ -1,15 +1,17 @@
 """Masks as COCO compresses them (run-length encoding), in and out."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
-import torch
 from faster_coco_eval import mask as mask_api
 from numpy.typing import NDArray
 
 from trainfit.errors import TrainfitError
 from trainfit.tasks.detection.samples import ImageRecord, Polygons, Rle
+
+if TYPE_CHECKING:
+    import torch
 
 POLYGONS = 5_000
 POINTS = 100_000
@@ -22,7 +24,7 @@ RUN_CHARACTERS = 7
 """The longest run in a compressed mask: 7 characters of 5 bits are more than any image has pixels."""
 
 
-def encode_masks(masks: torch.Tensor) -> list[Rle]:
+def encode_masks(masks: "torch.Tensor") -> list[Rle]:
     """COCO's compressed form of bool (n, height, width) masks on any device; the host holds one mask at a time."""
     # The mask API reads columns first: a transposed, contiguous mask is that without another copy.
     return [mask_api.encode(mask.T.contiguous().cpu().numpy().view(np.uint8).T) for mask in masks]

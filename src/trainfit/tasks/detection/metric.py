@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from trainfit.step import ranks
 from trainfit.tasks.detection.class_names import positions
 from trainfit.tasks.detection.coco_ap import ApResult, Detections, Evaluator, IouKind, gather_detections
 from trainfit.tasks.detection.samples import ImageDetections, ImageRecord
@@ -57,7 +56,7 @@ class DetectionMetric:
             detections = compact(output)
             if self.rows is not None:
                 detections = replace(detections, classes=self.rows[detections.classes])
-            if ranks.world_size() == 1:
+            if _world_size() == 1:
                 self._compare(detections)
             else:
                 self.kept.append(detections)
@@ -68,10 +67,16 @@ class DetectionMetric:
 
     def result(self) -> Evaluation:
         """AP over all records."""
-        if ranks.world_size() > 1:
+        if _world_size() > 1:
             for detections in gather_detections(self.kept):
                 self._compare(detections)
         return evaluation_of({kind: evaluator.result() for kind, evaluator in self.evaluators.items()})
+
+
+def _world_size() -> int:
+    from trainfit.step import ranks  # here, because a plan reads data without torch
+
+    return ranks.world_size()
 
 
 def compact(output: ImageDetections) -> Detections:

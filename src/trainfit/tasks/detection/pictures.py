@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 
 from trainfit.errors import TrainfitError
@@ -41,7 +40,7 @@ def file_record(number: int, path: Path) -> ImageRecord:
 
 def rows(path: Path, output: ImageDetections, classes: Sequence[str], threshold: float) -> list[dict[str, Any]]:
     """One row a detection with a score of at least `threshold`, best first. `box`: x0, y0, x1, y1 in pixels; `mask`: RLE."""
-    order = torch.argsort(output.scores, descending=True, stable=True)
+    order = output.scores.argsort(descending=True, stable=True)
     chosen = [i for i in order.tolist() if output.scores[i] >= threshold]
     return [_row(path, output, i, classes) for i in chosen]
 

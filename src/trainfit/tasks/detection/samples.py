@@ -3,13 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from trainfit.tasks.findings import Finding
+
+if TYPE_CHECKING:  # a plan reads a data set, and should not wait for torch
+    import torch
 
 Segmentation = list[list[float]] | dict[str, Any]
 """One object's mask as COCO writes it: polygons (x0, y0, x1, y1, ... in pixels), or an RLE with `size` and `counts`."""
@@ -74,13 +76,13 @@ class Dataset:
 class Sample:
     """One decoded and augmented image on the CPU, as the loader gives it."""
 
-    image: torch.Tensor
+    image: "torch.Tensor"
     """uint8 (3, height, width), RGB."""
-    boxes: torch.Tensor
+    boxes: "torch.Tensor"
     """float32 (n, 4): x0, y0, x1, y1 in pixels of `image`."""
-    classes: torch.Tensor
+    classes: "torch.Tensor"
     """int64 (n,)."""
-    masks: torch.Tensor | None
+    masks: "torch.Tensor | None"
     """bool (n, height, width), or None where the workload needs none."""
     image_id: int
     original_size: tuple[int, int]
@@ -92,11 +94,11 @@ class ImageDetections:
     """What a detector found in one image."""
 
     image_id: int
-    boxes: torch.Tensor
+    boxes: "torch.Tensor"
     """float32 (n, 4) on the CPU: x0, y0, x1, y1 in pixels of the original image."""
-    scores: torch.Tensor
+    scores: "torch.Tensor"
     """float32 (n,)."""
-    classes: torch.Tensor
+    classes: "torch.Tensor"
     """int64 (n,): index into the data set's classes."""
     masks: Sequence[Rle] | None = None
     """n masks at the original image's size, run-length encoded: all of them as arrays would be gigabytes."""
