@@ -46,8 +46,8 @@ PAIRS = ((2, 4), (4, 8))
 """Micro-batches that are traced; the second pair where a step does other things at 2 than at 4."""
 TRACED_ACCUMULATION = 2
 PRICED_LIKE_TWO = "One micro-batch a window is priced like two, whose gradients stay: a little too much."
-SCALING_CODE = "trainfit.memory.scaling"
-"""What makes scaled traces of traces."""
+SCALING_CODE, LAWS_CODE = "trainfit.memory.scaling", "trainfit.memory.laws"
+"""What makes scaled traces of traces, and takes them to other objects and classes."""
 RATES_LIKE = "RTX 3060"
 """Whose rates rank settings for a card of which only the memory is known."""
 Part = Literal["training", "evaluation"]
@@ -88,7 +88,7 @@ class Pricer:
             found = needed(self.trace(setting, "training"), self.gpu, self.config)
             known[key] = (found.low_bytes, found.high_bytes)
             if self.cache and scalable(setting) and setting.family.cacheable:
-                store(_path(request, "needs"), with_origin(request, known, NEEDS_CODE))
+                store(_path(request, "needs"), with_origin(request, known, NEEDS_CODE, LAWS_CODE))
         low, high = known[key]
         return ByteRange(low_bytes=low, high_bytes=high)
 
