@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
-from trainfit import OwnLoop
+from trainfit import OwnLoop, accumulate
 
 SIDE = 6
 CLASSES = 3
@@ -265,8 +265,25 @@ def ddp(model: nn.Module, batches: Any, accumulation: int, *, sync: str = "last"
         optimizer.zero_grad()
 
 
+def with_accumulate(model: nn.Module, batches: Any, accumulation: int, *, wrap: bool = False) -> None:
+    """Exact windows, with a scaler, a schedule and an average."""
+    wrapped = nn.parallel.DistributedDataParallel(model) if wrap else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    average, scaler = copy.deepcopy(model), torch.amp.GradScaler("cpu")
+    parts = accumulate(batches, accumulation, model=wrapped, counts=count_valid, scaler=scaler)
+    for batch in parts:
+        parts.backward(valid_pixels(wrapped, batch))
+        parts.update(optimizer, clip_norm=0.1, scheduler=scheduler, after_step=lambda: update_average(average, model))
+
+
+def count_valid(batch: Any) -> torch.Tensor:
+    return (batch[1] != 255).sum()
+
+
 def ddp_case() -> OwnLoop:
-    return loop(ddp, items=images(32))
+    """Ranks whose shares have other counts."""
+    return loop(partial(with_accumulate, wrap=True), model=dense, items=pixels(32))
 
 
 def ddp_first() -> OwnLoop:
@@ -309,5 +326,6 @@ CORRECT: dict[str, Any] = {
     "frozen BatchNorm": lambda: loop(plain(), model=lambda: small(nn.BatchNorm2d(4)).eval()),
     "sums over valid pixels": lambda: loop(exact_pixels, model=dense, items=pixels(23)),
     "divided before the step": lambda: loop(divided_at_the_end, model=dense, items=pixels(23)),
+    "trainfit.accumulate": lambda: loop(with_accumulate, model=dense, items=pixels(23)),
     "cached features": lambda: loop(cached(once=True), model=Pairs, items=pairs(20)),
 }

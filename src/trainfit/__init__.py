@@ -22,13 +22,16 @@ if TYPE_CHECKING:
     from trainfit.step.terms import LossTerm, Objective
     from trainfit.step.training_step import TrainingStep
     from trainfit.tasks.task import Evaluation
+    from trainfit.training.accumulate import Accumulation, accumulate
     from trainfit.training.oom import Survivor
     from trainfit.training.recipe import Recipe
     from trainfit.training.summary import RunSummary
+    from trainfit.training.survive import SurvivingStep, survive_oom
 
     __version__: str
 
 __all__ = [
+    "Accumulation",
     "Contrastive",
     "CustomTask",
     "Evaluation",
@@ -45,10 +48,12 @@ __all__ = [
     "Recipe",
     "RunSummary",
     "Setting",
+    "SurvivingStep",
     "Survivor",
     "TrainfitError",
     "TrainingStep",
     "__version__",
+    "accumulate",
     "check_data",
     "check_exactness",
     "detect",
@@ -60,6 +65,7 @@ __all__ = [
     "plan",
     "predict",
     "register",
+    "survive_oom",
     "train",
 ]
 
@@ -79,7 +85,9 @@ _MODULES = {
     "step.terms": ("LossTerm", "Objective"),
     "step.training_step": ("TrainingStep",),
     "tasks.task": ("Evaluation",),
+    "training.survive": ("SurvivingStep", "survive_oom"),
     "training.summary": ("RunSummary",),
+    "training.accumulate": ("Accumulation", "accumulate"),
     "training.oom": ("Survivor",),
     "training.recipe": ("Recipe",),
 }

@@ -14,8 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from trainfit.errors import TrainfitError
 from trainfit.exactness.loop import Batches, OwnLoop
 from trainfit.exactness.observe import Run, Watch
-
-IMAGE_DIMENSIONS = 3
+from trainfit.training.parts import image_list, part_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,51 +115,6 @@ class Runner:
 
 def _tensors(batch: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
-
-
-def image_list(batch: Any) -> list[torch.Tensor]:
-    """The images of a batch that is a list of them, or that has such a list; empty where images are stacked."""
-    if isinstance(batch, (list, tuple)):
-        if batch and all(isinstance(e, torch.Tensor) and e.dim() == IMAGE_DIMENSIONS for e in batch):
-            shapes = {tuple(e.shape[1:]) for e in batch}
-            return list(batch) if all(e.is_floating_point() or e.dtype == torch.uint8 for e in batch) and shapes else []
-        return next((found for element in batch if (found := image_list(element))), [])
-    if isinstance(batch, dict):
-        return next((found for element in batch.values() if (found := image_list(element))), [])
-    return []
-
-
-def part_of(batch: Any, rows: slice, items: int) -> Any:
-    """These rows of a collated batch: of every tensor and list that has one entry an item; images in lists are padded."""
-    images = image_list(batch)
-    sides = [max(image.shape[d] for image in images) for d in (1, 2)] if images else []
-    own = {id(image) for image in images}
-
-    def padded(image: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.pad(image, (0, sides[1] - image.shape[2], 0, sides[0] - image.shape[1]))
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value[rows] if value.dim() and len(value) == items else value
-        if isinstance(value, dict):
-            return type(value)((key, cut(each)) for key, each in value.items())
-        if isinstance(value, (list, tuple)):
-            if len(value) == items and not (items <= 2 and all(_has_items(each, items) for each in value)):
-                kept = [padded(each) if id(each) in own else each for each in value[rows]]
-            else:
-                kept = [cut(each) for each in value]
-            return type(value)(*kept) if hasattr(value, "_fields") else type(value)(kept)
-        if hasattr(value, "tensors") and hasattr(value, "mask"):
-            return type(value)(cut(value.tensors), cut(value.mask))
-        return value
-
-    return cut(batch)
-
-
-def _has_items(value: Any, items: int) -> bool:
-    """Whether a value has one entry an item itself, so that the list around it is one of fields."""
-    sized = isinstance(value, (list, tuple)) or (isinstance(value, torch.Tensor) and value.dim() > 0)
-    return sized and len(value) == items
 
 
 def seed_everything(seed: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from trainfit.errors import TrainfitError
 from trainfit.models.family import family_of
 from trainfit.models.setting import Setting, setting_from_json
-from trainfit.models.workload import OptimizerSettings, TrainableWorkload, Workload
+from trainfit.models.workload import OptimizerSettings, OwnOptimizer, TrainableWorkload, Workload
 from trainfit.step.checkpointing import checkpoint_first
 from trainfit.step.ema import averaged_copy
 from trainfit.step.optimizer import make_optimizer
@@ -97,10 +97,11 @@ def build_training_step(
     checkpoint_first(workload.blocks(model), setting.checkpointing)
     model.to(device)
     groups = workload.parameter_groups(model, optimizer_settings or OptimizerSettings())
+    own = workload.own_optimizer(groups) if isinstance(workload, OwnOptimizer) else None
     return TrainingStep(
         model=model,
         objective=workload.objective,
-        optimizer=make_optimizer(setting.optimizer, groups),
+        optimizer=own or make_optimizer(setting.optimizer, groups),
         device=device,
         precision=resolve_precision(setting.precision, device),
         clip_norm=clip_norm,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -66,6 +66,15 @@ class Workload(Protocol):
 
     def outputs(self, model: torch.nn.Module, samples: Sequence[Any]) -> Any:
         """What a micro-batch gives in evaluation, one item a sample; the model is in eval mode."""
+        ...
+
+
+@runtime_checkable
+class OwnOptimizer(Protocol):
+    """A workload whose optimizer is the user's own, not one of the setting's names."""
+
+    def own_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
+        """The optimizer of these groups, with its state; None where it is the setting's."""
         ...
 
 

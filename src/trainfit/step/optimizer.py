@@ -87,3 +87,29 @@ def make_adamw_8bit(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         for index, parameter in enumerate(group["params"]):
             optimizer.init_state(group, parameter, group_index, index)
     return optimizer
+
+
+@torch.no_grad()
+def with_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Any optimizer with the state that its first step would make, and its parameters as they were.
+
+    It takes a step with gradients of zero at a rate of zero without decay, and sets the step counts back. Moments and
+    momentum buffers of zero are what a first step starts from.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    saved = [{key: group[key] for key in ("lr", "weight_decay") if key in group} for group in optimizer.param_groups]
+    for group, values in zip(optimizer.param_groups, saved, strict=True):
+        group.update(dict.fromkeys(values, 0.0))
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for group, values in zip(optimizer.param_groups, saved, strict=True):
+        group.update(values)
+    for parameter in parameters:
+        parameter.grad = None
+        count = optimizer.state[parameter].get("step")
+        if isinstance(count, torch.Tensor):
+            count.zero_()
+        elif count is not None:
+            optimizer.state[parameter]["step"] = 0
+    return optimizer

@@ -15,6 +15,7 @@ from trainfit.errors import TrainfitError
 from trainfit.models.setting import Setting
 from trainfit.models.workload import OptimizerSettings, all_parameters
 from trainfit.step.checkpointing import repeated_blocks
+from trainfit.step.optimizer import with_state
 from trainfit.step.terms import LossTerm, Objective
 
 
@@ -32,19 +33,32 @@ class CustomTask:
     """Items -> batch, as the `DataLoader`'s `collate_fn`."""
     blocks: Callable[[torch.nn.Module], Sequence[torch.nn.Module]] = repeated_blocks
     """Model -> the modules that `--checkpointing` may recompute, in order."""
+    counts: Callable[[Any], float | torch.Tensor] | None = None
+    """Batch -> what its loss is a mean over (valid pixels, boxes), so that accumulation is exact; its items unless given."""
+    optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None
+    """Parameter groups with an "lr" -> any optimizer, for instance `partial(torch.optim.RMSprop, momentum=0.9)`; that of
+    `--optimizer` unless given."""
 
 
 def objective_of(task: CustomTask) -> Objective:
-    """The loss as one term of kind `mean`, named "mean of means".
+    """The loss as one term: of kind `targets` where the task counts, else of kind `mean`, named "mean of means".
 
-    Micro-batches are weighted by their items. That is the big batch's gradient where the loss is a mean over items; one
-    that divides by anything else (boxes, valid pixels) has to give sums and counts: an `Objective` of its own.
+    Without `counts` micro-batches are weighted by their items. That is the big batch's gradient where the loss is a mean
+    over items.
     """
 
-    def terms(model: torch.nn.Module, items: Sequence[Any], _canvas: tuple[int, int]) -> Mapping[str, LossTerm]:
+    def means(model: torch.nn.Module, items: Sequence[Any], _canvas: tuple[int, int]) -> Mapping[str, LossTerm]:
         return {"mean of means": LossTerm(total=_loss(task, model, items), kind="mean")}
 
-    return Objective(terms=terms, counts=lambda items: {"mean of means": float(len(items))}, canvas=lambda _: (0, 0))
+    def sums(model: torch.nn.Module, items: Sequence[Any], _canvas: tuple[int, int]) -> Mapping[str, LossTerm]:
+        return {"loss": LossTerm(total=_loss(task, model, items) * count(items), kind="targets")}
+
+    def count(items: Sequence[Any]) -> float:
+        return float(task.counts(task.make_batch(list(items)))) if items and task.counts is not None else 0.0
+
+    if task.counts is not None:
+        return Objective(terms=sums, counts=lambda items: {"loss": count(items)}, canvas=lambda _: (0, 0))
+    return Objective(terms=means, counts=lambda items: {"mean of means": float(len(items))}, canvas=lambda _: (0, 0))
 
 
 def _loss(task: CustomTask, model: torch.nn.Module, items: Sequence[Any]) -> torch.Tensor:
@@ -71,6 +85,10 @@ class Custom:
 
     def parameter_groups(self, model: torch.nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
         return all_parameters(model, settings)
+
+    def own_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
+        """The user's optimizer with its state."""
+        return None if self.task.optimizer is None else with_state(self.task.optimizer(groups))
 
     def blocks(self, model: torch.nn.Module) -> Sequence[torch.nn.Module]:
         return self.task.blocks(model)
