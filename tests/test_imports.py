@@ -9,6 +9,7 @@ ROOMS = [
     "cli",
     "api",
     "reports",
+    "explaining",
     "planning",
     "exactness",
     "training",

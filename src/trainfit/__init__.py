@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from trainfit.errors import OutOfMemory, TrainfitError
     from trainfit.exactness.check import check_exactness
     from trainfit.exactness.loop import Exactness, OwnLoop
+    from trainfit.explaining.explain import Explanation, explain
     from trainfit.gpus.catalogue import Gpu, find_gpu
     from trainfit.measuring.search import Measured
     from trainfit.memory.predict import Prediction
@@ -36,6 +37,7 @@ __all__ = [
     "CustomTask",
     "Evaluation",
     "Exactness",
+    "Explanation",
     "Family",
     "Gpu",
     "LossTerm",
@@ -58,6 +60,7 @@ __all__ = [
     "check_exactness",
     "detect",
     "evaluate",
+    "explain",
     "find_gpu",
     "make_setting",
     "measure",
@@ -74,6 +77,7 @@ _MODULES = {
     "errors": ("OutOfMemory", "TrainfitError"),
     "exactness.check": ("check_exactness",),
     "exactness.loop": ("Exactness", "OwnLoop"),
+    "explaining.explain": ("Explanation", "explain"),
     "gpus.catalogue": ("Gpu", "find_gpu"),
     "measuring.search": ("Measured",),
     "memory.predict": ("Prediction",),

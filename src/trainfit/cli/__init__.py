@@ -21,6 +21,7 @@ def commands(words: Sequence[str]) -> Mapping[str, Callable[..., int]]:
     from trainfit.cli.check_exactness import CheckExactness, check_exactness
     from trainfit.cli.detect import Detect, detect
     from trainfit.cli.evaluate import Evaluate, evaluate
+    from trainfit.cli.explain import Explain, explain
     from trainfit.cli.measure import Measure, measure
     from trainfit.cli.plan import Plan, plan
     from trainfit.cli.predict import Predict, predict
@@ -38,6 +39,7 @@ def commands(words: Sequence[str]) -> Mapping[str, Callable[..., int]]:
         "check-exactness": typed(check_exactness, CheckExactness, words),
         "detect": typed(detect, Detect, words),
         "evaluate": typed(evaluate, Evaluate, words),
+        "explain": typed(explain, Explain, words),
         "report": typed(report, Report, words),
     }
 

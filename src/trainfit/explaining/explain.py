@@ -1,0 +1,126 @@
+"""An explanation of a text or a snapshot, and of what each knob of a named model would free."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainfit.errors import TrainfitError
+from trainfit.explaining.growth import Growth, find_growth
+from trainfit.explaining.knobs import Freed, frees
+from trainfit.explaining.message import Message, find_messages
+from trainfit.explaining.snapshot import Snapshot, read_snapshot
+from trainfit.gpus.catalogue import Gpu, gpu_with_memory
+from trainfit.gpus.choice import chosen_gpu
+from trainfit.models.setting import Setting, make_setting
+
+PICKLED = b"\x80"
+MOST_TEXT_BYTES = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Why memory ran out, or where it is."""
+
+    source: str
+    messages: tuple[Message, ...] = ()
+    """Of a text."""
+    growth: Growth | None = None
+    """Of a log with memory figures."""
+    snapshots: tuple[Snapshot, ...] = ()
+    """One a device."""
+    setting: Setting | None = None
+    gpu: Gpu | None = None
+    needs_bytes: int = 0
+    """What the setting needs at most on that card."""
+    knobs: tuple[Freed, ...] = ()
+
+
+def explain_bytes(
+    data: bytes,
+    source: str,
+    *,
+    setting: Setting | None = None,
+    gpu: Gpu | None = None,
+    note: Callable[[str], None] = lambda _: None,
+) -> Explanation:
+    """Explain a text or a pickled snapshot.
+
+    Args:
+        data: The file.
+        source: Its name, for messages.
+        setting: The model that ran, for what each knob would free.
+        gpu: The card; that of the last message unless given.
+        note: Called with one line before anything that takes seconds.
+
+    Raises:
+        TrainfitError: there is nothing to explain, or no card is known for the model.
+    """
+    snapshots: tuple[Snapshot, ...] = ()
+    messages: tuple[Message, ...] = ()
+    growth: Growth | None = None
+    if data[:1] == PICKLED:
+        snapshots = tuple(read_snapshot(data, source))
+        if not snapshots:
+            raise TrainfitError(f"{source} is a snapshot of a process that held no GPU memory")
+    else:
+        if len(data) > MOST_TEXT_BYTES:
+            raise TrainfitError(f"{source} has {len(data) >> 20} MiB: give the part of the log around the error")
+        text = data.decode("utf-8", errors="replace")
+        messages, growth = find_messages(text), find_growth(text)
+        if not messages and growth is None:
+            raise TrainfitError(
+                f"{source} has no out-of-memory message, no memory figures, and is no snapshot of "
+                "torch.cuda.memory._dump_snapshot"
+            )
+    if setting is None:
+        return Explanation(source=source, messages=messages, growth=growth, snapshots=snapshots)
+    card = gpu or _card(messages)
+    needs, knobs = frees(setting, card, note=note)
+    return Explanation(
+        source=source,
+        messages=messages,
+        growth=growth,
+        snapshots=snapshots,
+        setting=setting,
+        gpu=card,
+        needs_bytes=needs,
+        knobs=knobs,
+    )
+
+
+def explain(
+    what: str | bytes | Path,
+    *,
+    model: str | Setting | None = None,
+    gpu: str | Gpu | None = None,
+    memory: str | None = None,
+    note: Callable[[str], None] = lambda _: None,
+    **knobs: Any,
+) -> Explanation:
+    """Explain why memory ran out, or where it is: `trainfit explain`.
+
+    Args:
+        what: The text of a message or log, the bytes of a pickled snapshot, or the path of a file with either.
+        model: The model that ran, for what each of its knobs would free; `knobs` are its other knobs.
+        gpu: The card, where the message does not say how much memory it has.
+        memory: Memory of the card, for instance "8GiB".
+        note: Called with one line before anything that takes seconds.
+        knobs: Knobs of the model's family, for instance `micro_batch=8`.
+
+    Raises:
+        TrainfitError: there is nothing to explain, or no such model or card.
+        OSError: the file cannot be read.
+    """
+    data = what.read_bytes() if isinstance(what, Path) else what.encode() if isinstance(what, str) else what
+    setting = make_setting(model, **knobs) if isinstance(model, str) else model
+    card = gpu if isinstance(gpu, Gpu) else chosen_gpu(gpu, memory) if gpu or memory else None
+    source = str(what) if isinstance(what, Path) else "the text"
+    return explain_bytes(data, source, setting=setting, gpu=card, note=note)
+
+
+def _card(messages: tuple[Message, ...]) -> Gpu:
+    total = next((m.total_bytes for m in reversed(messages) if m.total_bytes and m.kind != "host memory"), 0)
+    if not total:
+        raise TrainfitError("the message does not say how much memory the card has: give --gpu NAME or --memory 8GiB")
+    return gpu_with_memory(f"{total / 2**30:.2f}GiB")
