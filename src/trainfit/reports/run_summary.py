@@ -35,7 +35,7 @@ def summary_text(summary: RunSummary) -> str:
     lines.append(f"batch       {summary.noise}")
     lines += _survived(summary)
     lines += [
-        f"weights     {folder / BEST} (for upstream's pretrain_weights=: {summary.exported})",
+        f"weights     {folder / BEST} (for the upstream project: {summary.exported})",
         f"Next:       trainfit detect {folder} IMAGE",
     ]
     return "\n".join(lines)

@@ -58,7 +58,7 @@ def make_step(workload: TrainableWorkload, recipe: Recipe, device: torch.device,
         for remark in _load(workload, model, weights):
             show.note(remark)
     else:
-        show.note("weights: random; --weights pretrained starts from upstream's COCO weights")
+        show.note("weights: random; --weights pretrained starts from upstream's published weights")
     settings = OptimizerSettings(lr=recipe.lr, lr_encoder=recipe.lr_encoder, weight_decay=recipe.weight_decay)
     return build_training_step(workload, device, model=model, optimizer_settings=settings, clip_norm=recipe.clip_norm)
 

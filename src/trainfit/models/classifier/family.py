@@ -33,8 +33,10 @@ def family() -> Family:
         models=("timm:NAME",),
         match=match,
         workload="trainfit.models.classifier.workload",
+        task="classes",
         extra="timm",
         packages=("timm",),
         learns=("optimizer",),
+        shapes_weights=("resolution",),
         sample_bytes=lambda setting: 3 * (setting.resolution**2 if setting.resolution else PIXELS_OF_A_SAMPLE),
     )

@@ -1,28 +1,30 @@
 """Any classifier of timm."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from trainfit.errors import TrainfitError
+from trainfit.models.classifier.data import decode
 from trainfit.models.classifier.family import PREFIX, ClassifierSetting
 from trainfit.models.images import IMAGENET_MEAN, IMAGENET_STD, stack_images, to_device
 from trainfit.models.workload import OptimizerSettings, all_parameters
 from trainfit.step.checkpointing import repeated_blocks
 from trainfit.step.terms import LossTerm, Objective
+from trainfit.tasks.classes.metric import BEST
+from trainfit.tasks.classes.samples import LabelledImage, Ranking
+from trainfit.weights import load_weights, without_warnings
 
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LabelledImage:
-    """One image and its class, on the CPU."""
-
-    image: torch.Tensor
-    """uint8 (3, height, width)."""
-    label: int
+SIDE = 224
+"""Pixels, for a model that says nothing of its input."""
 
 
 def build_model(name: str, *, classes: int, resolution: int | None = None) -> Any:
@@ -46,10 +48,12 @@ def build_model(name: str, *, classes: int, resolution: int | None = None) -> An
     return model.train()
 
 
-def logits(model: torch.nn.Module, images: Sequence[LabelledImage]) -> torch.Tensor:
-    """(n, classes); images take the memory format of the weights."""
+def logits(model: Any, images: Sequence[LabelledImage]) -> torch.Tensor:
+    """(n, classes); images are normalised as the model was published, and take the memory format of its weights."""
     like = next(p for p in model.parameters() if p.dim() == 4)
-    batch = stack_images([i.image for i in images], like, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    published: Mapping[str, Any] = model.default_cfg
+    mean, std = published.get("mean", IMAGENET_MEAN), published.get("std", IMAGENET_STD)
+    batch = stack_images([i.image for i in images], like, mean=mean, std=std)
     last = not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
     return model(batch.contiguous(memory_format=torch.channels_last) if last else batch)
 
@@ -64,20 +68,69 @@ OBJECTIVE = Objective(terms=_terms, counts=lambda images: {"class": float(len(im
 
 
 class Classifier:
-    """A `Workload`: training by cross entropy. See that protocol for what the methods do."""
+    """A `TrainableWorkload`: training by cross entropy. See that protocol for what the methods do."""
+
+    export_name = "best-timm.safetensors"
 
     def __init__(self, setting: ClassifierSetting, classes: tuple[str, ...]) -> None:
         """Note what is to be built; no weights yet."""
         self.setting = setting
         self.classes = classes
         self.objective = OBJECTIVE
+        self.name = setting.model.removeprefix(PREFIX)
+
+    @property
+    def eval_size(self) -> int:
+        """The published side unless the setting has another."""
+        import timm
+
+        published: Any = timm.get_pretrained_cfg(self.name)
+        return self.setting.resolution or (published.input_size[-1] if published is not None else SIDE)
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        """Where accumulation cannot be exact."""
+        with torch.device("meta"):
+            model = build_model(self.name, classes=len(self.classes), resolution=self.setting.resolution)
+        if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+            return ()
+        return (
+            f"{self.name} has BatchNorm: its statistics are of a micro-batch, so a larger one is not quite the same",
+        )
 
     def build(self) -> torch.nn.Module:
-        name = self.setting.model.removeprefix(PREFIX)
-        model = build_model(name, classes=len(self.classes), resolution=self.setting.resolution)
+        model = build_model(self.name, classes=len(self.classes), resolution=self.setting.resolution)
         if self.setting.channels_last:
             model.to(memory_format=torch.channels_last)
         return model
+
+    def load(self, model: torch.nn.Module, weights: str) -> list[str]:
+        """From a file of trainfit or timm (safetensors), or `pretrained`, which timm downloads; the head only if it fits."""
+        if weights == "pretrained":
+            given, names = _published(self.name), None
+        else:
+            given, metadata = load_weights(Path(weights))
+            names = json.loads(metadata["classes"]) if "classes" in metadata else None
+        own = model.state_dict()
+        if not given.keys() & own.keys():
+            raise TrainfitError(
+                f"{weights} holds no weights of {self.setting.model}: it has {', '.join([*given][:3])} ..."
+            )
+        other_classes = names is not None and tuple(names) != self.classes
+        head = {f"{name}.{kind}" for name in _heads(model) for kind in ("weight", "bias")}
+        fits = {
+            name: value
+            for name, value in given.items()
+            if name in own and value.shape == own[name].shape and not (other_classes and name in head)
+        }
+        wrong = sorted(own.keys() - fits.keys() - head)
+        if wrong:
+            raise TrainfitError(
+                f"{weights} does not fit {self.setting.model}: {wrong[0]} is missing or has another shape"
+            )
+        model.load_state_dict(own | fits)
+        fresh = sorted(own.keys() - fits.keys())
+        return [f"{weights} is of other classes: the head ({', '.join(fresh)}) starts anew"] if fresh else []
 
     def parameter_groups(self, model: torch.nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
         return all_parameters(model, settings)
@@ -96,8 +149,48 @@ class Classifier:
         g = torch.Generator().manual_seed(0)
         return LabelledImage(image=torch.randint(0, 256, (3, side, side), generator=g, dtype=torch.uint8), label=0)
 
-    def outputs(self, model: torch.nn.Module, samples: Sequence[LabelledImage]) -> torch.Tensor:
-        return logits(model, samples)
+    def outputs(self, model: torch.nn.Module, samples: Sequence[LabelledImage]) -> list[Ranking]:
+        scores, classes = logits(model, samples).float().softmax(1).topk(min(BEST, len(self.classes)))
+        rows = zip(samples, classes.tolist(), scores.tolist(), strict=True)
+        return [Ranking(record_id=s.record_id, classes=tuple(found), scores=tuple(p)) for s, found, p in rows]
+
+    def sizes(self) -> tuple[int, ...]:
+        return (self.eval_size,)
+
+    def decoder(self) -> Any:
+        return decode
+
+    def metadata(self) -> dict[str, str]:
+        knobs = asdict(self.setting)
+        return {"model": knobs.pop("model"), "classes": json.dumps(self.classes), "knobs": json.dumps(knobs)}
+
+    def export(self, weights: Mapping[str, torch.Tensor], path: Path) -> None:
+        """As `timm.create_model(NAME, num_classes=N, checkpoint_path=PATH)` loads it."""
+        safetensors.torch.save_file({name: value.contiguous() for name, value in weights.items()}, path)
+
+
+def _published(name: str) -> dict[str, torch.Tensor]:
+    """Timm's published weights.
+
+    Raises:
+        TrainfitError: there are none, or they cannot be downloaded.
+    """
+    import timm
+
+    try:
+        with without_warnings():
+            return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:  # the hub's client raises errors of its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrainfitError(
+            f"published weights of timm:{name} cannot be had ({reason:.150}): give --weights FILE"
+        ) from error
+
+
+def _heads(model: Any) -> Sequence[str]:
+    """Names of the layers that end in the classes."""
+    named = model.default_cfg.get("classifier") or ()
+    return (named,) if isinstance(named, str) else tuple(named)
 
 
 make_workload = Classifier

@@ -1,0 +1,60 @@
+"""Records, samples and outputs of images that have one class each."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from trainfit.tasks.findings import Finding
+
+UNKNOWN = -1
+"""The class of a record without truth."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassRecord:
+    """An image file and its class."""
+
+    id: int
+    path: Path
+    width: int
+    """Pixels, upright."""
+    height: int
+    label: int
+
+    def without_truth(self) -> "ClassRecord":
+        """The image alone."""
+        return replace(self, label=UNKNOWN)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LabelledImage:
+    """One image and its class, on the CPU."""
+
+    image: torch.Tensor
+    """uint8 (3, height, width)."""
+    label: int
+    record_id: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """What a model gives for an image."""
+
+    record_id: int
+    classes: tuple[int, ...]
+    """The most likely, the first first; five at most."""
+    scores: tuple[float, ...]
+    """Their probabilities."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFolder:
+    """A data set of folders by class."""
+
+    root: Path
+    splits: dict[str, tuple[ClassRecord, ...]]
+    classes: tuple[str, ...]
+    """Names of the folders, in alphabetical order, as torchvision's ImageFolder numbers them."""
+    findings: tuple[Finding, ...]
+    format: str = "image folder"
