@@ -88,8 +88,8 @@ def test_names_of_models() -> None:
     assert [family_of(name)[0].name for name in named] == ["rfdetr", "maskrcnn", "clip", "classifier", "custom"]
     with pytest.raises(TrainfitError, match="Perhaps you meant maskrcnn-r50-v1"):
         family_of("maskrcnn-r50-1")[1]
-    with pytest.raises(TrainfitError, match="training of timm:resnet50 is not there yet"):
-        make_workload("timm:resnet50", ("a",), {})
+    with pytest.raises(TrainfitError, match="training of my.file:task is not there yet"):
+        make_workload("my.file:task", ("a",), {})
     with pytest.raises(TrainfitError, match="Perhaps you meant timm:resnet50"):
         classifier.build_model("resnet_50", classes=2)
     with pytest.raises(TrainfitError, match="Perhaps you meant clip:ViT-B-16"):
