@@ -30,7 +30,7 @@ class CheckExactness:
 
 
 def check_exactness(arguments: CheckExactness, _given: AbstractSet[str]) -> int:
-    """Check the gradient of a training loop of your own; the exit code is 1 where it is not exact."""
+    """Check the gradient of a loop of your own; exit code 1 where it is not exact."""
     from trainfit.exactness.check import check_exactness as check
 
     result = check(
