@@ -25,8 +25,10 @@ from trainfit.models.clip import workload as clip
 from trainfit.models.custom.workload import Custom, CustomTask
 from trainfit.models.family import family_of
 from trainfit.models.images import crowded_sample
-from trainfit.models.maskrcnn import losses as maskrcnn
 from trainfit.models.maskrcnn import workload as maskrcnn_step
+from trainfit.models.maskrcnn.family import MaskRcnnSetting, resized
+from trainfit.models.maskrcnn.losses import make_objective
+from trainfit.models.maskrcnn.model import build_model
 from trainfit.models.rfdetr.family import RfDetrKnobs
 from trainfit.models.rfdetr.workload import RfDetr
 from trainfit.models.setting import make_setting, setting_from_json
@@ -224,7 +226,8 @@ class FirstOfEach:
 
 def tiny_rcnn() -> Any:
     torch.manual_seed(0)
-    model: Any = maskrcnn_step.build_model("maskrcnn-r50-v1", classes=3, min_size=64, max_size=96)
+    setting = MaskRcnnSetting(model="maskrcnn-r50-v1", resolution=64, max_size=96)
+    model: Any = build_model(setting, classes=3)
     model.rpn.fg_bg_sampler = FirstOfEach(12, 20)
     model.roi_heads.fg_bg_sampler = FirstOfEach(6, 10)
     model.rpn._pre_nms_top_n["training"] = model.rpn._post_nms_top_n["training"] = 60
@@ -257,7 +260,7 @@ def torchvision_gradient(model: Any, parts: Sequence[Sequence[Sample]]) -> dict[
 def test_any_cut_of_mask_rcnn_gives_torchvisions_whole_gradient(capsys: pytest.CaptureFixture[str]) -> None:
     model, window = tiny_rcnn(), scenes()
     known = torchvision_gradient(model, [window])
-    objective = maskrcnn.make_objective(64, 96)
+    objective = make_objective()
     found: list[float] = []
     for micro_batch in (1, 2):
         model.zero_grad(set_to_none=True)
@@ -272,13 +275,13 @@ def test_any_cut_of_mask_rcnn_gives_torchvisions_whole_gradient(capsys: pytest.C
 
 @pytest.mark.parametrize("shape", [(480, 640), (333, 500), (1333, 77), (50, 51)])
 def test_resized_is_what_torchvision_makes(shape: tuple[int, int]) -> None:
-    model: Any = maskrcnn_step.build_model("maskrcnn-r50-v1", classes=1, min_size=160, max_size=267)
+    model: Any = build_model(MaskRcnnSetting(model="maskrcnn-r50-v1", resolution=160, max_size=267), classes=1)
     images, _ = model.transform([torch.zeros(3, *shape)])
-    assert images.image_sizes == [maskrcnn.resized(*shape, min_size=160, max_size=267)]
+    assert images.image_sizes == [resized(*shape, min_size=160, max_size=267)]
 
 
 def test_checkpointed_blocks_of_a_copy_run_the_copys_weights() -> None:
-    model = maskrcnn_step.build_model("maskrcnn-r50-v1", classes=1, min_size=64, max_size=96)
+    model = build_model(MaskRcnnSetting(model="maskrcnn-r50-v1", resolution=64), classes=1)
     checkpoint_first(repeated_blocks(model.get_submodule("backbone.body")), "all")
     averaged, x = copy.deepcopy(model), torch.ones(1, 3, 64, 64)
     before: Any = averaged.backbone(x)

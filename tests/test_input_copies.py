@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainfit.models.images import IMAGENET_MEAN, IMAGENET_STD, crowded_sample, stack_images
-from trainfit.models.maskrcnn.losses import to_image
+from trainfit.models.maskrcnn.data import to_images
+from trainfit.models.maskrcnn.data import to_targets as to_rcnn_targets
 from trainfit.models.rfdetr.data import to_batch, to_targets
 
 
@@ -57,12 +58,23 @@ def stacked_images(like: torch.Tensor) -> object:
 
 
 def images_of_mask_rcnn(like: torch.Tensor) -> object:
-    return [to_image(sample, like) for sample in SAMPLES]
+    return to_images(SAMPLES, (64, 64), like)
+
+
+def targets_of_mask_rcnn(like: torch.Tensor) -> object:
+    return to_rcnn_targets(SAMPLES, like)
 
 
 @pytest.mark.parametrize(
     ("to_gpu", "copies"),
-    [(square_images, 1), (padded_images, 1), (targets, 3), (stacked_images, 1), (images_of_mask_rcnn, 3)],
+    [
+        (square_images, 1),
+        (padded_images, 1),
+        (targets, 3),
+        (stacked_images, 1),
+        (images_of_mask_rcnn, 1),
+        (targets_of_mask_rcnn, 2),
+    ],
 )
 def test_copies_to_the_gpu_do_not_block(to_gpu: Callable[[torch.Tensor], object], copies: int) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True), HostCopies() as host:

@@ -1,6 +1,5 @@
 """Mask R-CNN in pieces against torchvision's own functions."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +12,8 @@ from torchvision.ops import box_iou
 from trainfit.models.images import crowded_sample
 from trainfit.models.maskrcnn import detect as detecting
 from trainfit.models.maskrcnn import lean
-from trainfit.models.maskrcnn.workload import build_model
+from trainfit.models.maskrcnn.family import MaskRcnnSetting
+from trainfit.models.maskrcnn.model import build_model
 from trainfit.tasks.detection.masks import decode_rle
 
 
@@ -39,7 +39,7 @@ def test_matching_in_pieces_is_torchvisions(monkeypatch: pytest.MonkeyPatch, low
 
 
 def test_labels_of_anchors_are_torchvisions_also_without_objects() -> None:
-    model: Any = build_model("maskrcnn-r50-v1", classes=2, min_size=64, max_size=96)
+    model: Any = build_model(MaskRcnnSetting(model="maskrcnn-r50-v1", resolution=64, max_size=96), classes=2)
     g = torch.Generator().manual_seed(2)
     anchors = [random_boxes(200, g), random_boxes(150, g)]
     targets = [{"boxes": random_boxes(4, g)}, {"boxes": torch.zeros(0, 4)}]
@@ -65,10 +65,10 @@ def test_mask_targets_in_pieces_are_torchvisions(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(lean.mask_targets(masks, size, regions, matched, 28), expected)
 
 
-def untrained(build: Callable[..., Any]) -> Any:
+def untrained() -> Any:
     """A model that finds something everywhere."""
     torch.manual_seed(0)
-    model = build("maskrcnn-r50-v1", classes=2, min_size=64, max_size=96)
+    model: Any = build_model(MaskRcnnSetting(model="maskrcnn-r50-v1", resolution=64, max_size=96), classes=2)
     model.roi_heads.score_thresh = 0.0
     model.roi_heads.detections_per_img = 12
     return model.eval()
@@ -77,11 +77,11 @@ def untrained(build: Callable[..., Any]) -> Any:
 @pytest.mark.parametrize("pixels", [1, 2**24])
 def test_detections_are_torchvisions(monkeypatch: pytest.MonkeyPatch, pixels: int) -> None:
     monkeypatch.setattr(detecting, "PIXELS_AT_ONCE", pixels)
-    model = untrained(build_model)
-    samples = [crowded_sample(h, w, objects=1, classes=2, masks=False) for h, w in ((80, 100), (90, 60))]
+    model = untrained()
+    samples = [crowded_sample(h, w, objects=1, classes=2, masks=False) for h, w in ((64, 96), (96, 64))]
     with torch.no_grad():
         expected = model([sample.image.float() / 255 for sample in samples])
-    found = detecting.detect(model, samples)
+    found = detecting.detect(model, samples, torch.ones(2, dtype=torch.bool))
     for ours, theirs, sample in zip(found, expected, samples, strict=True):
         assert len(ours.boxes) == 12
         assert torch.equal(ours.boxes, theirs["boxes"])

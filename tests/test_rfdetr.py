@@ -169,9 +169,7 @@ def test_boxes_draw_no_mask_and_are_the_same_as_with_masks(
     def refuse(*_arguments: object) -> None:
         raise AssertionError("a mask is drawn for boxes")
 
-    for drawing in ("frPyObjects", "merge", "decode"):
-        monkeypatch.setattr(data.rle, drawing, refuse)
-    monkeypatch.setattr(data, "decode_rle", refuse)
+    monkeypatch.setattr(data, "draw_masks", refuse)
     for sample, generator in zip(with_masks, seeds[1::2], strict=True):
         boxes = make_sample(record, size=96, augment=augment, masks=False, generator=generator)
         assert boxes.masks is None

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from trainfit.step import ranks
 from trainfit.step.names import Precision
 from trainfit.step.precision import autocast
+from trainfit.step.random_state import RandomState
 from trainfit.step.terms import LossTerm
 from trainfit.step.window import cut, share
 
@@ -67,25 +68,6 @@ class Contrastive:
         return (Tower(features=self.features),) if callable(self.features) else self.features
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Random:
-    """State of the random numbers on the CPU and the step's device."""
-
-    cpu: torch.Tensor
-    gpu: torch.Tensor | None
-
-    @staticmethod
-    def now(device: torch.device) -> "_Random":
-        return _Random(
-            cpu=torch.get_rng_state(), gpu=torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        )
-
-    def restore(self, device: torch.device) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.gpu is not None:
-            torch.cuda.set_rng_state(self.gpu, device)
-
-
 @dataclass(kw_only=True, eq=False)
 class _Pass:
     """One tower's way through the window."""
@@ -97,7 +79,7 @@ class _Pass:
     """Whether the graph of the last micro-batch is kept, so that it need not run again."""
     kinds: int = 0
     """Features that the tower makes of a sample, of those that learn."""
-    before: list[_Random] = field(default_factory=list[_Random])
+    before: list[RandomState] = field(default_factory=list[RandomState])
     """Random numbers before each micro-batch that runs again."""
     last: tuple[Features, Mapping[str, LossTerm]] | None = None
     """What the last micro-batch gave, where its graph is kept."""
@@ -198,7 +180,7 @@ class _Run:
                 columns.append([feature.detach() for feature in one.last[0]])
                 continue
             if one.tower.learns:
-                one.before.append(_Random.now(self.device))
+                one.before.append(RandomState.now(self.device))
             with torch.no_grad():
                 columns.append(self.forward(one.tower, part)[0])
             self.progress(0)

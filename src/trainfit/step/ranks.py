@@ -67,6 +67,16 @@ def sum_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(names, sum_numbers([values[name] for name in names]), strict=True))
 
 
+def largest(size: tuple[int, int]) -> tuple[int, int]:
+    """The largest height and the largest width of all ranks, by one collective on the CPU."""
+    if world_size() == 1:
+        return size
+    found = torch.tensor(size)
+    with collective():
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found[0]), int(found[1])
+
+
 def gather(value: Result) -> list[Result]:
     """The values of all ranks, in their order; values are pickled."""
     if world_size() == 1:

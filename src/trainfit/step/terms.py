@@ -1,7 +1,7 @@
 """Loss terms: what a model family gives the step, and what normalises them over a window."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -20,11 +20,16 @@ class LossTerm:
     kind: CountKind
     count: torch.Tensor | None = None
     """Scalar: the micro-batch's count, for kind `sampled` alone; the others come from `Objective.counts`."""
+    numbers: Mapping[str, float] = field(default_factory=dict[str, float])
+    """What a run shows of the micro-batch besides its losses, by name: they are summed over the window."""
 
 
 def largest_image(window: Sequence[Any]) -> tuple[int, int]:
     """(height, width) that holds every `image` (3, height, width) of the window."""
     return max(s.image.shape[1] for s in window), max(s.image.shape[2] for s in window)
+
+
+CountFunction = Callable[[torch.nn.Module, Sequence[Any], tuple[int, int]], Mapping[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,11 @@ class Objective:
     """Samples -> the count of every term but the `sampled` ones, by the term's name; for kind `mean` the number of
     images. Additive over samples, and it names every term even for no samples."""
     samples_counts: tuple[str, ...] = ()
-    """Names of the terms of kind `sampled`; where there are any, a window costs one forward without gradients more."""
+    """Names of the terms of kind `sampled`; where there are any, every micro-batch but one is counted before the first
+    backward, in a pass without gradients."""
+    count: CountFunction | None = None
+    """Gives the counts of the `sampled` terms of a micro-batch, with the random numbers that `terms` draws; called without
+    gradients. None: `terms` itself is."""
     canvas: Callable[[Sequence[Any]], tuple[int, int]] = largest_image
-    """Window -> (height, width) that each of its micro-batches is padded to, whatever the cut."""
+    """Window -> (height, width) that each of its micro-batches is padded to, whatever the cut. With `sampled` terms, which
+    may follow from the canvas, it is that of the largest window of all ranks."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,8 @@ class StepResult:
     images: int
     """Images of this rank's share."""
     micro_batches: int
+    numbers: Mapping[str, float] = field(default_factory=dict[str, float])
+    """This rank's sums of `LossTerm.numbers`."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -78,6 +80,7 @@ class TrainingStep:
             self._exchange = GradientExchange(self._in_model_order())
             self._exchange.watch_backward()
         self.agreed: dict[str, float] = {}
+        self.numbers: dict[str, float] = {}
 
     def run(self, window: Sequence[Any], *, micro_batch: int, step: int) -> StepResult:
         """Train on one window: exact gradient, one unscale, one clip, one optimizer step, one EMA update.
@@ -90,7 +93,13 @@ class TrainingStep:
         losses = self.gradient(window, micro_batch=micro_batch)
         gradient_norm = self.update(step)
         parts = -(-len(window) // micro_batch)
-        return StepResult(losses=losses, gradient_norm=gradient_norm, images=len(window), micro_batches=parts)
+        return StepResult(
+            losses=losses,
+            gradient_norm=gradient_norm,
+            images=len(window),
+            micro_batches=parts,
+            numbers=self.numbers,
+        )
 
     def gradient(self, window: Sequence[Any], *, micro_batch: int) -> dict[str, torch.Tensor]:
         """The window's gradient over all ranks, in `.grad`; returns this rank's share of the losses.
@@ -118,7 +127,8 @@ class TrainingStep:
         if isinstance(self.objective, Contrastive):
             window_gradient = partial(accumulate_contrastive, self.model, self.objective)
         else:
-            window_gradient = partial(accumulate, self.model, self.objective)
+            self.numbers = {}
+            window_gradient = partial(accumulate, self.model, self.objective, numbers=self.numbers)
         start_scaler(self.scaler, self.device)
         return window_gradient(
             cut(window, micro_batch),

@@ -1,8 +1,9 @@
 """A window (the samples of one effective batch on one rank) and its gradient, exact for any cut into micro-batches."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from trainfit.step import ranks
 from trainfit.step.names import Precision
 from trainfit.step.precision import autocast
+from trainfit.step.random_state import RandomState
 from trainfit.step.terms import LossTerm, Objective
 
 
@@ -29,14 +31,17 @@ def accumulate(
     scaler: torch.amp.GradScaler | None = None,
     after_micro_batch: Callable[[int], None] | None = None,
     last_backward: Callable[[], AbstractContextManager[None]] = nullcontext,
+    numbers: dict[str, float] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Add the window's gradient to `.grad`, equal to that of one big batch (reference R1) on all ranks together.
 
     Every term is a sum S over the window divided by a count N of the window: backward of S_j / N for each micro-batch j
     adds up to the gradient of S / N exactly, as long as N is final before the first backward. Counts that targets give
-    are; `sampled` ones are made so by a pass without gradients whose random numbers the real pass draws again.
-    Gradients are to be summed over the ranks, not averaged: `exchange.sum_gradients` does it afterwards, a
-    `GradientExchange` whose `last_backward` is given here does it meanwhile.
+    are. `sampled` ones are made so by a pass without gradients over all micro-batches but the first, whose random
+    numbers the passes with gradients draw again; the first runs with gradients, and its graph waits for the counts. So a
+    window of one micro-batch costs nothing more. Gradients are to be summed over the ranks, not averaged:
+    `exchange.sum_gradients` does it afterwards, a `GradientExchange` whose `last_backward` is given here does it
+    meanwhile. The window's sums of `LossTerm.numbers` go into `numbers`.
 
     Returns:
         The window's loss by term (scalars on `device`, this rank's share: they sum over ranks to the window's loss).
@@ -44,24 +49,42 @@ def accumulate(
     window = [sample for micro_batch in micro_batches for sample in micro_batch]
     size = objective.canvas(window) if window else (0, 0)
     counts = dict(objective.counts(window))  # what normalises each term, over the whole window and all ranks
+    begun: Begun | None = None
     if objective.samples_counts:
-        count = partial(_count_sampled, model, objective, micro_batches, size, device=device, precision=precision)
-        sampled = ranks.together(count)
-        counts |= {name: sampled.get(name, 0.0) for name in objective.samples_counts}
+        size = ranks.largest(size)
+        begin = partial(_begin, model, objective, micro_batches, size, device=device, precision=precision)
+        begun = ranks.together(begin)
+        counts |= {name: begun.counts.get(name, 0.0) for name in objective.samples_counts}
     counts = ranks.sum_over_ranks(counts)
     losses: dict[str, torch.Tensor] = {name: torch.zeros((), device=device) for name in counts}
     for number, micro_batch in enumerate(micro_batches, 1):
-        with autocast(precision, device.type):
-            terms = objective.terms(model, micro_batch, size)
+        if number == 1 and begun is not None:
+            terms, begun.terms = begun.terms, {}
+        else:
+            with autocast(precision, device.type):
+                terms = objective.terms(model, micro_batch, size)
         shares = {name: share(name, term, counts, len(micro_batch)) for name, term in terms.items()}
+        if numbers is not None:
+            _add_numbers(numbers, terms)
+        del terms
         loss = torch.stack(list(shares.values())).sum()
         with last_backward() if number == len(micro_batches) else nullcontext():
             (scaler.scale(loss) if scaler is not None else loss).backward()
+        if number == 1 and begun is not None:
+            begun.before.restore(device)
         for name, value in shares.items():
             losses[name] = losses[name] + value.detach()
         if after_micro_batch is not None:
             after_micro_batch(len(micro_batch))
+    if begun is not None:
+        begun.after.restore(device)
     return losses
+
+
+def _add_numbers(numbers: dict[str, float], terms: Mapping[str, LossTerm]) -> None:
+    for term in terms.values():
+        for name, value in term.numbers.items():
+            numbers[name] = numbers.get(name, 0.0) + value
 
 
 def share(name: str, term: LossTerm, counts: Mapping[str, float], images: int) -> torch.Tensor:
@@ -74,8 +97,21 @@ def share(name: str, term: LossTerm, counts: Mapping[str, float], images: int) -
     return term.total / max(counts[name], 1.0)
 
 
-@torch.no_grad()
-def _count_sampled(
+@dataclass(kw_only=True, eq=False)
+class Begun:
+    """A window whose counts are known and whose first micro-batch has run."""
+
+    counts: Mapping[str, float]
+    """Of all micro-batches of this rank."""
+    terms: Mapping[str, LossTerm]
+    """Of the first micro-batch, with its graph."""
+    before: RandomState
+    """What the micro-batches behind the first draw from."""
+    after: RandomState
+    """At the end of the window."""
+
+
+def _begin(
     model: torch.nn.Module,
     objective: Objective,
     micro_batches: Sequence[Sequence[Any]],
@@ -83,19 +119,39 @@ def _count_sampled(
     *,
     device: torch.device,
     precision: Precision,
-) -> dict[str, float]:
-    """Counts that only a forward knows. Random numbers and buffers (BatchNorm's running statistics) are put back, so
-    that the pass with gradients draws the same numbers and the statistics move once.
-    """
+) -> Begun:
+    """Counts that only a forward knows: without gradients of all micro-batches but the first, then of the first with them."""
+    before = RandomState.now(device)
     totals: dict[str, float] = defaultdict(float)
-    buffers = [buffer.clone() for buffer in model.buffers()]
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for micro_batch in micro_batches:
+    with torch.no_grad(), buffers_kept(model):
+        for micro_batch in micro_batches[1:]:
             with autocast(precision, device.type):
-                terms = objective.terms(model, micro_batch, size)
-            for name, term in terms.items():
-                if term.count is not None:
-                    totals[name] += float(term.count)
-    for buffer, before in zip(model.buffers(), buffers, strict=True):
-        buffer.copy_(before)
-    return totals
+                found = (objective.count or partial(_counts_of_terms, objective))(model, micro_batch, size)
+            for name, value in found.items():
+                totals[name] += value
+    terms: Mapping[str, LossTerm] = {}
+    if micro_batches:
+        with autocast(precision, device.type):
+            terms = objective.terms(model, micro_batches[0], size)
+        for name, term in terms.items():
+            totals[name] += 0.0 if term.count is None else float(term.count)
+    return Begun(counts=totals, terms=terms, before=before, after=RandomState.now(device))
+
+
+def _counts_of_terms(
+    objective: Objective, model: torch.nn.Module, micro_batch: Sequence[Any], size: tuple[int, int]
+) -> dict[str, float]:
+    terms = objective.terms(model, micro_batch, size)
+    return {name: float(term.count) for name, term in terms.items() if term.count is not None}
+
+
+@contextmanager
+def buffers_kept(model: torch.nn.Module) -> Generator[None]:
+    """Put the buffers (BatchNorm's running statistics) back as they were, whatever happens meanwhile."""
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in zip(model.buffers(), buffers, strict=True):
+                buffer.copy_(before)

@@ -104,7 +104,7 @@ class Recipe(Setting):
         return Path(self.weights) if self.weights and Path(self.weights).is_dir() else None
 
 
-FROM_DATA = ("classes", "objects_per_image")
+FROM_DATA = ("classes", "objects_per_image", "canvas")
 """Fields of settings that a data set determines: they are no flags of training."""
 
 

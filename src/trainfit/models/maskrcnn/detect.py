@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import resize_boxes
 
-from trainfit.models.maskrcnn.losses import to_image
+from trainfit.models.maskrcnn.data import to_images
+from trainfit.step.terms import largest_image
 from trainfit.tasks.detection.masks import Rle, encode_masks
 from trainfit.tasks.detection.samples import ImageDetections, Sample
 
@@ -19,15 +20,16 @@ IS_MASK = 0.5
 
 
 @torch.no_grad()
-def detect(model: torch.nn.Module, samples: Sequence[Sample]) -> list[ImageDetections]:
-    """The detections of a micro-batch in pixels of the original images; the model is in eval mode.
+def detect(model: torch.nn.Module, samples: Sequence[Sample], is_class: torch.Tensor) -> list[ImageDetections]:
+    """The detections of a micro-batch of resized images in pixels of the original ones; the model is in eval mode.
+
+    `is_class` (classes,), on the CPU, says which classes have a name: what is found of others is left out.
 
     `GeneralizedRCNN.forward` and `GeneralizedRCNNTransform.postprocess` (torchvision 0.29), which paste all masks of an
     image at its size at once: 407 MiB in float32 for 100 masks of 800 x 1333 pixels, and as much again to stack them.
     """
-    rcnn = cast(MaskRCNN, model)
-    like = next(model.parameters())
-    images, _ = rcnn.transform([to_image(sample, like) for sample in samples])
+    rcnn = cast(FasterRCNN, model)
+    images = to_images(samples, largest_image(samples), next(model.parameters()))
     features = rcnn.backbone(images.tensors)
     proposals, _ = rcnn.rpn(images, features)
     sizes = images.image_sizes
@@ -36,13 +38,16 @@ def detect(model: torch.nn.Module, samples: Sequence[Sample]) -> list[ImageDetec
     detections: list[ImageDetections] = []
     for sample, size, own in zip(samples, sizes, found, strict=True):
         boxes = resize_boxes(own["boxes"], list(size), list(sample.original_size))
+        classes = own["labels"].cpu() - 1  # 0 is the background
+        known = torch.where(is_class[classes])[0]
+        masks = _pasted(own["masks"], boxes, sample.original_size) if "masks" in own else None
         detections.append(
             ImageDetections(
                 image_id=sample.image_id,
-                boxes=boxes.float().cpu(),
-                scores=own["scores"].float().cpu(),
-                classes=own["labels"].cpu() - 1,  # 0 is the background
-                masks=_pasted(own["masks"], boxes, sample.original_size),
+                boxes=boxes.float().cpu()[known],
+                scores=own["scores"].float().cpu()[known],
+                classes=classes[known],
+                masks=None if masks is None else [masks[row] for row in known.tolist()],
             )
         )
     return detections

@@ -81,7 +81,8 @@ def mask_targets(
         if not len(rows):
             continue
         piece = to_device([masks[first : first + count]], regions)[:, None].to(regions.dtype)
-        piece = functional.interpolate(piece, size=size)
+        if size != tuple(masks.shape[1:]):
+            piece = functional.interpolate(piece, size=size)
         rois = torch.cat(((matched[rows] - first).to(regions.dtype)[:, None], regions[rows]), 1)
         found[rows] = roi_align(piece, rois, (side, side), 1.0)[:, 0]
     return found

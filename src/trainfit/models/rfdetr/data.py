@@ -2,27 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from faster_coco_eval import mask as rle
-from numpy.typing import NDArray
 from PIL import Image
 from rfdetr.utilities.tensors import NestedTensor
 
 from trainfit.models.images import IMAGENET_MEAN, IMAGENET_STD, normalise_, to_device
 from trainfit.models.rfdetr.packed_masks import PackedMasks, pack
-from trainfit.tasks.detection.masks import Rle, decode_rle
-from trainfit.tasks.detection.samples import ImageRecord, Polygons, Sample
+from trainfit.tasks.detection.masks import Region, draw_masks
+from trainfit.tasks.detection.samples import ImageRecord, Sample
 from trainfit.tasks.images import read_image
 
 SHORT_SIDES = (400, 500, 600)
 """The DETR recipe's intermediate sizes; crops are 384 px to the short side of it (rfdetr 1.11.2 datasets/coco.py)."""
 SMALLEST_CROP = 384
-
-Region = tuple[float, float, float, float]
-"""x0, y0, x1, y1 in pixels of the original image."""
 
 
 def make_sample(record: ImageRecord, *, size: int, augment: bool, masks: bool, generator: torch.Generator) -> Sample:
@@ -47,7 +42,8 @@ def make_sample(record: ImageRecord, *, size: int, augment: bool, masks: bool, g
     boxes = boxes[keep]
     drawn = None
     if masks:
-        drawn = _masks([s for s, k in zip(record.segmentations, keep, strict=True) if k], boxes, region, size, record)
+        kept = [segmentation for segmentation, k in zip(record.segmentations, keep, strict=True) if k]
+        drawn = draw_masks(kept, boxes, region=region, size=(size, size), image=(record.height, record.width))
     pixels = torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1).contiguous()
     if flip:
         pixels = pixels.flip(2)
@@ -77,37 +73,6 @@ def _random_crop(width: int, height: int, generator: torch.Generator) -> Region:
     side = min(side / zoom, width, height)
     left, top = min(left, width - side), min(top, height - side)
     return left, top, left + side, top + side
-
-
-def _masks(
-    segmentations: Sequence[Polygons | Rle | None],
-    boxes: NDArray[np.float64],
-    region: Region,
-    size: int,
-    record: ImageRecord,
-) -> NDArray[np.bool_]:
-    """Bool (n, size, size). Polygons are scaled, then drawn; an RLE is decoded, cut and resized by nearest pixel.
-
-    An object without a segmentation gets its box.
-    """
-    drawn = np.zeros((len(segmentations), size, size), dtype=np.bool_)
-    x0, y0, x1, y1 = region
-    scale = np.array([size / (x1 - x0), size / (y1 - y0)])
-    for i, segmentation in enumerate(segmentations):
-        if isinstance(segmentation, tuple):
-            polygons = [((polygon.reshape(-1, 2) - [x0, y0]) * scale).ravel().tolist() for polygon in segmentation]
-            drawn[i] = rle.decode(rle.merge(cast(list[dict[str, Any]], rle.frPyObjects(polygons, size, size)))).astype(
-                np.bool_
-            )
-        elif isinstance(segmentation, dict):
-            whole = decode_rle(segmentation, record.height, record.width)
-            rows = np.clip((y0 + (np.arange(size) + 0.5) / scale[1]).astype(int), 0, record.height - 1)
-            columns = np.clip((x0 + (np.arange(size) + 0.5) / scale[0]).astype(int), 0, record.width - 1)
-            drawn[i] = whole[np.ix_(rows, columns)]
-        else:
-            left, top, right, bottom = boxes[i].round().astype(int)
-            drawn[i, top : max(bottom, top + 1), left : max(right, left + 1)] = True
-    return drawn
 
 
 def to_batch(samples: Sequence[Sample], canvas: tuple[int, int], like: torch.Tensor) -> NestedTensor:

@@ -20,6 +20,8 @@ OUTLINE_PIXELS = 2**20
 OUTLINE_SIDES = 2_048
 """The longest outline of one object: in pixels, and in short sides of its image. The mask library allocates some 52 bytes a
 pixel of outline (measured with faster-coco-eval 1.8), wherever the points lie: up to here some 100 MiB."""
+Region = tuple[float, float, float, float]
+"""x0, y0, x1, y1 in pixels of an image."""
 RUN_CHARACTERS = 7
 """The longest run in a compressed mask: 7 characters of 5 bits are more than any image has pixels."""
 
@@ -35,6 +37,44 @@ def decode_rle(segmentation: Rle, height: int, width: int) -> NDArray[np.bool_]:
     compressed = isinstance(segmentation["counts"], (str, bytes))
     encoded = segmentation if compressed else mask_api.frPyObjects(segmentation, height, width)
     return mask_api.decode(encoded).astype(np.bool_)
+
+
+def draw_masks(
+    segmentations: Sequence[Polygons | Rle | None],
+    boxes: NDArray[np.float64],
+    *,
+    region: Region,
+    size: tuple[int, int],
+    image: tuple[int, int],
+) -> NDArray[np.bool_]:
+    """Bool (n, height, width) of a region that was resized. Polygons are scaled, then drawn; an RLE is decoded, cut and
+    resized by nearest pixel. An object without a segmentation gets its box.
+
+    Args:
+        segmentations: In pixels of the whole image.
+        boxes: (n, 4) in pixels of the resized region.
+        region: The part of the image that was resized.
+        size: Height and width of the resized region.
+        image: Height and width of the whole image.
+    """
+    height, width = size
+    drawn = np.zeros((len(segmentations), height, width), dtype=np.bool_)
+    x0, y0, x1, y1 = region
+    scale = np.array([width / (x1 - x0), height / (y1 - y0)])
+    for i, segmentation in enumerate(segmentations):
+        if isinstance(segmentation, tuple):
+            polygons = [((polygon.reshape(-1, 2) - [x0, y0]) * scale).ravel().tolist() for polygon in segmentation]
+            encoded = mask_api.merge(cast(list[Rle], mask_api.frPyObjects(polygons, height, width)))
+            drawn[i] = mask_api.decode(encoded).astype(np.bool_)
+        elif isinstance(segmentation, dict):
+            whole = decode_rle(segmentation, *image)
+            rows = np.clip((y0 + (np.arange(height) + 0.5) / scale[1]).astype(int), 0, image[0] - 1)
+            columns = np.clip((x0 + (np.arange(width) + 0.5) / scale[0]).astype(int), 0, image[1] - 1)
+            drawn[i] = whole[np.ix_(rows, columns)]
+        else:
+            left, top, right, bottom = boxes[i].round().astype(int)
+            drawn[i, top : max(bottom, top + 1), left : max(right, left + 1)] = True
+    return drawn
 
 
 def mask_area(segmentation: Polygons | Rle, height: int, width: int) -> int:
@@ -120,5 +160,5 @@ def require_masks(records: Sequence[ImageRecord]) -> None:
     if bare:
         raise TrainfitError(
             f"{len(bare)} of {len(records)} images have objects without a mask, the first {bare[0].path.name}: add their "
-            "masks, or train without masks (--stage detector, or a model without `seg` in its name)"
+            "masks, or train a model without masks (--stage detector, or another model of `trainfit models`)"
         )

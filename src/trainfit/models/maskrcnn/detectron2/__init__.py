@@ -1,0 +1,1 @@
+"""Detectron2's YAML configurations in and out. Imports no torch."""

@@ -1,0 +1,230 @@
+"""A command line with `--detectron2 FILE` as one of trainfit's."""
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainfit.errors import TrainfitError
+from trainfit.models.maskrcnn.detectron2.read import read_configuration
+from trainfit.models.maskrcnn.detectron2.rules import DIFFERENCES, RULES, Flags, Instead, Same
+
+TRAIN_DEFAULTS = ("--optimizer", "sgd", "--schedule", "cosine", "--epochs", "1000000")
+"""Of `trainfit train`, where a configuration counts steps and Detectron2 trains with SGD."""
+CLIP_VALUE = 1.0
+"""Of config/defaults.py."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Translation:
+    """What a configuration says to trainfit. Every key is in exactly one of the lists."""
+
+    model: str
+    values: Mapping[str, Any]
+    """By key, `_BASE_` resolved."""
+    knobs: tuple[str, ...]
+    """Words for the command line of every command."""
+    training: tuple[str, ...]
+    """Words that only `trainfit train` takes."""
+    effective_batch: int | None
+    accumulation: int
+    carried: tuple[str, ...]
+    same: tuple[str, ...]
+    instead: tuple[tuple[str, str], ...]
+    """(key, what is done instead)."""
+    unknown: tuple[str, ...]
+
+    def lines(self) -> Iterable[str]:
+        """The report, key by key."""
+        yield f"detectron2: {len(self.carried)} keys are carried over: {', '.join(self.carried)}"
+        if self.same:
+            yield f"detectron2: {len(self.same)} keys say what {self.model} is: {', '.join(self.same)}"
+        for key, text in self.instead:
+            yield f"detectron2: {key} {_short(self.values[key])}: not carried over; {text}"
+        for key in self.unknown:
+            yield f"detectron2: {key} {_short(self.values[key])}: unknown, and not used"
+        for text in DIFFERENCES:
+            yield f"detectron2: model: {text}"
+
+
+def translated(name: str) -> Translation:
+    """What becomes of a configuration.
+
+    Raises:
+        TrainfitError: it cannot be read, is of another model, or has a value that trainfit has not.
+    """
+    values = read_configuration(name)
+    carried: list[str] = []
+    same: list[str] = []
+    instead: list[tuple[str, str]] = []
+    unknown: list[str] = []
+    words: dict[bool, list[str]] = {False: [], True: []}
+    for key, value in values.items():
+        rule = RULES.get(key)
+        if isinstance(rule, Flags):
+            words[rule.training] += _made(rule, key, value, name)
+            carried.append(key)
+        elif isinstance(rule, Same) and _equal(rule.value, value):
+            same.append(key)
+        elif isinstance(rule, Same):
+            if not rule.instead:
+                raise TrainfitError(
+                    f"{name} is of another model than R50/R101-FPN Mask or Faster R-CNN: {key} is {_short(value)}, not "
+                    f"{_short(rule.value)}"
+                )
+            instead.append((key, rule.instead))
+        elif isinstance(rule, Instead):
+            instead.append((key, rule.text))
+        else:
+            unknown.append(key)
+    batch, accumulation = (
+        _whole(values, "SOLVER.IMS_PER_BATCH", name),
+        _whole(values, "SOLVER.ACCUMULATION_STEPS", name),
+    )
+    return Translation(
+        model=_model(values, name),
+        values=values,
+        knobs=tuple(_joined(words[False], values, name)),
+        training=(*words[True], *_clipping(values, name)),
+        effective_batch=None if batch is None else batch * (accumulation or 1),
+        accumulation=accumulation or 1,
+        carried=tuple(carried),
+        same=tuple(same),
+        instead=tuple(instead),
+        unknown=tuple(unknown),
+    )
+
+
+def with_configuration(arguments: Sequence[str]) -> list[str]:
+    """A command line without `--detectron2 FILE`, with its model and flags; flags that are there already stay.
+
+    What is not carried over is said on stderr.
+
+    Raises:
+        TrainfitError: no file, another command, another model, or as `translated`.
+    """
+    words, name = _without_flag(arguments)
+    command = words[0] if words else ""
+    if command not in ("plan", "predict", "measure", "train"):
+        raise TrainfitError("--detectron2 goes with plan, predict, measure and train")
+    found = translated(name)
+    rest = words[1:]
+    if rest and not rest[0].startswith("-"):
+        from trainfit.models.family import family_of
+
+        model = family_of(rest.pop(0))[1]
+        if model != found.model:
+            raise TrainfitError(f"{name} is of {found.model}, not {model}: leave the model out")
+    added: list[str] = list(found.knobs)
+    if command == "train":
+        added += [*found.training, *TRAIN_DEFAULTS]
+    added += _batch(found, command)
+    for line in found.lines():
+        print(line, file=sys.stderr)
+    return [command, found.model, *_not_given(added, rest), *rest]
+
+
+def _batch(found: Translation, command: str) -> list[str]:
+    """Of a plan and a training the effective batch is held; a step without accumulation has it at once, as Detectron2."""
+    if found.effective_batch is None:
+        return []
+    if command == "plan" or (command == "train" and found.accumulation == 1):
+        return ["--effective-batch", str(found.effective_batch)]
+    micro_batch = found.effective_batch // found.accumulation
+    return ["--micro-batch", str(micro_batch), "--accumulation", str(found.accumulation)]
+
+
+def _not_given(added: Sequence[str], rest: Sequence[str]) -> list[str]:
+    """The words of flags that are not in `rest`."""
+    given = {_bare(word) for word in rest if word.startswith("--")}
+    if given & {"effective-batch", "micro-batch", "accumulation"}:
+        given |= (
+            {"effective-batch", "micro-batch", "accumulation"} if "effective-batch" in given else {"effective-batch"}
+        )
+    kept: list[str] = []
+    keep = True
+    for word in added:
+        if word.startswith("--"):
+            keep = _bare(word) not in given
+        if keep:
+            kept.append(word)
+    return kept
+
+
+def _bare(word: str) -> str:
+    return word[2:].partition("=")[0].replace("_", "-").removeprefix("no-")
+
+
+def _without_flag(arguments: Sequence[str]) -> tuple[list[str], str]:
+    words, name = list[str](), ""
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        flag, equals, value = word.partition("=")
+        if flag != "--detectron2":
+            words.append(word)
+            continue
+        if not equals and (not rest or rest[0].startswith("--")):
+            raise TrainfitError("--detectron2 needs a YAML file of Detectron2's, or the name of one of its own")
+        name = value if equals else rest.pop(0)
+    return words, name
+
+
+def _made(rule: Flags, key: str, value: Any, name: str) -> list[str]:
+    try:
+        return rule.make(value)
+    except (ValueError, TypeError, KeyError) as error:
+        raise TrainfitError(f"{name}: {key} {_short(value)} is no value that trainfit has") from error
+
+
+def _joined(words: Sequence[str], values: Mapping[str, Any], name: str) -> list[str]:
+    """The knobs, with those that two keys make together."""
+    joined = list(words)
+    sides = "--short-sides"
+    if values.get("INPUT.MIN_SIZE_TRAIN_SAMPLING") == "range" and sides in joined:
+        place = joined.index(sides) + 1
+        joined[place] = joined[place].replace(",", "-")
+    if sides in joined and joined[joined.index(sides) + 1] == str(values.get("INPUT.MIN_SIZE_TEST", "")):
+        del joined[joined.index(sides) : joined.index(sides) + 2]
+    elif sides in joined and "--resolution" not in joined:
+        joined += ["--resolution", "800"]  # config/defaults.py INPUT.MIN_SIZE_TEST
+    before, after = (_whole(values, f"MODEL.RPN.{which}_NMS_TOPK_TRAIN", name) for which in ("PRE", "POST"))
+    if before is not None or after is not None:
+        joined += ["--proposals", str(before or 2000), str(after or 1000)]
+    if "--max-size" not in joined:
+        joined += ["--max-size", "1333"]  # config/defaults.py INPUT.MAX_SIZE_TRAIN
+    return joined
+
+
+def _clipping(values: Mapping[str, Any], name: str) -> list[str]:
+    if not values.get("SOLVER.CLIP_GRADIENTS.ENABLED", False):
+        return ["--clip-norm", "0"]
+    value = values.get("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", CLIP_VALUE)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise TrainfitError(f"{name}: SOLVER.CLIP_GRADIENTS.CLIP_VALUE must be more than 0, not {_short(value)}")
+    return ["--clip-norm", str(value)]
+
+
+def _model(values: Mapping[str, Any], name: str) -> str:
+    depth = values.get("MODEL.RESNETS.DEPTH", 50)
+    if depth not in (50, 101):
+        raise TrainfitError(f"{name} is of another model: MODEL.RESNETS.DEPTH is {_short(depth)}, not 50 or 101")
+    if values.get("MODEL.META_ARCHITECTURE") is None:
+        raise TrainfitError(f"{name} is no configuration of a Mask or Faster R-CNN: it has no MODEL.META_ARCHITECTURE")
+    return f"{'maskrcnn' if values.get('MODEL.MASK_ON', False) else 'fasterrcnn'}-r{depth}-v1"
+
+
+def _whole(values: Mapping[str, Any], key: str, name: str) -> int | None:
+    value = values.get(key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise TrainfitError(f"{name}: {key} must be a whole number of at least 1, not {_short(value)}")
+    return value
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
