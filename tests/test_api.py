@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 import trainfit
-import trainfit.api
 from conftest import run
+from plan_cases import make_plan
 from trainfit.gpus.catalogue import GIB, gpu_with_memory
 from trainfit.reports.profile import profile_json
 
@@ -72,7 +72,7 @@ def test_plan_takes_what_the_command_takes(monkeypatch: pytest.MonkeyPatch) -> N
         asked.append((positional, named))
         return "a plan"
 
-    monkeypatch.setattr(trainfit.api, "make_plan", capture)
+    monkeypatch.setattr("trainfit.api.planning.make_plan", capture)
     assert trainfit.plan("timm:resnet10t", memory="6GiB", effective_batch=8, micro_batch=4, resolution=64) == "a plan"
     (setting, card), named = asked[0]
     assert setting == trainfit.make_setting("timm:resnet10t", resolution=64)
@@ -105,7 +105,7 @@ def test_a_setting_may_stand_for_a_model(monkeypatch: pytest.MonkeyPatch) -> Non
     def capture(setting: Any, *_positional: Any, **_named: Any) -> None:
         asked.append(setting)
 
-    monkeypatch.setattr(trainfit.api, "make_plan", capture)
+    monkeypatch.setattr("trainfit.api.planning.make_plan", capture)
     setting = trainfit.make_setting("rf-detr nano", groups=1)
     trainfit.plan(setting, memory="8GiB", num_queries=20)
     assert asked == [replace(setting, num_queries=20)]
@@ -180,3 +180,44 @@ def test_pages_for_contributors_point_at_real_files() -> None:
     listed = re.findall(r"^\| `([\w./]+)`", (root / "benchmarks" / "README.md").read_text(), re.MULTILINE)
     assert {path.name for path in (root / "benchmarks").glob("*.py")} <= set(listed)
     assert all((root / "benchmarks" / path).exists() for path in listed)
+
+
+def test_results_are_what_the_commands_print(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`report` and `check-data` here, whose commands take no time; `predict` is compared above."""
+    (tmp_path / "recipe.json").write_text(json.dumps({"model": "rfdetr-nano"}))
+    report = trainfit.report(tmp_path)
+    assert run("report", tmp_path, "--html", tmp_path / "page.html") == 0
+    assert capsys.readouterr().out == trainfit.as_text(report) + "\n"
+    assert (tmp_path / "page.html").read_text() == trainfit.as_html(report)
+    check = trainfit.check_data("sample", decode=False)
+    assert run("check-data", "sample", "--no-decode", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(trainfit.as_json(check)))
+    with pytest.raises(trainfit.TrainfitError, match="there is no html of a DataCheck, only of: Plan"):
+        trainfit.as_html(check)
+    with pytest.raises(trainfit.TrainfitError, match="not a run folder"):
+        trainfit.report(tmp_path / "none")
+
+
+def test_a_plan_is_written_emitted_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan((4, "none"))
+    assert plan.chosen is not None
+    assert trainfit.as_text(plan).startswith("rfdetr-nano on")
+    assert trainfit.emit(plan, "rfdetr").tool == "rfdetr"
+    file = trainfit.save_plan(plan, tmp_path / "plan.json")
+    asked: list[Any] = []
+
+    class Capture:
+        def __init__(self, **values: Any) -> None:
+            asked.append(values["setting"])
+
+        def run(self, _sizes: object) -> list[Any]:
+            return []
+
+    monkeypatch.setattr("trainfit.api.measuring.Bench", Capture)
+    for given in (plan, file, str(file)):
+        assert trainfit.measure(plan=given, device="cpu") == ()
+    assert asked == [plan.chosen.setting] * 3
+    with pytest.raises(trainfit.TrainfitError, match="is for rfdetr-nano, not rfdetr-small"):
+        trainfit.measure("rfdetr-small", plan=file, device="cpu")
+    with pytest.raises(trainfit.TrainfitError, match="cannot be written"):
+        trainfit.save_plan(plan, tmp_path / "none" / "plan.json")

@@ -7,7 +7,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainfit.api import check_data, detect, evaluate, measure, plan, predict, train
+    from trainfit.api import (
+        as_html,
+        as_json,
+        as_text,
+        check_data,
+        detect,
+        emit,
+        evaluate,
+        measure,
+        plan,
+        predict,
+        report,
+        save_plan,
+        train,
+    )
     from trainfit.errors import OutOfMemory, TrainfitError
     from trainfit.exactness.check import check_exactness
     from trainfit.exactness.loop import Exactness, OwnLoop
@@ -19,10 +33,12 @@ if TYPE_CHECKING:
     from trainfit.models.family import Family, model_names, register
     from trainfit.models.setting import Setting, make_setting
     from trainfit.planning.plan import Plan
+    from trainfit.reports.emit import Emitted
+    from trainfit.reports.run_report import RunReport
     from trainfit.step.contrastive import Contrastive
     from trainfit.step.terms import LossTerm, Objective
     from trainfit.step.training_step import TrainingStep
-    from trainfit.tasks.task import Evaluation
+    from trainfit.tasks.task import DataCheck, Evaluation
     from trainfit.training.accumulate import Accumulation, accumulate
     from trainfit.training.oom import Survivor
     from trainfit.training.recipe import Recipe
@@ -35,6 +51,8 @@ __all__ = [
     "Accumulation",
     "Contrastive",
     "CustomTask",
+    "DataCheck",
+    "Emitted",
     "Evaluation",
     "Exactness",
     "Explanation",
@@ -48,6 +66,7 @@ __all__ = [
     "Plan",
     "Prediction",
     "Recipe",
+    "RunReport",
     "RunSummary",
     "Setting",
     "SurvivingStep",
@@ -56,9 +75,13 @@ __all__ = [
     "TrainingStep",
     "__version__",
     "accumulate",
+    "as_html",
+    "as_json",
+    "as_text",
     "check_data",
     "check_exactness",
     "detect",
+    "emit",
     "evaluate",
     "explain",
     "find_gpu",
@@ -68,12 +91,17 @@ __all__ = [
     "plan",
     "predict",
     "register",
+    "report",
+    "save_plan",
     "survive_oom",
     "train",
 ]
 
 _MODULES = {
-    "api": ("check_data", "detect", "evaluate", "measure", "plan", "predict", "train"),
+    "api.measuring": ("measure",),
+    "api.planning": ("plan", "predict"),
+    "api.results": ("as_html", "as_json", "as_text", "emit", "report", "save_plan"),
+    "api.running": ("check_data", "detect", "evaluate", "train"),
     "errors": ("OutOfMemory", "TrainfitError"),
     "exactness.check": ("check_exactness",),
     "exactness.loop": ("Exactness", "OwnLoop"),
@@ -85,11 +113,13 @@ _MODULES = {
     "models.family": ("Family", "model_names", "register"),
     "models.setting": ("Setting", "make_setting"),
     "planning.plan": ("Plan",),
+    "reports.emit": ("Emitted",),
+    "reports.run_report": ("RunReport",),
     "step.contrastive": ("Contrastive",),
     "step.terms": ("LossTerm", "Objective"),
     "step.training_step": ("TrainingStep",),
-    "tasks.task": ("Evaluation",),
     "training.survive": ("SurvivingStep", "survive_oom"),
+    "tasks.task": ("DataCheck", "Evaluation"),
     "training.summary": ("RunSummary",),
     "training.accumulate": ("Accumulation", "accumulate"),
     "training.oom": ("Survivor",),

@@ -1,12 +1,11 @@
 """trainfit evaluate."""
 
-import dataclasses
 import json
 import sys
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal, cast
 
 from trainfit.errors import TrainfitError
 from trainfit.values import In, Range, require_valid
@@ -41,7 +40,7 @@ class Evaluate:
 def evaluate(arguments: Evaluate, _given: AbstractSet[str]) -> int:
     """Evaluate a trained run, or a published checkpoint, on a data set."""
     from trainfit import api
-    from trainfit.reports.tables import table_text
+    from trainfit.reports.evaluation import evaluation_json, evaluation_text
 
     require_valid(arguments)
     options = {} if arguments.max_detections is None else {"max_detections": arguments.max_detections}
@@ -57,18 +56,10 @@ def evaluate(arguments: Evaluate, _given: AbstractSet[str]) -> int:
         **options,
     )
     if arguments.as_json:
-        details = {name: _plain(value) for name, value in evaluation.details.items()}
-        print(json.dumps({"schema": 1, **details}, indent=2))
+        print(json.dumps(evaluation_json(evaluation), indent=2))
     else:
-        print("\n".join((*map(table_text, evaluation.tables), *evaluation.notes)))
+        print(evaluation_text(evaluation))
     return 0
-
-
-def _plain(value: Any) -> Any:
-    """A JSON value, or a dataclass as one."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return value
 
 
 def _source(run: Path | None, weights: Path | None) -> Path:

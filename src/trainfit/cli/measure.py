@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Generic, Literal
 
-from trainfit.api import make_bench
+from trainfit.api import make_bench, planned_setting
 from trainfit.cli.arguments import AnySetting
 from trainfit.errors import OutOfMemory, TrainfitError
 from trainfit.measuring.calibration import load
 from trainfit.measuring.search import Measured
-from trainfit.models.setting import Setting, named, setting_from_json
-from trainfit.planning.plan import read_plan
+from trainfit.models.setting import Setting, named
 from trainfit.reports.measure import measured_json, measured_text
 from trainfit.values import In
 
@@ -43,10 +42,7 @@ def measure(arguments: Measure[Setting], _given: AbstractSet[str]) -> int:
     """Measure a setting on the real device; the exit code is 3 if nothing ran."""
     setting = named(arguments.setting)
     if arguments.plan is not None:
-        record = read_plan(arguments.plan)
-        if record["model"] != setting.model:
-            raise TrainfitError(f"--plan {arguments.plan} is for {record['model']}, not {setting.model}")
-        setting = setting_from_json(record["setting"], f"--plan {arguments.plan}, setting")
+        setting = planned_setting(arguments.plan, setting)
     sizes = _sizes(arguments.micro_batches)
     bench = make_bench(
         setting,

@@ -14,8 +14,6 @@ from trainfit.gpus.catalogue import Gpu
 from trainfit.gpus.choice import chosen_gpu, gpu_here
 from trainfit.models.setting import Setting
 from trainfit.planning.make import DEFAULT_EFFECTIVE_BATCH
-from trainfit.planning.plan import to_json
-from trainfit.reports.emit import emit
 from trainfit.reports.plan import plan_json, plan_text
 from trainfit.reports.plan_html import plan_html
 from trainfit.values import In
@@ -62,8 +60,8 @@ class Plan(Generic[AnySetting]):
 def plan(arguments: Plan[Setting], given: AbstractSet[str]) -> int:
     """Plan the fastest training that fits a GPU; the exit code is 1 if nothing fits."""
     require_writable((arguments.html, arguments.out), force=arguments.force)
-    setting, note = arguments.setting, _note if sys.stderr.isatty() else _ignore
-    found = api.plan(
+    setting = arguments.setting
+    result = api.plan(
         setting,
         gpu=_gpu(arguments),
         gpus=arguments.gpus,
@@ -75,19 +73,19 @@ def plan(arguments: Plan[Setting], given: AbstractSet[str]) -> int:
         allow=arguments.allow,
         alloc_conf=arguments.alloc_conf,
         cache=arguments.cache,
-        note=note,
+        note=_note if sys.stderr.isatty() else _ignore,
     )
     if arguments.html is not None:
-        write(arguments.html, plan_html(found))
-    if arguments.out is not None and found.chosen is not None:
-        write(arguments.out, json.dumps(to_json(found), indent=2) + "\n")
+        write(arguments.html, plan_html(result))
+    if arguments.out is not None and result.chosen is not None:
+        print(f"wrote {api.save_plan(result, arguments.out)}", file=sys.stderr)
     if arguments.emit is not None:
-        emitted = emit(found, arguments.emit)
+        emitted = api.emit(result, arguments.emit)
         print(emitted.text)
         print("\n".join(f"note: {note}" for note in emitted.notes), file=sys.stderr)
     else:
-        print(json.dumps(plan_json(found)) if arguments.as_json else plan_text(found))
-    return 0 if found.chosen is not None else 1
+        print(json.dumps(plan_json(result)) if arguments.as_json else plan_text(result))
+    return 0 if result.chosen is not None else 1
 
 
 def _gpu(arguments: Plan[Setting]) -> Gpu:

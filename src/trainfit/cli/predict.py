@@ -1,22 +1,16 @@
 """trainfit predict."""
 
 import json
-import pickle
 import sys
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Generic, Literal
 
+from trainfit import api
 from trainfit.cli.arguments import AnySetting
 from trainfit.cli.files import require_writable, write
-from trainfit.errors import TrainfitError
-from trainfit.gpus.choice import chosen_gpu
-from trainfit.memory.alloc_conf import AllocatorConfig
-from trainfit.models.setting import Setting, named
-from trainfit.planning.dataset import for_data, read_data
-from trainfit.planning.predict import predict_with_trace
-from trainfit.reports.memory_viewer import snapshot
+from trainfit.models.setting import Setting
 from trainfit.reports.profile import profile_json, profile_text
 from trainfit.reports.profile_html import profile_html
 from trainfit.values import In
@@ -60,27 +54,25 @@ class Predict(Generic[AnySetting]):
 def predict(arguments: Predict[Setting], _given: AbstractSet[str]) -> int:
     """Predict whether a setting fits a GPU; the exit code is 0, whatever the verdict."""
     require_writable((arguments.html, arguments.snapshot), force=arguments.force)
-    if arguments.gpus < 1:
-        raise TrainfitError(f"--gpus must be at least 1, not {arguments.gpus}")
-    gpu, config = chosen_gpu(arguments.gpu, arguments.memory), AllocatorConfig.from_env_string(arguments.alloc_conf)
-    config = replace(config, cudnn_benchmark=arguments.cudnn_benchmark)
-    setting = named(arguments.setting)
-    if arguments.data is not None:
-        setting = for_data(setting, read_data(setting, arguments.data, allow_outside=arguments.allow_outside))
-    prediction, training = predict_with_trace(
-        setting,
-        gpu,
-        config=config,
+    prediction = api.predict(
+        arguments.setting,
+        gpu=arguments.gpu,
+        memory=arguments.memory,
         gpus=arguments.gpus,
+        data=arguments.data,
+        allow_outside=arguments.allow_outside,
+        alloc_conf=arguments.alloc_conf,
+        cudnn_benchmark=arguments.cudnn_benchmark,
         cache=arguments.cache,
-        device=arguments.trace_on,
+        trace_on=arguments.trace_on,
+        snapshot=arguments.snapshot,
         note=_note,
     )
     print(json.dumps(profile_json(prediction)) if arguments.as_json else profile_text(prediction))
     if arguments.html is not None:
         write(arguments.html, profile_html(prediction))
     if arguments.snapshot is not None:
-        write(arguments.snapshot, pickle.dumps(snapshot(training, gpu, config)))
+        print(f"wrote {arguments.snapshot}", file=sys.stderr)
     return 0
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from trainfit import api
 from trainfit.cli.files import require_writable, write
-from trainfit.errors import TrainfitError
 from trainfit.reports.run_html import run_html
-from trainfit.reports.run_report import read_run, run_json, run_text
+from trainfit.reports.run_report import run_json, run_text
 from trainfit.values import In
 
 
@@ -31,17 +31,8 @@ def report(arguments: Report, _given: AbstractSet[str]) -> int:
     """Show what a run did, or does: from its files alone."""
     page = arguments.html
     require_writable((page,), force=arguments.force)
-    try:
-        found = read_run(arguments.run)
-        text = json.dumps(run_json(found)) if arguments.as_json else run_text(found)
-        html = run_html(found) if page is not None else ""
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:  # a row with odd values
-        reason = f"{type(error).__name__}: {error}"
-        raise TrainfitError(
-            f"{arguments.run}: metrics.jsonl, telemetry.jsonl or plan.json has a value that trainfit does not write "
-            f"({reason:.150}): remove that line"
-        ) from error
-    print(text)
+    result = api.report(arguments.run)
+    print(json.dumps(run_json(result)) if arguments.as_json else run_text(result))
     if page is not None:
-        write(page, html)
+        write(page, run_html(result))
     return 0

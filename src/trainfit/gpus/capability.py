@@ -16,11 +16,6 @@ def has_bf16(capability: Capability | None) -> bool:
     return capability is None or capability >= (8, 0)
 
 
-def has_tf32(capability: Capability | None) -> bool:
-    """Whether float32 matrix products may run as TF32: from 8.0 on."""
-    return capability is not None and capability >= (8, 0)
-
-
 def has_flash_attention(capability: Capability | None) -> bool:
     """Whether torch's flash attention runs: from 8.0 on (`sdp_utils.cpp`, `check_sm_version`)."""
     return capability is not None and capability >= (8, 0)

@@ -1,0 +1,132 @@
+"""`plan` and `predict`: what fits a card that need not be there."""
+
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from trainfit.api.inputs import card_of, on_data, setting_of, silent
+from trainfit.errors import TrainfitError
+from trainfit.gpus.catalogue import Gpu
+from trainfit.gpus.choice import chosen_gpu
+from trainfit.memory.alloc_conf import AllocatorConfig
+from trainfit.memory.predict import Prediction
+from trainfit.models.setting import Setting
+from trainfit.planning.dataset import decode_seconds
+from trainfit.planning.make import DEFAULT_EFFECTIVE_BATCH, make_plan
+from trainfit.planning.plan import Plan
+from trainfit.planning.predict import predict_with_trace
+from trainfit.step.names import Checkpointing
+
+
+def plan(
+    model: str | Setting,
+    *,
+    gpu: str | Gpu | None = None,
+    memory: str | None = None,
+    gpus: int = 1,
+    data: str | Path | None = None,
+    allow_outside: bool = False,
+    effective_batch: int = DEFAULT_EFFECTIVE_BATCH,
+    micro_batch: int | None = None,
+    checkpointing: Checkpointing | None = None,
+    allow: tuple[str, ...] = (),
+    alloc_conf: str = "",
+    cache: bool = True,
+    note: Callable[[str], None] = silent,
+    **knobs: Any,
+) -> Plan:
+    """Plan the fastest training that fits a GPU, which need not be there: `trainfit plan`.
+
+    Args:
+        model: Name of a model, or a setting, whose micro-batch, accumulation and checkpointing do not count.
+        gpu: The card, by name or as a value; without it and `memory`, the first card of this machine.
+        memory: Memory of the card, for instance "8GiB": instead of `gpu`, or of what that card has.
+        gpus: Cards of this kind, one process each.
+        data: Data set; its classes, its fullest image, its largest image and its decoding time are used.
+        allow_outside: Read files that the data set names but does not hold.
+        effective_batch: Images per optimizer step over all GPUs; held exactly.
+        micro_batch: Plan with this one alone.
+        checkpointing: Plan with this alone.
+        allow: Knobs that change what is learned and may be turned where nothing fits otherwise.
+        alloc_conf: As PYTORCH_ALLOC_CONF, for instance "expandable_segments:True".
+        cache: Store the traces, and use stored ones.
+        note: Called with one line before anything that takes seconds.
+        knobs: Other knobs of the model's family (`Setting`).
+
+    Returns:
+        The plan; its `chosen` is None where nothing fits.
+
+    Raises:
+        TrainfitError: no such model, knob, card or data set, or a step that cannot be traced.
+    """
+    card = card_of(gpu, memory, note)
+    setting, dataset = on_data(setting_of(model, knobs), data, allow_outside=allow_outside)
+    decode_s = None if dataset is None else decode_seconds(setting, dataset)
+    return make_plan(
+        setting,
+        card,
+        effective_batch=effective_batch,
+        gpus=gpus,
+        micro_batch=micro_batch,
+        checkpointing=checkpointing,
+        allow=allow,
+        config=AllocatorConfig.from_env_string(alloc_conf),
+        cache=cache,
+        decode_s=decode_s,
+        cores=os.cpu_count() if decode_s is not None else None,
+        note=note,
+    )
+
+
+def predict(
+    model: str | Setting,
+    *,
+    gpu: str | Gpu | None = None,
+    memory: str | None = None,
+    gpus: int = 1,
+    data: str | Path | None = None,
+    allow_outside: bool = False,
+    alloc_conf: str = "",
+    cudnn_benchmark: bool = False,
+    cache: bool = True,
+    trace_on: Literal["cuda", "cpu"] = "cuda",
+    snapshot: str | Path | None = None,
+    note: Callable[[str], None] = silent,
+    **knobs: Any,
+) -> Prediction:
+    """Predict memory and time of one setting on a GPU, which need not be there: `trainfit predict`.
+
+    Args:
+        model: Name of a model, or a setting.
+        gpu: The card, by name or as a value.
+        memory: Memory of the card, for instance "8GiB": instead of `gpu`, or of what that card has.
+        gpus: Cards of this kind that train together.
+        data: Data set that determines the number of classes, the fullest image and the largest image.
+        allow_outside: Read files that the data set names but does not hold.
+        alloc_conf: As PYTORCH_ALLOC_CONF.
+        cudnn_benchmark: Whether torch.backends.cudnn.benchmark is on: each convolution's first run empties the cache.
+        cache: Store the traces, and use stored ones.
+        trace_on: "cuda": fake tensors of the card; "cpu": the step really runs here, with the CPU's kernels.
+        snapshot: File to write the step to for PyTorch's memory viewer.
+        note: Called with one line before anything that takes seconds.
+        knobs: Knobs of the model's family, for instance `micro_batch=4`.
+
+    Raises:
+        TrainfitError: no such model, knob, card or data set, or a step that cannot be traced.
+    """
+    if gpus < 1:
+        raise TrainfitError(f"--gpus must be at least 1, not {gpus}")
+    card = gpu if isinstance(gpu, Gpu) else chosen_gpu(gpu, memory)
+    config = replace(AllocatorConfig.from_env_string(alloc_conf), cudnn_benchmark=cudnn_benchmark)
+    setting, _ = on_data(setting_of(model, knobs), data, allow_outside=allow_outside)
+    prediction, training = predict_with_trace(
+        setting, card, config=config, gpus=gpus, cache=cache, device=trace_on, note=note
+    )
+    if snapshot is not None:
+        from trainfit.reports.memory_viewer import snapshot as memory_snapshot
+
+        Path(snapshot).write_bytes(pickle.dumps(memory_snapshot(training, card, config)))
+    return prediction
