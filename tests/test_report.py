@@ -307,7 +307,7 @@ def test_a_real_run_accounts_for_its_time(tmp_path: Path, capsys: pytest.Capture
     assert ended.value.code == 0
     printed = capsys.readouterr().out
     assert "windows are too few for a verdict on the loader" in printed
-    assert "gradient noise scale not told: fewer than 5 windows were measured" in printed
+    assert "gradient noise scale not available: fewer than 5 windows were measured" in printed
     found = read_run(out)
     assert (found.state, found.step, found.total_steps) == ("finished", 2, 2)
     spent = found.time

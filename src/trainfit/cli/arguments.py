@@ -26,13 +26,13 @@ def setting_type(words: Sequence[str]) -> type[Setting]:
     """
     free = [word for before, word in zip(("", *words), words, strict=False) if not before.startswith("--")]
     for word in (*free, *words):
-        found = None if word.startswith("-") else find(word)
-        if found is not None:
-            return found[0].setting
+        match = None if word.startswith("-") else find(word)
+        if match is not None:
+            return match[0].setting
     for before, word in pairwise(words):
-        found = find(_model_in(before, Path(word)))
-        if found is not None:
-            return found[0].setting
+        match = find(_model_in(before, Path(word)))
+        if match is not None:
+            return match[0].setting
         if before == "--weights" and Path(word).is_dir():  # without its knobs the other flags could not be read either
             raise TrainfitError(f"--weights: {word} is no run folder with evaluated weights: train it first")
     return Setting

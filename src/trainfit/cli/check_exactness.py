@@ -5,7 +5,6 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from trainfit.reports.exactness import exactness_json, exactness_text
 from trainfit.values import In
 
 
@@ -32,6 +31,7 @@ class CheckExactness:
 def check_exactness(arguments: CheckExactness, _given: AbstractSet[str]) -> int:
     """Check the gradient of a loop of your own; exit code 1 where it is not exact."""
     from trainfit.exactness.check import check_exactness as check
+    from trainfit.reports.exactness import exactness_json, exactness_text
 
     result = check(
         arguments.loop,

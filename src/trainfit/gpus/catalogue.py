@@ -127,11 +127,11 @@ def find_gpu(name: str) -> Gpu:
     """
     key = name_key(name)
     exact = [gpu for gpu in all_gpus() if key in _keys(gpu)]
-    found = exact or list(_candidates(key)) if key else []
-    if len(found) == 1:
-        return found[0]
-    if found:
-        listed = ", ".join(f"{gpu.name} ({gpu.memory_bytes / GIB:.1f} GiB)" for gpu in found)
+    matches = exact or list(_candidates(key)) if key else []
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        listed = ", ".join(f"{gpu.name} ({gpu.memory_bytes / GIB:.1f} GiB)" for gpu in matches)
         raise TrainfitError(f"GPU {name!r} names several cards: {listed}; give one of these to --gpu")
     raise TrainfitError(f"GPU {name!r} is not in the catalogue{_nearest(key)}; --memory 8GiB works for any card")
 

@@ -96,7 +96,7 @@ def detect_gpus(nvml: Nvml | None = None) -> tuple[DetectedGpu, ...]:
         return ()
     try:
         handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-        return tuple(found for index, handle in enumerate(handles) for found in _devices(nvml, index, handle))
+        return tuple(device for index, handle in enumerate(handles) for device in _devices(nvml, index, handle))
     except nvml.NVMLError as error:
         raise TrainfitError(f"the NVIDIA driver did not answer ({error}): name the card with --gpu") from error
     finally:
@@ -168,7 +168,8 @@ def _mig_slices(nvml: Nvml, card: Handle) -> list[Handle] | None:
 def _slice(nvml: Nvml, handle: Handle, card: Gpu) -> Gpu:
     """A slice's rates: those of the card by its share of SMs, the bandwidth by its share of memory."""
     memory = _memory(nvml, handle)
-    usable_bytes, sm_count = memory.total - memory.reserved, nvml.nvmlDeviceGetAttributes(handle).multiprocessorCount
+    usable_bytes = memory.total - memory.reserved
+    sm_count = nvml.nvmlDeviceGetAttributes(handle).multiprocessorCount
     share = sm_count / card.sm_count if card.sm_count else None
     return replace(
         card,
@@ -188,8 +189,8 @@ def _other_processes(nvml: Nvml, handle: Handle) -> tuple[GpuProcess, ...]:
         *nvml.nvmlDeviceGetGraphicsRunningProcesses(handle),
     ]
     used = {process.pid: process.usedGpuMemory for process in running if process.pid != os.getpid()}
-    found = [GpuProcess(pid=pid, name=_process_name(nvml, pid), used_bytes=size) for pid, size in used.items()]
-    return tuple(sorted(found, key=lambda process: -(process.used_bytes or 0)))
+    processes = [GpuProcess(pid=pid, name=_process_name(nvml, pid), used_bytes=size) for pid, size in used.items()]
+    return tuple(sorted(processes, key=lambda process: -(process.used_bytes or 0)))
 
 
 def _process_name(nvml: Nvml, pid: int) -> str | None:

@@ -45,16 +45,16 @@ def usage_meter(uuid: str, nvml: UsageNvml | None = None) -> Callable[[], GpuUsa
     except library.NVMLError:
         return GpuUsage
 
-    def told(ask: Callable[[], Value]) -> Value | None:
+    def reading(ask: Callable[[], Value]) -> Value | None:
         try:
             return ask()
         except library.NVMLError:
             return None
 
     def read() -> GpuUsage:
-        percent = told(lambda: library.nvmlDeviceGetUtilizationRates(handle).gpu)
-        milliwatts = told(lambda: library.nvmlDeviceGetPowerUsage(handle))
-        memory = told(lambda: library.nvmlDeviceGetMemoryInfo(handle, version=library.nvmlMemory_v2))
+        percent = reading(lambda: library.nvmlDeviceGetUtilizationRates(handle).gpu)
+        milliwatts = reading(lambda: library.nvmlDeviceGetPowerUsage(handle))
+        memory = reading(lambda: library.nvmlDeviceGetMemoryInfo(handle, version=library.nvmlMemory_v2))
         return GpuUsage(
             gpu_utilization=None if percent is None else percent / 100,
             gpu_power_w=None if milliwatts is None else milliwatts / 1000,

@@ -71,7 +71,8 @@ class Bench:
         if self.card is None:
             return None
         self.show(f"micro-batch {micro_batch}: predicting")
-        gpu, config = replace(self.card.gpu, memory_bytes=self.card.free_bytes), self.config
+        gpu = replace(self.card.gpu, memory_bytes=self.card.free_bytes)
+        config = self.config
         if self.limit_bytes is not None:
             config = replace(config, per_process_memory_fraction=min(1.0, self.limit_bytes / gpu.memory_bytes))
         try:
@@ -79,8 +80,10 @@ class Bench:
         except TrainfitError as error:
             self.show(f"micro-batch {micro_batch}: no prediction: {error}")
             return None
-        found, context = assess(stored, gpu, config), cuda_context_bytes(gpu)
-        images, setting = micro_batch * self.setting.accumulation, self.setting
+        found = assess(stored, gpu, config)
+        context = cuda_context_bytes(gpu)
+        images = micro_batch * self.setting.accumulation
+        setting = self.setting
         waits_s = setting.accumulation * setting.family.host_seconds(setting, micro_batch, gpu.capability)
         return Predicted(
             verdict=found.verdict,
@@ -96,7 +99,8 @@ class Bench:
         uuid = self.card.uuid if self.card else None
         free = next((each.free_bytes for each in detect_gpus() if each.uuid == uuid), 0) if uuid else 0
         found = run_trial({**request, "windows": dict(self.windows)}, gpu_uuid=uuid)
-        context, told = context_bytes(free, found["end"]), {**(found["peak"] or {}), **(found["speed"] or {})}
+        context = context_bytes(free, found["end"])
+        told = {**(found["peak"] or {}), **(found["speed"] or {})}
         own = {"outcome": found["outcome"], "message": found["message"]}
         return Measured(micro_batch=micro_batch, predicted=predicted, context_bytes=context, **own, **told)
 

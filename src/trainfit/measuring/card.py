@@ -36,7 +36,8 @@ def cap_bytes(memory: str | None, card: DetectedGpu | None) -> int | None:
         return None
     if card is None:
         raise TrainfitError("--memory caps the allocator of a GPU; on the CPU leave it out")
-    wanted, context = gpu_with_memory(memory).memory_bytes, cuda_context_bytes(card.gpu).high_bytes
+    wanted = gpu_with_memory(memory).memory_bytes
+    context = cuda_context_bytes(card.gpu).high_bytes
     if not context < wanted < card.total_bytes:
         least, most = context / GIB, card.total_bytes / GIB
         raise TrainfitError(f"--memory {memory}: the CUDA context takes {least:.2f} GiB, and the card has {most:.2f}")

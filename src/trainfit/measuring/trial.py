@@ -90,7 +90,8 @@ def _timed(action: Callable[[], object], cuda: bool) -> dict[str, Any]:
 
 def _reading(seconds: float) -> dict[str, Any]:
     """The allocator's peaks since the last reading, and the device's free memory now, in bytes."""
-    stats, free = torch.cuda.memory_stats(), torch.cuda.mem_get_info()[0]
+    stats = torch.cuda.memory_stats()
+    free = torch.cuda.mem_get_info()[0]
     torch.cuda.reset_peak_memory_stats()
     return {
         "seconds": seconds,
@@ -120,7 +121,8 @@ def main(request: Path, answer: Path) -> None:
     """Measure what `request` names; `answer` gets the record of `run_windows`, or {"outcome": "refused", "message"}."""
     asked = json.loads(request.read_text())
     sys.path[:] = asked["path"]
-    setting, device = setting_from_json(asked["setting"]), torch.device(asked["device"])
+    setting = setting_from_json(asked["setting"])
+    device = torch.device(asked["device"])
     set_matmul_precision(device)
     try:
         found = run_windows(

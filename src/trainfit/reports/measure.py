@@ -49,43 +49,46 @@ def sentence(bench: Bench, rows: Sequence[Measured]) -> str:
     """Model, device, the knee and the best."""
     where = f"{bench.card.gpu.name} (driver {bench.card.driver_version})" if bench.card else "the CPU"
     what = f"{bench.setting.model} on {where}, torch {made_by()['torch']}"
-    found = speeds(rows)
-    chosen = knee(found)
+    speed_of = speeds(rows)
+    chosen = knee(speed_of)
     if chosen is None:
         return f"{what}: nothing ran."
-    best = max(found, key=lambda size: found[size])
-    least = f"micro-batch {chosen} is the smallest within 3 % of the best speed, {found[chosen]:.3g} images/s"
-    if len(found) > 1 and chosen == max(found):
+    best = max(speed_of, key=lambda size: speed_of[size])
+    least = f"micro-batch {chosen} is the smallest within 3 % of the best speed, {speed_of[chosen]:.3g} images/s"
+    if len(speed_of) > 1 and chosen == max(speed_of):
         return f"{what}: {least}; no larger one ran, and speed still grew."
-    return f"{what}: {least}" + ("." if best == chosen else f" (the best: {found[best]:.3g} at {best}).")
+    return f"{what}: {least}" + ("." if best == chosen else f" (the best: {speed_of[best]:.3g} at {best}).")
 
 
 def _cells(row: Measured) -> tuple[str, ...]:
-    said, mib = row.predicted, [_gib(n) for n in (row.reserved_bytes, row.allocated_bytes, row.context_bytes)]
+    predicted = row.predicted
+    reserved, allocated, context = (_gib(n) for n in (row.reserved_bytes, row.allocated_bytes, row.context_bytes))
     return (
         str(row.micro_batch),
         f"{row.images_per_s:.3g}",
         f"{row.slowest:.3g} to {row.fastest:.3g}",
-        f"{said.images_per_s:.3g}" if said and said.images_per_s else "-",
-        mib[0],
-        _range(said),
-        mib[1],
-        _gib(said.allocated_bytes if said else None),
-        mib[2],
+        f"{predicted.images_per_s:.3g}" if predicted and predicted.images_per_s else "-",
+        reserved,
+        _range(predicted),
+        allocated,
+        _gib(predicted.allocated_bytes if predicted else None),
+        context,
     )
 
 
 def _failure(row: Measured) -> str:
-    said = f" (predicted: {row.predicted.verdict}, {_range(row.predicted)} GiB reserved)" if row.predicted else ""
-    return f"{row.outcome}: {row.message}{said}"
+    failure = f"{row.outcome}: {row.message}"
+    if row.predicted:
+        failure += f" (predicted: {row.predicted.verdict}, {_range(row.predicted)} GiB reserved)"
+    return failure
 
 
 def _gib(nbytes: int | None) -> str:
     return "-" if nbytes is None else gib(nbytes)
 
 
-def _range(said: Predicted | None) -> str:
-    return f"{gib(said.reserved_low_bytes)} to {gib(said.reserved_high_bytes)}" if said else "-"
+def _range(predicted: Predicted | None) -> str:
+    return f"{gib(predicted.reserved_low_bytes)} to {gib(predicted.reserved_high_bytes)}" if predicted else "-"
 
 
 def _notes(bench: Bench, rows: Sequence[Measured], calibration: Calibration | None) -> list[str]:

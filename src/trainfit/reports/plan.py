@@ -161,7 +161,7 @@ def varied(plan: Plan) -> tuple[str, ...]:
     values = {
         f.name: {getattr(c.setting, f.name) for c in plan.candidates} for f in fields(Setting) if f.name not in own
     }
-    return tuple(name for name, found in values.items() if len(found) > 1)
+    return tuple(name for name, choices in values.items() if len(choices) > 1)
 
 
 def table_head(plan: Plan) -> tuple[str, ...]:

@@ -141,13 +141,13 @@ def _axes(across: list[tuple[float, str]], up: list[tuple[float, str]]) -> list[
 
 def _dot(plan: Plan, candidate: Candidate, x: float, y: float) -> str:
     is_chosen = candidate.verdict == "chosen"
-    told = (
+    title = (
         f"{choice(candidate)}: {speed_text(plan, candidate)}, {gib(candidate.needs.high_bytes)} GiB, {candidate.reason}"
     )
     ring = "stroke='var(--ink)' stroke-width='1.5'" if is_chosen else ""
     return (
         f"<circle cx='{x:.1f}' cy='{y:.1f}' r='{6 if is_chosen else 4}' fill='{_COLORS[candidate.verdict]}' {ring}>"
-        f"<title>{escape(told)}</title></circle>"
+        f"<title>{escape(title)}</title></circle>"
     )
 
 
@@ -160,13 +160,13 @@ def _frontier(plan: Plan) -> str:
 
 
 def _cards_bars(plan: Plan) -> str:
-    found = budget_bars(plan.candidates)
+    per_size = budget_bars(plan.candidates)
     rows = [
         (
             f"{bar.card_gib} GB: {choice(bar.candidate) if bar.candidate else 'none of them fits'}",
             *_speed(plan, bar.candidate),
         )
-        for bar in found
+        for bar in per_size
     ]
     note = (
         f"At the speed of {plan.gpu.name}, so that memory alone makes the difference; on any card of that size whose memory "

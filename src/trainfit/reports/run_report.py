@@ -82,7 +82,8 @@ def read_run(folder: Path, now: float | None = None) -> RunReport:
     Raises:
         TrainfitError: not a run folder.
     """
-    recipe, plan = _object(folder / RECIPE), _object(folder / PLAN)
+    recipe = _object(folder / RECIPE)
+    plan = _object(folder / PLAN)
     if recipe is None:
         raise TrainfitError(f"{folder} is not a run folder (no {RECIPE}): give the folder that trainfit train wrote")
     metrics, bad_metrics = read_rows(folder / METRICS)
@@ -92,7 +93,8 @@ def read_run(folder: Path, now: float | None = None) -> RunReport:
         name: [r for r in telemetry if r.get("event") == name] for name in ("start", "pause", "oom", "loader", "noise")
     }
     windows = [row for row in metrics if "loss" in row]
-    started, samples = events["start"], {row["step"]: row for row in events["noise"]}
+    started = events["start"]
+    samples = {row["step"]: row for row in events["noise"]}
     scale = noise_scale([NoiseSample(trace=r["trace"], square=r["square"]) for r in samples.values()])
     elapsed_s = _sum(readings, "elapsed_s")
     return RunReport(
@@ -154,7 +156,8 @@ def _state(telemetry: Sequence[Row], now: float) -> State:
 
 
 def _time(readings: Sequence[Row], starts: Sequence[Row], pauses: Sequence[Row], elapsed_s: float) -> TimeSpent:
-    compute_s, waited_s = _sum(readings, "compute_s"), _sum(readings, "waited_s")
+    compute_s = _sum(readings, "compute_s")
+    waited_s = _sum(readings, "waited_s")
     return TimeSpent(
         start_s=_sum(starts, "start_s"),
         compute_s=compute_s,
@@ -296,12 +299,12 @@ def memory_words(report: RunReport) -> str | None:
 
 
 def gpu_words(report: RunReport) -> str | None:
-    """Medians of what the driver told."""
-    told = {key: [r[key] for r in report.readings if r.get(key) is not None] for key in GPU_UNITS}
+    """Medians of what the driver readings."""
+    readings = {key: [r[key] for r in report.readings if r.get(key) is not None] for key in GPU_UNITS}
     words = [
-        f"{median(told[key]) * factor:.{digits}f} {unit}"
+        f"{median(readings[key]) * factor:.{digits}f} {unit}"
         for key, (factor, digits, unit) in GPU_UNITS.items()
-        if told[key]
+        if readings[key]
     ]
     return ", ".join(words) + " (medians)" if words else None
 

@@ -98,7 +98,11 @@ def chart(
         marks: (x, words): vertical lines.
         zero: Whether the scale begins at zero.
     """
-    width, height, left, top, bottom = 470, 210, 52, 10, 24
+    width = 470
+    height = 210
+    left = 52
+    top = 10
+    bottom = 24
     thin = [(curve, thinned(curve.points)) for curve in curves]
     values = [y for _, points in thin for _, y in points if y is not None]
     low, high = 0.0 if zero else min(values), max(values)

@@ -146,7 +146,9 @@ def step_seconds(
         TrainfitError: for a card without rates.
     """
     if gpu.bandwidth_bytes_per_s is None or gpu.fp32_flops_per_s is None:
-        raise TrainfitError(f"the rates of {gpu.name} are not known, so time cannot be told; name a card with --gpu")
+        raise TrainfitError(
+            f"the rates of {gpu.name} are not known, so time cannot be predicted; name a card with --gpu"
+        )
     ops = tuple(ops)
     micro_batches = _work([row for row in ops if row.phase not in ONCE], gpu, efficiency)
     once = _work([row for row in ops if row.phase in ONCE], gpu, efficiency)

@@ -68,7 +68,8 @@ def evaluating(model: torch.nn.Module, device: torch.device) -> Generator[None]:
     Raises:
         OutOfMemory: the weights, where they are kept on the host, do not fit.
     """
-    training, home = model.training, next(model.parameters()).device
+    training = model.training
+    home = next(model.parameters()).device
     try:
         _, failure = attempt(lambda: model.eval().to(device))
         if failure is not None:

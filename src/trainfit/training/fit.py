@@ -97,13 +97,14 @@ class _Run:
         self.survivor = Survivor(self.batching.micro_batch, blocks=self.workload.blocks(self.step.model))
         self.eval_micro_batch = recipe.eval_micro_batch or self.batching.micro_batch
         self.in_parts = Halving(self.eval_micro_batch, device, self.survivor.survived)
-        self.told, self.pending_evaluation = 0, False
+        self.reported = 0
+        self.pending_evaluation = False
         self.saved_step: int | None = None
         if recipe.resume:
             self._resume()
             rows = run_folder.events(self.folder, "oom")
             self.survivor.survived += survivals(rows, self.folder / run_folder.TELEMETRY)
-            self.told = len(self.survivor.survived)
+            self.reported = len(self.survivor.survived)
         else:
             ranks.on_first_rank(self._write_recipe)
         self.journal = Journal(
@@ -147,7 +148,7 @@ class _Run:
         try:
             interrupted = self._loop(stop)
         except (OutOfMemory, LoaderDiedError) as error:
-            self._tell()
+            self._report_survived()
             # A loader dies on one rank alone, which must not wait for the others; a half done update is not saved.
             alone = isinstance(error, LoaderDiedError) and ranks.world_size() > 1
             if not isinstance(error, HalfUpdated) and not alone:
@@ -184,7 +185,7 @@ class _Run:
             share=share,
             number=self.done,
         )
-        self._tell()
+        self._report_survived()
         if self.pending_evaluation:
             self._evaluate()
             self._save_state()
@@ -254,21 +255,21 @@ class _Run:
         factor = lr_factor(self.done, self.recipe, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
         set_lr(self.step.optimizer, factor)
         torch.manual_seed(mix(self.recipe.seed, STEP, self.done, ranks.rank()))
-        told = len(self.survivor.survived)
+        survived = len(self.survivor.survived)
         self.window_progress.begin(self.done + 1, len(window))
         with self.noise.window(self.done):
             result = self.survivor.run(self.step, window, number=self.done)
-        self._tell()
-        if sample := self.noise.sample(result, disturbed=len(self.survivor.survived) > told):
+        self._report_survived()
+        if sample := self.noise.sample(result, disturbed=len(self.survivor.survived) > survived):
             self.journal.noise_sample(sample, self.done + 1)
         return result
 
-    def _tell(self) -> None:
+    def _report_survived(self) -> None:
         """What the survivor did since the last time: on the console and in telemetry.jsonl."""
-        for event in self.survivor.survived[self.told :]:
+        for event in self.survivor.survived[self.reported :]:
             self.show.note(survival_line(event))
             self.journal.event("oom", **dataclasses.asdict(event))
-        self.told = len(self.survivor.survived)
+        self.reported = len(self.survivor.survived)
 
     def _readable(self, items: Sequence[Any]) -> list[Any]:
         for item in items:
@@ -302,7 +303,7 @@ class _Run:
         )
         self.evaluation = evaluation
         self.pending_evaluation = False
-        self._tell()
+        self._report_survived()
         epoch = (self.done - 1) // self.steps_per_epoch
         self.journal.evaluation(evaluation, step=self.done, epoch=epoch)
         score, best = evaluation.score, self.best["score"]

@@ -82,7 +82,8 @@ def verdict_line(verdict: LoaderVerdict, facts: LoaderFacts) -> str:
         return f"{waiting}; {facts.windows} windows are too few for a verdict on the loader"
     if verdict.bound == "compute":
         return f"compute bound: {waiting}"
-    bound, faster = f"loader bound: {waiting}", "images stored at the training size load faster"
+    bound = f"loader bound: {waiting}"
+    faster = "images stored at the training size load faster"
     enough = f"{verdict.needed_workers} worker{'' if verdict.needed_workers == 1 else 's'} would do"
     suggested = verdict.suggested_workers
     if suggested > facts.workers:

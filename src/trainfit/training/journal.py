@@ -23,7 +23,8 @@ from trainfit.training.tensorboard import event_writer
 
 FLUSH_STEPS = 10
 """On a GPU losses are read this often: reading waits for the GPU."""
-WARN_WINDOWS, WARN_SHARE = 30, 0.25
+WARN_WINDOWS = 30
+WARN_SHARE = 0.25
 """After so many windows a run says once, while it goes on, that it waits for its loader more than this."""
 
 
@@ -50,8 +51,12 @@ class Journal:
         With `pending_evaluation` the evaluation after the last of these steps is still to be done.
         """
         first = ranks.rank() == 0
-        self.device, self.show, self.workers, self.effective_batch = device, show, workers, effective_batch
-        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self.device = device
+        self.show = show
+        self.workers = workers
+        self.effective_batch = effective_batch
+        self.total_steps = total_steps
+        self.steps_per_epoch = steps_per_epoch
         self.metrics = (
             Metrics(folder, keep_through=after_step, pending_evaluation=pending_evaluation) if first else None
         )
@@ -176,12 +181,14 @@ class Journal:
         Args:
             step: Optimizer steps done.
             interrupted: Stopped before the end.
-            unseen: Why the noise scale cannot be told, where that is known.
+            unseen: Why the noise scale is not available, where that is known.
         """
         _, line = self._loader(step)
         scale = noise_scale(self.noise)
         hint = (
-            noise_line(scale, self.effective_batch) if scale else f"gradient noise scale not told: {unseen or TOO_FEW}"
+            noise_line(scale, self.effective_batch)
+            if scale
+            else f"gradient noise scale not available: {unseen or TOO_FEW}"
         )
         self.event("end", step, interrupted=interrupted, noise=hint)
         return line, hint

@@ -65,7 +65,8 @@ class _Key:
 
 def _windows(plan: WindowPlan, steps: range, records: Sequence[Any]) -> Iterator[list[_Key]]:
     for step in steps:
-        size, epoch = plan.size(step), step // plan.windows_per_epoch
+        size = plan.size(step)
+        epoch = step // plan.windows_per_epoch
         seeds = {i: mix(plan.seed, SAMPLE, epoch, i) for i in plan.indices(step)}
         yield [_Key(record=records[i], size=size, seed=seed) for i, seed in seeds.items()]
 
@@ -86,7 +87,8 @@ class _Making:
 
     def __call__(self, keys: Sequence[_Key], report: Callable[[str], None] = lambda _: None) -> Loaded:
         """Decode one image after the other; `report` is called with the path of each before it is read."""
-        started, loaded = time.perf_counter(), Loaded()
+        started = time.perf_counter()
+        loaded = Loaded()
         for key in keys:
             report(str(key.record.path))
             loaded.append(self._sample(key))
@@ -145,7 +147,8 @@ def training_loader(
     Raises:
         LoaderDiedError: a loader process died, is stopped or stuck; while iterating.
     """
-    make, windows = _Making(decode=decode, augment=augment), _windows(plan, steps, records)
+    make = _Making(decode=decode, augment=augment)
+    windows = _windows(plan, steps, records)
     if workers == 0:
         return _loaded_here(make, windows, note)
     return run_workers(make, windows, workers, note=note, stop=stop)

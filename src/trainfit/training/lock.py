@@ -24,7 +24,8 @@ def locked(folder: Path) -> Generator[None]:
     Raises:
         TrainfitError: another run holds it, or the folder's file system has no locks.
     """
-    file, key = folder / LOCK, folder.resolve()
+    file = folder / LOCK
+    key = folder.resolve()
     if key in _held:
         raise TrainfitError(_in_use(folder, "this process"))
     with file.open("a+") as lock:

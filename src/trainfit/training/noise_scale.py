@@ -64,14 +64,15 @@ def noise_scale(samples: Sequence[NoiseSample]) -> NoiseScale | None:
 
 
 def _ratio(samples: Sequence[NoiseSample]) -> float:
-    trace, square = fmean(s.trace for s in samples), fmean(s.square for s in samples)
+    trace = fmean(s.trace for s in samples)
+    square = fmean(s.square for s in samples)
     return max(0.0, trace / square) if square > 0 else inf
 
 
 def noise_line(scale: NoiseScale, effective_batch: int) -> str:
     """The hint in words. A guide only: it is no more than a bound on the useful batch (Merrill et al. 2025, 2505.23971)."""
     if scale.images == inf:
-        about = f"above {scale.low:.0f}" if scale.low < inf else "not to be told"
+        about = f"above {scale.low:.0f}" if scale.low < inf else "not measurable"
         about += f" (over {scale.windows} windows; the noise hides the gradient)"
     else:
         high = f"{scale.high:.0f}" if scale.high < inf else "more"

@@ -32,7 +32,8 @@ class NoiseWatch:
 
     def __init__(self, step: TrainingStep) -> None:
         """Watch this step; `reason` says why nothing is seen, where that is so."""
-        self.step, self.reason = step, refusal(step)
+        self.step = step
+        self.reason = refusal(step)
         self._refused = self.reason is not None
         self._due = False
 

@@ -81,10 +81,10 @@ def others_on(device: torch.device) -> str:
         return ""
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     try:
-        found = [process for gpu in detect_gpus() if gpu.uuid.endswith(uuid) for process in gpu.processes]
+        processes = [process for gpu in detect_gpus() if gpu.uuid.endswith(uuid) for process in gpu.processes]
     except TrainfitError:  # no NVML: the numbers stand without the names
         return ""
-    return ", ".join(f"{p.name or 'a process'} (pid {p.pid}) {_gib(p.used_bytes or 0)} GiB" for p in found)
+    return ", ".join(f"{p.name or 'a process'} (pid {p.pid}) {_gib(p.used_bytes or 0)} GiB" for p in processes)
 
 
 def survival(
@@ -148,12 +148,17 @@ class Survivor:
 
     def __init__(self, micro_batch: int, *, blocks: Sequence[torch.nn.Module] = (), quiet_windows: int = 200) -> None:
         """Start with this micro-batch. `blocks` are what activation checkpointing may compute again."""
-        self.micro_batch, self.blocks, self.quiet_windows = micro_batch, blocks, quiet_windows
+        self.micro_batch = micro_batch
+        self.blocks = blocks
+        self.quiet_windows = quiet_windows
         self.checkpointing = False
         """Whether the ladder switched activation checkpointing on."""
         self.survived: list[Survival] = []
-        self._asked, self._larger, self._may_rise = micro_batch, 0, True
-        self._quiet, self._same_again = 0, True
+        self._asked = micro_batch
+        self._larger = 0
+        self._may_rise = True
+        self._quiet = 0
+        self._same_again = True
         self._ran: Ran | None = None
         self._outside_bytes: int | None = None
 
@@ -232,30 +237,38 @@ class Survivor:
     def _go_down(self, device: torch.device, failure: str | None, agreed: Mapping[str, float], **known: Any) -> None:
         """Take the next rung; the same on every rank, because it follows from what they agreed on."""
         images = min(self.micro_batch, -int(-agreed["images"] // ranks.world_size()))
-        smaller, switch = self.micro_batch, False
+        smaller = self.micro_batch
+        switch = False
         if self._same_again and not agreed["small"]:
             self._same_again = False
         elif images > 1:
-            smaller, self._larger, self._same_again = -(-images // 2), self.micro_batch, True
+            smaller = -(-images // 2)
+            self._larger = self.micro_batch
+            self._same_again = True
         else:
             kinds = [type(block) for block in self.blocks]
             checkpoint_first(self.blocks, "all" if self.blocks else "none")
             switch = kinds != [type(block) for block in self.blocks]
-            smaller, self._larger, self._same_again = int(switch), 0, True
+            smaller = int(switch)
+            self._larger = 0
+            self._same_again = True
             self.checkpointing = self.checkpointing or switch
         known |= {"micro_batch": self.micro_batch, "next_micro_batch": smaller, "checkpointing": switch}
         event = survival(failure, device, outside_bytes=self._outside_bytes, agreed=agreed, **known)
         self.survived.append(event)
         if not smaller:
             raise OutOfMemory(stop_message(event, self._ran))
-        self.micro_batch, self._quiet = smaller, 0
+        self.micro_batch = smaller
+        self._quiet = 0
 
     def _rise(self, number: int) -> None:
         if self._may_rise and self._larger and self._quiet >= self.quiet_windows:
-            before, larger = self.micro_batch, self._larger
+            before = self.micro_batch
+            larger = self._larger
             event = Survival(step=number, where="window", cause="quiet", micro_batch=before, next_micro_batch=larger)
             self.survived.append(event)
-            self.micro_batch, self._may_rise = larger, False
+            self.micro_batch = larger
+            self._may_rise = False
 
     def _remember(self, step: TrainingStep, window: Sequence[Any]) -> None:
         """What fits, for the message of the stop; on a GPU only."""
@@ -279,7 +292,9 @@ class Halving:
 
     def __init__(self, micro_batch: int, device: torch.device, survived: list[Survival] | None = None) -> None:
         """Start with this micro-batch; events are added to `survived`."""
-        self.micro_batch, self.device, self.survived = micro_batch, device, [] if survived is None else survived
+        self.micro_batch = micro_batch
+        self.device = device
+        self.survived = [] if survived is None else survived
 
     def __call__(
         self, action: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item], *, step: int, where: str
@@ -293,8 +308,8 @@ class Halving:
         may_repeat = True
         while len(results) < len(items):
             part = items[len(results) : len(results) + self.micro_batch]
-            found, failure = attempt(partial(action, part))
-            results += found or []
+            outputs, failure = attempt(partial(action, part))
+            results += outputs or []
             if failure is not None:
                 free_cached(self.device)
                 same = may_repeat and cause_of(shortage(failure), outside_bytes=None) != "memory"
@@ -303,7 +318,8 @@ class Halving:
                 self.survived.append(survival(failure, self.device, next_micro_batch=smaller, **known))
                 if not smaller:
                     raise OutOfMemory(stop_message(self.survived[-1], None))
-                self.micro_batch, may_repeat = self.micro_batch if same else smaller, not same
+                self.micro_batch = self.micro_batch if same else smaller
+                may_repeat = not same
         return results
 
     def on_all_ranks(self, action: Callable[[], Result], *, step: int, where: str) -> Result:
@@ -344,9 +360,9 @@ def survival_line(event: Survival) -> str:
     elif event.next_micro_batch in (0, event.micro_batch):
         what = "tried again" if event.next_micro_batch else "nothing left to try"
     why = {"fragmented": "fragmented", "taken": "another process took memory", "other rank": "on another rank"}
-    said = [_numbers(event) or event.message, why.get(event.cause, ""), event.hint]
+    parts = [_numbers(event) or event.message, why.get(event.cause, ""), event.hint]
     where = f"step {event.step + 1} ({event.where}, micro-batch {event.micro_batch})"
-    return f"out of memory at {where}: {what}; {', '.join(filter(None, said))}"
+    return f"out of memory at {where}: {what}; {', '.join(filter(None, parts))}"
 
 
 def stop_message(event: Survival, ran: Ran | None) -> str:
@@ -355,9 +371,9 @@ def stop_message(event: Survival, ran: Ran | None) -> str:
     if ran is not None and ran.canvas[0]:
         fits += f" with {ran.canvas[1]} x {ran.canvas[0]} px"
     others = f" (other processes: {event.hint})" if event.cause == "taken" else ""
-    said = _numbers(event) or event.message or "on another rank"
+    numbers = _numbers(event) or event.message or "on another rank"
     return (
-        f"one image does not fit the memory at step {event.step + 1} ({event.where}): {said}{others}{fits}: "
+        f"one image does not fit the memory at step {event.step + 1} ({event.where}): {numbers}{others}{fits}: "
         "lower --resolution, --groups or --num-queries, or give the memory of other programs back"
     )
 

@@ -36,7 +36,8 @@ class _Pickler(pickle.Pickler):
 
 def pack(value: object) -> list[memoryview]:
     """The parts of `value`, which is anything that can be pickled: its structure, then the bytes of each array."""
-    stream, parts = BytesIO(), list[memoryview]()
+    stream = BytesIO()
+    parts = list[memoryview]()
     _Pickler(stream, protocol=5, buffer_callback=lambda buffer: parts.append(buffer.raw())).dump(value)
     return [stream.getbuffer(), *parts]
 
@@ -59,7 +60,8 @@ def _write(file: BinaryIO, parts: list[memoryview]) -> int:
 def _read(packet: memoryview) -> list[memoryview]:
     """The parts that `_write` wrote."""
     count = int(np.frombuffer(packet, np.int64, 1)[0])
-    start, parts = 8 * (count + 1), list[memoryview]()
+    start = 8 * (count + 1)
+    parts = list[memoryview]()
     for size in np.frombuffer(packet, np.int64, count, offset=8).tolist():
         start += -start % ALIGNMENT
         parts.append(packet[start : start + size])

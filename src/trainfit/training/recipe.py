@@ -84,8 +84,8 @@ class Recipe(Setting):
 
     def __new__(cls, **values: Any) -> Self:
         """The recipe of the model's family, where `model` names one."""
-        found = find(str(values.get("model", ""))) if cls is Recipe else None
-        kind: Any = cls if found is None else recipe_type(found[0].setting)
+        match = find(str(values.get("model", ""))) if cls is Recipe else None
+        kind: Any = cls if match is None else recipe_type(match[0].setting)
         return object.__new__(kind)
 
     def __post_init__(self) -> None:
@@ -215,7 +215,8 @@ def resume_recipe(wanted: Recipe) -> Recipe:
     saved = _read(wanted.resume)
     changes: dict[str, Any] = {}
     for name in sorted(given(wanted) - {"resume", "out"}):
-        value, before = getattr(wanted, name), getattr(saved, name)
+        value = getattr(wanted, name)
+        before = getattr(saved, name)
         if value in ("", before):
             continue
         if name not in RESUMABLE:

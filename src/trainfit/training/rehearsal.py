@@ -54,18 +54,18 @@ def rehearse(
     decode = workload.decoder()
 
     def worst(side: int, count: int) -> list[Any]:
-        found: list[Any] = []
+        samples: list[Any] = []
         for record in records:
-            if len(found) < count:
+            if len(samples) < count:
                 with suppress(TrainfitError):  # an image that cannot be decoded is reported when its own window comes
-                    found.append(decode(record, size=side, augment=False, generator=torch.Generator()))
-        return (found * count)[:count]
+                    samples.append(decode(record, size=side, augment=False, generator=torch.Generator()))
+        return (samples * count)[:count]
 
     def evaluate() -> None:
         model = step.ema or step.model
         with evaluating(model, step.device):
-            found = partial(outputs_of, model, workload, precision=step.precision, device=step.device)
-            in_parts(found, worst(workload.eval_size, in_parts.micro_batch), step=number, where=WHERE)
+            action = partial(outputs_of, model, workload, precision=step.precision, device=step.device)
+            in_parts(action, worst(workload.eval_size, in_parts.micro_batch), step=number, where=WHERE)
 
     restore = keep(step)
     try:

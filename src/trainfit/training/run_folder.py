@@ -144,7 +144,8 @@ def usable_state(folder: Path, check: Callable[[Mapping[str, Any]], None] | None
     Raises:
         TrainfitError: there is a state, and none is whole.
     """
-    newest, previous = folder / STATE, folder / PREVIOUS
+    newest = folder / STATE
+    previous = folder / PREVIOUS
     if not newest.exists():
         lost = f"{STATE} is missing: going on from {PREVIOUS}"
         return (

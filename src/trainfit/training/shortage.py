@@ -55,12 +55,12 @@ def shortage(message: str) -> Shortage | None:
 
     Source: torch 2.15 c10/cuda/CUDACachingAllocator.cpp, "CUDA out of memory. Tried to allocate ...".
     """
-    found: dict[str, int] = {}
+    numbers: dict[str, int] = {}
     for name, words in _NUMBERS.items():
         if match := re.search(words.replace("{}", r"([\d.]+) (bytes|[KMG]iB)"), message):
-            found[name] = int(float(match[1]) * _UNITS[match[2]])
-    found.setdefault("allowed_bytes", found.get("total_bytes", 0))
-    return Shortage(**found) if len(found) == len(_NUMBERS) else None
+            numbers[name] = int(float(match[1]) * _UNITS[match[2]])
+    numbers.setdefault("allowed_bytes", numbers.get("total_bytes", 0))
+    return Shortage(**numbers) if len(numbers) == len(_NUMBERS) else None
 
 
 def cause_of(short: Shortage | None, *, outside_bytes: int | None) -> Cause:

@@ -87,7 +87,8 @@ class Clock:
         self._arrived = 0.0
         self._first: torch.cuda.Event | None = None
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._since, self._now = began, Spent()
+        self._since = began
+        self._now = Spent()
 
     def fetch(self, items: Iterable[Loaded]) -> Iterator[Loaded]:
         """Pass windows on; the time until each arrives is waiting for data, but for the first: that is the start."""
@@ -133,7 +134,8 @@ class Clock:
     def pause(self) -> float:
         """Forget the time since the last reading (an evaluation, a save); returns it, in seconds."""
         seconds = time.perf_counter() - self._since
-        self._since, self._now = time.perf_counter(), Spent()
+        self._since = time.perf_counter()
+        self._now = Spent()
         return seconds
 
 

@@ -23,7 +23,9 @@ class WindowProgress:
 
     def begin(self, number: int, images: int) -> None:
         """Window `number`, counted from 1, begins with `images` images of this rank."""
-        self._number, self._images, self._done = number, images, 0
+        self._number = number
+        self._images = images
+        self._done = 0
         self._began = self._noted = monotonic()
 
     def _count(self, images: int) -> None:

@@ -91,8 +91,11 @@ def run_workers(
         LoaderDiedError: a worker died, was stopped, failed, or was at one item for `STUCK_S`.
     """
     crew = _start(make, _fitting(workers, note))
-    turns, todo, pending = cycle(crew), iter(tasks), deque[_Worker]()
-    ahead, sized = len(crew), False
+    turns = cycle(crew)
+    todo = iter(tasks)
+    pending = deque[_Worker]()
+    ahead = len(crew)
+    sized = False
     try:
         while True:
             for task in islice(todo, ahead - len(pending)):
@@ -106,7 +109,8 @@ def run_workers(
                 return
             result, nbytes = worker.answer()
             if not sized:  # the first result says how large they are
-                ahead, sized = _ahead(len(crew), nbytes, note), True
+                ahead = _ahead(len(crew), nbytes, note)
+                sized = True
             yield result
     finally:
         for worker in crew:
@@ -146,7 +150,8 @@ def _start(make: Make, workers: int) -> "list[_Worker]":
 
 def _ahead(workers: int, nbytes: int, note: Callable[[str], None]) -> int:
     """How many results of this size may be there at once."""
-    wanted, free = PREFETCH * workers, available_host_bytes()
+    wanted = PREFETCH * workers
+    free = available_host_bytes()
     if free is None:
         return wanted
     fits = max(1, int(MEMORY_SHARE * free / nbytes))
@@ -199,7 +204,8 @@ class _Worker:
     def wait(self, note: Callable[[str], None], stop: Callable[[], bool]) -> bool:
         """Wait until a result is there or the process is gone: True, or until `stop` returns True: False."""
         waited_s = at_item_s = stopped_s = 0.0
-        noted, looked = 1, time.monotonic()
+        noted = 1
+        looked = time.monotonic()
         while True:
             ready = wait([self._packets, self._reports], LOOK_S)
             if self._packets in ready:

@@ -37,14 +37,15 @@ def emit(plan: Plan, tool: str) -> Emitted:
         near = get_close_matches(tool, TOOLS, n=1)
         hint = f" Perhaps you meant {near[0]}." if near else ""
         raise TrainfitError(f"--emit {tool}: no such tool.{hint} Tools: {', '.join(TOOLS)}")
-    found, kind = TOOLS[tool], family_of(plan.model)[0].name
+    writer = TOOLS[tool]
+    kind = family_of(plan.model)[0].name
     if plan.chosen is None:
         raise TrainfitError(f"--emit {tool}: nothing fits {plan.gpu.name}, so there is nothing to write")
-    if found.families and kind not in found.families:
+    if writer.families and kind not in writer.families:
         others = [each.name for each in TOOLS.values() if not each.families or kind in each.families]
         raise TrainfitError(f"--emit {tool}: {tool} does not train {plan.model}; these do: {', '.join(others)}")
-    job, notes = _nearest(plan, plan.chosen, found)
-    text, more = found.write(job)
+    job, notes = _nearest(plan, plan.chosen, writer)
+    text, more = writer.write(job)
     own = f"Memory and speed are those of trainfit's own training step; what {tool} takes besides is not in them."
     return Emitted(tool=tool, text=text, notes=(*notes, *more, plan.learning_rate, own))
 

@@ -38,7 +38,8 @@ def _rfdetr_blocks(setting: Setting) -> bool:
 @register("rfdetr", families=("rfdetr",), checkpoints=_rfdetr_blocks)
 def _rfdetr(job: Job) -> tuple[str, list[str]]:
     """Source: rfdetr 1.11.2 config.py `ModelConfig`, `TrainConfig`."""
-    setting, gpus = job.setting, job.plan.gpus
+    setting = job.setting
+    gpus = job.plan.gpus
     assert isinstance(setting, RfDetrSetting)
     if setting.model not in RFDETR_CLASSES or setting.stage != "single":
         what = setting.model if setting.model not in RFDETR_CLASSES else f"--stage {setting.stage}"
@@ -76,10 +77,8 @@ def _rfdetr(job: Job) -> tuple[str, list[str]]:
 
 
 def _rfdetr_notes(job: Job) -> list[str]:
-    setting, notes = (
-        job.setting,
-        ["It starts from the model's published weights; pretrain_weights=None starts from random ones."],
-    )
+    setting = job.setting
+    notes = ["It starts from the model's published weights; pretrain_weights=None starts from random ones."]
     if job.checkpoints and setting.checkpointing != ENCODER_BLOCKS:
         notes.append(
             f"rfdetr checkpoints all {ENCODER_BLOCKS} blocks of the encoder: less memory and more time than planned."
@@ -163,7 +162,8 @@ def _detectron2(job: Job) -> tuple[str, list[str]]:
 @register("open_clip", families=("clip",))
 def _open_clip(job: Job) -> tuple[str, list[str]]:
     """Source: open_clip 3.3 open_clip_train/params.py; its `--accum-freq` contrasts the whole window, as trainfit does."""
-    setting, gpus = job.setting, job.plan.gpus
+    setting = job.setting
+    gpus = job.plan.gpus
     assert isinstance(setting, ClipSetting)
     architecture = setting.model.removeprefix("clip:")
     precision = {"fp32": "fp32", "bf16": "amp_bf16", "fp16": "amp"}[setting.precision]

@@ -39,7 +39,8 @@ _MIXED = {"fp32": "32-true", "fp16": "16-mixed", "bf16": "bf16-mixed"}
 
 @register("lightning")
 def _lightning(job: Job) -> tuple[str, list[str]]:
-    setting, gpus = job.setting, job.plan.gpus
+    setting = job.setting
+    gpus = job.plan.gpus
     trainer: dict[str, object] = {"accelerator": "gpu", "devices": gpus}
     trainer |= {"strategy": "ddp"} if gpus > 1 else {}
     trainer |= {"precision": _MIXED[setting.precision], "accumulate_grad_batches": setting.accumulation}
@@ -113,7 +114,8 @@ def _accelerate(job: Job) -> tuple[str, list[str]]:
     """Source: accelerate 1.15 commands/config/config_args.py `ClusterConfig`, accelerator.py (the environment variable)."""
     import yaml
 
-    setting, gpus = job.setting, job.plan.gpus
+    setting = job.setting
+    gpus = job.plan.gpus
     record = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": "MULTI_GPU" if gpus > 1 else "NO",

@@ -102,7 +102,9 @@ def _distinct_files(raws: Sequence[RawImage], root: Path, findings: Findings) ->
 
 def _canvas(raw: RawImage, root: Path, findings: Findings) -> tuple[int, int] | None:
     """The (width, height) that the record gets, or None if the image is left out."""
-    file, header, lost = relative(raw.path, root), raw.header, f"its {len(raw.objects)} objects are left out"
+    file = relative(raw.path, root)
+    header = raw.header
+    lost = f"its {len(raw.objects)} objects are left out"
     if isinstance(header, ImageDefect):
         severity = "error" if header.kind == OUTSIDE else "skipped"
         findings.append(_finding(severity, header.kind, raw.where, f"{file}: {header.message}; {lost}"))

@@ -90,9 +90,9 @@ def read_coco(path: Path, *, allow_outside: bool = False) -> Dataset:
     index = {category: position for position, category in enumerate(names)}
     splits: dict[str, tuple[ImageRecord, ...]] = {}
     for split, file in files.items():
-        raws, found = _raw_images(file, folder, root, split, index)
+        raws, own = _raw_images(file, folder, root, split, index)
         splits[split], checked = admit(raws, root, split)
-        findings += found + checked
+        findings += own + checked
     return Dataset(
         root=root,
         format="coco",
@@ -116,8 +116,8 @@ def _jsons(folder: Path) -> list[Path]:
 def _by_name(folder: Path) -> dict[str, Path]:
     files = _jsons(folder)
     words = [(re.findall("[a-z]+", file.stem.lower()), file) for file in files]
-    named = [(SPLIT_WORDS[word], file) for found, file in words for word in found if word in SPLIT_WORDS]
-    if any("train" in found for found, _ in words):  # trainval is train and val together: not with train
+    named = [(SPLIT_WORDS[word], file) for splits_named, file in words for word in splits_named if word in SPLIT_WORDS]
+    if any("train" in splits_named for splits_named, _ in words):  # trainval is train and val together: not with train
         named = [(split, file) for split, file in named if "trainval" not in file.stem.lower()]
     if not named and len(files) == 1 and _looks_like_coco(files[0]):
         return {"train": files[0]}

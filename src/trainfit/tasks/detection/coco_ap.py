@@ -96,29 +96,30 @@ class Evaluator:
         """Start without detections."""
         self.records = {record.id: record for record in records}
         self.iou: IouKind = iou
-        self.classes, self.max_detections = classes, max_detections
+        self.classes = classes
+        self.max_detections = max_detections
         self.limits = sorted({1, 10, max_detections})
         self.detections = [0] * len(classes)
         self._added: set[int] = set()
         self._matches: list[dict[int, list[Any]]] = [{} for _ in classes]  # by class and image: one a size
 
-    def add(self, found: Detections) -> None:
+    def add(self, image: Detections) -> None:
         """Compare one image's detections."""
-        if found.image_id in self._added or found.image_id not in self.records:
-            fault = "twice" if found.image_id in self._added else "but no record"
-            raise ValueError(f"image {found.image_id} has detections {fault}")
-        self._added.add(found.image_id)
-        rows = [row for row, c in enumerate(found.classes.tolist()) if 0 <= c < len(self.classes)]
+        if image.image_id in self._added or image.image_id not in self.records:
+            fault = "twice" if image.image_id in self._added else "but no record"
+            raise ValueError(f"image {image.image_id} has detections {fault}")
+        self._added.add(image.image_id)
+        rows = [row for row, c in enumerate(image.classes.tolist()) if 0 <= c < len(self.classes)]
         for row in rows:
-            self.detections[int(found.classes[row])] += 1
-        self._compare(self.records[found.image_id], found, rows)
+            self.detections[int(image.classes[row])] += 1
+        self._compare(self.records[image.image_id], image, rows)
 
     def _compare(self, record: ImageRecord, detections: Detections | None, rows: Sequence[int]) -> None:
         truth = [_true(record, row, self.iou) for row in range(len(record.classes))]
-        found = [_found(detections, row, self.iou) for row in rows] if detections else []
-        present = sorted({annotation["category_id"] for annotation in (*truth, *found)})
+        predicted = [_detection(detections, row, self.iou) for row in rows] if detections else []
+        present = sorted({annotation["category_id"] for annotation in (*truth, *predicted)})
         if present:
-            matches = _matches(truth, found, [_image(record)], present, self.iou, self.limits)
+            matches = _matches(truth, predicted, [_image(record)], present, self.iou, self.limits)
             for number, category in enumerate(present):
                 self._matches[category][record.id] = matches[number * SIZES : (number + 1) * SIZES]
 
@@ -127,8 +128,12 @@ class Evaluator:
         for record in self.records.values():
             if record.id not in self._added:
                 self._compare(record, None, [])
-        records, limits, last = list(self.records.values()), self.limits, self.limits.index(self.max_detections)
-        max_detections, classes, iou = self.max_detections, self.classes, self.iou
+        records = list(self.records.values())
+        limits = self.limits
+        last = self.limits.index(self.max_detections)
+        max_detections = self.max_detections
+        classes = self.classes
+        iou = self.iou
         precision = np.full((len(classes), 10, 101, SIZES, len(limits)), -1.0)  # -1 is COCO's "no objects"
         recall = np.full((len(classes), 10, SIZES, len(limits)), -1.0)
         objects = [0] * len(classes)
@@ -188,8 +193,8 @@ def gather_detections(detections: Iterable[Detections]) -> list[Detections]:
         ranks: list[list[Detections]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(ranks, mine)
     first: dict[int, Detections] = {}
-    for found in chain.from_iterable(ranks):
-        first.setdefault(found.image_id, found)
+    for image in chain.from_iterable(ranks):
+        first.setdefault(image.image_id, image)
     return list(first.values())
 
 
@@ -204,7 +209,7 @@ def _true(record: ImageRecord, row: int, iou: IouKind) -> dict[str, Any]:
     return annotation | figures | {"segmentation": mask}
 
 
-def _found(image: Detections, row: int, iou: IouKind) -> dict[str, Any]:
+def _detection(image: Detections, row: int, iou: IouKind) -> dict[str, Any]:
     box = _box(image.boxes[row])
     annotation: dict[str, Any] = {"image_id": image.image_id, "category_id": int(image.classes[row]), "bbox": box}
     annotation |= {"score": float(image.scores[row])}
@@ -225,15 +230,16 @@ def _image(record: ImageRecord) -> dict[str, int]:
 
 def _matches(
     truth: list[dict[str, Any]],
-    found: list[dict[str, Any]],
+    predicted: list[dict[str, Any]],
     images: list[dict[str, int]],
     categories: list[int],
     iou: IouKind,
     limits: list[int],
 ) -> list[Any]:
     """The library's record of which detection met which object: by category, then by size, then by image."""
-    truth_set, found_set = _coco(truth, images, categories), _coco(found, images, categories)
-    run = COCOeval_faster(truth_set, found_set, iou, print_function=_silent, separate_eval=True)
+    truth_set = _coco(truth, images, categories)
+    predicted_set = _coco(predicted, images, categories)
+    run = COCOeval_faster(truth_set, predicted_set, iou, print_function=_silent, separate_eval=True)
     run.params.maxDets = limits
     run.evaluate()
     return run._evalImgs_cpp  # pyright: ignore[reportPrivateUsage]

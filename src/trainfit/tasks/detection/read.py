@@ -71,7 +71,8 @@ def require_no_errors(dataset: Dataset) -> None:
     """What training calls first: raises TrainfitError with the first `error` finding, and how many more there are."""
     errors = [finding for finding in dataset.findings if finding.severity == "error"]
     if errors:
-        first, more = errors[0], f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        first = errors[0]
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         repair = f"`trainfit check-data {dataset.root}` lists everything"
         raise TrainfitError(f"{first.where}: {first.kind}: {first.message}{more}; {repair}")
 
@@ -79,16 +80,16 @@ def require_no_errors(dataset: Dataset) -> None:
 def _format(path: Path, given: str | None) -> str:
     if given is not None:
         return given
-    found = [name for name, find in _FINDERS.items() if find(path)]
-    if len(found) > 1:
-        raise TrainfitError(f"{path}: looks like {' and '.join(found)}; choose with --format")
-    if not found:
+    formats = [name for name, find in _FINDERS.items() if find(path)]
+    if len(formats) > 1:
+        raise TrainfitError(f"{path}: looks like {' and '.join(formats)}; choose with --format")
+    if not formats:
         raise TrainfitError(
             f"{path}: no data set recognised; looked for COCO (train/_annotations.coco.json, annotations/*.json, "
             "*.json), YOLO (data.yaml), Pascal VOC (Annotations/*.xml, train/*.xml); give the data set's own folder, "
             "or say --format"
         )
-    return found[0]
+    return formats[0]
 
 
 def _sample_folder() -> Path:
@@ -106,7 +107,7 @@ def _why_empty(dataset: Dataset, path: Path) -> str:
     skipped = [finding for finding in dataset.findings if finding.severity in ("skipped", "error")]
     if not skipped:
         return f"{path}: the train split lists no image; give a data set with images"
-    kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(found.kind for found in skipped).items())
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(finding.kind for finding in skipped).items())
     return f"{path}: the train split has no usable image: {kinds}; the first: {skipped[0].where}: {skipped[0].message}"
 
 
@@ -139,7 +140,8 @@ def _between_splits(splits: Mapping[str, Sequence[ImageRecord]], root: Path) -> 
         for record in records:
             first = home.setdefault(record.path, split)
             if first != split:
-                where, what = os.path.relpath(record.path, root), f"is in {first} and in {split}"
+                where = os.path.relpath(record.path, root)
+                what = f"is in {first} and in {split}"
                 findings.append(Finding(severity="note", kind="image in two splits", where=where, message=what))
     return tuple(findings)
 

@@ -86,12 +86,17 @@ def _draw(
 ) -> tuple[Image.Image, list[tuple[int, NDArray[np.float64]]]]:
     """One image and its objects: class and polygon (n, 2) in pixels."""
     if number < len(_FIRST_COUNTS):
-        wanted, size, radii = _FIRST_COUNTS[number], _CANVASES[number % 3], (0.14, 0.22)
+        wanted = _FIRST_COUNTS[number]
+        size = _CANVASES[number % 3]
+        radii = (0.14, 0.22)
     elif number == len(_FIRST_COUNTS):
-        wanted, size, radii = crowded, _CANVASES[-1], (0.04, 0.06)
+        wanted = crowded
+        size = _CANVASES[-1]
+        radii = (0.04, 0.06)
     else:
         wanted = int(min(40, rng.geometric(0.16) - 1))
-        size, radii = _CANVASES[rng.integers(len(_CANVASES))], (0.06, 0.16)
+        size = _CANVASES[rng.integers(len(_CANVASES))]
+        radii = (0.06, 0.16)
     image = _background(rng, size)
     objects: list[tuple[int, NDArray[np.float64]]] = []
     taken: list[tuple[float, float, float]] = []

@@ -47,7 +47,8 @@ def find_voc(path: Path, data: DataFolder | None = None) -> dict[str, list[Path]
         TrainfitError: a list cannot be read, or lies outside of `data` (by default `path`).
     """
     data = data or DataFolder(path)
-    folder, lists = path / "Annotations", path / "ImageSets" / "Main"
+    folder = path / "Annotations"
+    lists = path / "ImageSets" / "Main"
     if not folder.is_dir():
         beside: dict[str, list[Path]] = {}
         for word, split in SPLIT_WORDS.items():
@@ -55,7 +56,8 @@ def find_voc(path: Path, data: DataFolder | None = None) -> dict[str, list[Path]
                 beside[split] = xmls
         return beside
     splits = {name: _stems(lists / f"{name}.txt", data) for name in ("train", "trainval", "val", "test")}
-    whole, held = splits.pop("trainval"), set(splits["val"])
+    whole = splits.pop("trainval")
+    held = set(splits["val"])
     splits["train"] = splits["train"] or [stem for stem in whole if stem not in held]
     if not any(splits.values()):
         return {"train": sorted(folder.glob("*.xml"))}
@@ -82,8 +84,8 @@ def read_voc(path: Path, *, allow_outside: bool = False) -> Dataset:
     classes = _classes(held, [file for split in parsed.values() for file in split])
     splits: dict[str, tuple[ImageRecord, ...]] = {}
     for split, xmls in parsed.items():
-        splits[split], found = admit(list(_raw_images(xmls, held, classes, findings)), path, split)
-        findings.extend(found)
+        splits[split], own = admit(list(_raw_images(xmls, held, classes, findings)), path, split)
+        findings.extend(own)
     difficult = sum(hard for split in parsed.values() for file in split for _, _, hard in file.objects)
     if difficult:
         what = f"{difficult} objects are marked difficult: trained on and evaluated like all others"

@@ -73,8 +73,8 @@ def read_yolo(path: Path, *, allow_outside: bool = False) -> Dataset:
         images = _images(file, document, key, held, findings)
         if images is not None:
             raws = list(_raw_images(images, held, len(names), findings))
-            splits[split], found = admit(raws, held.root, split)
-            findings.extend(found)
+            splits[split], own = admit(raws, held.root, split)
+            findings.extend(own)
     return Dataset(
         root=held.root,
         format="yolo",
@@ -221,7 +221,9 @@ def _object(line: str, where: str, size: tuple[int, int], classes: int, object_i
         index, *values = map(float, line.split())
         well_formed = index.is_integer() and (len(values) == 4 or (len(values) >= 6 and len(values) % 2 == 0))
     except ValueError:
-        index, values, well_formed = 0.0, [], False
+        index = 0.0
+        values = []
+        well_formed = False
     if not well_formed:
         what = f"is {shown(line.strip())}, neither `class cx cy w h` nor `class x y x y x y ...`; left out"
         return Finding(severity="skipped", kind="malformed label", where=where, message=what)
