@@ -90,7 +90,7 @@ def test_names_of_models() -> None:
     assert [family_of(name)[0].name for name in named] == ["rfdetr", "maskrcnn", "clip", "classifier", "custom"]
     with pytest.raises(TrainfitError, match="Perhaps you meant maskrcnn-r50-v1"):
         family_of("maskrcnn-r50-1")[1]
-    with pytest.raises(TrainfitError, match="training of my.file:task is not there yet"):
+    with pytest.raises(TrainfitError, match=r"training of my\.file:task is not there yet"):
         make_workload("my.file:task", ("a",), {})
     with pytest.raises(TrainfitError, match="Perhaps you meant timm:resnet50"):
         classifier.build_model("resnet_50", classes=2)
