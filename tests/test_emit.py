@@ -88,7 +88,12 @@ def test_rfdetr_takes_every_key(model: str) -> None:
     made = kind.__new__(kind).get_model_config(**call_arguments(text, name))  # what its __init__ does first
     assert type(made) is CONFIGS[model]
     assert (made.resolution, made.num_queries, made.num_select, made.group_detr) == (192, 50, 50, 2)
-    assert (made.freeze_encoder, made.gradient_checkpointing, made.fused_optimizer) == (True, True, False)
+    # Of a model with masks the first blocks are the mask head's, which upstream does not recompute.
+    assert (made.freeze_encoder, made.gradient_checkpointing, made.fused_optimizer) == (
+        True,
+        "-seg-" not in model,
+        False,
+    )
     train_kind = upstream.SegmentationTrainConfig if "seg" in model else upstream.TrainConfig
     training = train_kind(**call_arguments(text, "train"))
     assert (training.batch_size, training.grad_accum_steps, training.devices, training.strategy) == (4, 2, 2, "ddp")

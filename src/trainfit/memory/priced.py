@@ -20,6 +20,7 @@ from trainfit.memory.profile import last_window
 from trainfit.memory.scaling import ScaledTrace, scale
 from trainfit.memory.shipped import NEEDS_CODE, shipped, shipped_needs, source
 from trainfit.models.setting import Setting
+from trainfit.timing.counts import TO_HOST, OpCount
 from trainfit.timing.roofline import (
     HOST_BYTES_PER_S,
     TimeEstimate,
@@ -167,6 +168,33 @@ class Pricer:
         scaled = self._scaled(setting, "training")
         return self.trace(setting, "training").blocks if scaled is None else scaled.blocks
 
+    def offloaded_bytes(self, setting: Setting) -> int:
+        """Page-locked host memory of a micro-batch whose saved activations wait there; 0 without --checkpointing offload.
+
+        torch's allocator of such memory rounds up to powers of two: twice the bytes at most.
+        """
+        if setting.checkpointing != "offload":
+            return 0
+        scaled = self._scaled(setting, "training")
+        if scaled is None:
+            copied = _copied_bytes(self.trace(setting, "training").ops)
+        else:
+            small, large = scaled.micro_batches
+            low, high = (_copied_bytes(ops) for ops in scaled.ops)
+            at = setting.micro_batch if scalable(setting) else setting.accumulation
+            copied = low + (high - low) * (at - small) / (large - small)
+        parts = TRACED_ACCUMULATION if scalable(setting) else 1
+        return int(2 * copied / parts)
+
+    def known(self, setting: Setting) -> bool:
+        """Whether the need of training can be told without tracing."""
+        request = self.request(setting, "training")
+        if not scalable(setting):
+            return False
+        if self._scaled_of.get(request) is not None or is_shipped(request):
+            return True
+        return self.cache and setting.family.cacheable and _path(request, "scaled").exists()
+
     def gradient_bytes(self, setting: Setting) -> int:
         """What the GPUs exchange once a window."""
         trace = self.trace(setting, "training").trace
@@ -235,6 +263,10 @@ def packaged_alone(request: TraceRequest) -> StoredTrace | None:
         return traced
     made = moved(ScaledTrace.of_one(traced, 1), found.laws, found.values)
     return made.stored(made.trace)
+
+
+def _copied_bytes(ops: Sequence[OpCount]) -> float:
+    return sum(row.bytes for row in ops if row.op.endswith(TO_HOST))
 
 
 def rated(gpu: Gpu) -> Gpu:

@@ -15,6 +15,7 @@ from trainfit.models.setting import Setting, setting_from_json
 from trainfit.models.workload import OptimizerSettings, OwnOptimizer, TrainableWorkload, Workload
 from trainfit.step.checkpointing import checkpoint_first
 from trainfit.step.ema import averaged_copy
+from trainfit.step.offload import offloaded
 from trainfit.step.optimizer import make_optimizer
 from trainfit.step.precision import autocast, resolve_precision, set_matmul_precision
 from trainfit.step.training_step import TrainingStep
@@ -98,9 +99,10 @@ def build_training_step(
     model.to(device)
     groups = workload.parameter_groups(model, optimizer_settings or OptimizerSettings())
     own = workload.own_optimizer(groups) if isinstance(workload, OwnOptimizer) else None
+    objective = workload.objective
     return TrainingStep(
         model=model,
-        objective=workload.objective,
+        objective=offloaded(objective) if setting.checkpointing == "offload" else objective,
         optimizer=own or make_optimizer(setting.optimizer, groups),
         device=device,
         precision=resolve_precision(setting.precision, device),

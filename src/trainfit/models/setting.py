@@ -30,7 +30,8 @@ class Setting:
     eval_micro_batch: Annotated[int | None, Range(1, 100_000), In("batch")] = None
     """Images in one forward of evaluation; the micro-batch unless given."""
     checkpointing: Annotated[Checkpointing, Range(0), In("memory")] = "none"
-    """Activation checkpointing: how many of the model's blocks, from the first, are recomputed in backward."""
+    """Activation checkpointing: how many of the model's blocks, from the first, are recomputed in backward; offload: all, and
+    what is kept besides waits in host memory."""
     precision: Annotated[Precision, In("memory")] = "auto"
     """auto: bf16 on CUDA capability 8.0 and later, fp16 on older GPUs, fp32 on the CPU."""
     optimizer: Annotated[Optimizer, In("memory")] = "adamw-fused"

@@ -6,7 +6,9 @@ from dataclasses import replace
 from trainfit.models.setting import Setting
 
 FREE = ("ema-on-host",)
-"""Knobs that change memory and time alone: the plan turns them by itself."""
+"""Knobs that change memory and time alone and go with any checkpointing: the plan turns them by itself."""
+MEMORY = (*FREE, "checkpointing")
+"""All knobs that change memory and time alone."""
 
 
 def batches(share: int) -> tuple[int, ...]:
@@ -30,6 +32,10 @@ def turned(setting: Setting, knob: str) -> Iterator[tuple[str, Setting]]:
     """(flag, setting) for each turn of one knob that frees memory, the gentlest first; nothing where it has no effect."""
     if knob == "ema-on-host" and setting.keeps_ema and not setting.ema_on_host:
         yield "--ema-on-host", replace(setting, ema_on_host=True)
+    if knob == "checkpointing" and setting.checkpointing != "offload":
+        if setting.checkpointing != "all":
+            yield "--checkpointing all", replace(setting, checkpointing="all")
+        yield "--checkpointing offload", replace(setting, checkpointing="offload")
     if knob == "optimizer" and setting.optimizer.startswith("adamw") and setting.optimizer != "adamw-8bit":
         yield "--optimizer adamw-8bit", replace(setting, optimizer="adamw-8bit")
     yield from setting.family.turns(setting, knob)

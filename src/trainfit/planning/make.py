@@ -61,6 +61,10 @@ class Calibrated:
         """As the pricer says."""
         return self.pricer.blocks(setting)
 
+    def known(self, setting: Setting) -> bool:
+        """As the pricer says."""
+        return self.pricer.known(setting)
+
 
 def make_plan(
     setting: Setting,
@@ -117,7 +121,10 @@ def make_plan(
         allow=allow,
     )
     found = search(wish, prices, note=note)
-    load_for = partial(loading, setting, wish.share, gpus=gpus, decode_s=decode_s, cores=cores)
+    offloaded = pricer.offloaded_bytes(found.chosen.setting) if found.chosen else 0
+    load_for = partial(
+        loading, setting, wish.share, gpus=gpus, decode_s=decode_s, cores=cores, offloaded_bytes=offloaded
+    )
     return _plan(wish, found, gpu, budget, load_for, calibration)
 
 
@@ -215,8 +222,12 @@ def loading(
     gpus: int,
     decode_s: float | None,
     cores: int | None,
+    offloaded_bytes: int = 0,
 ) -> Loading:
-    """Loader processes that keep up with each GPU, capped by its share of the cores, and the host memory of all."""
+    """Loader processes that keep up with each GPU, capped by its share of the cores, and the host memory of all.
+
+    `offloaded_bytes`: what waits for backward in each trainer's host memory.
+    """
     most = max(1, min(8, cores // gpus - 1)) if cores else 8
     workers, reason = min(4, most), "not measured: give --data, or look at the waiting share of a run"
     if decode_s is not None and images_per_s is not None:
@@ -226,7 +237,8 @@ def loading(
         if wanted > most:
             reason += f"; {wanted} would be needed, {most} is what the cores allow: loading will be the limit"
     windows = (PREFETCH * workers + 1) * share * setting.family.sample_bytes(setting)
-    return Loading(workers=workers, host_bytes=gpus * (TRAINER_BYTES + workers * WORKER_BYTES + windows), reason=reason)
+    host_bytes = gpus * (TRAINER_BYTES + workers * WORKER_BYTES + windows + offloaded_bytes)
+    return Loading(workers=workers, host_bytes=host_bytes, reason=reason)
 
 
 def _assumptions(

@@ -41,12 +41,12 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
-    """What one knob frees where nothing fits."""
+    """What one knob would free."""
 
     knob: str
     """The flag and its value, for instance "--groups 1"."""
     saved_bytes: int
-    """Of the smallest setting's need."""
+    """Of the need of the chosen setting's training; of the smallest setting's where nothing fits."""
     learns_differently: bool
     """Whether it changes what is learned, so that only the user may choose it."""
 
@@ -86,7 +86,8 @@ class Plan:
     smallest: Candidate
     """The one that needs least."""
     savings: tuple[Saving, ...]
-    """What each knob would free of the smallest, largest first; empty where something fits."""
+    """What each knob would free, largest first. Where something fits, of the chosen setting: knobs that change memory and time
+    alone, as far as that is known without a trace. Where nothing fits, of the smallest: all knobs."""
     loading: Loading
     learning_rate: str
     """A sentence."""

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 from trainfit.gpus.context import ByteRange
 from trainfit.memory.predict import RESERVE, Prediction, has_reserve
 from trainfit.models.setting import Setting
-from trainfit.planning.knobs import FREE, batches, coupled_batches, cuts, turned
+from trainfit.planning.knobs import FREE, MEMORY, batches, coupled_batches, cuts, turned
 from trainfit.planning.plan import Candidate, Saving, Verdict
 from trainfit.step.names import Checkpointing
 from trainfit.timing.roofline import TimeEstimate
@@ -38,6 +38,10 @@ class Prices(Protocol):
 
     def blocks(self, setting: Setting) -> int:
         """What activation checkpointing may compute again."""
+        ...
+
+    def known(self, setting: Setting) -> bool:
+        """Whether `needs` answers at once."""
         ...
 
 
@@ -183,9 +187,25 @@ class _Search:
             found = _faster(found, self.fastest(base))
             if found is not None and _seconds(found) <= (1 + KNEE) * ideal:
                 return found
-        if self.wish.checkpointing is None and found is not None:
-            return _faster(found, self.partial(found))
+        if self.wish.checkpointing is None:
+            if found is not None:
+                return _faster(found, self.partial(found))
+            return None if self.wish.reserve else self.last_resort()
         return found
+
+    def last_resort(self) -> Candidate | None:
+        """Where nothing else fits: saved activations in host memory, everything else that frees memory, the least micro-batch.
+
+        It is no faster than what more memory would allow, so that the law holds that more memory is never slower; and it is a
+        trace of its own, so that it is not tried for a gain. To compute a block again takes less time than to copy what it keeps
+        to the host and back: what waits there is what recomputation leaves.
+        """
+        base = replace(self.wish.setting, checkpointing="offload")
+        for knob in FREE:
+            base = next((setting for _, setting in turned(base, knob)), base)
+        self.note("nothing fits: pricing saved activations in host memory")
+        found = self.price(base, self.batches()[0])
+        return found if self.fits(found.needs) else None
 
     def partial(self, other: Candidate) -> Candidate | None:
         """Computing only some blocks again, where that is faster than `other`.
@@ -237,9 +257,17 @@ class _Search:
                 return replace(chosen, setting=setting, needs=prediction.needs), prediction
         return None
 
+    def frees(self, chosen: Candidate) -> Iterator[Saving]:
+        """What knobs that change memory and time alone would free of the chosen setting, where that takes no trace."""
+        for flag, setting in (turn for knob in MEMORY for turn in turned(chosen.setting, knob)):
+            if self.prices.known(setting):
+                freed = self.prices.needs(chosen.setting).high_bytes - self.prices.needs(setting).high_bytes
+                yield Saving(knob=flag, saved_bytes=freed, learns_differently=False)
+
     def savings(self, smallest: Candidate) -> Iterator[Saving]:
+        """What each knob would free of the smallest setting, where nothing fits."""
         learns = self.wish.setting.family.learns
-        for knob in (*FREE, *learns):
+        for knob in (*MEMORY, *learns):
             for flag, setting in turned(smallest.setting, knob):
                 self.note(f"pricing {flag}")
                 freed = smallest.needs.high_bytes - self.prices.needs(setting).high_bytes
@@ -277,12 +305,13 @@ def search(wish: Wish, prices: Prices, *, note: Callable[[str], None] = lambda _
     smallest = min(candidates, key=lambda each: each.needs.high_bytes)
     base = replace(wish.setting, checkpointing=wish.checkpointing or "none")
     ideal = found.ideal(base)
+    savings = found.frees(chosen) if chosen is not None else found.savings(smallest)
     return Found(
         chosen=next((each for each in candidates if each.verdict == "chosen"), None),
         prediction=prediction,
         candidates=candidates,
         knee=next(b for b in found.worth(wish.share) if found.speed(base, b) <= (1 + KNEE) * ideal),
-        savings=() if chosen else tuple(sorted(found.savings(smallest), key=lambda each: -each.saved_bytes)),
+        savings=tuple(sorted(savings, key=lambda each: -each.saved_bytes)),
     )
 
 

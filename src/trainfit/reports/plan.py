@@ -43,6 +43,7 @@ def plan_text(plan: Plan) -> str:
         *([_rescue(plan)] if plan.chosen is None else []),
         [f"Considered, {len(table_rows(plan))} of {len(plan.candidates)}", *_table(plan)],
         *([["Frontier: nothing faster needs less", *_frontier(plan)]] if plan.frontier else []),
+        *([["Would free memory, for time", *frees_lines(plan)]] if plan.chosen and plan.savings else []),
         [f"Loading: {host}", f"Learning rate: {plan.learning_rate}"],
         ["Assumptions", *(f"  {line}" for line in assumptions(plan))],
         *([["Train with it", f"  {train_command(plan)}"]] if plan.chosen else []),
@@ -104,7 +105,11 @@ def division(cuts: Sequence[int]) -> str:
 
 def blocks_text(checkpointing: Checkpointing) -> str:
     """Activation checkpointing in words."""
-    words = {"none": "no checkpointing", "all": "all blocks checkpointed"}
+    words = {
+        "none": "no checkpointing",
+        "all": "all blocks checkpointed",
+        "offload": "all blocks checkpointed, saved activations in host memory",
+    }
     return words[checkpointing] if isinstance(checkpointing, str) else f"{checkpointing} blocks checkpointed"
 
 
@@ -213,6 +218,11 @@ def _rescue(plan: Plan) -> list[str]:
     held = f"{card.name} ({gib(card.memory_bytes)} GiB)" if card else "none"
     missing = need - plan.budget.low_bytes
     return [f"The smallest card of the catalogue that would hold it: {held}.", *savings_lines(plan, missing)]
+
+
+def frees_lines(plan: Plan) -> list[str]:
+    """What knobs would free of the chosen setting's training."""
+    return columns([("", saving.knob, f"frees {gib(saving.saved_bytes)} GiB") for saving in plan.savings])
 
 
 def savings_lines(plan: Plan, missing_bytes: int) -> list[str]:

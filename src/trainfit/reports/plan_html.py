@@ -11,6 +11,7 @@ from trainfit.reports.plan import (
     assumptions,
     budget_bars,
     choice,
+    frees_lines,
     frontier_cells,
     savings_lines,
     sentence,
@@ -48,6 +49,7 @@ def plan_html(plan: Plan) -> str:
         "<h2>The fastest of these candidates on cards of other sizes</h2>",
         _cards_bars(plan),
         *(_memory(plan.prediction) if plan.prediction else []),
+        *(_frees(plan) if plan.chosen and plan.savings else []),
         "<h2>Loading and learning rate</h2>",
         bullets(
             [
@@ -78,6 +80,10 @@ def _rescue(plan: Plan) -> str:
     held = f"{card.name} ({gib(card.memory_bytes)} GiB)" if card else "none"
     savings = "\n".join(savings_lines(plan, need - plan.budget.low_bytes))
     return f"<p>The smallest card of the catalogue that would hold it: {escape(held)}.</p>{_command(savings)}"
+
+
+def _frees(plan: Plan) -> list[str]:
+    return ["<h2>Would free memory, for time</h2>", _command("\n".join(frees_lines(plan)))]
 
 
 def _considered(plan: Plan, rows: tuple[Candidate, ...]) -> str:

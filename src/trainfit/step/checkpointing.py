@@ -35,9 +35,9 @@ def checkpoint_first(blocks: Sequence[nn.Module], wanted: Checkpointing) -> None
     The first ones, because theirs is the last backward: what it needs again comes when the others' is gone. Running
     statistics of a BatchNorm within a block move twice a micro-batch. Raises TrainfitError where there are no blocks.
     """
-    if wanted != "none" and wanted != 0 and not blocks:
+    if wanted not in ("none", "offload", 0) and not blocks:
         raise TrainfitError("--checkpointing: this model has no repeated blocks to compute again; leave it out")
-    count = {"none": 0, "all": len(blocks)}[wanted] if isinstance(wanted, str) else wanted
+    count = {"none": 0}.get(wanted, len(blocks)) if isinstance(wanted, str) else wanted
     for index, block in enumerate(blocks):
         if (index < count) != isinstance(block, _Again):
             block.__class__ = _checkpointed(type(block)) if index < count else type(block).__mro__[1]

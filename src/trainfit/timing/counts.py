@@ -8,6 +8,8 @@ MATMULS = frozenset(
     f"aten.{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "_scaled_mm", "_int_mm")
 )
 """Operators that cuBLAS runs."""
+TO_HOST, FROM_HOST = ".to_pinned", ".from_pinned"
+"""Ends of the names of copies to page-locked host memory and back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +18,7 @@ class OpCount:
 
     op: str
     """E.g. "aten.mm"; of a convolution with groups also their input channels: "aten.convolution.grouped1" (depthwise);
-    "aten._to_copy.to_host": a copy to the CPU's memory."""
+    "aten._to_copy.to_host": a copy to the CPU's memory; see also `TO_HOST`."""
     phase: str
     """"inputs", "forward", "backward", "update" or "optimizer"."""
     dtype: str

@@ -16,7 +16,7 @@ from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import Gpu
 from trainfit.models.family import DrawnSizes
 from trainfit.step.names import MATMUL_PRECISION
-from trainfit.timing.counts import MATMULS, OpCount
+from trainfit.timing.counts import FROM_HOST, MATMULS, TO_HOST, OpCount
 
 Kind = Literal["tensor cores", "plain arithmetic", "memory", "launches", "optimizer", "host work"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -31,6 +31,10 @@ TF32_MATMULS = MATMUL_PRECISION == "high"
 HOST_BYTES_PER_S = 3e9
 """Tensors copied to the CPU's memory and worked on there (averaged weights). Not measured: half of what pageable copies
 over PCIe 3.0 x16 reach."""
+
+PINNED_BYTES_PER_S = 10e9
+"""Tensors copied to page-locked host memory, or back. Not measured: what PCIe 3.0 x16 or 4.0 x8 leave in practice of 15.75 GB/s;
+a laptop's link may be half as wide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +207,8 @@ def _row_seconds(row: OpCount, gpu: Gpu, efficiency: Efficiency) -> tuple[Kind, 
     memory = _memory_factor(row, efficiency) * row.bytes / gpu.bandwidth_bytes_per_s
     if row.op.endswith(".to_host"):
         memory = row.bytes / HOST_BYTES_PER_S
+    elif row.op.endswith((TO_HOST, FROM_HOST)):
+        memory = row.bytes / PINNED_BYTES_PER_S
     kind: Kind = "memory"
     if row.phase in ONCE:
         kind = "optimizer"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 
-from trainfit.timing.counts import OpCount
+from trainfit.timing.counts import FROM_HOST, TO_HOST, OpCount
 
 aten = torch.ops.aten
 _NO_KERNEL = {
@@ -52,14 +52,15 @@ class Counter:
         if packet in _NO_KERNEL or not (outputs or to_host or op._schema.is_mutable) or _is_view(op):
             return
         floating = next((t for t in (*inputs, *outputs) if t.is_floating_point()), (*inputs, *outputs)[0])
-        name = str(packet) + (".to_host" if to_host else _grouping(packet, args))
+        pinned = _pinned(packet, args, inputs)
+        name = str(packet) + (".to_host" if to_host else pinned or _grouping(packet, args))
         flops = _flops(packet, args, kwargs, out)
         launches = 1
         if packet.__name__.startswith(("_foreach", "_fused", "_amp_foreach")):
             first = max((x for x in args if isinstance(x, (list, tuple))), key=len)
             chunks = sum(-(-t.numel() // _CHUNK) for t in first if isinstance(t, Tensor))
             launches = max(1, -(-chunks // _CHUNKS_PER_LAUNCH))
-        traffic = _traffic(packet, inputs, outputs)
+        traffic = _traffic(packet, inputs, () if pinned else outputs)
         intensity = math.frexp(flops / traffic)[1] if traffic else 0
         key = (name, phase, str(floating.dtype).removeprefix("torch."), intensity)
         sums = self._sums.setdefault(key, [0, 0, 0])
@@ -81,6 +82,14 @@ def _grouping(packet: Any, args: Sequence[Any]) -> str:
         return ""
     weight = args[1 if packet is aten.convolution else 2]
     return f".grouped{weight.shape[1]}"
+
+
+def _pinned(packet: Any, args: Sequence[Any], inputs: Sequence[Tensor]) -> str:
+    """Which way a copy between the device and host memory goes, if the call is one; `inputs` are the tensors on the device."""
+    if packet is not aten.copy_:
+        return ""
+    target, source = (any(tensor is each for each in inputs) for tensor in args[:2])
+    return "" if target == source else FROM_HOST if target else TO_HOST
 
 
 def _flops(packet: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> float:

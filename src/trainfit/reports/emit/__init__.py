@@ -46,6 +46,9 @@ def emit(plan: Plan, tool: str) -> Emitted:
         raise TrainfitError(f"--emit {tool}: {tool} does not train {plan.model}; these do: {', '.join(others)}")
     job, notes = _nearest(plan, plan.chosen, writer)
     text, more = writer.write(job)
+    if job.setting.checkpointing == "offload":
+        kept = f"{tool} keeps saved activations on the GPU, unless your code moves them: more memory than planned."
+        more = [*more, kept]
     own = f"Memory and speed are those of trainfit's own training step; what {tool} takes besides is not in them."
     return Emitted(tool=tool, text=text, notes=(*notes, *more, plan.learning_rate, own))
 

@@ -31,8 +31,9 @@ OPEN_CLIP_BATCH, OPEN_CLIP_RATE = 32_768, 5e-4
 
 
 def _rfdetr_blocks(setting: Setting) -> bool:
+    """Upstream recomputes the encoder alone; the first blocks of a model with masks are the mask head's."""
     blocks = setting.checkpointing
-    return blocks == "none" or (isinstance(blocks, int) and blocks <= ENCODER_BLOCKS)
+    return blocks == "none" or (isinstance(blocks, int) and blocks <= ENCODER_BLOCKS and "-seg-" not in setting.model)
 
 
 @register("rfdetr", families=("rfdetr",), checkpoints=_rfdetr_blocks)

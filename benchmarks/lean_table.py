@@ -1,0 +1,196 @@
+"""What the smallest training of each model needs, before and with the lean step, and the plan for cards of 4 to 24 GB.
+
+    python benchmarks/lean_table.py needs [--minutes 30]       # goes on where it was interrupted; the most telling cases first
+    PYTHONPATH=BEFORE/src python benchmarks/lean_table.py needs --before     # BEFORE: a checkout of 942cd9e, without lean losses
+    python benchmarks/lean_table.py plans [--minutes 30]
+    python benchmarks/lean_table.py report                     # results/lean_table.md
+
+Predicted, by trace and replay, at published settings (multi-scale sizes too): micro-batch 1, two micro-batches a window, every
+block recomputed, averaged weights on the host; evaluation of one image follows in the same process. Cards are known by their
+nominal memory alone, in bf16. A case takes minutes to trace; results are kept in results/lean_table.jsonl.
+"""
+
+import argparse
+import json
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from trainfit.gpus.catalogue import GIB, gpu_with_memory
+from trainfit.memory.allocator import AllocatorConfig
+from trainfit.memory.host_ema import ema_for_evaluation, without_ema
+from trainfit.memory.predict import assess, trace_requests
+from trainfit.memory.profile import last_window
+from trainfit.models.setting import Setting, make_setting
+from trainfit.planning.make import make_plan
+from trainfit.tracing.events import Trace
+from trainfit.tracing.trace_cache import get_trace
+
+RESULTS = Path(__file__).parent / "results"
+LOG, REPORT = RESULTS / "lean_table.jsonl", RESULTS / "lean_table.md"
+CARDS = (4, 6, 8, 12, 16, 24)
+"""Nominal memory in GB."""
+FIRST = ("rfdetr-seg-medium", "rfdetr-seg-2xlarge", "maskrcnn-r50-v2", "rtdetr-seg-large", "rtdetr-seg-nano")
+OTHERS = (
+    "rfdetr-seg-xlarge", "rfdetr-seg-large", "maskrcnn-r50-v1", "rfdetr-seg-small", "rfdetr-seg-nano", "rtdetr-seg-medium",
+    "rtdetr-seg-base", "rtdetr-seg-small", "rfdetr-large", "rfdetr-medium", "rfdetr-small", "rfdetr-nano",
+)  # fmt: skip
+STAGES = ("single", "masks", "detector")
+Case = tuple[str, str, int]
+"""(model, stage, objects in an image)."""
+
+
+def cases() -> Iterator[Case]:
+    """The most telling first: large models in one stage, then the other stages, then fewer objects."""
+    models = (*FIRST, *OTHERS)
+    yield from ((model, "single", 100) for model in models)
+    yield from product([name for name in models if name.startswith("rtdetr")], STAGES[1:], (100,))
+    yield from ((model, "single", 10) for model in models)
+    yield from product([name for name in models if name.startswith("rtdetr")], STAGES[1:], (10,))
+
+
+def setting_of(case: Case) -> Setting:
+    """As published, in bf16."""
+    model, stage, objects = case
+    knobs: dict[str, Any] = {} if stage == "single" else {"stage": stage}
+    return make_setting(model, objects_per_image=objects, precision="bf16", **knobs)
+
+
+def needs(case: Case) -> dict[str, Any]:
+    """GiB of training, and of evaluation after it in the same process, at least and at most; and where the peak lies."""
+    setting = replace(setting_of(case), accumulation=2, checkpointing="all")
+    gpu, config = gpu_with_memory("4GiB"), AllocatorConfig()
+    _, request = trace_requests(setting, gpu)
+    stored = get_trace(request)
+    end = last_window(stored.trace)
+    trained = Trace(
+        tensors=stored.trace.tensors,
+        events=stored.trace.events[:end],
+        marks=tuple(mark for mark in stored.trace.marks if mark[0] < end),
+    )
+    training = assess(replace(stored, trace=without_ema(trained)), gpu, config)
+    moved = ema_for_evaluation(stored.trace) if setting.keeps_ema else stored.trace
+    both = assess(replace(stored, trace=moved), gpu, config, since=last_window(moved))
+    peak = training.profile
+    return {
+        "training": [training.needs.low_bytes / GIB, training.needs.high_bytes / GIB],
+        "evaluation": [both.needs.low_bytes / GIB, both.needs.high_bytes / GIB],
+        "verdict": [training.verdict, both.verdict],
+        "peak": f"{peak.peak.phase}, {peak.peak_module}, {peak.peak_op.removeprefix('aten.')}",
+        "peak_gib": peak.peak_allocated_bytes / GIB,
+    }
+
+
+def plans(case: Case) -> dict[str, Any]:
+    """The plan's choice for each card, effective batch 16."""
+    found: dict[str, Any] = {}
+    for memory in CARDS:
+        plan = make_plan(setting_of(case), gpu_with_memory(f"{memory}GiB"))
+        if plan.chosen is None:
+            found[str(memory)] = {"least_gib": plan.smallest.needs.high_bytes / GIB}
+            continue
+        setting = plan.chosen.setting
+        found[str(memory)] = {
+            "micro_batch": setting.micro_batch,
+            "checkpointing": setting.checkpointing,
+            "ema_on_host": setting.ema_on_host,
+            "high_gib": plan.chosen.needs.high_bytes / GIB,
+            "seconds": plan.chosen.seconds,
+        }
+    return found
+
+
+def known() -> dict[tuple[Any, ...], Mapping[str, Any]]:
+    """Results so far; of a case that was done twice the later one."""
+    rows = [json.loads(line) for line in LOG.read_text().splitlines()] if LOG.exists() else []
+    return {(row["kind"], row["when"], *row["case"]): row["found"] for row in rows}
+
+
+def work(kind: str, when: str, minutes: float, names: list[str]) -> None:
+    """Do cases that are not done, in order, until the time is over; each is written down at once."""
+    end = time.monotonic() + 60 * minutes
+    for case in cases():
+        if time.monotonic() > end:
+            return
+        if (kind, when, *case) in known() or (names and case[0] not in names) or missing(case, when):
+            continue
+        found = needs(case) if kind == "needs" else plans(case)
+        with LOG.open("a") as file:
+            file.write(json.dumps({"kind": kind, "when": when, "case": case, "found": found}) + "\n")
+        print(kind, when, *case, json.dumps(found), flush=True)
+
+
+def missing(case: Case, when: str) -> bool:
+    """Whether the step of a case is the same before and now: detection models and stages without masks."""
+    has_masks = "seg" in case[0] and case[1] != "detector"
+    return when == "before" and not has_masks and not case[0].startswith("maskrcnn")
+
+
+def report() -> None:
+    """Write the tables."""
+    rows = known()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    lines = [
+        "Predicted by `benchmarks/lean_table.py`, never measured on a GPU: micro-batch 1, every block recomputed, averaged",
+        f"weights on the host, published resolution with multi-scale sizes, bf16; commit {commit.stdout.strip()} or before.",
+        "GiB of the process, CUDA context included, at least to at most. A 4 GB card of unknown driver gives 3.44 GiB for sure,",
+        "3.98 at best. Before: the step without lean losses (942cd9e).",
+        "",
+        "## The least that a training needs, GiB",
+        "",
+        "| model | stage | objects | before: training | with its evaluation | now: training | with its evaluation | on 4 GB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in cases():
+        now, before = (rows.get(("needs", when, *case)) for when in ("now", "before"))
+        if now is not None:
+            cells = [*_cells(before), *_cells(now), _worst(now["verdict"])]
+            lines.append(f"| {case[0]} | {case[1]} | {case[2]} | {' | '.join(cells)} |")
+    lines += ["", "## The plan for a card, effective batch 16: micro-batch, blocks recomputed", ""]
+    lines += [
+        f"| model | stage | objects | {' | '.join(f'{m} GB' for m in CARDS)} |",
+        "|---|---|---|" + "---|" * len(CARDS),
+    ]
+    for case in cases():
+        found = rows.get(("plans", "now", *case))
+        if found is not None:
+            lines.append(f"| {case[0]} | {case[1]} | {case[2]} | {' | '.join(_plan(found[str(m)]) for m in CARDS)} |")
+    REPORT.write_text("\n".join(lines) + "\n")
+
+
+def _cells(found: Mapping[str, Any] | None) -> list[str]:
+    if found is None:
+        return ["-", "-"]
+    return [f"{found[part][0]:.2f}-{found[part][1]:.2f}" for part in ("training", "evaluation")]
+
+
+def _worst(verdicts: list[str]) -> str:
+    return max(verdicts, key=["fits", "tight", "does not fit"].index)
+
+
+def _plan(found: Mapping[str, Any]) -> str:
+    if "micro_batch" not in found:
+        return f"least {found['least_gib']:.2f} GiB"
+    host = ", EMA on host" * found["ema_on_host"]
+    return f"{found['micro_batch']}, {found['checkpointing']}{host}; {found['high_gib']:.1f} GiB"
+
+
+def main() -> None:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["needs", "plans", "report"])
+    parser.add_argument("--before", action="store_true")
+    parser.add_argument("--minutes", type=float, default=600)
+    parser.add_argument("--models", nargs="*", default=[])
+    arguments = parser.parse_args()
+    if arguments.what != "report":
+        work(arguments.what, "before" if arguments.before else "now", arguments.minutes, arguments.models)
+    report()
+
+
+if __name__ == "__main__":
+    main()

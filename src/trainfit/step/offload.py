@@ -1,0 +1,116 @@
+"""What forward saves for backward waits in page-locked host memory, and not on the GPU.
+
+Copies run on the stream of the step, so that memory is free for the next operator as soon as a tensor is copied: nothing is
+copied while something else is computed, and the time is that of the link. PyTorch's own `save_on_cpu` copies a tensor once for
+each operator that saved it, the model's parameters too.
+"""
+# pyright: reportPrivateUsage=false
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from trainfit.step.contrastive import Contrastive, Tower
+from trainfit.step.terms import Objective
+
+LEAST_BYTES = 1024
+"""Smaller tensors stay: a copy takes as long as that of a hundred times as much. A larger limit would lie between the sizes of
+a tensor at two micro-batches, and steps that keep other tensors cannot be scaled to each other (`memory.scaling`)."""
+
+
+@dataclass(kw_only=True, eq=False)
+class _Stored:
+    """One storage in host memory."""
+
+    flat: torch.Tensor
+    """All of it, in one dimension."""
+    device: torch.device
+
+
+@dataclass(kw_only=True, eq=False)
+class _View:
+    """What stands in autograd's graph for a saved tensor."""
+
+    stored: _Stored
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass(kw_only=True, eq=False)
+class _Host:
+    """Pack and unpack hooks (`torch.autograd.graph.saved_tensors_hooks`) of one forward."""
+
+    device: torch.device
+    stays: set[int]
+    """Storages that are on the device anyway: parameters and buffers."""
+    known: dict[tuple[int, torch.dtype, int], tuple[weakref.ref[Any], weakref.ref[_Stored]]] = field(
+        default_factory=dict[tuple[int, torch.dtype, int], tuple[weakref.ref[Any], weakref.ref[_Stored]]]
+    )
+    """(storage, dtype, version) -> the storage and its copy, while both are alive."""
+    latest: tuple[_Stored, torch.Tensor] | None = None
+    """What was copied back last: operators that saved the same tensor often come one after the other."""
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor | _View:
+        """What autograd keeps of a tensor."""
+        storage = tensor.untyped_storage()
+        on_device = tensor.device == self.device and storage._cdata not in self.stays
+        if not on_device or storage.nbytes() < LEAST_BYTES or tensor.layout != torch.strided:
+            return tensor
+        key = (storage._cdata, tensor.dtype, tensor._version)
+        alive, copied = self.known.get(key, (None, None))
+        stored = copied() if copied is not None and alive is not None and alive() is storage else None
+        if stored is None:
+            stored = self._copy(tensor, storage.nbytes() // tensor.element_size())
+            self.known[key] = (weakref.ref(storage), weakref.ref(stored))
+        return _View(stored=stored, size=tensor.shape, stride=tensor.stride(), offset=int(tensor.storage_offset()))
+
+    @torch.no_grad()
+    def _copy(self, tensor: torch.Tensor, length: int) -> _Stored:
+        flat = tensor.detach().as_strided((length,), (1,), 0)
+        host = torch.empty(length, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return _Stored(flat=host.copy_(flat, non_blocking=True), device=tensor.device)
+
+    @torch.no_grad()
+    def unpack(self, packed: torch.Tensor | _View) -> torch.Tensor:
+        """The tensor as it was."""
+        if isinstance(packed, torch.Tensor):
+            return packed
+        stored = packed.stored
+        if self.latest is None or self.latest[0] is not stored:
+            self.latest = None  # before the next comes
+            flat = torch.empty(len(stored.flat), dtype=stored.flat.dtype, device=stored.device)
+            self.latest = (stored, flat.copy_(stored.flat, non_blocking=True))
+        return self.latest[1].as_strided(packed.size, packed.stride, packed.offset)
+
+
+def offloaded(objective: Objective | Contrastive) -> Objective | Contrastive:
+    """The same losses, whose forward keeps in host memory what it saves for backward: the same values, and the same gradient."""
+    if isinstance(objective, Objective):
+        return replace(objective, terms=_on_host(objective.terms))
+    if isinstance(objective.features, Sequence):
+        return replace(objective, features=tuple(_tower(tower) for tower in objective.features))
+    return replace(objective, features=_on_host(objective.features))
+
+
+def _tower(tower: Tower) -> Tower:
+    with_terms = None if tower.with_terms is None else _on_host(tower.with_terms)
+    return replace(tower, features=_on_host(tower.features), with_terms=with_terms)
+
+
+def _on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` (model, ...) under the hooks."""
+
+    def run(model: torch.nn.Module, *args: Any) -> Any:
+        host = _Host(device=next(model.parameters()).device, stays=_storages([*model.parameters(), *model.buffers()]))
+        with torch.autograd.graph.saved_tensors_hooks(host.pack, host.unpack):
+            return function(model, *args)
+
+    return run
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
