@@ -1,7 +1,7 @@
 """What the smallest training of each model needs, before and with the lean step, and the plan for cards of 4 to 24 GB.
 
     python benchmarks/lean_table.py needs [--minutes 30]       # goes on where it was interrupted; the most telling cases first
-    PYTHONPATH=BEFORE/src python benchmarks/lean_table.py needs --before     # BEFORE: a checkout of 942cd9e, without lean losses
+    PYTHONPATH=BEFORE/src python benchmarks/lean_table.py needs --before     # BEFORE: a checkout of 710376a, without lean losses
     python benchmarks/lean_table.py plans [--minutes 30]
     python benchmarks/lean_table.py report                     # results/lean_table.md
 
@@ -138,7 +138,7 @@ def report() -> None:
         "Predicted by `benchmarks/lean_table.py`, never measured on a GPU: micro-batch 1, every block recomputed, averaged",
         f"weights on the host, published resolution with multi-scale sizes, bf16; commit {commit.stdout.strip()} or before.",
         "GiB of the process, CUDA context included, at least to at most. A 4 GB card of unknown driver gives 3.44 GiB for sure,",
-        "3.98 at best. Before: the step without lean losses (942cd9e).",
+        "3.98 at best. Before: the step without lean losses (710376a).",
         "",
         "## The least that a training needs, GiB",
         "",

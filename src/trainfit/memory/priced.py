@@ -191,7 +191,9 @@ class Pricer:
         request = self.request(setting, "training")
         if not scalable(setting):
             return False
-        if self._scaled_of.get(request) is not None or is_shipped(request):
+        if setting.micro_batch < PAIRS[0][0]:  # it is a trace of its own
+            return source(request, alone=True) is not None
+        if self._scaled_of.get(request) is not None or source(request) is not None:
             return True
         return self.cache and setting.family.cacheable and _path(request, "scaled").exists()
 
