@@ -103,6 +103,29 @@ def test_dry_run_is_recorded_and_not_repeated(tmp_path: Path) -> None:
     assert module("compare").comparable([record]) == []
 
 
+def test_a_rehearsal_goes_from_end_to_end(tmp_path: Path) -> None:
+    """Every call of CUDA answered by a stand-in: a case, single operators, an allocator's log, and the comparison."""
+    common = ("--out", str(tmp_path), "--rehearse", "--only", TINY, "kernels")
+    done = run("measure.py", *common, "--snapshot", TINY)
+    assert done.returncode == 0, done.stderr
+    assert "3 measured now, none left" in done.stdout, done.stdout
+    records = {r["name"]: r for r in json.loads((tmp_path / "measured.json").read_text())["records"]}
+    assert set(records) == {TINY, "kernels"}
+    record = records[TINY]
+    assert record["outcome"] == "ran", record
+    assert record["peak"]["reserved_bytes"] > record["peak"]["allocated_bytes"] > record["peak"]["requested_bytes"] > 0
+    assert record["context_bytes"]["end"] == 500 * MIB
+    assert record["machine"]["stand_in"]
+    assert all("error" not in sample for sample in records["kernels"]["kernels"]), records["kernels"]
+    assert (tmp_path / f"{TINY}.pickle.gz").exists()
+
+    compare = module("compare")
+    assert compare.comparable([record]) == []  # never taken for a measurement
+    (kept,) = compare.comparable([record], rehearsed=True)
+    row = compare.judge(kept, StoredTrace(trace=make_trace(), ops=OPS))
+    assert TINY in compare.table([row])
+
+
 def test_a_line_that_was_cut_off_is_measured_again(tmp_path: Path) -> None:
     measure = module("measure")
     measure.keep(tmp_path, {"name": "a", "outcome": "ran"})

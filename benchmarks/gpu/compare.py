@@ -79,9 +79,10 @@ def load(folder: Path) -> dict[Path, list[dict[str, Any]]]:
     return {file: comparable(json.loads(file.read_text())["records"]) for file in sorted(folder.glob("*.json"))}
 
 
-def comparable(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without kernels' samples, dry runs on the CPU, and cases that failed for another reason."""
-    return [r for r in records if "case" in r and r["outcome"] != "error" and r["machine"]["device"] == "cuda"]
+def comparable(records: Sequence[dict[str, Any]], *, rehearsed: bool = False) -> list[dict[str, Any]]:
+    """Without kernels' samples, dry runs on the CPU, rehearsals, and cases that failed for another reason."""
+    measured = [r for r in records if "case" in r and r["outcome"] != "error" and r["machine"]["device"] == "cuda"]
+    return [r for r in measured if r["machine"].get("stand_in", False) == rehearsed]
 
 
 def gpu_of(record: Mapping[str, Any]) -> Gpu:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 import torch
@@ -24,16 +24,21 @@ CONVOLUTIONS = (
     (32, 96, 96, 7, 1, 96, 56),
     (4, 256, 256, 3, 1, 1, 200),
     (8, 32, 32, 3, 1, 1, 256),
+    *((images, 16, 48, 1, 1, 1, 43) for images in (215, 373, 377, 700)),
+    *((images, 3, 32, 3, 2, 1, 86) for images in (215, 373, 377, 700)),
+    *((images, 64, 64, 3, 1, 1, 86) for images in (128, 339)),
+    *((images, 128, 128, 3, 1, 1, 43) for images in (128, 339)),
 )
-"""Images, channels in, out, kernel, stride, groups, side."""
+"""Images, channels in, out, kernel, stride, groups, side. The last are of MNASNet and VGG in xMem's runs, whose reserved memory no
+rule explains (docs/prediction.md): MNASNet's is 17 % too low up to 373 images and right from 377 on."""
 ATTENTION = ((64, 6, 197, 64), (16, 12, 577, 64), (8, 8, 1024, 32), (8, 16, 77, 64))
 """Images, heads, tokens, width of a head."""
 BACKENDS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
 
 
-def sample_all() -> list[dict[str, Any]]:
-    """Every operator; one that this card or version has not got is there with its error."""
-    return [_sample(name, setup) for name, setup in samples()]
+def sample_all(most: int | None = None) -> list[dict[str, Any]]:
+    """The first `most` operators, or all; one that this card or version has not got is there with its error."""
+    return [_sample(name, setup) for name, setup in islice(samples(), most)]
 
 
 def samples() -> Iterator[Sample]:

@@ -32,6 +32,8 @@ from trainfit.process import last_words  # noqa: E402
 
 KERNELS = "kernels"
 """The name under which single operators are sampled, see kernels.py."""
+REHEARSAL = "TRAINFIT_GPU_REHEARSAL"
+"""The variable that tells a case's process."""
 CASE_S, LEAST_S, POLL_S = 90, 15, 0.01
 """A case is stopped after `CASE_S` and none begins in the last `LEAST_S`; between looks at the device's memory."""
 
@@ -193,6 +195,11 @@ def main(argv: list[str]) -> int:
         "--snapshot", nargs="+", default=[], metavar="NAME", help="allocator's log of a build and 2 windows"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="without a GPU: every call of CUDA answered by a stand-in, to find faults",
+    )
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     arguments = parser.parse_args(argv)
     known = [KERNELS, *(case.name for case in SUITE)]
@@ -204,6 +211,9 @@ def main(argv: list[str]) -> int:
     cpu = arguments.device == "cpu"
     if cpu and (not arguments.only or KERNELS in arguments.only or arguments.snapshot):
         parser.error("--device cpu is a dry run of the cases in --only")
+    if arguments.rehearse:
+        os.environ[REHEARSAL] = "1"
+        sys.path.insert(0, str(HERE / "stand_in"))
     card = None if cpu else first_card()
     if card is None and not cpu:
         print("no NVIDIA GPU on this machine: nothing was measured", file=sys.stderr)
