@@ -43,7 +43,8 @@ def predict(row: Row) -> Predicted | None:
     size, likely_bytes = _quantity(row, found, gpu)
     made = _of(size, likely_bytes)
     needs_mib = (reserved.low_bytes / MIB, reserved.high_bytes / MIB)
-    return replace(made, seconds=step_seconds(stored.ops, gpu).seconds, needs_mib=needs_mib)
+    seconds = step_seconds(stored.ops, gpu, drawn=row.drawn).seconds
+    return replace(made, seconds=seconds, needs_mib=needs_mib)
 
 
 _stored: dict[str, StoredTrace | None] = {}

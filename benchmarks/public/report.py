@@ -79,7 +79,11 @@ def _verdict_lines(pairs: Sequence[Pair]) -> list[str]:
 
 def _time_lines(pairs: Sequence[Pair]) -> list[str]:
     lines = ["| time a step | rows | median error | mean | ratio | pairs | in order |", "|---|---|---|---|---|---|---|"]
-    timed = [(row.source, p.seconds, row.seconds) for row, p in pairs if row.seconds is not None]
+    timed = [
+        (row.source + ", fitted" * row.fitted_time, p.seconds, row.seconds)
+        for row, p in pairs
+        if row.seconds is not None
+    ]
     for source in sorted({source for source, _, _ in timed}):
         lines.append(_time_line(source, [(p, m) for name, p, m in timed if name == source]))
     judged = timm_rtx3090.judged()

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from trainfit.models.family import DrawnSizes
+
 DATA = Path(__file__).parents[2].parent / "shared/data"
 """The figures of others lie beside the checkout; nothing is downloaded here."""
 Quantity = Literal["allocated", "reserved", "device_total", "nvml_minus_start", "context"]
@@ -66,6 +68,10 @@ class Row:
     """The run failed: the figure is no measurement of the need."""
     seconds: float | None = None
     """Measured seconds a step."""
+    drawn: DrawnSizes | None = None
+    """Where the measured time is a mean over sizes: these, against the traced one."""
+    fitted_time: bool = False
+    """An efficiency of the roofline was fitted to its seconds: shown, and not judged."""
     others_mib: Mapping[str, float] = field(default_factory=dict)
     """What other predictors said of the same run."""
     caps: tuple[Cap, ...] = ()

@@ -49,6 +49,11 @@ def _nothing(*_args: object, **_kwargs: object) -> None:
     """Answer with nothing."""
 
 
+def _answer(value: object) -> Callable[..., object]:
+    """Answer with `value`."""
+    return lambda *_args, **_kwargs: value
+
+
 def install() -> torch.device:
     """Replace the calls, for this process; the device that tensors are on."""
     properties = type("Properties", (), {"name": "NVIDIA H200", "major": 9, "minor": 0})
@@ -57,11 +62,11 @@ def install() -> torch.device:
         "set_per_process_memory_fraction": _nothing,
         "memory_stats": memory_stats,
         "mem_get_info": mem_get_info,
-        "get_device_properties": lambda _index: properties,
+        "get_device_properties": _answer(properties),
     }
     for name, member in replaced.items():
         setattr(torch.cuda, name, member)
     torch.cuda.memory._record_memory_history = _nothing  # pyright: ignore
-    torch.cuda.memory._snapshot = lambda: {"segments": [], "device_traces": [[]]}  # pyright: ignore
+    torch.cuda.memory._snapshot = _answer({"segments": [], "device_traces": [[]]})  # pyright: ignore
     OnTheCpu().__enter__()
     return torch.device("cpu")

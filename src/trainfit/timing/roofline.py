@@ -3,16 +3,17 @@
 Every row of the counts is limited by its arithmetic or by its memory traffic, whichever takes longer at the card's
 published rates times an efficiency; every kernel costs a little besides; and no step is faster than Python starts it.
 
-Known limits: one device, so nothing about communication; the data loader keeps up; the efficiencies are of one card,
-one year and large micro-batches, and carry over to other cards by their rates alone.
+Known limits: one device, so nothing about communication; the data loader keeps up; the efficiencies are of two cards and
+large micro-batches, and carry over to others by their rates alone (`STATED_ERRORS` has what is known of the error).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal, get_args
 
 from trainfit.errors import TrainfitError
+from trainfit.gpus.capability import Capability
 from trainfit.gpus.catalogue import Gpu
 from trainfit.models.family import DrawnSizes
 from trainfit.step.names import MATMUL_PRECISION
@@ -63,6 +64,44 @@ RTX_3090 = Efficiency(
 """All but `host_s`: fitted by `benchmarks/timm_fit.py` to 109 timm models (torch 1.12, float16, channels_last; flops is
 below 1 because the card runs above the clock that its rate is stated at). `host_s`: not measured; the middle of the usual
 5 to 10 microseconds an operator of eager PyTorch."""
+
+
+VOLTA = replace(RTX_3090, gpu="", flops=1.45)
+"""float32 without TF32: fitted to 5 of 16 rows of Detectron2's zoo on V100s (those whose names' SHA-256 begins with 0 to 7), at
+the mean of the sizes that its training draws; the others are judged by `benchmarks/public`."""
+EFFICIENCIES: Mapping[Capability, Efficiency] = {(7, 0): VOLTA}
+"""By CUDA capability; all others have that of the RTX 3090."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatedError:
+    """How far predicted seconds were from published ones."""
+
+    median: float
+    """Of the relative errors, without regard to their sign."""
+    rows: int
+    source: str
+
+
+STATED_ERRORS: Mapping[Capability, StatedError] = {
+    (8, 6): StatedError(
+        median=0.060, rows=119, source="timm models that nothing was fitted on, RTX 3090, float16, torch 1.12"
+    ),
+    (7, 0): StatedError(
+        median=0.133, rows=11, source="detectors of Detectron2's zoo that nothing was fitted on, V100, float32"
+    ),
+}
+"""By CUDA capability, as `python -m benchmarks.public` prints them."""
+
+
+def efficiency_of(gpu: Gpu) -> Efficiency:
+    """The efficiencies that a card's times are predicted with."""
+    return RTX_3090 if gpu.capability is None else EFFICIENCIES.get(gpu.capability, RTX_3090)
+
+
+def stated_error(gpu: Gpu) -> StatedError | None:
+    """What is known of the error of seconds on such a card; None: nothing, and they rank settings alone."""
+    return None if gpu.capability is None else STATED_ERRORS.get(gpu.capability)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +181,7 @@ def _resized(work: _Work, pixels: float, drawn: DrawnSizes) -> _Work:
 
 
 def step_seconds(
-    ops: Iterable[OpCount], gpu: Gpu, *, drawn: DrawnSizes | None = None, efficiency: Efficiency = RTX_3090
+    ops: Iterable[OpCount], gpu: Gpu, *, drawn: DrawnSizes | None = None, efficiency: Efficiency | None = None
 ) -> TimeEstimate:
     """Estimate the time of a step from the counts of its trace; with `drawn`, the mean over the sizes of training.
 
@@ -153,7 +192,7 @@ def step_seconds(
         raise TrainfitError(
             f"the rates of {gpu.name} are not known, so time cannot be predicted; name a card with --gpu"
         )
-    ops = tuple(ops)
+    ops, efficiency = tuple(ops), efficiency or efficiency_of(gpu)
     micro_batches = _work([row for row in ops if row.phase not in ONCE], gpu, efficiency)
     once = _work([row for row in ops if row.phase in ONCE], gpu, efficiency)
     return _over_sizes(micro_batches, once, gpu, efficiency, drawn)
@@ -167,7 +206,7 @@ def window_seconds(
     cuts: Sequence[int],
     traced_accumulation: int,
     drawn: DrawnSizes | None = None,
-    efficiency: Efficiency = RTX_3090,
+    efficiency: Efficiency | None = None,
 ) -> TimeEstimate:
     """Time of a window that is cut into micro-batches of `cuts` images, from traces at two micro-batches.
 
@@ -175,6 +214,7 @@ def window_seconds(
     two, and what comes once a window (clipping, optimizer, averaging) is that of the larger. With `drawn`, it is the mean
     over the sizes of training.
     """
+    efficiency = efficiency or efficiency_of(gpu)
     small, large = micro_batches
     low, high = (_work([row for row in rows if row.phase not in ONCE], gpu, efficiency) for rows in ops)
     once = _work([row for row in ops[1] if row.phase in ONCE], gpu, efficiency)
@@ -191,9 +231,10 @@ def line_seconds(
     at: int,
     gpu: Gpu,
     *,
-    efficiency: Efficiency = RTX_3090,
+    efficiency: Efficiency | None = None,
 ) -> TimeEstimate:
     """Time of a step on the line through two; `gpu` has rates. What grows faster (a large window's logits) is missed."""
+    efficiency = efficiency or efficiency_of(gpu)
     low, high = (_work(rows, gpu, efficiency) for rows in ops)
     share = (at - points[0]) / (points[1] - points[0])
     return _estimate(_NOTHING.plus(high, share).plus(low, 1 - share), gpu, efficiency)
