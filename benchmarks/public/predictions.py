@@ -6,7 +6,7 @@ from benchmarks.public import traces
 from benchmarks.public.rows import Case, Row
 
 from trainfit.gpus.catalogue import MIB, Gpu, find_gpu
-from trainfit.gpus.context import UNKNOWN_CONTEXT, ByteRange, cuda_context_bytes
+from trainfit.gpus.context import ByteRange, cuda_context_bytes
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.predict import MemoryPrediction, assess, needed
 from trainfit.timing.roofline import step_seconds
@@ -29,9 +29,7 @@ class Predicted:
 def predict(row: Row) -> Predicted | None:
     """The prediction of a row; None where its step has no trace."""
     gpu = find_gpu(row.card)
-    if row.quantity == "context":
-        # The card's own row in `gpus.context` is this measurement: the range of cards that were never measured is judged.
-        return _of(UNKNOWN_CONTEXT, UNKNOWN_CONTEXT.likely_bytes)
+    # A context without a step is the source of its card's row in `gpus.context`, and no judge of it.
     stored = None if row.case is None else _by_name(row.case)
     if stored is None:
         return None

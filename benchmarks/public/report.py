@@ -1,5 +1,6 @@
 """The table and the picture of `python -m benchmarks.public`."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -11,6 +12,8 @@ from benchmarks.public.rows import Row
 from benchmarks.public.traces import failure
 
 RESULTS = Path(__file__).parents[1] / "results/public.md"
+DOCS = Path(__file__).parents[2] / "docs"
+"""Its guide on predictions shows the picture."""
 HEAD = "| source | quantity | class | rows | median | mean | p95 | low by > 2 % | > 5 % | inside | below | width |"
 
 
@@ -24,6 +27,10 @@ def text(pairs: Sequence[Pair], left_out: Sequence[Row]) -> str:
             lines.append(_line(source, quantity, "**all**", of_source))
     lines.append(_line("**all**", "", "", pairs))
     lines += ["", *_other_predictors(pairs), "", *_verdict_lines(pairs), "", *_time_lines(pairs)]
+    sources = [row for row in left_out if row.case is None]
+    if sources:
+        lines += ["", f"Not judged, because `gpus/context.py` has them as its source: {len(sources)} contexts of a T4."]
+    left_out = [row for row in left_out if row.case is not None]
     if left_out:
         reasons = [f"{row.name} ({failure(row.case)})" for row in left_out if row.case is not None]
         lines += ["", f"Without a trace: {'; '.join(reasons)}"]
@@ -104,7 +111,11 @@ def _time_line(name: str, both: Sequence[tuple[float, float]]) -> str:
 
 def write(tables: str, pairs: Sequence[Pair]) -> None:
     """Write the tables and the picture to `benchmarks/results`."""
-    note = "Made by `python -m benchmarks.public --write`; what the columns are: [README](../README.md)."
+    note = (
+        "Made by `python -m benchmarks.public --write`; [docs/prediction.md](../../docs/prediction.md) explains the columns, and "
+        "[public_before.md](public_before.md) has the rows before. No width of an interval and no memory figure is fitted on "
+        "any row here; of the times one efficiency is, on the rows that are called fitted."
+    )
     RESULTS.write_text(f"# Predictions against public measurements\n\n{note}\n\n![](public.png)\n\n{tables}\n")
     _draw(pairs)
 
@@ -119,10 +130,15 @@ def _draw(pairs: Sequence[Pair]) -> None:
     for (source, _), rows in _grouped(pairs, lambda row: (row.source, "")):
         done = [(row.measured_mib / 1024, p.likely_mib / 1024) for row, p in rows if not row.oom]
         axes.loglog([m for m, _ in done], [p for _, p in done], ".", label=source)
-    ends = [0.1, 40]
+    ends = [0.5, 40]
     axes.plot(ends, ends, color="k", lw=0.8)
     axes.fill_between(ends, [0.95 * end for end in ends], [1.05 * end for end in ends], color="0.85", label="5 % band")
-    axes.set(xlabel="measured, GiB", ylabel="predicted, GiB", xlim=(0.5, 20), ylim=(0.5, 20))
+    axes.set(xlabel="measured, GiB", ylabel="predicted, GiB", xlim=(0.9, 24), ylim=(0.9, 24))
+    ticks = [1, 2, 5, 10, 20]
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(ticks, [str(tick) for tick in ticks], minor=False)
+        axis.set_ticks([], minor=True)
     axes.legend()
     figure.savefig(RESULTS.with_suffix(".png"), dpi=90)
+    shutil.copy(RESULTS.with_suffix(".png"), DOCS / RESULTS.with_suffix(".png").name)
     pyplot.close(figure)
