@@ -96,8 +96,10 @@ def test_names_of_models() -> None:
         classifier.build_model("resnet_50", classes=2)
     with pytest.raises(TrainfitError, match="Perhaps you meant clip:ViT-B-16"):
         clip.build_model("ViTB16")
-    with pytest.raises(TrainfitError, match="losses besides the contrastive one"):
-        clip.build_model("coca_base")
+    assert family_of("clip-vit-b-32")[1] == family_of("clip:vit_b_32")[1] == "clip:ViT-B-32"
+    for name, reason in (("naflex_vit_b", "many sizes"), ("HTSAT-tiny-CLAP", "audio"), ("genlip-b", "no contrastive")):
+        with pytest.raises(TrainfitError, match=reason):
+            clip.build_model(name)
 
 
 # ---- CLIP

@@ -4,7 +4,7 @@ import importlib
 import os
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -95,6 +95,13 @@ class Family:
     """Recipe -> None; raises TrainfitError for values of the family's knobs that do not go together in a training."""
     needed_flags: Callable[[Any], Sequence[str]] = lambda _: ()
     """Setting -> flags that `trainfit train` needs for it besides its knobs, for a printed command."""
+    recipe: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Fields of `training.recipe.Recipe` -> the family's own defaults."""
+    not_flags: tuple[str, ...] = ()
+    """Fields of `training.recipe.Recipe` that say nothing to its models, and are no flags."""
+    lr_factor: Callable[..., float] | None = None
+    """(optimizer step, recipe, steps_per_epoch=, total_steps=) -> what every rate is multiplied by; None: as
+    `training.schedule.lr_factor`."""
     translate: Callable[[Sequence[str]], list[str]] = list
     """Command line -> the same with the flags of other programs for these models as trainfit's."""
     shapes_weights: tuple[str, ...] = ()

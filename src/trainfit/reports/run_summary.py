@@ -1,9 +1,10 @@
 """The end of a training in a few lines, with the next command."""
 
+from trainfit.models.family import family_of
 from trainfit.reports.progress import GIB
 from trainfit.reports.tables import table_text
 from trainfit.reports.words import duration
-from trainfit.tasks.task import percent
+from trainfit.tasks.task import Inference, percent, task_of
 from trainfit.training.oom import survival_line
 from trainfit.training.run_folder import BEST, TELEMETRY
 from trainfit.training.summary import RunSummary
@@ -36,9 +37,17 @@ def summary_text(summary: RunSummary) -> str:
     lines += _survived(summary)
     lines += [
         f"weights     {folder / BEST} (for the upstream project: {summary.exported})",
-        f"Next:       trainfit detect {folder} IMAGE",
+        f"Next:       {_next(summary)}",
     ]
     return "\n".join(lines)
+
+
+def _next(summary: RunSummary) -> str:
+    """The command that uses the weights."""
+    task: object = task_of(str(family_of(summary.model)[0].task))
+    if isinstance(task, Inference):
+        return f"trainfit detect {summary.folder} IMAGE"
+    return f"trainfit evaluate {summary.folder} --data DATA"
 
 
 def _survived(summary: RunSummary) -> list[str]:

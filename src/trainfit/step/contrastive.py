@@ -256,15 +256,14 @@ class _Every:
     rows: slice
     """The rows of this rank."""
     gradient: torch.Tensor | None
-    """(N, sum of d) of the features that learn, which their `.grad`s are parts of; None in a run of one process."""
+    """Their `.grad`s in one piece, which travels between the ranks; None in a run of one process."""
 
     def own_gradients(self) -> list[torch.Tensor]:
         """The gradients of this rank's features that learn, summed over the ranks: a collective call."""
-        learned = [feature for feature in self.features if feature.requires_grad]
-        if self.gradient is None:
-            return [feature.grad for feature in learned if feature.grad is not None]
-        own = _sum(self.gradient)[self.rows].clone()
-        return list(own.split([feature.shape[1] for feature in learned], dim=1))
+        if self.gradient is not None:
+            _sum(self.gradient)
+        every = [feature.grad for feature in self.features if feature.grad is not None]
+        return every if self.gradient is None else [gradient[self.rows].clone() for gradient in every]
 
 
 def _gather(own: Sequence[Sequence[torch.Tensor]], learns: Sequence[bool], *, like: torch.Tensor) -> _Every:
@@ -283,16 +282,22 @@ def _gather(own: Sequence[Sequence[torch.Tensor]], learns: Sequence[bool], *, li
     rows = slice(start, start + sizes[ranks.rank()])
     dtype = torch.promote_types(like.dtype, torch.float32)
 
-    def room() -> tuple[torch.Tensor, torch.Tensor]:
-        widths = [[width for width, _ in kinds], [width for width, learned in kinds if learned]]
-        every, gradient = (torch.zeros((sum(sizes), sum(each)), dtype=dtype, device=like.device) for each in widths)
-        if mine:
-            torch.cat([feature for feature, _ in mine], dim=1, out=every[rows])
-        return every, gradient
+    def room(widths: Sequence[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Zeros for features of these widths, and each feature's own (N, d) of them."""
+        elements = [sum(sizes) * width for width in widths]
+        whole = torch.zeros(sum(elements), dtype=dtype, device=like.device)
+        return whole, [part.view(-1, width) for part, width in zip(whole.split(elements), widths, strict=True)]
 
-    every, gradient = ranks.together(room)
-    features = list(_sum(every).split([width for width, _ in kinds], dim=1))
-    parts = iter(gradient.split([width for width, learned in kinds if learned], dim=1))
+    def rooms() -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor, list[torch.Tensor]]:
+        whole, features = room([width for width, _ in kinds])
+        gradient, gradients = room([width for width, learned in kinds if learned])
+        for feature, (own_rows, _) in zip(features, mine, strict=False):
+            feature[rows] = own_rows
+        return whole, features, gradient, gradients
+
+    whole, features, gradient, gradients = ranks.together(rooms)
+    _sum(whole)
+    parts = iter(gradients)
     for feature, (_, learned) in zip(features, kinds, strict=True):
         if learned:
             feature.requires_grad_().grad = next(parts)

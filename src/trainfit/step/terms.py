@@ -53,3 +53,5 @@ class Objective:
     canvas: Callable[[Sequence[Any]], tuple[int, int]] = largest_image
     """Window -> (height, width) that each of its micro-batches is padded to, whatever the cut. With `sampled` terms, which
     may follow from the canvas, it is that of the largest window of all ranks."""
+    constrain: Callable[[torch.nn.Module], None] | None = None
+    """Brings parameters back into their bounds after the optimizer's step; done twice it changes nothing."""

@@ -174,7 +174,7 @@ class TrainingStep:
         if self.clip_norm > 0:
             phases += [partial(self._clip, kind) for kind in kinds]
         phases += [partial(self._step_unit, unit) for unit in units_of(self.optimizer)]
-        if isinstance(self.objective, Contrastive) and self.objective.constrain is not None:
+        if self.objective.constrain is not None:
             phases.append(partial(self.objective.constrain, self.model))
         return [*phases, partial(self._average, step), self._update_scale, self._clear]
 

@@ -122,13 +122,7 @@ def read_image(record: ImageFile) -> Image.Image:
     Raises:
         TrainfitError: the file is missing, damaged or of another size; it names the file.
     """
-    try:
-        with Image.open(record.path, formats=FORMATS) as image:
-            orientation = _orientation(image)
-            rgb = _rgb(image)
-    except Exception as error:  # as in `read_header`
-        reason = _reason(error, record.path)
-        raise TrainfitError(f"{record.path}: {reason}; replace the file or take it out of the data set") from error
+    rgb, orientation = _decoded(record.path, None)
     header = ImageHeader(size=rgb.size, orientation=orientation)
     annotated = (record.width, record.height)
     if header.upright == annotated:
@@ -140,6 +134,29 @@ def read_image(record: ImageFile) -> Image.Image:
         f"{record.path}: is {width} x {height}, but its record says {record.width} x {record.height}; "
         "it was replaced after the data set was read: start again"
     )
+
+
+def read_rgb(path: Path, content: BinaryIO | None = None) -> Image.Image:
+    """An image in RGB, upright as its EXIF orientation says; `content` holds its bytes where `path` is a file around them.
+
+    Raises:
+        TrainfitError: the image is missing, damaged or larger than `MOST_PIXELS`; it names the file.
+    """
+    rgb, orientation = _decoded(path, content)
+    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+
+
+def _decoded(path: Path, content: BinaryIO | None) -> tuple[Image.Image, int]:
+    """The image as stored, in RGB, and its EXIF orientation."""
+    try:
+        with Image.open(content or path, formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height}, more than {MOST_PIXELS // 10**6} million pixels")
+            orientation = _orientation(image)
+            return _rgb(image), orientation
+    except Exception as error:  # as in `read_header`
+        reason = _reason(error, path)
+        raise TrainfitError(f"{path}: {reason}; replace the file or take it out of the data set") from error
 
 
 def _orientation(image: Image.Image) -> int:

@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, cast, get_type_hints
+from typing import Annotated, Any, Literal, Self, cast, get_args, get_origin, get_type_hints
 
 from trainfit.errors import TrainfitError
 from trainfit.files import read_json
@@ -65,6 +65,8 @@ class Recipe(Setting):
     """Epoch of the step schedule's drop; not a flag."""
     warmup_epochs: Annotated[float, Range(0), In("schedule")] = 0.0
     """Length of the linear warm-up."""
+    warmup_steps: Annotated[int, Range(0, 1_000_000_000), In("schedule")] = 0
+    """The same in optimizer steps."""
     clip_norm: Annotated[float, Range(0), In("schedule")] = 0.1
     """Largest gradient norm of a window; 0 turns clipping off."""
     out: Annotated[Path | None, In("run")] = None
@@ -108,15 +110,23 @@ FROM_DATA = ("classes", "objects_per_image", "canvas")
 """Fields of settings that a data set determines: they are no flags of training."""
 
 
+def _no_flag(hint: Any) -> Any:
+    """An annotation with its checks, of a field that is no flag."""
+    inner, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    return Annotated[(inner, *(extra for extra in extras if not isinstance(extra, In)), In(None))]
+
+
 @cache
 def recipe_type(kind: type[Setting]) -> type[Recipe]:
     """The recipe with the knobs of one kind of setting."""
     if kind is Setting:
         return Recipe
-    hints = get_type_hints(kind, include_extras=True)
-    determined = [field for field in dataclasses.fields(kind) if field.name in FROM_DATA]
-    body: dict[str, Any] = {field.name: field.default for field in determined}
-    body["__annotations__"] = {field.name: Annotated[hints[field.name], In(None)] for field in determined}
+    hints = get_type_hints(kind, include_extras=True) | get_type_hints(Recipe, include_extras=True)
+    own: Mapping[str, Any] = kind.family.recipe
+    hidden = {*FROM_DATA, *kind.family.not_flags}
+    defaults = {field.name: field.default for each in (kind, Recipe) for field in dataclasses.fields(each)} | dict(own)
+    body: dict[str, Any] = {name: value for name, value in defaults.items() if name in hidden or name in own}
+    body["__annotations__"] = {name: _no_flag(hints[name]) if name in hidden else hints[name] for name in body}
     body["__doc__"] = Recipe.__doc__
     made = type(f"{kind.__name__.removesuffix('Setting')}Recipe", (Recipe, kind), body)
     return keeps_given(dataclass(frozen=True, kw_only=True)(made))

@@ -13,7 +13,9 @@ def lr_factor(step: int, recipe: Recipe, *, steps_per_epoch: int, total_steps: i
 
     Source: rfdetr 1.11.2 training/module_model.py `_build_managed_scheduler`'s `lr_lambda` (min_factor 0).
     """
-    warmup = int(recipe.warmup_epochs * steps_per_epoch)
+    if type(recipe) is not Recipe and recipe.family.lr_factor is not None:
+        return recipe.family.lr_factor(step, recipe, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+    warmup = recipe.warmup_steps or int(recipe.warmup_epochs * steps_per_epoch)
     if step < warmup:
         return step / max(1, warmup)
     if recipe.schedule == "cosine":

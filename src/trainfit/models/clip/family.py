@@ -1,29 +1,117 @@
-"""CLIP and SigLIP of open_clip as a family. Imports no torch."""
+"""CLIP, SigLIP and CoCa of open_clip as a family. Imports no torch."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from trainfit.models.family import Family, register
+from trainfit.errors import TrainfitError
+from trainfit.models.clip.schedule import lr_factor
+from trainfit.models.clip.upstream_flags import translate
+from trainfit.models.family import Family, dashed, register
 from trainfit.models.setting import Setting
+from trainfit.values import Range
 
 PREFIX = "clip:"
 PIXELS_OF_A_SAMPLE = 640**2
+Loss = Literal["auto", "clip", "siglip"]
+Freeze = Literal["none", "batchnorm", "image", "text"]
+REFUSED = {
+    "naflex": "NaFlex batches hold images of many sizes by a budget of tokens",
+    "clap": "CLAP is trained on audio",
+    "genlip": "GenLIP has no contrastive loss",
+    "genlap": "GenLAP has no contrastive loss",
+}
+"""Part of a name -> why models with it are not trained here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipSetting(Setting):
-    """A setting of a CLIP or SigLIP model."""
+    """A setting of a CLIP, SigLIP or CoCa model."""
 
-    resolution: int | None = None
+    resolution: Annotated[int | None, Range(1, 8192)] = None
     """Side of the square input in pixels; as published unless given."""
     contrastive: Literal["cached", "plain"] = "cached"
     """cached: the loss of the whole window, exactly; plain: each micro-batch is contrasted with itself alone and the losses
     are averaged, which is another loss where accumulation is more than 1."""
+    loss: Loss = "auto"
+    """clip: softmax over each row and column; siglip: a sigmoid for each pair, with a bias. auto: siglip where the architecture
+    has a bias. CoCa's caption loss comes besides."""
+    positives: Literal["pairs", "texts"] = "pairs"
+    """texts: pairs of the window with the same text are positives of each other, not negatives."""
+    text_ratio: Annotated[float | None, Range(0.01, 100)] = None
+    """The towers run one after the other, the text tower on this many times the micro-batch. Together unless given."""
+    freeze: Freeze = "none"
+    """What is not trained. image, text: that tower (LiT), which costs no pass with gradients; batchnorm: statistics, gains and
+    biases of BatchNorm, which the cached loss needs."""
+    distill_model: str | None = None
+    """Teacher: ARCH=FILE (or ARCH=TAG of open_clip's weights), or a weights file of trainfit."""
+    recompute: Literal["both", "image", "text"] = "both"
+    """The tower whose blocks --checkpointing counts."""
+
+
+@cache
+def architectures() -> tuple[str, ...]:
+    """Names of open_clip's configurations, without importing it; none where it is not installed."""
+    spec = find_spec("open_clip")
+    folders = [] if spec is None else list(spec.submodule_search_locations or [])
+    return tuple(sorted(file.stem for folder in folders for file in Path(folder, "model_configs").glob("*.json")))
 
 
 def match(typed: str) -> str | None:
-    """Any name that begins with "clip:"; open_clip says whether there is such an architecture when it is built."""
-    return typed if typed.startswith(PREFIX) and typed != PREFIX else None
+    """Any name that begins with "clip:": an architecture of open_clip, or a JSON file with the configuration of one.
+
+    open_clip says whether there is such an architecture when it is built. "clip-vit-b-32" is clip:ViT-B-32.
+    """
+    if typed.startswith(PREFIX) and typed != PREFIX:
+        name = typed.removeprefix(PREFIX)
+        if name.endswith(".json"):
+            return f"{PREFIX}{Path(name).absolute()}"
+        return f"{PREFIX}{_spelt(name) or name}"
+    if dashed(typed).startswith("clip-"):
+        name = _spelt(dashed(typed).removeprefix("clip-"))
+        return f"{PREFIX}{name}" if name else None
+    return None
+
+
+def _spelt(name: str) -> str | None:
+    """An architecture as open_clip spells it; None where it has none, or several."""
+    if name in architectures():
+        return name
+    found = [each for each in architectures() if dashed(each) == dashed(name)]
+    return found[0] if len(found) == 1 else None
+
+
+def refuse(model: str) -> None:
+    """Refuse models of open_clip's later versions whose training is another.
+
+    Raises:
+        TrainfitError: why.
+    """
+    words = re.split(r"[^a-z0-9]+", Path(model.removeprefix(PREFIX)).stem.lower())
+    for part, why in REFUSED.items():
+        if any(word.startswith(part) for word in words):
+            raise TrainfitError(f"{model} is not supported: {why}. Take a CLIP, SigLIP or CoCa architecture")
+
+
+def check_recipe(recipe: Any) -> None:
+    """Refuse what cannot be trained together."""
+    refuse(recipe.model)
+    if recipe.loss == "siglip" and recipe.distill_model is not None:
+        raise TrainfitError("--distill-model goes with --loss clip: its loss compares distributions over rows")
+    if recipe.contrastive == "plain" and (recipe.distill_model or recipe.positives == "texts"):
+        raise TrainfitError("--contrastive plain goes without --distill-model and --positives texts")
+
+
+def assumptions(setting: ClipSetting) -> Sequence[str]:
+    """What a prediction takes for granted."""
+    lines: list[str] = []
+    if setting.contrastive == "plain":
+        lines.append("Each micro-batch is contrasted with itself alone: not the loss of the effective batch.")
+    return lines
 
 
 @register
@@ -35,9 +123,24 @@ def family() -> Family:
         models=("clip:ARCH",),
         match=match,
         workload="trainfit.models.clip.workload",
+        checkpoint="trainfit.models.clip.workload:from_upstream",
+        task="pairs",
         extra="clip",
         packages=("open_clip_torch",),
         coupled=lambda setting: setting.contrastive == "cached",
         learns=("optimizer",),
+        assumptions=assumptions,
+        check_recipe=check_recipe,
+        translate=translate,
+        lr_factor=lr_factor,
+        recipe={
+            "epochs": 32,
+            "lr": 5e-4,
+            "weight_decay": 0.2,
+            "schedule": "cosine",
+            "clip_norm": 0.0,
+        },
+        not_flags=("lr_encoder", "format", "warmup_epochs"),
+        shapes_weights=("resolution", "loss"),
         sample_bytes=lambda setting: 3 * (setting.resolution**2 if setting.resolution else PIXELS_OF_A_SAMPLE),
     )

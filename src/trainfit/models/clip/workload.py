@@ -1,116 +1,135 @@
-"""CLIP and SigLIP models of open_clip."""
+"""CLIP, SigLIP and CoCa models of open_clip."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from trainfit.errors import TrainfitError
+from trainfit.models.clip.architecture import (
+    architecture_of,
+    batchnorm_layers,
+    build_model,
+    config_of,
+    has_caption,
+    preprocessing,
+)
+from trainfit.models.clip.data import Pair, make_sample
 from trainfit.models.clip.family import PREFIX, ClipSetting
-from trainfit.models.images import stack_images, to_device
-from trainfit.models.workload import OptimizerSettings, all_parameters
+from trainfit.models.clip.interop import export_upstream, load_into
+from trainfit.models.clip.losses import (
+    CACHED,
+    PLAIN,
+    Choices,
+    features,
+    image_features,
+    make_objective,
+    rows_loss,
+)
+from trainfit.models.clip.teacher import Teacher
+from trainfit.models.workload import Decoder, OptimizerSettings
 from trainfit.step.checkpointing import repeated_blocks
-from trainfit.step.contrastive import Contrastive
-from trainfit.step.terms import LossTerm, Objective
+from trainfit.tasks.pairs.samples import PairFeatures
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-"""open_clip 3.3 constants.py OPENAI_DATASET_MEAN, OPENAI_DATASET_STD."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Pair:
-    """One image and its text, on the CPU."""
-
-    image: torch.Tensor
-    """uint8 (3, height, width)."""
-    text: torch.Tensor
-    """int64 (context length,): token ids."""
-
-
-def build_model(architecture: str, *, resolution: int | None = None) -> torch.nn.Module:
-    """A model of open_clip with random weights, in train mode.
-
-    Raises:
-        TrainfitError: open_clip is not installed, no such architecture, or one that has losses besides (CoCa).
-    """
-    try:
-        import open_clip
-    except ImportError as error:
-        raise TrainfitError("CLIP models need open_clip: pip install 'trainfit[clip]'") from error
-    known = open_clip.list_models()
-    if architecture not in known:
-        near = get_close_matches(architecture, known, n=1)
-        hint = f" Perhaps you meant {PREFIX}{near[0]}." if near else ""
-        raise TrainfitError(f"open_clip has no architecture {architecture!r}.{hint}")
-    if "multimodal_cfg" in (open_clip.get_model_config(architecture) or {}):
-        raise TrainfitError(f"{PREFIX}{architecture} has losses besides the contrastive one, which are not there yet")
-    model: Any = open_clip.create_model(
-        architecture, load_weights=False, pretrained_text=False, force_image_size=resolution, output_dict=False
-    )
-    return model.train()
-
-
-def features(model: torch.nn.Module, pairs: Sequence[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalised image and text features, each (n, d)."""
-    like = next(model.parameters())
-    images = stack_images([pair.image for pair in pairs], like, mean=MEAN, std=STD)
-    texts = to_device([pair.text[None] for pair in pairs], like)
-    of_images, of_texts, *_ = model(images, texts)
-    return of_images, of_texts
-
-
-def rows_loss(model: torch.nn.Module, images: torch.Tensor, texts: torch.Tensor, rows: slice) -> torch.Tensor:
-    """These rows' part of the mean loss over all pairs: SigLIP's where the model has a bias, CLIP's otherwise.
-
-    Source: open_clip 3.3 loss.py `ClipLoss`, `SigLipLoss`.
-    """
-    learned: Any = model
-    scale = learned.logit_scale.exp()
-    truth = torch.arange(rows.start, rows.stop, device=images.device)
-    logits = scale * images[rows] @ texts.T
-    if learned.logit_bias is not None:
-        signs = torch.full_like(logits, -1.0)
-        signs[torch.arange(len(truth), device=truth.device), truth] = 1.0
-        return -functional.logsigmoid(signs * (logits + learned.logit_bias)).sum() / len(images)
-    of_images = functional.cross_entropy(logits, truth, reduction="sum")
-    of_texts = functional.cross_entropy(scale * texts[rows] @ images.T, truth, reduction="sum")
-    return (of_images + of_texts) / (2 * len(images))
-
-
-CACHED = Contrastive(features=features, rows_loss=rows_loss)
-"""The loss of the whole window."""
-
-
-def _plain_terms(model: torch.nn.Module, pairs: Sequence[Pair], _canvas: tuple[int, int]) -> Mapping[str, LossTerm]:
-    loss = rows_loss(model, *features(model, pairs), slice(0, len(pairs)))
-    return {"contrastive": LossTerm(total=loss, kind="mean")}
-
-
-PLAIN = Objective(terms=_plain_terms, counts=lambda pairs: {"contrastive": float(len(pairs))})
-"""Each micro-batch contrasted with itself alone: a mean of means."""
+__all__ = ["CACHED", "PLAIN", "Clip", "Pair", "build_model", "features", "from_upstream", "make_workload", "rows_loss"]
 
 
 class Clip:
-    """A `Workload`: training by the contrastive loss on full texts. See that protocol for what the methods do."""
+    """A `Workload`: training by the contrastive loss. See that protocol for what the methods do."""
+
+    export_name = "best-open_clip.pt"
 
     def __init__(self, setting: ClipSetting, classes: tuple[str, ...]) -> None:
-        """Note what is to be built; no weights yet."""
+        """Find the architecture; no weights yet.
+
+        Raises:
+            TrainfitError: open_clip is not installed, or has no such architecture.
+        """
         self.setting = setting
         self.classes = classes
-        self.objective = CACHED if setting.contrastive == "cached" else PLAIN
+        self.architecture = architecture_of(setting.model)
+        self.caption = has_caption(self.architecture)
+        self.preprocessing = preprocessing(self.architecture, setting.resolution)
+        self.eval_size = self.preprocessing.size[0]
+        self.remarks: list[str] = []
+        self.teacher: Teacher | None = None
+        if setting.distill_model is not None:
+            self.teacher = Teacher(setting.distill_model, self.architecture, setting.resolution)
+        self.objective = PLAIN if setting.contrastive == "plain" else make_objective(self._choices())
+
+    def _choices(self) -> Choices:
+        setting = self.setting
+        if self.caption and (setting.contrastive == "plain" or self.teacher is not None or setting.text_ratio):
+            raise TrainfitError(
+                f"{setting.model} has a caption loss, which needs both towers in one forward: "
+                "leave --text-ratio, --distill-model and --contrastive plain out"
+            )
+        if self.teacher is not None and (setting.loss == "siglip" or self._has_bias()):
+            raise TrainfitError("--distill-model goes with --loss clip: its loss compares distributions over rows")
+        return Choices(
+            caption=self.caption,
+            frozen=setting.freeze,
+            text_ratio=setting.text_ratio,
+            same_texts=setting.positives == "texts",
+            teacher=self.teacher,
+        )
+
+    def _has_bias(self) -> bool:
+        return self.setting.loss == "auto" and "init_logit_bias" in config_of(self.architecture)
 
     def build(self) -> torch.nn.Module:
-        return build_model(self.setting.model.removeprefix(PREFIX), resolution=self.setting.resolution)
+        setting = self.setting
+        if self.teacher is not None:
+            self.teacher.build()
+        return build_model(setting.model, resolution=setting.resolution, loss=setting.loss, freeze=setting.freeze)
+
+    def require_trainable(self) -> None:
+        """Refuse what the cached loss cannot train exactly; read the teacher's weights.
+
+        Raises:
+            TrainfitError: a tower with BatchNorm in training, or a teacher without weights.
+        """
+        if self.teacher is not None:
+            self.remarks += self.teacher.fill()
+        if self.setting.contrastive == "cached":
+            setting = self.setting
+            layers = batchnorm_layers(build_model(setting.model, freeze=setting.freeze, device="meta"))
+            if layers:
+                raise TrainfitError(
+                    f"{self.setting.model} has {layers} BatchNorm layers, whose output depends on the other images of a "
+                    "micro-batch: the features of a window would depend on its cut. Give --freeze batchnorm, or "
+                    "--contrastive plain for another loss"
+                )
 
     def parameter_groups(self, model: torch.nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
-        return all_parameters(model, settings)
+        """Upstream's: no decay of gains, biases and the scale; AdamW's numbers by the kind of tower.
+
+        Source: open_clip 3.3 open_clip_train/main.py, and params.py `get_default_params`.
+        """
+        vit = "vit" in self.architecture.lower()
+        shared: dict[str, Any] = {
+            "lr": settings.lr,
+            "betas": (0.9, 0.98 if vit else 0.999),
+            "eps": 1e-6 if vit else 1e-8,
+        }
+        groups: dict[float, list[torch.nn.Parameter]] = {0.0: [], settings.weight_decay: []}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                plain = parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
+                groups[0.0 if plain else settings.weight_decay].append(parameter)
+        return [{**shared, "params": found, "weight_decay": decay} for decay, found in groups.items() if found]
 
     def blocks(self, model: torch.nn.Module) -> Sequence[torch.nn.Module]:
-        return repeated_blocks(model)
+        tower: Any = model
+        of_images = repeated_blocks(tower.visual)
+        known = {id(block) for block in of_images}
+        of_texts = [block for block in repeated_blocks(model) if id(block) not in known]
+        chosen = self.setting.recompute
+        return (of_images if chosen != "text" else []) + (of_texts if chosen != "image" else [])
 
     def saturate(self, model: torch.nn.Module) -> None:
         """Nothing in a CLIP model depends on the data."""
@@ -123,19 +142,78 @@ class Clip:
     def eval_sample(self, model: torch.nn.Module) -> Pair:
         return _pair(model, seed=0)
 
-    def outputs(self, model: torch.nn.Module, samples: Sequence[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features of both towers, as zero-shot evaluation computes them."""
-        return features(model, samples)
+    @torch.no_grad()
+    def outputs(self, model: torch.nn.Module, samples: Sequence[Pair]) -> list[PairFeatures]:
+        """Features of images and texts on the CPU. Texts, of which an image may have several, run as many at a time as
+        there are samples.
+        """
+        tower: Any = model
+        with_images = [sample for sample in samples if sample.image.dim() == 3]
+        images = iter(image_features(model, with_images)[0].float().cpu() if with_images else ())
+        like = next(model.parameters())
+        rows = [sample.text.reshape(-1, sample.text.shape[-1]) for sample in samples if sample.text.numel()]
+        tokens = torch.cat(rows) if rows else None
+        parts = () if tokens is None else tokens.split(len(samples))
+        encoded = [tower.encode_text(part.to(like.device), normalize=True).float().cpu() for part in parts]
+        texts = iter(torch.cat(encoded)) if encoded else iter(())
+        found: list[PairFeatures] = []
+        for sample in samples:
+            count = sample.text.numel() // max(1, sample.text.shape[-1])
+            own = [next(texts) for _ in range(count)]
+            found.append(
+                PairFeatures(
+                    record_id=sample.record_id,
+                    image=next(images) if sample.image.dim() == 3 else None,
+                    texts=torch.stack(own) if own else None,
+                )
+            )
+        return found
+
+    def load(self, model: torch.nn.Module, weights: str) -> list[str]:
+        return load_into(model, self.architecture, weights)
+
+    def sizes(self) -> tuple[int, ...]:
+        return (self.eval_size,)
+
+    def decoder(self) -> Decoder:
+        name = self.setting.model.removeprefix(PREFIX)
+        file = name if name.endswith(".json") else None
+        return partial(make_sample, architecture=file or self.architecture, preprocessing=self.preprocessing)
+
+    def metadata(self) -> dict[str, str]:
+        knobs = asdict(self.setting)
+        kept = {key: knobs[key] for key in ("resolution", "loss", "freeze")}
+        return {"model": self.setting.model, "classes": json.dumps(self.classes), "knobs": json.dumps(kept)}
+
+    def export(self, weights: Any, path: Path) -> None:
+        export_upstream(weights, path)
 
 
 make_workload = Clip
 
 
+def from_upstream(name: str, weights: str) -> tuple[Clip, torch.nn.Module, list[str]]:
+    """A model for inference with the weights of a checkpoint of open_clip; and remarks for the user.
+
+    Raises:
+        TrainfitError: as `interop.load_into`.
+    """
+    workload = Clip(ClipSetting(model=name), ("pairs",))
+    model = workload.build()
+    return workload, model, workload.load(model, weights)
+
+
 def _pair(model: Any, *, seed: int) -> Pair:
     """Noise, and a text that fills the context; its last token is the largest id, which CLIP pools at."""
-    side: int | tuple[int, int] = model.visual.image_size
-    height, width = side if isinstance(side, tuple) else (side, side)
+    height, width = model.trainfit_preprocessing.size
+    vocabulary, length = _text_shape(model)
     g = torch.Generator().manual_seed(seed)
-    text = torch.randint(1, model.vocab_size - 1, (model.context_length,), generator=g)
-    text[-1] = model.vocab_size - 1
-    return Pair(image=torch.randint(0, 256, (3, height, width), generator=g, dtype=torch.uint8), text=text)
+    text = torch.randint(1, vocabulary - 1, (length,), generator=g)
+    text[-1] = vocabulary - 1
+    return Pair(image=torch.randint(0, 256, (3, height, width), generator=g, dtype=torch.uint8), text=text, key=seed)
+
+
+def _text_shape(model: Any) -> tuple[int, int]:
+    """(size of the vocabulary, context length) of the text tower; CoCa keeps both in it."""
+    tower = model if hasattr(model, "vocab_size") else model.text
+    return int(tower.vocab_size), int(tower.context_length)

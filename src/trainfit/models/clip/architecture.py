@@ -1,0 +1,184 @@
+"""Architectures of open_clip: their configurations, and models built from them."""
+
+import importlib
+import json
+import logging
+import math
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from trainfit.errors import TrainfitError
+from trainfit.models.clip.family import PREFIX, Freeze, Loss, refuse
+
+SIGLIP_SCALE, SIGLIP_BIAS = math.log(10), -10.0
+"""What open_clip 3.3 open_clip_train/main.py starts with for --siglip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How images become a model's input."""
+
+    size: tuple[int, int]
+    """(height, width)."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resize_mode: str = "shortest"
+    interpolation: str = "bicubic"
+
+
+def open_clip() -> Any:
+    """The package.
+
+    Raises:
+        TrainfitError: it is not installed.
+    """
+    try:
+        import open_clip as package
+    except ImportError as error:
+        raise TrainfitError("CLIP models need open_clip: pip install 'trainfit[clip]'") from error
+    return package
+
+
+def architecture_of(model: str) -> str:
+    """The name that open_clip knows of a model: that of a configuration of its own, or of a JSON file, which is made known.
+
+    Raises:
+        TrainfitError: no such architecture, or a file that is no configuration.
+    """
+    refuse(model)
+    name = model.removeprefix(PREFIX)
+    if name.endswith(".json"):
+        return _register(Path(name))
+    known = open_clip().list_models()
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        hint = f" Perhaps you meant {PREFIX}{near[0]}." if near else ""
+        raise TrainfitError(f"open_clip has no architecture {name!r}.{hint}")
+    return name
+
+
+def _register(path: Path) -> str:
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise TrainfitError(f"{path}: not a configuration of open_clip ({error}): give a JSON file") from error
+    wanted = ("embed_dim", "vision_cfg", "text_cfg")
+    missing = [key for key in wanted if not isinstance(record, dict) or key not in record]
+    if missing:
+        raise TrainfitError(f"{path}: not a configuration of open_clip: it has no {', '.join(missing)}")
+    if open_clip().get_model_config(path.stem) != record:
+        open_clip().add_model_config(path)
+    return path.stem
+
+
+def config_of(architecture: str) -> dict[str, Any]:
+    """The configuration of an architecture."""
+    return open_clip().get_model_config(architecture) or {}
+
+
+def has_caption(architecture: str) -> bool:
+    """Whether it is a CoCa, which has a caption loss."""
+    return "multimodal_cfg" in config_of(architecture)
+
+
+@cache
+def preprocessing(architecture: str, resolution: int | None = None) -> Preprocessing:
+    """As the first published weights of an architecture want it; as OpenAI's where there are none."""
+    package = open_clip()
+    tags = package.list_pretrained_tags_by_model(architecture)
+    published: Mapping[str, Any] = package.get_pretrained_cfg(architecture, tags[0]) if tags else {}
+    side = resolution or config_of(architecture).get("vision_cfg", {}).get("image_size", 224)
+    return Preprocessing(
+        size=(side, side) if isinstance(side, int) else tuple(side),
+        mean=tuple(published.get("mean") or package.OPENAI_DATASET_MEAN),
+        std=tuple(published.get("std") or package.OPENAI_DATASET_STD),
+        resize_mode=published.get("resize_mode") or "shortest",
+        interpolation=published.get("interpolation") or "bicubic",
+    )
+
+
+def build_model(
+    architecture: str,
+    *,
+    resolution: int | None = None,
+    loss: Loss = "auto",
+    freeze: Freeze = "none",
+    device: Literal["cpu", "meta"] = "cpu",
+) -> torch.nn.Module:
+    """A model of open_clip with random weights, in train mode; on the device `meta` it has no values.
+
+    Raises:
+        TrainfitError: open_clip is not installed, no such architecture, or a loss that is not the architecture's.
+    """
+    architecture = architecture_of(architecture)
+    caption = has_caption(architecture)
+    if caption and loss == "siglip":
+        raise TrainfitError(f"{PREFIX}{architecture} has CLIP's loss and a caption loss: leave --loss siglip out")
+    changes: dict[str, Any] = {} if caption else {"output_dict": False}
+    if loss == "siglip" and "init_logit_bias" not in config_of(architecture):
+        changes |= {"init_logit_scale": SIGLIP_SCALE, "init_logit_bias": SIGLIP_BIAS}
+    if loss == "clip":
+        changes["init_logit_bias"] = None
+    with quiet(), torch.device(device):
+        try:
+            model: Any = open_clip().create_model(
+                architecture,
+                load_weights=False,
+                pretrained_text=False,
+                force_image_size=resolution,
+                device=device,
+                **changes,
+            )
+        except (ImportError, OSError) as error:  # towers of other packages, and their configurations from the hub
+            raise TrainfitError(f"{PREFIX}{architecture} cannot be built ({error})") from error
+    model.trainfit_preprocessing = preprocessing(architecture, resolution)
+    freeze_parts(model, freeze)
+    return model.train()
+
+
+def freeze_parts(model: Any, freeze: Freeze) -> None:
+    """Take what is not trained out of training; BatchNorm that is not trained keeps its statistics for good."""
+    visual = {id(parameter) for parameter in model.visual.parameters()}
+    text = model.text if hasattr(model, "text") else model
+    if freeze == "image":
+        model.visual.requires_grad_(False)
+    if freeze == "text":
+        others = ("logit_scale", "logit_bias")
+        for name, parameter in text.named_parameters():
+            if id(parameter) not in visual and name not in others:
+                parameter.requires_grad_(False)
+    if freeze in ("batchnorm", "image"):
+        model.visual = _without_batchnorm(model.visual)
+
+
+def _without_batchnorm(module: torch.nn.Module) -> torch.nn.Module:
+    utils: Any = importlib.import_module("open_clip.utils")
+    if any(type(each).__module__.startswith("timm.") for each in module.modules()):
+        timm: Any = importlib.import_module("timm.utils")
+        module = timm.freeze_batch_norm_2d(module)
+    return utils.freeze_batch_norm_2d(module)
+
+
+def batchnorm_layers(model: torch.nn.Module) -> int:
+    """Layers whose output depends on the other samples of a micro-batch."""
+    kinds = torch.nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]
+    return sum(isinstance(module, kinds) for module in model.modules())
+
+
+@contextmanager
+def quiet() -> Generator[None]:
+    """Hold back what open_clip logs through the root logger: what matters of it is in trainfit's own remarks."""
+    root = logging.getLogger()
+    disabled = root.disabled
+    root.disabled = True
+    try:
+        yield
+    finally:
+        root.disabled = disabled

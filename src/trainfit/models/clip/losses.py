@@ -1,0 +1,236 @@
+"""The losses of CLIP, SigLIP, distillation and CoCa over some rows of the pairs, and the towers that give their features."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from trainfit.models.clip.data import Pair, stacked_images, stacked_texts, text_keys
+from trainfit.step.contrastive import Contrastive, Features, Tower
+from trainfit.step.terms import LossTerm, Objective
+
+LARGEST_SCALE = math.log(100)
+"""open_clip 3.3 open_clip_train/train.py clamps the logarithm of the scale to [0, ln 100] after every step."""
+CAPTION_WEIGHT = 2.0
+"""Of CoCa's caption loss; that of its contrastive loss is 1 (open_clip 3.3 open_clip_train/params.py)."""
+CHUNK_ROWS = 256
+"""Rows of the logits at a time: 32 MiB a matrix at 32,768 pairs."""
+TOKENS_AT_ONCE = 1024
+"""Tokens whose logits over the vocabulary exist at a time: 194 MiB in float32 at 49,408 words."""
+
+
+def image_features(model: torch.nn.Module, pairs: Sequence[Pair]) -> Features:
+    """Normalised image features (n, d)."""
+    tower: Any = model
+    return (tower.encode_image(stacked_images(model, pairs), normalize=True),)
+
+
+def text_features(model: torch.nn.Module, pairs: Sequence[Pair]) -> Features:
+    """Normalised text features (n, d)."""
+    tower: Any = model
+    return (tower.encode_text(stacked_texts(model, pairs), normalize=True),)
+
+
+def features(model: torch.nn.Module, pairs: Sequence[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalised image and text features, each (n, d)."""
+    return image_features(model, pairs)[0], text_features(model, pairs)[0]
+
+
+def rows_loss(model: torch.nn.Module, images: torch.Tensor, texts: torch.Tensor, rows: slice) -> torch.Tensor:
+    """These rows' part of the mean loss over all pairs: SigLIP's where the model has a bias, CLIP's otherwise.
+
+    Source: open_clip 3.3 loss.py `ClipLoss`, `SigLipLoss`.
+    """
+    learned: Any = model
+    if learned.logit_bias is not None:
+        return _siglip(learned, images, texts, rows, None)
+    scale = learned.logit_scale.exp()
+    truth = torch.arange(rows.start, rows.stop, device=images.device)
+    of_images = functional.cross_entropy(scale * images[rows] @ texts.T, truth, reduction="sum")
+    of_texts = functional.cross_entropy(scale * texts[rows] @ images.T, truth, reduction="sum")
+    return (of_images + of_texts) / (2 * len(images))
+
+
+def _siglip(
+    model: Any, images: torch.Tensor, texts: torch.Tensor, rows: slice, same: torch.Tensor | None
+) -> torch.Tensor:
+    """Source: open_clip 3.3 loss.py `SigLipLoss`. `same` (rows, N) are further positives."""
+    logits = model.logit_scale.exp() * images[rows] @ texts.T + model.logit_bias
+    signs = torch.full_like(logits, -1.0)
+    truth = torch.arange(rows.start, rows.stop, device=images.device)
+    signs[torch.arange(len(truth), device=truth.device), truth] = 1.0
+    if same is not None:
+        signs.masked_fill_(same, 1.0)
+    return -functional.logsigmoid(signs * logits).sum() / len(images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsLoss:
+    """The loss of some rows as `Contrastive.rows_loss`, of features that have names."""
+
+    names: tuple[str, ...]
+    """What each feature is: "image", "text", "keys" of texts, "teacher image", "teacher text"."""
+    teacher_scale: Callable[[], torch.Tensor] | None = None
+    """The factor of the teacher's logits."""
+
+    def __call__(self, model: torch.nn.Module, *given: Any) -> Mapping[str, torch.Tensor]:
+        """(each feature of all pairs, rows) -> the parts of the loss by name."""
+        every: dict[str, torch.Tensor] = dict(zip(self.names, given[:-1], strict=True))
+        rows: slice = given[-1]
+        images, texts = every["image"], every["text"]
+        keys = every.get("keys")
+        if keys is None and self.teacher_scale is None:
+            return {"contrastive": rows_loss(model, images, texts, rows)}
+        same = None if keys is None else _same(keys, rows)
+        learned: Any = model
+        if learned.logit_bias is not None:
+            return {"contrastive": _siglip(learned, images, texts, rows, same)}
+        return self._with_more(learned, every, rows, same)
+
+    def _with_more(
+        self, model: Any, every: Mapping[str, torch.Tensor], rows: slice, same: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """CLIP's loss with several positives in a row, and distillation (open_clip 3.3 loss.py `DistillClipLoss`)."""
+        pairs = len(every["image"])
+        truth = torch.arange(rows.start, rows.stop, device=every["image"].device)
+        totals: dict[str, list[torch.Tensor]] = {"contrastive": [], "distillation": []}
+        for one, other in (("image", "text"), ("text", "image")):
+            logits = (model.logit_scale.exp() * every[one][rows] @ every[other].T).log_softmax(dim=1)
+            if same is None:
+                totals["contrastive"].append(-logits.gather(1, truth[:, None]).sum())
+            else:
+                wanted = torch.where(same, logits, torch.zeros_like(logits)).sum(1) / same.sum(1)
+                totals["contrastive"].append(-wanted.sum())
+            if self.teacher_scale is not None:
+                theirs = self.teacher_scale() * every[f"teacher {one}"][rows] @ every[f"teacher {other}"].T
+                totals["distillation"].append(-(theirs.softmax(dim=1) * logits).sum())
+        return {name: torch.stack(parts).sum() / (2 * pairs) for name, parts in totals.items() if parts}
+
+
+def _same(keys: torch.Tensor, rows: slice) -> torch.Tensor:
+    """(rows, N): whether two texts are the same, by all columns of their keys."""
+    columns = keys.unbind(1)
+    found = columns[0][rows, None] == columns[0]
+    for column in columns[1:]:
+        found &= column[rows, None] == column
+    return found
+
+
+def with_caption(model: torch.nn.Module, pairs: Sequence[Pair]) -> tuple[Features, Mapping[str, LossTerm]]:
+    """CoCa's features and its caption loss: the sum over all tokens that are not padding, each predicted from those before.
+
+    The logits over the vocabulary exist for `TOKENS_AT_ONCE` tokens at a time, in the forward and again in the backward.
+    Source: open_clip 3.3 coca_model.py `CoCa.forward`, loss.py `CoCaLoss`, transformer.py `MultimodalTransformer.forward`.
+    """
+    coca: Any = model
+    texts = stacked_texts(model, pairs)
+    images, image_tokens = coca._encode_image(stacked_images(model, pairs))
+    of_texts, tokens = coca._encode_text(texts)
+    labels, tokens = texts[:, 1:], tokens[:, :-1]
+    decoder = coca.text_decoder
+    mask = decoder.attn_mask[: tokens.shape[1], : tokens.shape[1]]
+    for block, cross_attention in zip(decoder.resblocks, decoder.cross_attn, strict=True):
+        tokens = cross_attention(block(tokens, attn_mask=mask), k_x=image_tokens, v_x=image_tokens)
+    hidden = decoder.ln_final(tokens).flatten(0, 1)
+    total = torch.zeros((), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    for some, wanted in zip(hidden.split(TOKENS_AT_ONCE), labels.flatten().split(TOKENS_AT_ONCE), strict=True):
+        part = partial(_token_loss, coca.pad_id)
+        total = total + checkpoint(part, some, decoder.text_projection, wanted, use_reentrant=False)
+    return (images, of_texts), {"caption": LossTerm(total=CAPTION_WEIGHT * total, kind="targets")}
+
+
+def _token_loss(pad_id: int, hidden: torch.Tensor, projection: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(hidden @ projection, wanted, ignore_index=pad_id, reduction="sum")
+
+
+def caption_counts(pairs: Sequence[Pair], pad_id: int = 0) -> Mapping[str, float]:
+    """Tokens that the caption loss predicts."""
+    return {"caption": float(sum(int((pair.text[1:] != pad_id).sum()) for pair in pairs))}
+
+
+def clamp_scale(model: torch.nn.Module) -> None:
+    """Bring the scale back to [1, 100], as open_clip does after every optimizer step."""
+    learned: Any = model
+    with torch.no_grad():
+        learned.logit_scale.clamp_(0, LARGEST_SCALE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What the objective depends on."""
+
+    caption: bool = False
+    """Whether the model is a CoCa."""
+    frozen: str = "none"
+    """The tower that is not trained: "image" or "text"."""
+    text_ratio: float | None = None
+    same_texts: bool = False
+    """Whether equal texts are positives of each other."""
+    teacher: Any = None
+    """A `teacher.Teacher`, or None."""
+    chunk_rows: int = CHUNK_ROWS
+
+
+def make_objective(choices: Choices) -> Contrastive:
+    """The loss of the whole window."""
+    parts: list[tuple[tuple[str, ...], Tower]] = []
+    if choices.same_texts:
+        parts.append((("keys",), Tower(features=text_keys, learns=False)))
+    if choices.teacher is not None:
+        tower = Tower(features=choices.teacher.features, learns=False)
+        parts.append((("teacher image", "teacher text"), tower))
+    both, text, image = ("image", "text"), ("text",), ("image",)
+    if choices.caption:
+        parts.append((both, Tower(features=features, with_terms=with_caption)))
+    elif choices.text_ratio is None and choices.frozen not in ("image", "text"):
+        parts.append((both, Tower(features=features)))
+    else:
+        ratio = choices.text_ratio or 1.0
+        towers = [
+            (text, Tower(features=text_features, learns=choices.frozen != "text", ratio=ratio)),
+            (image, Tower(features=image_features, learns=choices.frozen != "image")),
+        ]
+        parts += sorted(towers, key=lambda part: part[1].learns)
+    teacher = choices.teacher
+    return Contrastive(
+        features=tuple(tower for _, tower in parts),
+        rows_loss=RowsLoss(
+            names=tuple(name for names, _ in parts for name in names),
+            teacher_scale=None if teacher is None else teacher.scale,
+        ),
+        chunk_rows=choices.chunk_rows,
+        names=("contrastive",) if teacher is None else ("contrastive", "distillation"),
+        counts=caption_counts if choices.caption else _no_counts,
+        constrain=clamp_scale,
+    )
+
+
+def _no_counts(_pairs: Sequence[Pair]) -> Mapping[str, float]:
+    return {}
+
+
+CACHED = make_objective(Choices(chunk_rows=1024))
+"""The loss of the whole window."""
+
+
+def _plain_terms(model: torch.nn.Module, pairs: Sequence[Pair], _canvas: tuple[int, int]) -> Mapping[str, LossTerm]:
+    loss = rows_loss(model, *features(model, pairs), slice(0, len(pairs)))
+    return {"contrastive": LossTerm(total=loss, kind="mean")}
+
+
+def _no_canvas(_pairs: Sequence[Pair]) -> tuple[int, int]:
+    return 0, 0
+
+
+PLAIN = Objective(
+    terms=_plain_terms,
+    counts=lambda pairs: {"contrastive": float(len(pairs))},
+    canvas=_no_canvas,
+    constrain=clamp_scale,
+)
+"""Each micro-batch contrasted with itself alone: a mean of means."""

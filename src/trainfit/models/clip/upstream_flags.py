@@ -1,0 +1,72 @@
+"""The flags of open_clip's trainer as trainfit's; docs/clip.md has the table. Imports no torch."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+RENAMED = {
+    "--accum-freq": "--accumulation",
+    "--batch-size": "--micro-batch",
+    "--train-data": "--data",
+    "--wd": "--weight-decay",
+    "--warmup": "--warmup-steps",
+    "--grad-clip-norm": "--clip-norm",
+    "--force-image-size": "--resolution",
+    "--pretrained": "--weights",
+    "--lr-scheduler": "--schedule",
+}
+"""Upstream's flag -> ours, the value unchanged. Flags that are spelt alike need no entry."""
+SWITCHES = {
+    "--grad-checkpointing": ["--checkpointing", "all"],
+    "--lock-image": ["--freeze", "image"],
+    "--lock-text": ["--freeze", "text"],
+    "--siglip": ["--loss", "siglip"],
+    "--local-loss": [],
+    "--gather-with-grad": [],
+}
+"""Upstream's switch -> ours. The two without any say how upstream computes a loss that here is computed once, exactly."""
+PRECISIONS = {"amp": "auto", "amp_bf16": "bf16", "amp_bfloat16": "bf16"}
+DROPPED = ("--csv-separator", "--dataset-type", "--loss-dist-impl")
+"""Flags whose value is found by looking, or without meaning here."""
+SCHEDULES = {"const": "step"}
+
+
+def translate(arguments: Sequence[str]) -> list[str]:
+    """`trainfit train clip:ARCH` with upstream's flags -> with ours; anything else comes back as it is.
+
+    `--model ARCH` becomes the model; `--distill-model ARCH --distill-pretrained FILE` becomes `--distill-model ARCH=FILE`.
+    """
+    from trainfit.models.clip.family import PREFIX, architectures, match
+
+    given = list(arguments)
+    of_upstream = any(before == "--model" and word in architectures() for before, word in pairwise(given))
+    if not given or given[0] != "train" or not (of_upstream or any(match(word) for word in given)):
+        return given
+    rest = [part for argument in given[1:] for part in _parts(argument)]
+    result, teacher = ["train"], dict[str, str]()
+    while rest:
+        word = rest.pop(0)
+        value = rest[0] if rest else ""
+        if word == "--model":
+            result.append(f"{PREFIX}{rest.pop(0)}" if rest else word)
+        elif word in ("--distill-model", "--distill-pretrained") and rest:
+            teacher[word] = rest.pop(0)
+        elif word in DROPPED and rest:
+            rest.pop(0)
+        elif word in SWITCHES:
+            result += SWITCHES[word]
+        elif word in ("--precision", "--lr-scheduler") and rest:
+            rest.pop(0)
+            result += [RENAMED.get(word, word), {**PRECISIONS, **SCHEDULES}.get(value, value)]
+        else:
+            result.append(RENAMED.get(word, word))
+    if teacher:
+        parts = [teacher[flag] for flag in ("--distill-model", "--distill-pretrained") if flag in teacher]
+        result += ["--distill-model", "=".join(parts)]
+    return result
+
+
+def _parts(argument: str) -> list[str]:
+    if not argument.startswith("--"):
+        return [argument]
+    flag, equals, value = argument.partition("=")
+    return [flag.replace("_", "-"), *([value] if equals else [])]

@@ -1,0 +1,213 @@
+"""The one way in: a path to pairs of whichever format, as a `PairDataset` that training can use."""
+
+import hashlib
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from PIL import Image
+
+from trainfit.errors import TrainfitError
+from trainfit.tasks.detection.folder import DataFolder
+from trainfit.tasks.findings import Finding
+from trainfit.tasks.images import read_rgb
+from trainfit.tasks.pairs.captions import caption_files, read_captions
+from trainfit.tasks.pairs.folder import class_folders, has_texts, read_classes, read_folder
+from trainfit.tasks.pairs.grouped import Grouped
+from trainfit.tasks.pairs.samples import PairDataset, PairRecord
+from trainfit.tasks.pairs.shards import expand, read_shard
+from trainfit.tasks.pairs.tables import SUFFIXES, read_table
+
+READERS = {"table": read_table, "folder": read_folder, "coco": read_captions, "webdataset": read_shard}
+FORMATS = (*READERS, "classes")
+SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+"""Split -> what its files and folders are called."""
+
+
+def read_dataset(
+    path: str,
+    *,
+    file_format: str | None = None,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    allow_outside: bool = False,
+) -> PairDataset:
+    """Read pairs; the format is recognised by looking, unless it is given.
+
+    Without a val split, max(1, round(val_fraction * n)) images of train are held out, chosen by their names and `seed`.
+
+    Raises:
+        TrainfitError: nothing there, nothing recognised, a broken file, no usable image in train.
+    """
+    name, parts = find(path, file_format)
+    root = _root(path, parts)
+    folder = DataFolder(root, allow_outside=allow_outside)
+    if name == "classes":
+        classes, records = read_classes(parts["val"][0], folder)
+        return PairDataset(root=root, format=name, splits={"train": (), "val": records}, findings=(), classes=classes)
+    splits: dict[str, tuple[PairRecord, ...]] = {}
+    findings: list[Finding] = []
+    for split, files in parts.items():
+        found = Grouped(split, folder)
+        for file in files:
+            READERS[name](file, folder, found)
+        splits[split] = found.records()
+        findings += found.all_findings()
+    dataset = PairDataset(root=root, format=name, splits=splits, findings=tuple(findings))
+    if not splits.get("train"):
+        raise TrainfitError(_why_empty(dataset, path))
+    dataset = dataset if splits.get("val") else _held_out(dataset, val_fraction, seed)
+    return replace(dataset, findings=dataset.findings + _between_splits(dataset.splits))
+
+
+def find(path: str, file_format: str | None = None) -> tuple[str, Mapping[str, list[Path]]]:
+    """The format of a data set, and its files or folders by split.
+
+    Raises:
+        TrainfitError: nothing there, nothing recognised, or no such format.
+    """
+    if file_format is not None and file_format not in FORMATS:
+        raise TrainfitError(f"--format {file_format}: unknown; of pairs it is one of {', '.join(FORMATS)}")
+    found = look(path, file_format)
+    if found is None:
+        here = Path(path)
+        if not os.path.exists(here) and not path.endswith("}.tar"):  # noqa: PTH110 - Path.exists raises for long names
+            raise TrainfitError(f"{path}: no such file or folder; give a table, a folder, or shards of pairs")
+        raise TrainfitError(
+            f"{path}: no pairs recognised; looked for tables (*.csv, *.tsv, *.jsonl; train.csv and val.csv in a folder), "
+            "COCO captions (annotations/captions_*.json), shards (*.tar), and images with a .txt beside them"
+        )
+    return found
+
+
+def look(path: str, wanted: str | None = None) -> tuple[str, Mapping[str, list[Path]]] | None:
+    """What `find` gives; None where nothing is recognised."""
+    finders = {"table": _tables, "coco": _captions, "webdataset": _shards, "folder": _folders, "classes": _classes}
+    for name, finder in finders.items():
+        if wanted in (None, name):
+            try:
+                found = finder(path)
+            except (OSError, ValueError):  # no such folder, or a name that no file can have
+                continue
+            if found:
+                return name, found
+    return None
+
+
+def _tables(path: str) -> dict[str, list[Path]]:
+    here = Path(path)
+    if here.suffix in SUFFIXES:
+        return {"train": [here]} if here.is_file() else {}
+    return _by_split([each for each in sorted(here.iterdir()) if each.suffix in SUFFIXES])
+
+
+def _captions(path: str) -> dict[str, list[Path]]:
+    here = Path(path)
+    if here.suffix == ".json":
+        return {"train": [here]} if here.is_file() and here.name.startswith("captions") else {}
+    return {split: [file] for split, file in caption_files(here).items()}
+
+
+def _shards(path: str) -> dict[str, list[Path]]:
+    if path.endswith(".tar"):
+        files = expand(path)
+        return {"train": files} if files[0].is_file() else {}
+    here = Path(path)
+    found = {
+        split: [tar for name in names for tar in sorted((here / name).glob("*.tar"))] for split, names in SPLITS.items()
+    }
+    found = {split: files for split, files in found.items() if files}
+    return found or _by_split(sorted(here.glob("*.tar")))
+
+
+def _folders(path: str) -> dict[str, list[Path]]:
+    here = Path(path)
+    found = {split: [here / name for name in names if has_texts(here / name)] for split, names in SPLITS.items()}
+    found = {split: folders for split, folders in found.items() if folders}
+    return found or ({"train": [here]} if here.is_dir() and has_texts(here) else {})
+
+
+def _classes(path: str) -> dict[str, list[Path]]:
+    for place in (Path(path) / "val", Path(path)):
+        if place.is_dir() and class_folders(place):
+            return {"val": [place]}
+    return {}
+
+
+def _by_split(files: list[Path]) -> dict[str, list[Path]]:
+    """Files by the split that their names begin with; all of them are train where none says so."""
+    found = {split: [file for file in files if file.stem.lower().startswith(names)] for split, names in SPLITS.items()}
+    found = {split: own for split, own in found.items() if own}
+    return found or ({"train": files} if files else {})
+
+
+def _root(path: str, parts: Mapping[str, list[Path]]) -> Path:
+    here = Path(path)
+    if here.is_dir():
+        return here
+    first = next(iter(parts.values()))[0]
+    return first.parent.parent if first.parent.name == "annotations" else first.parent
+
+
+def _why_empty(dataset: PairDataset, path: str) -> str:
+    skipped = [finding for finding in dataset.findings if finding.severity in ("skipped", "error")]
+    if "train" not in dataset.splits:
+        return f"{path}: no train split, only {', '.join(dataset.splits)}; name one train, or give its file"
+    if not skipped:
+        return f"{path}: it lists no pair; give a data set with images and texts"
+    first = skipped[0]
+    return f"{path}: no usable pair: {len(skipped)} left out, the first: {first.where}: {first.kind}: {first.message}"
+
+
+def _held_out(dataset: PairDataset, fraction: float, seed: int) -> PairDataset:
+    train = dataset.splits["train"]
+    if not 0 < fraction < 1 or len(train) < 2:
+        raise TrainfitError(
+            f"{dataset.root}: no val split, and {fraction:g} of {len(train)} images cannot be held out; "
+            "give a val split, or at least two images and a fraction between 0 and 1"
+        )
+    # Ranked by a hash of the name: the same images, whatever order they are listed in or whatever is added to them.
+    ranked = sorted(train, key=lambda r: _hash(f"{seed} {Path(r.file).name} {r.offset} {r.texts[0]}"))
+    held = {record.id for record in ranked[: min(len(train) - 1, max(1, round(fraction * len(train))))]}
+    splits = dict(dataset.splits)
+    splits["train"] = tuple(record for record in train if record.id not in held)
+    splits["val"] = tuple(record for record in train if record.id in held)
+    what = f"no usable val split: {len(held)} of the {len(train)} train images are held out for it (seed {seed})"
+    finding = Finding(severity="note", kind="val held out", where="train", message=what)
+    return replace(dataset, splits=splits, findings=(*dataset.findings, finding))
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
+
+
+def _between_splits(splits: Mapping[str, tuple[PairRecord, ...]]) -> tuple[Finding, ...]:
+    """One image in two splits: evaluation would see what was trained on."""
+    home: dict[tuple[str, int], str] = {}
+    findings: list[Finding] = []
+    for split, records in splits.items():
+        for record in records:
+            first = home.setdefault((record.file, record.offset), split)
+            if first != split:
+                what = f"is in {first} and in {split}"
+                findings.append(Finding(severity="note", kind="image in two splits", where=record.file, message=what))
+    return tuple(findings)
+
+
+def read_pixels(record: PairRecord) -> Image.Image:
+    """The record's image in RGB, upright as its EXIF orientation says.
+
+    Raises:
+        TrainfitError: the file is missing or damaged; it names the file.
+    """
+    if record.offset < 0:
+        return read_rgb(record.path)
+    try:
+        with record.path.open("rb") as shard:
+            shard.seek(record.offset)
+            content = shard.read(record.length)
+    except OSError as error:
+        raise TrainfitError(f"{record.file}: {error.strerror or error}") from error
+    return read_rgb(record.path, io.BytesIO(content))

@@ -1,0 +1,82 @@
+"""CSV, TSV and JSON Lines: a row for each image and text."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from trainfit.errors import TrainfitError
+from trainfit.tasks.detection.folder import JSON_BYTES, DataFolder, Malformed, named, shown
+from trainfit.tasks.pairs.grouped import Grouped
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
+IMAGE_COLUMNS = ("filepath", "image", "image_path", "file_name", "filename", "path", "file")
+"""open_clip's own name first (3.3 open_clip_train/params.py --csv-img-key); the first that is there is taken."""
+TEXT_COLUMNS = ("title", "caption", "text", "captions", "texts")
+"""The same for --csv-caption-key. A list in JSON Lines is several texts of the image."""
+SEPARATORS = ("\t", ",", ";", "|")
+"""The one that the header line has most of is taken."""
+
+
+def read_table(path: Path, folder: DataFolder, found: Grouped) -> None:
+    """Add every row of a table; image files are relative to the table's folder.
+
+    Raises:
+        TrainfitError: the table cannot be read, or has no column for images or texts.
+    """
+    try:
+        text = folder.read_text(path, JSON_BYTES)
+    except (FileNotFoundError, Malformed) as error:
+        raise named(path, error) from error
+    lines = path.suffix in (".jsonl", ".ndjson")
+    rows = _json_lines(path, text) if lines else _rows(path, text)
+    columns: tuple[str, str] | None = None
+    for number, row in rows:
+        columns = columns or _columns(path, row)
+        where = f"{path.name} line {number}"
+        image = row.get(columns[0])
+        if not isinstance(image, str) or not image.strip():
+            found.skip("no image", where, f"{columns[0]} is {shown(image)}; left out")
+            continue
+        value: Any = row.get(columns[1])
+        texts = cast("list[Any]", value) if isinstance(value, list) else [value]
+        found.add(path.parent / image.strip(), [each for each in texts if isinstance(each, str)], where)
+
+
+def _rows(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    header = text.partition("\n")[0]
+    separator = max(SEPARATORS, key=header.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise TrainfitError(f"{path} line {reader.line_num}: {error}; save it as CSV again") from error
+
+
+def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise TrainfitError(f"{path} line {number}: broken JSON ({error}); write one object a line") from error
+        if not isinstance(row, dict):
+            raise TrainfitError(f"{path} line {number}: {shown(row)} is no JSON object; write one object a line")
+        yield number, cast("dict[str, Any]", row)
+
+
+def _columns(path: Path, row: Mapping[str, Any]) -> tuple[str, str]:
+    names = [name for name in row if name]
+    image = next((name for name in IMAGE_COLUMNS if name in row), None)
+    text = next((name for name in TEXT_COLUMNS if name in row), None)
+    if image is None or text is None:
+        kind, known = ("images", IMAGE_COLUMNS) if image is None else ("texts", TEXT_COLUMNS)
+        raise TrainfitError(
+            f"{path} has no column for {kind}: it has {', '.join(map(shown, names[:10])) or 'none'}; "
+            f"name it {known[0]} (or {', '.join(known[1:])})"
+        )
+    return image, text
