@@ -66,7 +66,7 @@ class Recipe(Setting):
     warmup_epochs: Annotated[float, Range(0), In("schedule")] = 0.0
     """Length of the linear warm-up."""
     warmup_steps: Annotated[int, Range(0, 1_000_000_000), In("schedule")] = 0
-    """The same in optimizer steps."""
+    """Length of the linear warm-up in optimizer steps."""
     clip_norm: Annotated[float, Range(0), In("schedule")] = 0.1
     """Largest gradient norm of a window; 0 turns clipping off."""
     out: Annotated[Path | None, In("run")] = None

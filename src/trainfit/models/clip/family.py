@@ -13,7 +13,7 @@ from trainfit.models.clip.schedule import lr_factor
 from trainfit.models.clip.upstream_flags import translate
 from trainfit.models.family import Family, dashed, register
 from trainfit.models.setting import Setting
-from trainfit.values import Range
+from trainfit.values import In, Range
 
 PREFIX = "clip:"
 PIXELS_OF_A_SAMPLE = 640**2
@@ -42,14 +42,14 @@ class ClipSetting(Setting):
     has a bias. CoCa's caption loss comes besides."""
     positives: Literal["pairs", "texts"] = "pairs"
     """texts: pairs of the window with the same text are positives of each other, not negatives."""
-    text_ratio: Annotated[float | None, Range(0.01, 100)] = None
+    text_ratio: Annotated[float | None, Range(0.01, 100), In("memory")] = None
     """The towers run one after the other, the text tower on this many times the micro-batch. Together unless given."""
     freeze: Freeze = "none"
     """What is not trained. image, text: that tower (LiT), which costs no pass with gradients; batchnorm: statistics, gains and
     biases of BatchNorm, which the cached loss needs."""
     distill_model: str | None = None
     """Teacher: ARCH=FILE (or ARCH=TAG of open_clip's weights), or a weights file of trainfit."""
-    recompute: Literal["both", "image", "text"] = "both"
+    recompute: Annotated[Literal["both", "image", "text"], In("memory")] = "both"
     """The tower whose blocks --checkpointing counts."""
 
 
