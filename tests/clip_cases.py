@@ -179,19 +179,33 @@ def error(found: Mapping[str, torch.Tensor], known: Mapping[str, torch.Tensor]) 
     return max((found[name] - known[name]).norm().item() / known[name].norm().item() for name in shown)
 
 
-def upstream_window(
-    model: Any, window: Sequence[Pair], *, micro_batch: int, optimizer: torch.optim.Optimizer, windows: int = 1
+def prepared(window: Sequence[Pair], micro_batch: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The micro-batches of a window as upstream's loader gives them."""
+    return [(pixels(part).to(dtype), texts_of(part)) for part in cut(window, micro_batch)]
+
+
+def upstream_window(model: Any, window: Sequence[Pair], *, micro_batch: int, optimizer: torch.optim.Optimizer) -> None:
+    """Run open_clip_train's own `train_one_epoch` over one window in micro-batches of so many pairs."""
+    parts = prepared(window, micro_batch, model.logit_scale.dtype)
+    upstream_epoch(model, parts, accumulation=len(parts), optimizer=optimizer)
+
+
+def upstream_epoch(
+    model: Any,
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    *,
+    accumulation: int,
+    optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Run open_clip_train's own `train_one_epoch` over a window, `--accum-freq` at a time of `micro_batch` pairs."""
+    """Run open_clip_train's own `train_one_epoch` over micro-batches, with `--accum-freq`."""
     from open_clip_train.train import train_one_epoch
 
-    parts = [(pixels(part).to(model.logit_scale.dtype), texts_of(part)) for part in cut(window, micro_batch)] * windows
-    accumulation = -(-len(window) // micro_batch)
     arguments = types.SimpleNamespace(
         accum_freq=accumulation,
-        batch_size=micro_batch,
+        batch_size=len(parts[0][0]),
         device="cpu",
         distill=False,
+        distributed=False,
         grad_clip_norm=None,
         horovod=False,
         log_every_n_steps=10**9,
@@ -202,11 +216,10 @@ def upstream_window(
         wandb=False,
         world_size=1,
     )
-    arguments.distributed = False
 
     class Loader(list[Any]):
         num_batches = len(parts)
-        num_samples = len(window) * windows
+        num_samples = sum(len(texts) for _, texts in parts)
 
     def set_epoch(epoch: int) -> None:
         assert epoch == 0

@@ -138,6 +138,11 @@ def build_model(
             )
         except (ImportError, OSError) as error:  # towers of other packages, and their configurations from the hub
             raise TrainfitError(f"{PREFIX}{architecture} cannot be built ({error})") from error
+    if (
+        caption
+    ):  # open_clip 3.3 leaves it as the memory was; the scale is that of its `MultimodalTransformer.init_parameters`
+        projection = model.text_decoder.text_projection
+        torch.nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
     model.trainfit_preprocessing = preprocessing(architecture, resolution)
     freeze_parts(model, freeze)
     return model.train()

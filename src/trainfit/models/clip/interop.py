@@ -25,7 +25,10 @@ def load_into(model: torch.nn.Module, architecture: str, weights: str) -> list[s
         TrainfitError: no such file or tag, no network, or weights of another model.
     """
     path, remarks = _find(architecture, weights)
-    found = _read(model, path)
+    try:
+        found = _read(model, path)
+    except (AssertionError, AttributeError, LookupError, RuntimeError) as error:  # of open_clip's conversions
+        raise TrainfitError(f"{path} is not of {architecture}: {first_line(error)}") from error
     missing = [name for name in model.state_dict() if name not in found and not name.endswith(COUNTER)]
     if missing:
         raise TrainfitError(f"{path} is not of {architecture}: it lacks {missing[0]} and {len(missing) - 1} more")

@@ -97,7 +97,10 @@ class Clip:
             self.remarks += self.teacher.fill()
         if self.setting.contrastive == "cached":
             setting = self.setting
-            layers = batchnorm_layers(build_model(setting.model, freeze=setting.freeze, device="meta"))
+            layers = batchnorm_layers(build_model(setting.model, device="meta"))
+            if layers and setting.freeze in ("batchnorm", "image"):
+                with torch.random.fork_rng(devices=[]):
+                    layers = batchnorm_layers(self.build())
             if layers:
                 raise TrainfitError(
                     f"{self.setting.model} has {layers} BatchNorm layers, whose output depends on the other images of a "

@@ -1,6 +1,7 @@
 """Features of an evaluation on the disk, so that memory does not grow with the data set."""
 
 import tempfile
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,6 +17,7 @@ class FeatureStore:
     def __init__(self) -> None:
         """Start without rows."""
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the store
+        weakref.finalize(self, self._file.close)
         self.numbers: list[int] = []
         self.width = 0
 
