@@ -249,7 +249,7 @@ def test_bad_flags_and_folders_are_one_line(
     assert "use 96" in message(capsys, *train, *flags)
     assert "Perhaps you meant rfdetr-nano" in message(capsys, "train", "rfdetr-nan", "--data", sample_set)
     assert "no such file" in message(capsys, *train, *FAST, "--out", tmp_path / "a", "--weights", tmp_path / "none.pth")
-    for model in ("timm:resnet18",):
+    for model in ("my.file:task",):
         untrained = message(capsys, "train", model, "--data", sample_set, "--out", tmp_path / "none")
         assert f"trainfit does not train {model} yet" in untrained
         assert not (tmp_path / "none").exists()

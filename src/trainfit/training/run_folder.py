@@ -71,8 +71,9 @@ def _made(out: Path | None, model: str) -> Path:
 def _new_folder(parent: Path, model: str) -> Path:
     """Make MODEL-1 or the next number that is free: two runs that start at once get two folders."""
     parent.mkdir(exist_ok=True)
+    name = model.replace(":", "-") if "/" not in model else Path(model).stem  # a model may be a file
     for number in count(1):
-        folder = parent / f"{model}-{number}"
+        folder = parent / f"{name}-{number}"
         with suppress(FileExistsError):
             folder.mkdir()
             return folder
