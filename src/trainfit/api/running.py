@@ -35,10 +35,11 @@ def train(
         TrainfitError: no such model, value or data set, before the first step wherever possible.
         OutOfMemory: the smallest cut does not fit; the state is saved, and the message says how to go on.
     """
+    from trainfit.planning.here import planned_here
     from trainfit.planning.plan import with_plan
     from trainfit.training.fit import fit
 
-    return fit(with_plan(_recipe(model, values)), progress=progress, stop=stop)
+    return fit(with_plan(_recipe(model, values)), progress=progress, stop=stop, choose=planned_here)
 
 
 def _recipe(model: str, values: dict[str, Any]) -> Any:

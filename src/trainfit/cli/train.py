@@ -15,6 +15,7 @@ def train(recipe: Recipe, given: AbstractSet[str]) -> int:
     Ctrl-C saves the state and stops, a second stops at once; --resume RUN goes on.
     """
     with StopAfterStep() as signals:
+        from trainfit.planning.here import planned_here
         from trainfit.reports.progress import TerminalProgress
         from trainfit.reports.run_summary import summary_text
         from trainfit.step import ranks
@@ -23,7 +24,7 @@ def train(recipe: Recipe, given: AbstractSet[str]) -> int:
         with TerminalProgress() as progress:
             named = {"model"} if recipe.model else set[str]()  # it is given without a flag
             chosen = with_plan(given_by_flags(recipe, given | named))
-            summary = fit(chosen, progress=progress, stop=signals.requested)
+            summary = fit(chosen, progress=progress, stop=signals.requested, choose=planned_here)
     if ranks.rank() == 0:
         print(summary_text(summary))
     # Another rank may have received the signal.

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from trainfit.errors import OutOfMemory, TrainfitError
-from trainfit.files import read_bytes
 from trainfit.models.family import family_of
 from trainfit.step import ranks
 from trainfit.step.names import Precision
@@ -26,25 +25,45 @@ from trainfit.training.journal import Journal
 from trainfit.training.loader import STEP, Unreadable, WindowPlan, default_workers, training_loader
 from trainfit.training.noise_watch import NoiseWatch
 from trainfit.training.oom import HalfUpdated, Halving, Survivor, survival_line, survivals
-from trainfit.training.recipe import Batching, Recipe, encode, resolve_batching, resume_recipe
+from trainfit.training.recipe import Batching, Recipe, resolve_batching, resume_recipe
 from trainfit.training.rehearsal import rehearse
-from trainfit.training.run_files import PLAN
 from trainfit.training.saved_state import require_state
 from trainfit.training.schedule import lr_factor, mix, set_lr
-from trainfit.training.setup import load_data, make_step, restore, workload_of
+from trainfit.training.setup import (
+    Choose,
+    load_data,
+    make_step,
+    require_task,
+    restore,
+    take_defaults,
+    with_choice,
+    workload_of,
+    write_recipe,
+)
 from trainfit.training.summary import RunSummary
 from trainfit.training.telemetry import Progress, Silent, memory_bytes
 from trainfit.training.window_progress import WindowProgress
 from trainfit.training.workers import LoaderDiedError
-from trainfit.values import changed, given
 
 MOST_SKIPPED = 32
 """Windows in a row that fp16 may skip. Each halves the loss scale: 32 of them bring it from 2**16, where it starts, to 2**-16,
 where only gradients above 4e9 overflow fp16; a run that skips as many has diverged, or its loss is not a number."""
 
 
-def fit(recipe: Recipe, *, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False) -> RunSummary:
-    """Train. `stop` is asked after every window: when it says so the state is saved and training ends.
+def fit(
+    recipe: Recipe,
+    *,
+    progress: Progress | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    choose: Choose = take_defaults,
+) -> RunSummary:
+    """Train.
+
+    Args:
+        recipe: What is trained, on what, for how long.
+        progress: Shows what happens.
+        stop: Asked after every window: when it says so the state is saved and training ends.
+        choose: Says what the recipe leaves open of the step's memory, once the data set is known.
 
     Raises:
         TrainfitError: whatever the user can repair, before the first step wherever possible.
@@ -52,30 +71,22 @@ def fit(recipe: Recipe, *, progress: Progress | None = None, stop: Callable[[], 
     with process_group(recipe.device) as device:
         show = progress if progress is not None and ranks.rank() == 0 else Silent()
         recipe = resume_recipe(recipe) if recipe.resume else on_earlier_run(recipe)
-        _require_task(recipe)
+        require_task(recipe)
         name, resume = family_of(recipe.model)[1], recipe.resume is not None
         with run_folder.opened(recipe.out, name, resume=resume) as folder:
-            return _Run(recipe, folder, device, show).train(stop)
-
-
-def _require_task(recipe: Recipe) -> None:
-    """Refuse a model that can only be planned, before anything is written."""
-    if family_of(recipe.model)[0].task is None:
-        raise TrainfitError(
-            f"trainfit does not train {recipe.model} yet: trainfit plan {recipe.model} says what fits, "
-            "and --emit writes its plan for another tool"
-        )
+            return _Run(recipe, folder, device, show, choose).train(stop)
 
 
 class _Run:
     """One training on one rank: what `fit` sets up, and the loop."""
 
-    def __init__(self, recipe: Recipe, folder: Path, device: torch.device, show: Progress) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, device: torch.device, show: Progress, choose: Choose) -> None:
         began = time.perf_counter()
-        self.recipe, self.folder, self.device, self.show = recipe, folder, device, show
-        self.batching = resolve_batching(recipe, ranks.world_size())
         self.task = task_of(str(family_of(recipe.model)[0].task))
         self.dataset = load_data(recipe, self.task, show)
+        recipe = with_choice(recipe, self.dataset, device, choose, show)
+        self.recipe, self.folder, self.device, self.show = recipe, folder, device, show
+        self.batching = resolve_batching(recipe, ranks.world_size())
         self.workload = workload_of(recipe, self.dataset.classes)
         self.task.require(self.dataset, self.workload)
         self.precision: Precision = resolve_precision(recipe.precision, device)
@@ -106,7 +117,7 @@ class _Run:
             self.survivor.survived += survivals(rows, self.folder / run_folder.TELEMETRY)
             self.reported = len(self.survivor.survived)
         else:
-            ranks.on_first_rank(self._write_recipe)
+            ranks.on_first_rank(partial(write_recipe, recipe, self.batching, folder))
         self.journal = Journal(
             self.folder,
             after_step=self.done,
@@ -123,15 +134,6 @@ class _Run:
         self.noise = NoiseWatch(self.step)
         self.window_progress = WindowProgress(self.step, show.note)
         self._announce(self.batching)
-
-    def _write_recipe(self) -> None:
-        values: dict[str, Any] = {"out": self.folder, "effective_batch": self.batching.effective_batch}
-        if "accumulation" in given(self.recipe):
-            values["micro_batch"] = self.batching.micro_batch
-        text = encode(changed(self.recipe, **values))
-        run_folder.write_text(self.folder / run_folder.RECIPE, text)
-        if self.recipe.plan is not None:
-            run_folder.write_text(self.folder / PLAN, read_bytes(self.recipe.plan).decode())
 
     def _announce(self, batching: Batching) -> None:
         sizes = self.plan.sizes

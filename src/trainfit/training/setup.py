@@ -1,24 +1,66 @@
 """What a training starts from: the recipe's data, workload, and step on the device."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trainfit.errors import TrainfitError
+from trainfit.files import read_bytes
 from trainfit.models.build import build_trainable, build_training_step
+from trainfit.models.family import family_of
 from trainfit.models.workload import OptimizerSettings, TrainableWorkload
+from trainfit.step import ranks
 from trainfit.step.attempt import is_out_of_memory
 from trainfit.step.training_step import TrainingStep
 from trainfit.tasks.task import Task
+from trainfit.training import run_folder
 from trainfit.training.earlier_run import evaluated_weights
 from trainfit.training.loader import usable_cores
-from trainfit.training.recipe import Recipe, setting_of
+from trainfit.training.recipe import Batching, Recipe, encode, setting_of
+from trainfit.training.run_files import PLAN
 from trainfit.training.saved_state import require_like
 from trainfit.training.telemetry import Progress
+from trainfit.values import changed, given
 from trainfit.weights import UNREADABLE, first_line
+
+Choose = Callable[[Recipe, Any, torch.device, int, Callable[[str], None]], Mapping[str, Any]]
+"""(recipe, data set, device, number of ranks, note) -> values of the recipe that were left open."""
+
+
+def take_defaults(*_: object) -> Mapping[str, Any]:
+    """A `Choose` that leaves everything as it is."""
+    return {}
+
+
+def with_choice(recipe: Recipe, dataset: Any, device: torch.device, choose: Choose, show: Progress) -> Recipe:
+    """The recipe with what `choose` says on the first rank; a run that is resumed keeps its own values."""
+    if recipe.resume is not None:
+        return recipe
+    world = ranks.world_size()
+    own = choose(recipe, dataset, device, world, show.note) if ranks.rank() == 0 else {}
+    return changed(recipe, **ranks.gather(dict(own))[0])
+
+
+def require_task(recipe: Recipe) -> None:
+    """Refuse a model that can only be planned, before anything is written."""
+    if family_of(recipe.model)[0].task is None:
+        raise TrainfitError(
+            f"trainfit does not train {recipe.model} yet: trainfit plan {recipe.model} says what fits, "
+            "and --emit writes its plan for another tool"
+        )
+
+
+def write_recipe(recipe: Recipe, batching: Batching, folder: Path) -> None:
+    """Write the recipe, and the plan where it has one, into a new run folder."""
+    values: dict[str, Any] = {"out": folder, "effective_batch": batching.effective_batch}
+    if "accumulation" in given(recipe):
+        values["micro_batch"] = batching.micro_batch
+    run_folder.write_text(folder / run_folder.RECIPE, encode(changed(recipe, **values)))
+    if recipe.plan is not None:
+        run_folder.write_text(folder / PLAN, read_bytes(recipe.plan).decode())
 
 
 def load_data(recipe: Recipe, task: Task, show: Progress) -> Any:

@@ -1,0 +1,87 @@
+"""The setting that training takes by itself: planned for the GPUs of this machine, for these data and what is free now."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from trainfit.errors import TrainfitError
+from trainfit.gpus.catalogue import GIB, Gpu
+from trainfit.gpus.detect import detect_gpus
+from trainfit.planning.dataset import for_data
+from trainfit.planning.make import make_plan
+from trainfit.planning.plan import Candidate, Plan
+from trainfit.tasks.task import Dataset
+from trainfit.training.recipe import DEFAULT_EFFECTIVE_BATCH, Recipe, setting_of
+from trainfit.values import given
+
+CHOSEN = ("micro_batch", "checkpointing", "ema_on_host")
+"""Knobs that training takes from the plan: they change memory and time, and not what is learned."""
+BY_HAND = frozenset({"micro_batch", "accumulation", "plan"})
+"""Where one of these is given, nothing is planned."""
+
+
+def planned_here(
+    recipe: Recipe, dataset: Dataset, device: torch.device, gpus: int, note: Callable[[str], None]
+) -> Mapping[str, Any]:
+    """Values of `CHOSEN` for a recipe that does not say how to cut its batch; nothing on the CPU.
+
+    The plan is for the card with the least free memory of those that are used. What cannot be planned is reported with the
+    reason, and training starts with its defaults.
+
+    Args:
+        recipe: What is to be trained.
+        dataset: Its data.
+        device: Where training runs.
+        gpus: Cards that train together.
+        note: Called with the plan in a line, and before anything that takes seconds.
+    """
+    if device.type != "cuda" or BY_HAND & given(recipe):
+        return {}
+    try:
+        card = smallest_card(gpus)
+        setting = for_data(setting_of(recipe, len(dataset.classes)), dataset)
+        batch = recipe.effective_batch or DEFAULT_EFFECTIVE_BATCH
+        only = recipe.checkpointing if "checkpointing" in given(recipe) else None
+        plan = make_plan(setting, card, effective_batch=batch, gpus=gpus, checkpointing=only, note=note)
+    except TrainfitError as error:
+        note(f"not planned ({error}): micro-batch and checkpointing are the defaults")
+        return {}
+    chosen = plan.chosen or plan.smallest
+    note(line(plan, chosen))
+    values = chosen.setting.to_json()
+    return {name: values[name] for name in CHOSEN if name in values and name not in given(recipe)}
+
+
+def smallest_card(gpus: int) -> Gpu:
+    """Of the first `gpus` cards that CUDA shows to this process, the one with the least free memory, which is its memory.
+
+    Raises:
+        TrainfitError: the driver does not show them.
+    """
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    found = detect_gpus()
+    if visible:
+        found = tuple(each for each in found if str(each.index) in visible or each.uuid in visible)
+    if not found:
+        raise TrainfitError("the driver shows no GPU")
+    smallest = min(found[:gpus], key=lambda each: each.free_bytes)
+    return replace(smallest.gpu, memory_bytes=smallest.free_bytes, memory_is_nominal=False)
+
+
+def line(plan: Plan, chosen: Candidate) -> str:
+    """The plan in a line."""
+    setting = chosen.setting
+    cut = f"micro-batch {setting.micro_batch} x {setting.accumulation}"
+    if plan.gpus > 1:
+        cut += f" on each of {plan.gpus} GPUs"
+    if setting.checkpointing not in ("none", 0):
+        cut += f", checkpointing {setting.checkpointing}"
+    low, high, usable = (
+        f"{size / GIB:.1f}" for size in (chosen.needs.low_bytes, chosen.needs.high_bytes, plan.budget.low_bytes)
+    )
+    if plan.chosen is None:
+        return f"no setting is sure to fit: starting with the smallest, {cut}, which needs {low}-{high} GiB of {usable} GiB"
+    return f"planned: {cut}, {low}-{high} of {usable} GiB (--micro-batch N overrides)"

@@ -1,0 +1,137 @@
+"""Training plans by itself for the card that is there."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from trainfit.errors import TrainfitError
+from trainfit.gpus.catalogue import GIB, find_gpu
+from trainfit.gpus.detect import DetectedGpu
+from trainfit.models.setting import Setting
+from trainfit.planning import here, make
+from trainfit.planning.here import planned_here
+from trainfit.planning.plan import Plan
+from trainfit.training.fit import fit
+from trainfit.training.recipe import make_recipe
+
+CUDA = torch.device("cuda")
+
+
+def card(index: int, free_gib: float) -> DetectedGpu:
+    gpu = find_gpu("rtx 3060")
+    free = int(free_gib * GIB)
+    return DetectedGpu(
+        index=index,
+        uuid=f"GPU-{index}",
+        driver_name=gpu.name,
+        driver_version="580",
+        mig=False,
+        gpu=gpu,
+        free_bytes=free,
+        processes=(),
+    )
+
+
+def unchanged(setting: Setting, _: object) -> Setting:
+    return setting
+
+
+@pytest.fixture
+def cards(monkeypatch: pytest.MonkeyPatch) -> list[DetectedGpu]:
+    """Cards that the driver shows; the data set is as the stored traces of the built-in models are."""
+    shown: list[DetectedGpu] = []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(here, "detect_gpus", lambda: tuple(shown))
+    monkeypatch.setattr(here, "for_data", unchanged)
+    return shown
+
+
+def choose(**values: Any) -> tuple[dict[str, Any], str]:
+    notes: list[str] = []
+    data: Any = SimpleNamespace(classes=[str(n) for n in range(80)])
+    gpus = values.pop("gpus", 1)
+    recipe = make_recipe("rfdetr-nano", data="sample", **values)
+    return dict(planned_here(recipe, data, values.get("on", CUDA), gpus, notes.append)), "\n".join(notes)
+
+
+def test_the_card_that_is_here_decides_the_micro_batch(cards: list[DetectedGpu]) -> None:
+    cards.append(card(0, 11.6))
+    roomy, said = choose()
+    assert f"planned: micro-batch {roomy['micro_batch']} x " in said
+    cards[0] = card(0, 4)
+    tight, _ = choose()
+    assert tight["micro_batch"] < roomy["micro_batch"]
+    assert "checkpointing" not in choose(checkpointing="none")[0]
+
+
+def test_several_cards_are_planned_for_as_the_smallest_of_those_used(
+    cards: list[DetectedGpu], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards += [card(0, 11.6), card(1, 4.0), card(2, 2.0)]
+    assert here.smallest_card(2).memory_bytes == 4 * GIB
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-2")
+    assert here.smallest_card(2).memory_bytes == 2 * GIB
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert here.smallest_card(1).memory_bytes == int(11.6 * GIB)
+
+
+@pytest.mark.parametrize("own", [{"micro_batch": 2}, {"accumulation": 4}])
+def test_what_is_given_by_hand_is_not_planned(own: dict[str, Any], cards: list[DetectedGpu]) -> None:
+    cards.append(card(0, 11.6))
+    assert choose(**own) == ({}, "")
+
+
+def test_what_cannot_be_planned_trains_with_the_defaults_and_says_why(
+    cards: list[DetectedGpu], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert choose() == ({}, "not planned (the driver shows no GPU): micro-batch and checkpointing are the defaults")
+    cards.append(card(0, 11.6))
+
+    def untraceable(*_: object, **__: object) -> None:
+        raise TrainfitError("operator x cannot be traced")
+
+    monkeypatch.setattr(here, "make_plan", untraceable)
+    values, said = choose()
+    assert values == {}
+    assert "operator x cannot be traced" in said
+
+
+def test_where_nothing_fits_the_smallest_is_tried(cards: list[DetectedGpu], monkeypatch: pytest.MonkeyPatch) -> None:
+    cards.append(card(0, 11.6))
+    plan, plans = make.make_plan, list[Plan]()
+
+    def none_fits(*args: Any, **values: Any) -> Any:
+        plans.append(plan(*args, **values))
+        return replace(plans[-1], chosen=None)
+
+    monkeypatch.setattr(here, "make_plan", none_fits)
+    values, said = choose()
+    fits = plans[0].chosen
+    assert fits is not None
+    assert values["micro_batch"] == plans[0].smallest.setting.micro_batch < fits.setting.micro_batch
+    assert "no setting is sure to fit" in said
+
+
+def test_training_takes_what_is_chosen(tmp_path: Path) -> None:
+    def one_by_one(*_: object) -> dict[str, Any]:
+        return {"micro_batch": 1}
+
+    recipe = make_recipe(
+        "rfdetr-nano",
+        data="sample",
+        resolution=64,
+        groups=1,
+        num_queries=10,
+        multi_scale=False,
+        effective_batch=2,
+        max_steps=1,
+        workers=0,
+        device="cpu",
+        out=tmp_path / "run",
+    )
+    fit(recipe, choose=one_by_one)
+    assert '"micro_batch": 1' in (tmp_path / "run" / "recipe.json").read_text()
