@@ -93,8 +93,8 @@ def _transformers(job: Job) -> tuple[str, list[str]]:
     start = f"{job.torchrun} train.py" if job.plan.gpus > 1 else "CUDA_VISIBLE_DEVICES=0 python train.py"
     factor = rate_factor(setting, job.plan.effective_batch)
     arguments |= {} if factor is None else {"learning_rate": rounded(RATE * factor)}
-    benchmark = "import torch\n\ntorch.backends.cudnn.benchmark = False\n"
-    head = f"# Start it with: {start}\n{benchmark}" + "from transformers import TrainingArguments\n\n"
+    imports = "import torch\nfrom transformers import TrainingArguments\n\ntorch.backends.cudnn.benchmark = False\n"
+    head = f"# Start it with: {start}\n{imports}"
     notes = [*_contrast(setting), *_own_code(setting)]
     if setting.optimizer not in optimizers:
         notes.append(
