@@ -113,8 +113,9 @@ def write(tables: str, pairs: Sequence[Pair]) -> None:
     """Write the tables and the picture to `benchmarks/results`."""
     note = (
         "Made by `python -m benchmarks.public --write`; [docs/prediction.md](../../docs/prediction.md) explains the columns, and "
-        "[public_before.md](public_before.md) has the rows before. No width of an interval and no memory figure is fitted on "
-        "any row here; of the times one efficiency is, on the rows that are called fitted."
+        "[public_before.md](public_before.md) has the rows before. It also says which figures were chosen after these rows had "
+        "been seen, and which contexts come from their sources; of the times one efficiency is fitted, on the rows that are "
+        "called so."
     )
     RESULTS.write_text(f"# Predictions against public measurements\n\n{note}\n\n![](public.png)\n\n{tables}\n")
     _draw(pairs)

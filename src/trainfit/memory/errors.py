@@ -1,5 +1,5 @@
-"""How far a prediction may be off, by the kind of work that a step is made of. None of it comes from the rows judged by
-`benchmarks/public`.
+"""How far a prediction may be off, by the kind of work that a step is made of. The figures are not computed from the rows of
+`benchmarks/public`, whose errors had been seen when the rule was chosen.
 
 Source: 160 peaks of timm models on an A100 40 GB (nvidia-smi, an older torch; not published with this project): the
 median error is 1.3 % for transformers, 1.7 % for mobile CNNs, 2.1 % for hybrids and 5.0 % for dense CNNs; over all of them
@@ -14,7 +14,8 @@ from trainfit.timing.counts import MATMULS, OpCount
 SPREAD = 8.6 / 2.2
 """90th percentile over median of the source's errors."""
 NEEDS_ERROR = 0.03
-"""Of the smallest capacity that a replay survives, to both sides; not fitted: the share of the card that a plan keeps free."""
+"""Of the smallest capacity that a replay survives, to both sides: the share of the card that a plan keeps free. Chosen with
+xMem's capped reruns in sight."""
 ALLOCATED_ERROR = 0.01
 """Of the peak of tensors; a trace agrees with a run on the CPU to 0.1 MiB, and an operator's own temporaries are bounds."""
 
