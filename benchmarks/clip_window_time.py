@@ -3,9 +3,9 @@
     python benchmarks/clip_window_time.py [--rounds 3] [--accumulation 2 4 8] [--cases towers loss]
 
 Upstream's side is `open_clip_train.train.train_one_epoch` of the installed wheel (`--accum-freq A`). Both start from decoded
-pixels, both step AdamW; rounds alternate, and times are those of the processor, one thread, so that a busy machine counts little. `towers`: a small CLIP whose forward is
-nearly all of the time, so that the ratio tends to (4 - 1/A) / 4. `loss`: towers that cost little beside a loss over 2,048 pairs,
-which upstream takes A times and trainfit once.
+pixels, both step AdamW; rounds alternate, and times are those of the processor on one thread, so that a busy machine counts
+little. `towers`: a small CLIP whose towers take nearly all of the time, so that the ratio tends to (4 - 1/A) / 4. `loss`: towers
+that cost little beside a loss over 2,048 pairs, which upstream takes A times and trainfit once.
 """
 
 import argparse
