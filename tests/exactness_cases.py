@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
+from torch.utils.checkpoint import checkpoint
 
 from trainfit import OwnLoop, accumulate
 
@@ -290,11 +291,36 @@ def ddp_first() -> OwnLoop:
     return loop(partial(ddp, sync="first"), items=images(32))
 
 
+class Recomputed(nn.Module):
+    """Whose middle is computed again in backward, which runs a backward within the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, CLASSES)
+        self.middle = nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return self.last(checkpoint(self.middle, self.first(pictures), use_reentrant=True).mean((2, 3)))
+
+
+def two_optimizers(model: nn.Module, batches: Any, accumulation: int, *, add: bool = False) -> None:
+    """Backbone and head with an optimizer each, behind the same backwards."""
+    first, *rest = model.parameters()
+    optimizers = [torch.optim.SGD([first], lr=0.1), torch.optim.Adam(rest)]
+    for window in windows(batches, accumulation):
+        for batch in window:
+            (cross_entropy(model, batch) / (1 if add else len(window))).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 FAULTS: dict[str, tuple[str, Any]] = {
     "losses added": ("normaliser", lambda: loop(plain(add=True))),
     "mean over pixels of one class": ("normaliser", lambda: loop(plain(masked_by_hand), model=dense, items=pixels(20))),
     "two terms": ("ignored labels", lambda: loop(plain(two_terms), model=dense, items=pixels(20))),
     "unequal micro-batches": ("normaliser", lambda: loop(plain(), items=images(23))),
+    "two optimizers": ("normaliser", lambda: loop(partial(two_optimizers, add=True))),
     "ignored labels": ("ignored labels", lambda: loop(plain(valid_pixels), model=dense, items=pixels(20))),
     "collate pads": ("canvas padding", lambda: loop(plain(), items=sized(20), collate=padded)),
     "model pads": ("canvas padding", lambda: loop(plain(padded_in_the_model), items=sized(20), collate=lists)),
@@ -326,6 +352,8 @@ CORRECT: dict[str, Any] = {
     "frozen BatchNorm": lambda: loop(plain(), model=lambda: small(nn.BatchNorm2d(4)).eval()),
     "sums over valid pixels": lambda: loop(exact_pixels, model=dense, items=pixels(23)),
     "divided before the step": lambda: loop(divided_at_the_end, model=dense, items=pixels(23)),
+    "two optimizers": lambda: loop(two_optimizers),
+    "activation checkpointing": lambda: loop(plain(), model=Recomputed),
     "trainfit.accumulate": lambda: loop(with_accumulate, model=dense, items=pixels(23)),
     "cached features": lambda: loop(cached(once=True), model=Pairs, items=pairs(20)),
 }

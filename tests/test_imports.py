@@ -11,6 +11,7 @@ ROOMS = [
     "reports",
     "explaining",
     "planning",
+    "integrations",
     "exactness",
     "training",
     "measuring",

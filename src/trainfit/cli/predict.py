@@ -10,6 +10,7 @@ from typing import Annotated, Generic, Literal
 from trainfit import api
 from trainfit.cli.arguments import AnySetting
 from trainfit.cli.files import require_writable, write
+from trainfit.gpus.catalogue import GIB, gpu_with_memory
 from trainfit.models.setting import Setting
 from trainfit.reports.profile import profile_json, profile_text
 from trainfit.reports.profile_html import profile_html
@@ -26,6 +27,9 @@ class Predict(Generic[AnySetting]):
     """Name of the card, for instance "RTX 3060"."""
     memory: Annotated[str | None, In("card")] = None
     """Memory of the card, for instance 8GiB: instead of --gpu, or of what that card has."""
+    budget: Annotated[str | None, In("card")] = None
+    """What it may need at most, for instance 8GiB: exit code 1 where it may need more. Without --gpu and --memory, the card's
+    memory too."""
     gpus: Annotated[int, In("card")] = 1
     """Cards of this kind that train together: each also holds NCCL's buffers and that of the gradient exchange."""
     data: Annotated[str | None, In("data")] = None
@@ -52,12 +56,13 @@ class Predict(Generic[AnySetting]):
 
 
 def predict(arguments: Predict[Setting], _given: AbstractSet[str]) -> int:
-    """Predict whether a setting fits a GPU; the exit code is 0, whatever the verdict."""
+    """Predict whether a setting fits a GPU; exit code 1 where it exceeds --budget, else 0."""
     require_writable((arguments.html, arguments.snapshot), force=arguments.force)
+    budget = None if arguments.budget is None else gpu_with_memory(arguments.budget, flag="--budget")
     prediction = api.predict(
         arguments.setting,
         gpu=arguments.gpu,
-        memory=arguments.memory,
+        memory=arguments.memory if arguments.memory or arguments.gpu else arguments.budget,
         gpus=arguments.gpus,
         data=arguments.data,
         allow_outside=arguments.allow_outside,
@@ -73,7 +78,11 @@ def predict(arguments: Predict[Setting], _given: AbstractSet[str]) -> int:
         write(arguments.html, profile_html(prediction))
     if arguments.snapshot is not None:
         print(f"wrote {arguments.snapshot}", file=sys.stderr)
-    return 0
+    if budget is None or prediction.needs.high_bytes <= budget.nominal_memory_bytes:
+        return 0
+    needs, most = (value / GIB for value in (prediction.needs.high_bytes, budget.nominal_memory_bytes))
+    print(f"trainfit: over budget: it may need {needs:.2f} GiB, --budget is {most:.2f} GiB", file=sys.stderr)
+    return 1
 
 
 def _note(line: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from trainfit.exactness.loop import Cause, Finding
-from trainfit.exactness.observe import Gradients, Run, Window
+from trainfit.exactness.record import Gradients, Run, Window
 from trainfit.exactness.runs import How, Runner, parameter_errors, whole
 
 Windows = Sequence[Sequence[Sequence[Any]]]
@@ -29,15 +29,12 @@ def events(micro: Run, alone: Run, windows: Windows, *, accumulation: int) -> li
     if len(micro.windows) > len(alone.windows):
         steps = f"{len(micro.windows)} steps for {batches} micro-batches in {len(windows)} windows"
         say("step", f"the optimizer steps within the window: {steps}; step once after every {accumulation}")
-    expected = 0
-    for window, got in zip(windows, micro.windows, strict=False):
-        expected += len(window)
+    each = steps_of(alone, windows)
+    for number, got in enumerate(micro.windows[: each * len(windows)]):
+        expected = sum(len(window) for window in windows[: number // each + 1])
         if 0 < got.taken < expected:
-            say(
-                "step",
-                f"the optimizer steps after {got.taken} micro-batches where {expected} belong to the windows so far: "
-                f"step after every {accumulation}",
-            )
+            where = f"after {got.taken} micro-batches where {expected} belong to the windows so far"
+            say("step", f"the optimizer steps {where}: step after every {accumulation}")
     for explanation in _dropped(micro, alone, windows, batches):
         say("short last window", explanation)
     for window in (*micro.windows, *alone.windows):
@@ -51,6 +48,11 @@ def events(micro: Run, alone: Run, windows: Windows, *, accumulation: int) -> li
         for cause, explanation in _moments(window):
             say(cause, explanation)
     return found
+
+
+def steps_of(alone: Run, windows: Windows) -> int:
+    """Steps behind backwards of their own that the loop takes for a window: two where two optimizers take turns."""
+    return max(1, len(alone.windows) // max(len(windows), 1))
 
 
 def _dropped(micro: Run, alone: Run, windows: Windows, batches: int) -> Iterator[str]:
@@ -138,7 +140,8 @@ def _of_later_window(
     """The first window is exact and a later one is not: for the number of its micro-batches, or what is in it."""
     one, other = micro.windows[number], alone.windows[number]
     ratio = _ratio(one.gradients, other.gradients)
-    size = len(windows[number])
+    rest = windows[number // steps_of(alone, windows) :]
+    size = len(rest[0])
     if size < accumulation and ratio is not None:
         return [
             Finding(
@@ -147,8 +150,7 @@ def _of_later_window(
                 f"are weighted as those of {accumulation}: divide by its own count (the normaliser)",
             )
         ]
-    if windows[number] and len(windows[number]) > 1:
-        rest = windows[number:]
+    if size > 1:
         again_micro = runner.run(rest[:1], accumulation=accumulation)
         again_alone = runner.run(whole(rest[:1]), accumulation=1)
         if (

@@ -7,7 +7,7 @@ from trainfit.errors import TrainfitError
 from trainfit.exactness import processes
 from trainfit.exactness.causes import differences, events
 from trainfit.exactness.loop import Exactness, Finding, GroupError, OwnLoop, resolve
-from trainfit.exactness.observe import Run
+from trainfit.exactness.record import Run
 from trainfit.exactness.runs import Runner, parameter_errors, whole, windows_of
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}

@@ -3,7 +3,6 @@
 import random
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
@@ -17,55 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.optim.swa_utils import AveragedModel
 
 from trainfit.exactness.operators import Operators
-
-Gradients = dict[str, torch.Tensor]
-
-
-@dataclass(kw_only=True, eq=False)
-class Window:
-    """What happened up to one optimizer step, since the one before."""
-
-    gradients: Gradients = field(default_factory=dict)
-    """By parameter, at the first clip behind the last backward, or at the step; unscaled."""
-    groups: list[tuple[str, list[str]]] = field(default_factory=list)
-    """(name of an optimizer's group, names of its parameters)."""
-    backwards: int = 0
-    taken: int = 0
-    """Batches that the loop had taken at the step, from the beginning of the run."""
-    left_over: bool = False
-    """Whether gradients of the window before were still there when the optimizer stepped again."""
-    cleared: bool = False
-    """Whether gradients vanished between two backwards."""
-    clips: list[tuple[int, bool]] = field(default_factory=list)
-    """(backwards before the clip, whether the gradients were still scaled)."""
-    scaled_at_step: bool = False
-    scales: set[float] = field(default_factory=set)
-    """Loss scales in use at the backwards; 1 for a loss that was not scaled."""
-    averages: set[int] = field(default_factory=set)
-    """Backwards before each update of a moving average of the weights."""
-    schedules: dict[int, set[int]] = field(default_factory=dict)
-    """Scheduler -> backwards before each of its steps."""
-    rates: set[tuple[float, ...]] = field(default_factory=set)
-    """Learning rates at the backwards."""
-    synchronised: list[bool] = field(default_factory=list)
-    """Of each forward of a DistributedDataParallel with gradients: whether its backward exchanges gradients."""
-
-
-@dataclass(kw_only=True, eq=False)
-class Run:
-    """One run of the loop."""
-
-    windows: list[Window]
-    trailing_backwards: int
-    """Behind the last step."""
-    taken: int
-    """Batches that the loop took."""
-    batch_norms: list[str]
-    """Kinds of normalisation layers that used statistics of the batch."""
-    random: set[str]
-    low: bool
-    pairs: set[int]
-    labels: list[tuple[int, int]]
+from trainfit.exactness.record import Gradients, Run, Window
 
 
 class Watch:
@@ -86,10 +37,12 @@ class Watch:
         self.operators = Operators(mute=mute, double=double, outside=lambda: self._inside == 0)
         self.operators.averaged = self._averaged
         self._inside = 0
+        self._within_backward = False
         self._scaler: torch.amp.GradScaler | None = None
         self._scaled = self._unscaled = False
         self._stepped: dict[str, bool] = {}
         self._captured: tuple[int, Gradients] = (0, {})
+        self._last: Gradients = {}
         self._before: dict[str, torch.Tensor] = {}
         self._initial = False
         self._frozen: list[tuple[_BatchNorm, bool, Any]] = []
@@ -194,6 +147,8 @@ class Watch:
     def _backward(self, original: Any) -> Any:
         @wraps(original)
         def backward(*args: Any, **named: Any) -> Any:
+            if self._within_backward:  # activation checkpointing runs one for each block
+                return original(*args, **named)
             before = {name: g for name, g in self._present().items() if bool(g.any())}
             for name in self._stepped:
                 self._stepped[name] = self._stepped[name] and name in before
@@ -202,10 +157,12 @@ class Watch:
                 window.cleared = True
             scale = self._scale_now()
             self._inside += 1
+            self._within_backward = True
             try:
                 result = original(*args, **named)
             finally:
                 self._inside -= 1
+                self._within_backward = False
             window.backwards += 1
             window.scales.add(scale)
             window.rates.add(tuple(float(g["lr"]) for o in self.optimizers for g in o.param_groups))
@@ -282,7 +239,14 @@ class Watch:
             for name, value in self._values.items():
                 self.parameters[name].copy_(value)
         self.window.taken = self.taken()
-        self.windows.append(self.window)
+        if self.window.backwards or not self.windows:
+            self._last = self._captured[1]
+            self.windows.append(self.window)
+        else:  # another optimizer's step behind the same backwards
+            last = self.windows[-1]
+            last.groups += self.window.groups
+            last.gradients |= {n: g for n, g in self._last.items() for _, names in self.window.groups if n in names}
+            last.left_over = last.left_over or self.window.left_over
         self.window = Window()
         self._captured = (0, {})
         self._before = {}

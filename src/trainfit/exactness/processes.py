@@ -14,7 +14,7 @@ import torch.multiprocessing
 
 from trainfit.errors import TrainfitError
 from trainfit.exactness.loop import Finding, OwnLoop, resolve
-from trainfit.exactness.observe import Run
+from trainfit.exactness.record import Run
 from trainfit.exactness.runs import Runner, parameter_errors
 
 TIMEOUT_S = 300

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from trainfit.errors import TrainfitError
 from trainfit.exactness.loop import Batches, OwnLoop
-from trainfit.exactness.observe import Run, Watch
+from trainfit.exactness.observe import Watch
+from trainfit.exactness.record import Run
 from trainfit.training.parts import image_list, part_of
 
 

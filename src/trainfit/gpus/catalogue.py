@@ -150,15 +150,15 @@ def match_driver_name(name: str, total_bytes: int) -> Gpu | None:
     return min(_candidates(name_key(name)), key=lambda gpu: abs(gpu.nominal_memory_bytes - total_bytes), default=None)
 
 
-def gpu_with_memory(text: str) -> Gpu:
-    """A card of which only the memory is known: "8GiB", "8 GB", "8192MiB".
+def gpu_with_memory(text: str, *, flag: str = "--memory") -> Gpu:
+    """A card of which only the memory is known: "8GiB", "8 GB", "8192MiB"; `flag` is what a user wrote it behind.
 
     GB and MB are read as GiB and MiB, because an "8 GB" card carries 8 GiB. The size is nominal.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GM])(?:I?B)?\s*", text, re.IGNORECASE)
     size_bytes = int(float(match[1]) * (GIB if match[2] in "gG" else MIB)) if match else 0
     if not size_bytes:
-        raise TrainfitError(f"--memory {text!r} is no size of memory: write it as 8GiB or 8192MiB")
+        raise TrainfitError(f"{flag} {text!r} is no size of memory: write it as 8GiB or 8192MiB")
     return Gpu(
         name=f"{size_bytes / GIB:g} GiB card",
         memory_bytes=size_bytes,

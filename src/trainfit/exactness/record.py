@@ -1,0 +1,54 @@
+"""What is recorded of a run of a user's loop."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+Gradients = dict[str, torch.Tensor]
+
+
+@dataclass(kw_only=True, eq=False)
+class Window:
+    """What happened up to one optimizer step, since the one before."""
+
+    gradients: Gradients = field(default_factory=dict)
+    """By parameter, at the first clip behind the last backward, or at the step; unscaled."""
+    groups: list[tuple[str, list[str]]] = field(default_factory=list)
+    """(name of an optimizer's group, names of its parameters)."""
+    backwards: int = 0
+    taken: int = 0
+    """Batches that the loop had taken at the step, from the beginning of the run."""
+    left_over: bool = False
+    """Whether gradients of the window before were still there when the optimizer stepped again."""
+    cleared: bool = False
+    """Whether gradients vanished between two backwards."""
+    clips: list[tuple[int, bool]] = field(default_factory=list)
+    """(backwards before the clip, whether the gradients were still scaled)."""
+    scaled_at_step: bool = False
+    scales: set[float] = field(default_factory=set)
+    """Loss scales in use at the backwards; 1 for a loss that was not scaled."""
+    averages: set[int] = field(default_factory=set)
+    """Backwards before each update of a moving average of the weights."""
+    schedules: dict[int, set[int]] = field(default_factory=dict)
+    """Scheduler -> backwards before each of its steps."""
+    rates: set[tuple[float, ...]] = field(default_factory=set)
+    """Learning rates at the backwards."""
+    synchronised: list[bool] = field(default_factory=list)
+    """Of each forward of a DistributedDataParallel with gradients: whether its backward exchanges gradients."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Run:
+    """One run of the loop."""
+
+    windows: list[Window]
+    trailing_backwards: int
+    """Behind the last step."""
+    taken: int
+    """Batches that the loop took."""
+    batch_norms: list[str]
+    """Kinds of normalisation layers that used statistics of the batch."""
+    random: set[str]
+    low: bool
+    pairs: set[int]
+    labels: list[tuple[int, int]]

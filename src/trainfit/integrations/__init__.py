@@ -1,0 +1,1 @@
+"""Thin bridges to other trainers; each module needs its library."""
