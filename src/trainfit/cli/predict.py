@@ -56,7 +56,7 @@ class Predict(Generic[AnySetting]):
 
 
 def predict(arguments: Predict[Setting], _given: AbstractSet[str]) -> int:
-    """Predict whether a setting fits a GPU; exit code 1 where it exceeds --budget, else 0."""
+    """Predict whether a setting fits a GPU; exit code 1 if it exceeds --budget."""
     require_writable((arguments.html, arguments.snapshot), force=arguments.force)
     budget = None if arguments.budget is None else gpu_with_memory(arguments.budget, flag="--budget")
     prediction = api.predict(
