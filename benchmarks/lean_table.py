@@ -3,6 +3,7 @@
     python benchmarks/lean_table.py needs [--minutes 30]       # goes on where it was interrupted; the most telling cases first
     PYTHONPATH=BEFORE/src python benchmarks/lean_table.py needs --before     # BEFORE: a checkout of 710376a, without lean losses
     python benchmarks/lean_table.py plans [--minutes 30]
+    python benchmarks/lean_table.py guide     # the RT-DETR-Seg guide's table of what a 4 GB card runs, for 4, 6 and 8 GB
     python benchmarks/lean_table.py report                     # results/lean_table.md
 
 Predicted, by trace and replay, at published settings (multi-scale sizes too): micro-batch 1, two micro-batches a window, every
@@ -12,7 +13,6 @@ nominal memory alone, in bf16. A case takes minutes to trace; results are kept i
 
 import argparse
 import json
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -23,7 +23,7 @@ from typing import Any
 from trainfit.gpus.catalogue import GIB, gpu_with_memory
 from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.host_ema import ema_for_evaluation, without_ema
-from trainfit.memory.predict import assess, trace_requests
+from trainfit.memory.predict import assess, process_budget, trace_requests
 from trainfit.memory.profile import last_window
 from trainfit.models.setting import Setting, make_setting
 from trainfit.planning.make import make_plan
@@ -39,6 +39,14 @@ OTHERS = (
     "rfdetr-seg-xlarge", "rfdetr-seg-large", "maskrcnn-r50-v1", "rfdetr-seg-small", "rfdetr-seg-nano", "rtdetr-seg-medium",
     "rtdetr-seg-base", "rtdetr-seg-small", "rfdetr-large", "rfdetr-medium", "rfdetr-small", "rfdetr-nano",
 )  # fmt: skip
+GUIDE = (
+    ("nano", 1, 512), ("small", 1, 512), ("base", 1, 560), ("nano", 2, 384), ("nano", 4, 384), ("nano", 1, 384),
+    ("nano", 1, 640), ("nano", 1, 320), ("nano", 1, 256),
+)  # fmt: skip
+"""(size, micro-batch, resolution) of the guide's table for its GTX 1650 Ti, single stage, without multi-scale; first what
+it says runs out of memory."""
+SAID = {("nano", 1, 384): "fits", ("nano", 1, 320): "fits", ("nano", 1, 256): "fits"}
+"""Verdict of the guide on 4 GB; of the others it says that they run out."""
 STAGES = ("single", "masks", "detector")
 Case = tuple[str, str, int]
 """(model, stage, objects in an image)."""
@@ -61,8 +69,27 @@ def setting_of(case: Case) -> Setting:
 
 
 def needs(case: Case) -> dict[str, Any]:
+    """What the least training of a case needs."""
+    return needs_of(replace(setting_of(case), accumulation=2, checkpointing="all"))
+
+
+def guide(minutes: float) -> None:
+    """What the settings of the guide's table need, with nothing and with every block recomputed."""
+    end = time.monotonic() + 60 * minutes
+    for size, micro_batch, resolution in GUIDE:
+        for checkpointing in ("all", "none"):
+            case = (size, micro_batch, resolution, checkpointing)
+            if ("guide", "now", *case) in known() or time.monotonic() > end:
+                continue
+            knobs: dict[str, Any] = {"multi_scale": False, "resolution": resolution, "checkpointing": checkpointing}
+            setting = make_setting(
+                f"rtdetr-seg-{size}", micro_batch=micro_batch, accumulation=2, precision="bf16", **knobs
+            )
+            write("guide", "now", case, needs_of(setting))
+
+
+def needs_of(setting: Setting) -> dict[str, Any]:
     """GiB of training, and of evaluation after it in the same process, at least and at most; and where the peak lies."""
-    setting = replace(setting_of(case), accumulation=2, checkpointing="all")
     gpu, config = gpu_with_memory("4GiB"), AllocatorConfig()
     _, request = trace_requests(setting, gpu)
     stored = get_trace(request)
@@ -118,10 +145,14 @@ def work(kind: str, when: str, minutes: float, names: list[str]) -> None:
             return
         if (kind, when, *case) in known() or (names and case[0] not in names) or missing(case, when):
             continue
-        found = needs(case) if kind == "needs" else plans(case)
-        with LOG.open("a") as file:
-            file.write(json.dumps({"kind": kind, "when": when, "case": case, "found": found}) + "\n")
-        print(kind, when, *case, json.dumps(found), flush=True)
+        write(kind, when, case, needs(case) if kind == "needs" else plans(case))
+
+
+def write(kind: str, when: str, case: tuple[Any, ...], found: Mapping[str, Any]) -> None:
+    """Note a result."""
+    with LOG.open("a") as file:
+        file.write(json.dumps({"kind": kind, "when": when, "case": case, "found": found}) + "\n")
+    print(kind, when, *case, json.dumps(found), flush=True)
 
 
 def missing(case: Case, when: str) -> bool:
@@ -133,10 +164,10 @@ def missing(case: Case, when: str) -> bool:
 def report() -> None:
     """Write the tables."""
     rows = known()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     lines = [
         "Predicted by `benchmarks/lean_table.py`, never measured on a GPU: micro-batch 1, every block recomputed, averaged",
-        f"weights on the host, published resolution with multi-scale sizes, bf16; commit {commit.stdout.strip()} or before.",
+        "weights on the host, published resolution with multi-scale sizes, bf16. Before and now by the predictor of",
+        "89783ba, which counts what a step takes where there is room, not the least that it runs in; the guide's table by today's.",
         "GiB of the process, CUDA context included, at least to at most. A 4 GB card of unknown driver gives 3.44 GiB for sure,",
         "3.98 at best. Before: the step without lean losses (710376a).",
         "",
@@ -150,7 +181,21 @@ def report() -> None:
         if now is not None:
             cells = [*_cells(before), *_cells(now), _worst(now["verdict"])]
             lines.append(f"| {case[0]} | {case[1]} | {case[2]} | {' | '.join(cells)} |")
-    lines += ["", "## The plan for a card, effective batch 16: micro-batch, blocks recomputed", ""]
+    if any(kind == "plans" for kind, *_ in rows):
+        lines += _plan_table(rows)
+    lines += [
+        "",
+        "## The RT-DETR-Seg guide's table, single stage, without multi-scale: GiB with no block and with every block recomputed",
+        "",
+        "| size, micro-batch at resolution | guide, 4 GB | nothing recomputed | everything recomputed | 4 GB | 6 GB | 8 GB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [_guide_row(row, rows) for row in GUIDE if ("guide", "now", *row, "all") in rows]
+    REPORT.write_text("\n".join(lines) + "\n")
+
+
+def _plan_table(rows: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> list[str]:
+    lines = ["", "## The plan for a card, effective batch 16: micro-batch, blocks recomputed", ""]
     lines += [
         f"| model | stage | objects | {' | '.join(f'{m} GB' for m in CARDS)} |",
         "|---|---|---|" + "---|" * len(CARDS),
@@ -159,7 +204,18 @@ def report() -> None:
         found = rows.get(("plans", "now", *case))
         if found is not None:
             lines.append(f"| {case[0]} | {case[1]} | {case[2]} | {' | '.join(_plan(found[str(m)]) for m in CARDS)} |")
-    REPORT.write_text("\n".join(lines) + "\n")
+    return lines
+
+
+def _guide_row(row: tuple[str, int, int], rows: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> str:
+    found = {each: rows.get(("guide", "now", *row, each)) for each in ("none", "all")}
+    cells = [_cells(each)[1] for each in found.values()]
+    for memory in (4, 6, 8):
+        budget = process_budget(gpu_with_memory(f"{memory}GiB"), AllocatorConfig()).low_bytes / GIB
+        fitting = [name for name, each in found.items() if each is not None and each["evaluation"][1] <= budget]
+        cells.append({"none": "fits", "all": "fits, recomputed"}[fitting[0]] if fitting else "runs out")
+    size, micro_batch, resolution = row
+    return f"| {size}, {micro_batch} at {resolution} | {SAID.get(row, 'runs out')} | {' | '.join(cells)} |"
 
 
 def _cells(found: Mapping[str, Any] | None) -> list[str]:
@@ -182,12 +238,14 @@ def _plan(found: Mapping[str, Any]) -> str:
 def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["needs", "plans", "report"])
+    parser.add_argument("what", choices=["needs", "plans", "guide", "report"])
     parser.add_argument("--before", action="store_true")
     parser.add_argument("--minutes", type=float, default=600)
     parser.add_argument("--models", nargs="*", default=[])
     arguments = parser.parse_args()
-    if arguments.what != "report":
+    if arguments.what == "guide":
+        guide(arguments.minutes)
+    elif arguments.what != "report":
         work(arguments.what, "before" if arguments.before else "now", arguments.minutes, arguments.models)
     report()
 

@@ -431,8 +431,17 @@ def test_own_task_is_found_in_the_working_directory(tmp_path: Path, monkeypatch:
             "objects_per_image": 3,
             "multi_scale": False,
         },
+        {
+            "model": "rfdetr-seg-nano",
+            "resolution": 72,
+            "groups": 2,
+            "num_queries": 20,
+            "objects_per_image": 3,
+            "multi_scale": False,
+            "lean": "off",
+        },
     ],
-    ids=lambda knobs: knobs["model"],
+    ids=lambda knobs: " ".join([knobs["model"], knobs.get("lean", "")]).strip(),
 )
 def test_every_family_trains_and_evaluates_a_window(
     knobs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

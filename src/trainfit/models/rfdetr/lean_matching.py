@@ -1,5 +1,6 @@
 """RF-DETR's Hungarian matching with mask costs of bounded size: upstream's costs, at its random points."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,9 +61,9 @@ class LeanMatcher(HungarianMatcher):
         self, outputs: dict[str, Any], targets: list[dict[str, Any]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy and Dice cost of each query with the objects of its image: (queries, targets of all images)."""
-        columns = [self._mask_costs(outputs, image, target["masks"]) for image, target in enumerate(targets)]
-        entropy, dice = (torch.cat(parts, 1) for parts in zip(*columns, strict=True))
-        return entropy, dice
+        return _joined(
+            [self._mask_costs(outputs, image, target["masks"]) for image, target in enumerate(targets)], axis=1
+        )
 
     def _mask_costs(self, outputs: dict[str, Any], image: int, masks: PackedMasks) -> tuple[torch.Tensor, torch.Tensor]:
         """The costs of an image's queries with some masks, each (queries, masks)."""
@@ -76,8 +77,7 @@ class LeanMatcher(HungarianMatcher):
         for some in queries.split(max(1, PIECE // points.shape[1]), 1):
             logits = (torch.einsum("bcp,bnc->bnp", features, some) + head["bias"])[0]
             rows.append((batch_sigmoid_ce_loss(logits, labels), batch_dice_loss(logits, labels)))
-        entropy, dice = (torch.cat(parts) for parts in zip(*rows, strict=True))
-        return entropy, dice
+        return _joined(rows, axis=0)
 
     def _compute_mask_costs(
         self, outputs: dict[str, Any], targets: list[dict[str, Any]]
@@ -85,6 +85,10 @@ class LeanMatcher(HungarianMatcher):
         """The costs of all queries with all objects, for what upstream does where one is not finite."""
         size = targets[0]["masks"].size
         masks = PackedMasks(bits=torch.cat([target["masks"].bits for target in targets]), size=size)
-        rows = [self._mask_costs(outputs, image, masks) for image in range(len(targets))]
-        entropy, dice = (torch.cat(parts) for parts in zip(*rows, strict=True))
-        return entropy, dice
+        return _joined([self._mask_costs(outputs, image, masks) for image in range(len(targets))], axis=0)
+
+
+def _joined(costs: Sequence[tuple[torch.Tensor, torch.Tensor]], *, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pieces of (cross-entropy, Dice) as two matrices."""
+    entropy, dice = zip(*costs, strict=True)
+    return torch.cat(entropy, axis), torch.cat(dice, axis)
