@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -14,6 +15,8 @@ from rfdetr import variants
 from emitted_cases import call_arguments, effective_batch, open_clip_flags
 from plan_cases import MICRO_BATCHES, make_plan
 from trainfit.errors import TrainfitError
+from trainfit.models.maskrcnn.detectron2.read import read_configuration
+from trainfit.models.maskrcnn.detectron2.translate import translated
 from trainfit.models.rfdetr.workload import CONFIGS
 from trainfit.models.workload import OptimizerSettings
 from trainfit.reports.emit import TOOLS, emit
@@ -209,12 +212,37 @@ def test_detectron2_has_every_key(model: str) -> None:
         "BASE_LR": 0.01,
         "MAX_ITER": 540_000,
         "STEPS": [420_000, 500_000],
+        "WARMUP_ITERS": 2000,
+        "CHECKPOINT_PERIOD": 10_000,
         "AMP": {"ENABLED": True},
     }
     assert record["MODEL"]["ROI_HEADS"] == {"NUM_CLASSES": 7}
     assert record["INPUT"].pop("FORMAT", "BGR") == ("RGB" if model.endswith("v2") else "BGR")
     assert record["INPUT"] == {"MIN_SIZE_TRAIN": [640], "MAX_SIZE_TRAIN": 1066}
     assert any("fp16" in note for note in made.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml", "maskrcnn-r50-v1"),
+        ("COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml", "fasterrcnn-r101-v1"),
+    ],
+)
+def test_detectron2s_configuration_comes_back(tmp_path: Path, name: str, model: str) -> None:
+    """Read, planned and written: every key has the value that it had, for the batch of 16 that the schedule is for."""
+    read = translated(name)
+    assert read.model == model
+    knobs: dict[str, Any] = {
+        "short_sides": "640,672,704,736,768,800",
+        "resolution": 800,
+        "max_size": 1333,
+        "proposals": (2000, 1000),
+    }
+    plan = make_plan((16, "none"), model=model, effective_batch=16, budget_gib=20, **knobs)
+    (tmp_path / "out.yaml").write_text(emit(plan, "detectron2").text)
+    written = read_configuration(str(tmp_path / "out.yaml"))
+    assert {key: written[key] for key in read.values} == dict(read.values)
 
 
 def leaves(record: dict[str, Any], above: str = "") -> list[tuple[str, Any]]:
@@ -273,6 +301,8 @@ DETECTRON2 = {
     "SOLVER.BASE_LR": float,
     "SOLVER.MAX_ITER": int,
     "SOLVER.STEPS": list,  # a tuple there
+    "SOLVER.WARMUP_ITERS": int,
+    "SOLVER.CHECKPOINT_PERIOD": int,
     "MODEL.WEIGHTS": str,
     "MODEL.PIXEL_MEAN": list,
     "MODEL.PIXEL_STD": list,

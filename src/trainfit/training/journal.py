@@ -94,6 +94,7 @@ class Journal:
         if not self.pending:
             return
         rows = [self._read(*window) for window in self.pending]
+        most = _largest([window[0].numbers for window in self.pending])
         self.pending.clear()
         spent = self.clock.read()
         last = rows[-1]
@@ -113,7 +114,10 @@ class Journal:
         )
         self.show.step(update)
         values = {"memory_bytes": update.memory_bytes, "images_per_s": update.images_per_s}
-        self._write({"step": update.step, **values, "wait_share": update.wait_share, **asdict(spent), **self.meter()})
+        numbers = {"window_numbers": most} if most else {}
+        self._write(
+            {"step": update.step, **values, "wait_share": update.wait_share, **asdict(spent), **numbers, **self.meter()}
+        )
         done = self.clock.total.windows
         if done - len(rows) < WARN_WINDOWS <= done:
             self.worker_bytes = headroom.worker_host_bytes()
@@ -192,3 +196,8 @@ class Journal:
         )
         self.event("end", step, interrupted=interrupted, noise=hint)
         return line, hint
+
+
+def _largest(windows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The largest of each number over some windows: what their memory follows from."""
+    return {name: max(window.get(name, 0.0) for window in windows) for window in windows for name in window}

@@ -25,6 +25,7 @@ RFDETR_CLASSES: Mapping[str, str] = {
 
 
 DETECTRON2_BATCH, DETECTRON2_RATE, DETECTRON2_ITERATIONS, DETECTRON2_STEPS = 16, 0.02, 270_000, (210_000, 250_000)
+DETECTRON2_WARMUP, DETECTRON2_CHECKPOINTS = 1000, 5000
 """detectron2 configs/Base-RCNN-FPN.yaml and COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml."""
 OPEN_CLIP_BATCH, OPEN_CLIP_RATE = 32_768, 5e-4
 """Radford et al. 2021, table 18; open_clip_train/params.py `get_default_params`."""
@@ -105,6 +106,36 @@ def _without_blocks(setting: Setting) -> bool:
     return setting.checkpointing == "none"
 
 
+def _base(setting: MaskRcnnSetting) -> str:
+    """The configuration of detectron2's whose model is nearest."""
+    depth = 101 if "-r101-" in setting.model else 50
+    if setting.has_masks:
+        return f"COCO-InstanceSegmentation/mask_rcnn_R_{depth}_FPN_3x.yaml"
+    return f"COCO-Detection/faster_rcnn_R_{depth}_FPN_3x.yaml"
+
+
+def _detectron2_knobs(setting: MaskRcnnSetting) -> dict[str, object]:
+    """Knobs of the model that are not as published."""
+    found: dict[str, object] = {}
+    if setting.trainable_stages is not None:
+        found["BACKBONE"] = {"FREEZE_AT": 5 - setting.trainable_stages}
+    if setting.proposals is not None and setting.model != "maskrcnn-r50-v2":
+        found["RPN"] = {"PRE_NMS_TOPK_TRAIN": setting.proposals[0], "POST_NMS_TOPK_TRAIN": setting.proposals[1]}
+    return found
+
+
+def _detectron2_sides(setting: MaskRcnnSetting) -> dict[str, object]:
+    """Sides in training, and in evaluation where they are others."""
+    drawn, longest = setting.drawn_sides, setting.sides[1]
+    is_range = setting.short_sides is not None and "-" in setting.short_sides
+    found: dict[str, object] = {"MIN_SIZE_TRAIN": [drawn[0], drawn[-1]] if is_range else list(drawn)}
+    found |= {"MIN_SIZE_TRAIN_SAMPLING": "range"} if is_range else {}
+    found["MAX_SIZE_TRAIN"] = longest
+    if setting.short_sides is not None:
+        found |= {"MIN_SIZE_TEST": setting.eval_side, "MAX_SIZE_TEST": longest}
+    return found
+
+
 @register("detectron2", families=("maskrcnn",), accumulates=False, checkpoints=_without_blocks)
 def _detectron2(job: Job) -> tuple[str, list[str]]:
     """Source: detectron2 config/defaults.py. It has neither accumulation nor checkpointing of ResNets."""
@@ -112,18 +143,17 @@ def _detectron2(job: Job) -> tuple[str, list[str]]:
 
     setting = job.setting
     assert isinstance(setting, MaskRcnnSetting)
-    short, longest = setting.sides
-    model: dict[str, object] = {"MASK_ON": True, "ROI_HEADS": {"NUM_CLASSES": setting.classes}}
+    heads: dict[str, object] = {"NUM_CLASSES": setting.classes}
+    heads |= {"BATCH_SIZE_PER_IMAGE": setting.rois_per_image} if setting.rois_per_image else {}
+    model: dict[str, object] = {"MASK_ON": setting.has_masks, "ROI_HEADS": heads}
     if setting.model == "maskrcnn-r50-v2":
-        model = {
-            "MASK_ON": True,
+        model |= {
             "RESNETS": {"NORM": "BN", "STRIDE_IN_1X1": False},
             "FPN": {"NORM": "BN"},
             "RPN": {"CONV_DIMS": [-1, -1]},
             "WEIGHTS": "detectron2://ImageNetPretrained/torchvision/R-50.pkl",
             "PIXEL_MEAN": [123.675, 116.28, 103.53],
             "PIXEL_STD": [58.395, 57.12, 57.375],
-            "ROI_HEADS": {"NUM_CLASSES": setting.classes},
             "ROI_BOX_HEAD": {"NAME": "FastRCNNConvFCHead", "NUM_CONV": 4, "NUM_FC": 1, "NORM": "BN"},
             "ROI_MASK_HEAD": {"NUM_CONV": 4, "NORM": "BN"},
         }
@@ -134,13 +164,14 @@ def _detectron2(job: Job) -> tuple[str, list[str]]:
         "BASE_LR": rounded(DETECTRON2_RATE / longer),
         "MAX_ITER": round(DETECTRON2_ITERATIONS * longer),
         "STEPS": [round(at * longer) for at in DETECTRON2_STEPS],
+        "WARMUP_ITERS": round(DETECTRON2_WARMUP * longer),
+        "CHECKPOINT_PERIOD": round(DETECTRON2_CHECKPOINTS * longer),
         "AMP": {"ENABLED": setting.precision != "fp32"},
     }
-    input_ = {"MIN_SIZE_TRAIN": [short], "MAX_SIZE_TRAIN": longest}
     record = {
-        "_BASE_": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml",
-        "MODEL": model,
-        "INPUT": input_ | ({"FORMAT": "RGB"} if setting.model == "maskrcnn-r50-v2" else {}),
+        "_BASE_": _base(setting),
+        "MODEL": model | _detectron2_knobs(setting),
+        "INPUT": _detectron2_sides(setting) | ({"FORMAT": "RGB"} if setting.model == "maskrcnn-r50-v2" else {}),
         "SOLVER": solver,
         "DATALOADER": {"NUM_WORKERS": job.plan.loading.workers},
         "CUDNN_BENCHMARK": False,

@@ -45,6 +45,12 @@ def _sides(value: Any) -> list[str]:
     return ["--short-sides", ",".join(str(int(side)) for side in sides)]
 
 
+def _test_side(value: Any) -> list[str]:
+    """Detectron2 takes a whole number; people write a tuple of one, as for training."""
+    (side,) = value if isinstance(value, list) else [value]
+    return ["--resolution", str(int(side))]
+
+
 def _stages(value: Any) -> list[str]:
     if value not in range(6):
         raise ValueError(value)
@@ -145,7 +151,7 @@ RULES: Mapping[str, Flags | Same | Instead] = {
     "INPUT.MIN_SIZE_TRAIN": Flags(make=_sides),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": Flags(make=_sampling),
     "INPUT.MAX_SIZE_TRAIN": Flags(make=_words("--max-size")),
-    "INPUT.MIN_SIZE_TEST": Flags(make=_words("--resolution")),
+    "INPUT.MIN_SIZE_TEST": Flags(make=_test_side),
     "INPUT.MAX_SIZE_TEST": Instead(text="--max-size, the longest side in training, holds for evaluation too"),
     "INPUT.RANDOM_FLIP": Flags(make=_flip, training=True),
     "INPUT.FORMAT": Same(value="RGB", instead="RGB"),

@@ -184,9 +184,7 @@ def _joined(words: Sequence[str], values: Mapping[str, Any], name: str) -> list[
     if values.get("INPUT.MIN_SIZE_TRAIN_SAMPLING") == "range" and sides in joined:
         place = joined.index(sides) + 1
         joined[place] = joined[place].replace(",", "-")
-    if sides in joined and joined[joined.index(sides) + 1] == str(values.get("INPUT.MIN_SIZE_TEST", "")):
-        del joined[joined.index(sides) : joined.index(sides) + 2]
-    elif sides in joined and "--resolution" not in joined:
+    if sides in joined and "--resolution" not in joined:
         joined += ["--resolution", "800"]  # config/defaults.py INPUT.MIN_SIZE_TEST
     before, after = (_whole(values, f"MODEL.RPN.{which}_NMS_TOPK_TRAIN", name) for which in ("PRE", "POST"))
     if before is not None or after is not None:
