@@ -216,6 +216,8 @@ class _Search:
         tries: list[tuple[float, int, int, Setting]] = []
         for none in (base for base in self.means() if base.checkpointing == "none"):
             for b in self.batches():
+                if (1 + KNEE) * self.speed(none, b) > _seconds(other):
+                    continue  # some blocks computed again are no faster than none
                 most, least = (self.price(each, b) for each in (none, replace(none, checkpointing="all")))
                 if self.fits(most.needs) or not self.fits(least.needs):
                     continue
