@@ -61,13 +61,14 @@ def held_out(number: int) -> None:
     draw = random.Random(0)
     pricer = Pricer(gpu=find_gpu("A100"), cache=False)
     for _ in range(number):
+        objects = draw.randint(1, 250)
         setting = make_setting(
             draw.choice([model for model in models() if model.startswith("rfdetr")]),
             precision="bf16",
             accumulation=2,
             micro_batch=draw.choice((1, 2, 3, 5, 6, 8)),
             classes=draw.randint(1, 400),
-            objects_per_image=draw.randint(1, 250),
+            objects_per_image=objects,
             checkpointing=draw.choice(("none", "all")),
         )
         if not pricer.answers(setting):
@@ -81,7 +82,7 @@ def held_out(number: int) -> None:
         peaks = peak_bytes(made.trace) / peak_bytes(true.trace) - 1
         low, high = (needed(each, pricer.gpu, pricer.config) for each in (made, true))
         needs = low.high_bytes / high.high_bytes - 1
-        knobs = f"{setting.micro_batch} x {setting.objects_per_image} objects, {setting.classes} classes, {setting.checkpointing}"
+        knobs = f"{setting.micro_batch} x {objects} objects, {setting.classes} classes, {setting.checkpointing}"
         print(
             f"{setting.model}, {knobs}: {differ} sizes differ, events {'equal' if alike else 'differ'}, "
             f"peak {peaks:+.3%}, needs {needs:+.3%}",
