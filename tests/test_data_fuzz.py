@@ -225,7 +225,9 @@ def test_the_report_has_no_escapes_and_needs_no_unicode(folder: Path) -> None:
     assert b"\x1b" not in result.stdout
     assert rb"\x1b[31mc\xe1t" in result.stdout
     assert b"####" in result.stdout
-    assert result.stderr == b""
+    assert all(
+        line.startswith(b"decoded ") and line.isascii() for line in result.stderr.splitlines()
+    )  # a slow machine's
 
 
 def test_json_and_format_are_flags(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

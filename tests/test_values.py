@@ -25,7 +25,11 @@ BAD: list[tuple[str, Any, str]] = [
     ("epochs", 10**400, r"--epochs must be at most 1e\+06"),
     ("resolution", 10**9, r"--resolution must be at most 8192"),
     ("num_queries", 0, r"--num-queries must be at least 1, not 0"),
-    ("checkpointing", "al", r"--checkpointing must be a whole number, none or all, not 'al'. Perhaps you meant all"),
+    (
+        "checkpointing",
+        "al",
+        r"--checkpointing must be a whole number, none, all or offload, not 'al'. Perhaps you meant all",
+    ),
     ("model", 5, r"--model must be text, not 5"),
 ]
 

@@ -223,6 +223,7 @@ def family() -> Family:
         assumptions=assumptions,
         for_data=for_data,
         check_recipe=check_recipe,
+        not_flags=("warmup_steps",),
         needed_flags=lambda setting: ("--weights RUN",) if setting.stage == "masks" else (),
         translate=translate,
         shapes_weights=("resolution", "num_queries", "groups"),
