@@ -120,7 +120,7 @@ def test_evaluation_of_ema_weights_on_the_host_pays_for_bringing_them() -> None:
 
 def test_a_model_without_blocks_is_planned() -> None:
     plan = make_plan(replace(NETWORK, model="timm:resnet10t"), gpu_with_memory("1200MiB"), effective_batch=64)
-    assert {each.setting.checkpointing for each in plan.candidates} == {"none"}
+    assert {each.setting.checkpointing for each in plan.candidates} <= {"none", "offload"}
 
 
 def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:

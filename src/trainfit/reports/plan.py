@@ -1,5 +1,6 @@
 """A plan as text and as JSON, the command that trains with it, and what its pictures show."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -151,9 +152,11 @@ def table_rows(plan: Plan) -> tuple[Candidate, ...]:
 
 
 def _level(candidate: Candidate) -> float:
-    """How much is checkpointed, as a number that can be sorted."""
-    blocks = candidate.setting.checkpointing
-    return {"none": 0.0, "all": float("inf")}[blocks] if isinstance(blocks, str) else float(blocks)
+    """How much is checkpointed, as a number that can be sorted: no block, so many, all, all and what is left offloaded."""
+    checkpointing = candidate.setting.checkpointing
+    if isinstance(checkpointing, int):
+        return float(checkpointing)
+    return {"none": 0.0, "all": sys.float_info.max, "offload": float("inf")}[checkpointing]
 
 
 def _fastest_first(candidate: Candidate) -> tuple[float, int]:
