@@ -39,9 +39,9 @@ def accumulate(
     adds up to the gradient of S / N exactly, as long as N is final before the first backward. Counts that targets give
     are. `sampled` ones are made so by a pass without gradients over all micro-batches but the last, whose random
     numbers the passes with gradients draw again; the last runs with gradients, and its graph waits for the counts. So a
-    window of one micro-batch costs nothing more, and random numbers are drawn in the order of the samples. Gradients are to be summed over the ranks, not averaged:
-    `exchange.sum_gradients` does it afterwards, a `GradientExchange` whose `last_backward` is given here does it
-    meanwhile. The window's sums of `LossTerm.numbers` go into `numbers`.
+    window of one micro-batch costs nothing more, and random numbers are drawn in the order of the samples. Gradients are
+    to be summed over the ranks, not averaged: `exchange.sum_gradients` does it afterwards, a `GradientExchange` whose
+    `last_backward` is given here does it meanwhile. The window's sums of `LossTerm.numbers` go into `numbers`.
 
     Returns:
         The window's loss by term (scalars on `device`, this rank's share: they sum over ranks to the window's loss).
