@@ -37,10 +37,9 @@ def accumulate(
 
     Every term is a sum S over the window divided by a count N of the window: backward of S_j / N for each micro-batch j
     adds up to the gradient of S / N exactly, as long as N is final before the first backward. Counts that targets give
-    are. `sampled` ones are made so by a pass without gradients over all micro-batches but the last, whose random
-    numbers the passes with gradients draw again; the last runs with gradients, and its graph waits for the counts. So a
-    window of one micro-batch costs nothing more, and random numbers are drawn in the order of the samples. Gradients are
-    to be summed over the ranks, not averaged: `exchange.sum_gradients` does it afterwards, a `GradientExchange` whose
+    are. `sampled` ones are made so by a pass without gradients, whose random numbers the pass with gradients draws
+    again, in the order of the samples. Gradients are to be summed over the ranks, not averaged:
+    `exchange.sum_gradients` does it afterwards, a `GradientExchange` whose
     `last_backward` is given here does it meanwhile. The window's sums of `LossTerm.numbers` go into `numbers`.
 
     Returns:
@@ -57,22 +56,16 @@ def accumulate(
         counts |= {name: begun.counts.get(name, 0.0) for name in objective.samples_counts}
     counts = ranks.sum_over_ranks(counts)
     losses: dict[str, torch.Tensor] = {name: torch.zeros((), device=device) for name in counts}
-    order = list(micro_batches) if begun is None else [*micro_batches[-1:], *micro_batches[:-1]]
-    for number, micro_batch in enumerate(order, 1):
-        if number == 1 and begun is not None:
-            terms, begun.terms = begun.terms, {}
-        else:
-            with autocast(precision, device.type):
-                terms = objective.terms(model, micro_batch, size)
+    for number, micro_batch in enumerate(micro_batches, 1):
+        with autocast(precision, device.type):
+            terms = objective.terms(model, micro_batch, size)
         shares = {name: share(name, term, counts, len(micro_batch)) for name, term in terms.items()}
         if numbers is not None:
             _add_numbers(numbers, terms)
         del terms
         loss = torch.stack(list(shares.values())).sum()
-        with last_backward() if number == len(order) else nullcontext():
+        with last_backward() if number == len(micro_batches) else nullcontext():
             (scaler.scale(loss) if scaler is not None else loss).backward()
-        if number == 1 and begun is not None:
-            begun.before.restore(device)
         for name, value in shares.items():
             losses[name] = losses[name] + value.detach()
         if after_micro_batch is not None:
@@ -100,14 +93,10 @@ def share(name: str, term: LossTerm, counts: Mapping[str, float], images: int) -
 
 @dataclass(kw_only=True, eq=False)
 class Begun:
-    """A window whose counts are known and whose last micro-batch has run."""
+    """A window whose counts are known."""
 
     counts: Mapping[str, float]
     """Of all micro-batches of this rank."""
-    terms: Mapping[str, LossTerm]
-    """Of the last micro-batch, with its graph."""
-    before: RandomState
-    """What the micro-batches before the last draw from."""
     after: RandomState
     """At the end of the window."""
 
@@ -121,22 +110,18 @@ def _begin(
     device: torch.device,
     precision: Precision,
 ) -> Begun:
-    """Counts that only a forward knows: without gradients of all micro-batches but the last, then of the last with them."""
+    """Counts that only a forward knows; random numbers are as before."""
     before = RandomState.now(device)
     totals: dict[str, float] = defaultdict(float)
     with torch.no_grad(), buffers_kept(model):
-        for micro_batch in micro_batches[:-1]:
+        for micro_batch in micro_batches:
             with autocast(precision, device.type):
                 found = (objective.count or partial(_counts_of_terms, objective))(model, micro_batch, size)
             for name, value in found.items():
                 totals[name] += value
-    terms: Mapping[str, LossTerm] = {}
-    if micro_batches:
-        with autocast(precision, device.type):
-            terms = objective.terms(model, micro_batches[-1], size)
-        for name, term in terms.items():
-            totals[name] += 0.0 if term.count is None else float(term.count)
-    return Begun(counts=totals, terms=terms, before=before, after=RandomState.now(device))
+    after = RandomState.now(device)
+    before.restore(device)
+    return Begun(counts=totals, after=after)
 
 
 def _counts_of_terms(
