@@ -3,9 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import GIB, Gpu
@@ -17,6 +15,9 @@ from trainfit.tasks.task import Dataset
 from trainfit.training.recipe import DEFAULT_EFFECTIVE_BATCH, Recipe, setting_of
 from trainfit.values import given
 
+if TYPE_CHECKING:
+    import torch
+
 CHOSEN = ("micro_batch", "checkpointing", "ema_on_host")
 """Knobs that training takes from the plan: they change memory and time, and not what is learned."""
 BY_HAND = frozenset({"micro_batch", "accumulation", "plan"})
@@ -24,7 +25,7 @@ BY_HAND = frozenset({"micro_batch", "accumulation", "plan"})
 
 
 def planned_here(
-    recipe: Recipe, dataset: Dataset, device: torch.device, gpus: int, note: Callable[[str], None]
+    recipe: Recipe, dataset: Dataset, device: "torch.device", gpus: int, note: Callable[[str], None]
 ) -> Mapping[str, Any]:
     """Values of `CHOSEN` for a recipe that does not say how to cut its batch; nothing on the CPU.
 
