@@ -7,7 +7,7 @@
     python benchmarks/lean_table.py report                     # results/lean_table.md
 
 Predicted, by trace and replay, at published settings (multi-scale sizes too): micro-batch 1, two micro-batches a window, every
-block recomputed, averaged weights on the host; evaluation of one image follows in the same process. Cards are known by their
+block recomputed, EMA weights on the host; evaluation of one image follows in the same process. Cards are known by their
 nominal memory alone, in bf16. A case takes minutes to trace; results are kept in results/lean_table.jsonl.
 """
 

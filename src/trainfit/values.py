@@ -55,6 +55,18 @@ def flag(name: str) -> str:
     return _FLAGS.get(name, f"--{name.replace('_', '-')}")
 
 
+def flag_words(words: Sequence[str]) -> list[str]:
+    """Words of a command line with hyphens in flags, and `--flag=value` as two words: `--a_b=1` becomes `--a-b`, `1`."""
+    parted: list[str] = []
+    for word in words:
+        if not word.startswith("--"):
+            parted.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        parted += [name.replace("_", "-"), *([value] if equals else [])]
+    return parted
+
+
 def require_valid(values: object) -> None:
     """Refuse a dataclass that holds what its annotations do not allow.
 

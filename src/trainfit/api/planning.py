@@ -15,10 +15,11 @@ from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.predict import Prediction
 from trainfit.models.setting import Setting
 from trainfit.planning.dataset import decode_seconds
-from trainfit.planning.make import DEFAULT_EFFECTIVE_BATCH, make_plan
+from trainfit.planning.make import make_plan
 from trainfit.planning.plan import Plan
 from trainfit.planning.predict import predict_with_trace
 from trainfit.step.names import Checkpointing
+from trainfit.training.recipe import DEFAULT_EFFECTIVE_BATCH
 
 
 def plan(

@@ -13,9 +13,9 @@ from trainfit.cli.files import require_writable, write
 from trainfit.gpus.catalogue import Gpu
 from trainfit.gpus.choice import chosen_gpu, gpu_here
 from trainfit.models.setting import Setting
-from trainfit.planning.make import DEFAULT_EFFECTIVE_BATCH
 from trainfit.reports.plan import plan_json, plan_text
 from trainfit.reports.plan_html import plan_html
+from trainfit.training.recipe import DEFAULT_EFFECTIVE_BATCH
 from trainfit.values import In
 
 

@@ -1,11 +1,12 @@
 """The card that a user means: by name, by memory size, or the one of this machine."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import GIB, Gpu, find_gpu, gpu_with_memory
-from trainfit.gpus.detect import detect_gpus
+from trainfit.gpus.detect import DetectedGpu, detect_gpus
 
 
 def chosen_gpu(name: str | None, memory: str | None) -> Gpu:
@@ -39,4 +40,26 @@ def gpu_here(note: Callable[[str], None]) -> Gpu:
     if taken:
         names = ", ".join(f"{process.name or process.pid}" for process in here[0].processes)
         note(f"{taken / GIB:.1f} GiB of {here[0].gpu.name} are taken by {names}")
-    return replace(here[0].gpu, memory_bytes=here[0].free_bytes, memory_is_nominal=False)
+    return with_free_memory(here[0])
+
+
+def with_free_memory(detected: DetectedGpu) -> Gpu:
+    """The card, whose memory is what is free of it."""
+    return replace(detected.gpu, memory_bytes=detected.free_bytes, memory_is_nominal=False)
+
+
+def visible(detected: Sequence[DetectedGpu]) -> list[DetectedGpu]:
+    """Those that CUDA_VISIBLE_DEVICES shows to this process, in its order; all of them where it is not set.
+
+    As CUDA does, it ends at the first name that no device has.
+    """
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is None:
+        return list(detected)
+    shown: list[DetectedGpu] = []
+    for name in map(str.strip, names.split(",")):
+        named = [gpu for gpu in detected if name and (name == str(gpu.index) or gpu.uuid.startswith(name))]
+        if not named:
+            break
+        shown += named
+    return shown

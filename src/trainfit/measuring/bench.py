@@ -100,9 +100,9 @@ class Bench:
         free = next((each.free_bytes for each in detect_gpus() if each.uuid == uuid), 0) if uuid else 0
         found = run_trial({**request, "windows": dict(self.windows)}, gpu_uuid=uuid)
         context = context_bytes(free, found["end"])
-        told = {**(found["peak"] or {}), **(found["speed"] or {})}
+        measured = {**(found["peak"] or {}), **(found["speed"] or {})}
         own = {"outcome": found["outcome"], "message": found["message"]}
-        return Measured(micro_batch=micro_batch, predicted=predicted, context_bytes=context, **own, **told)
+        return Measured(micro_batch=micro_batch, predicted=predicted, context_bytes=context, **own, **measured)
 
     def _at(self, micro_batch: int) -> Setting:
         return replace(self.setting, micro_batch=micro_batch)

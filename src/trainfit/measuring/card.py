@@ -1,9 +1,8 @@
 """The device that trials run on, and how much of it they may have. Imports no torch."""
 
-import os
-
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import GIB, gpu_with_memory
+from trainfit.gpus.choice import visible
 from trainfit.gpus.context import cuda_context_bytes
 from trainfit.gpus.detect import DetectedGpu, detect_gpus
 
@@ -16,14 +15,10 @@ def measured_card(device: str) -> DetectedGpu | None:
     """
     if device == "cpu":
         return None
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    first = None if shown is None else shown.split(",")[0].strip()
-    visible = [
-        gpu for gpu in detect_gpus() if first is None or first == str(gpu.index) or gpu.uuid.startswith(first or "-")
-    ]
-    if not visible and device == "cuda":
+    shown = visible(detect_gpus())
+    if not shown and device == "cuda":
         raise TrainfitError("no NVIDIA GPU to measure on; --device cpu measures the CPU's time")
-    return visible[0] if visible else None
+    return shown[0] if shown else None
 
 
 def cap_bytes(memory: str | None, card: DetectedGpu | None) -> int | None:

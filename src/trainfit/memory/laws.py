@@ -4,7 +4,7 @@ Two traces that differ in these knobs alone are aligned, and a size of the one i
 products: bytes of a number, rows, and of a knob or of two (of classes plus one, where a class head has a row for none), so
 that the ratio of two sizes tells which, when no two of these ratios are equal. What a size follows is a law of its operator,
 module, phase and bytes, not of its place, so that the laws of one traced case hold for every case with the same kernels:
-each window, evaluation, and training that computes blocks again.
+each window, evaluation, and training that recomputes blocks.
 
 Code that works in pieces of bounded size makes more pieces for more objects: pieces are constant, and there are as many as
 in the trace that is taken to other values, which is that with the most.
@@ -110,7 +110,7 @@ def find_laws(
     """The laws that take the first trace of each pair, at the base of all variables, to the second, at their other values;
     for each pair, with its counts.
 
-    Of tensors that cannot be told apart and grow differently, the largest counts; a size that is no product of variables
+    Of tensors that nothing distinguishes and that grow differently, the largest counts; a size that is no product of variables
     stays. None: what the laws make of a first trace has not the peak of the second.
     """
     likes: dict[Kind, int] = {}

@@ -164,7 +164,7 @@ class Pricer:
         return setting.micro_batch == evaluated == 1 and source(request, alone=True) is not None
 
     def blocks(self, setting: Setting) -> int:
-        """Blocks of the model that activation checkpointing may compute again."""
+        """Blocks of the model that activation checkpointing may recompute."""
         scaled = self._scaled(setting, "training")
         return self.trace(setting, "training").blocks if scaled is None else scaled.blocks
 
@@ -187,7 +187,7 @@ class Pricer:
         return int(2 * copied / parts)
 
     def known(self, setting: Setting) -> bool:
-        """Whether the need of training can be told without tracing."""
+        """Whether the need of training is known without tracing."""
         request = self.request(setting, "training")
         if not scalable(setting):
             return False

@@ -44,7 +44,7 @@ class ScaledTrace:
     made_up: tuple[str, ...]
     upper_bounds: tuple[str, ...]
     blocks: int
-    """Blocks of the model that activation checkpointing may compute again."""
+    """Blocks of the model that activation checkpointing may recompute."""
 
     def at(self, micro_batch: int, *, eval_micro_batch: int | None = None, evaluated_from: int | None = None) -> Trace:
         """The trace at `micro_batch`, from event `evaluated_from` on at `eval_micro_batch`.

@@ -1,12 +1,11 @@
 """The setting that training takes by itself: planned for the GPUs of this machine, for these data and what is free now."""
 
-import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import GIB, Gpu
+from trainfit.gpus.choice import visible, with_free_memory
 from trainfit.gpus.detect import detect_gpus
 from trainfit.planning.dataset import for_data
 from trainfit.planning.make import make_plan
@@ -62,14 +61,10 @@ def smallest_card(gpus: int) -> Gpu:
     Raises:
         TrainfitError: the driver does not show them.
     """
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    found = detect_gpus()
-    if visible:
-        found = tuple(each for each in found if str(each.index) in visible or each.uuid in visible)
+    found = visible(detect_gpus())
     if not found:
         raise TrainfitError("the driver shows no GPU")
-    smallest = min(found[:gpus], key=lambda each: each.free_bytes)
-    return replace(smallest.gpu, memory_bytes=smallest.free_bytes, memory_is_nominal=False)
+    return with_free_memory(min(found[:gpus], key=lambda each: each.free_bytes))
 
 
 def line(plan: Plan, chosen: Candidate) -> str:

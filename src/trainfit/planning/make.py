@@ -20,8 +20,8 @@ from trainfit.planning.plan import Loading, Plan
 from trainfit.planning.search import Found, Wish, frontier, search
 from trainfit.step.names import Checkpointing
 from trainfit.timing.roofline import TimeEstimate, later
+from trainfit.training.recipe import DEFAULT_EFFECTIVE_BATCH
 
-DEFAULT_EFFECTIVE_BATCH = 16
 LINK_BYTES_PER_S = 10e9
 """Between GPUs, each way: what PCIe 4.0 x8 to x16 leaves in practice. Not measured; NVLink is faster."""
 TRAINER_BYTES, WORKER_BYTES = 3 * GIB, 150 * MIB

@@ -37,7 +37,7 @@ class Prices(Protocol):
         ...
 
     def blocks(self, setting: Setting) -> int:
-        """What activation checkpointing may compute again."""
+        """What activation checkpointing may recompute."""
         ...
 
     def known(self, setting: Setting) -> bool:
@@ -161,7 +161,7 @@ class _Search:
         return self.price(base, best)
 
     def ideal(self, base: Setting) -> float:
-        """Seconds of a window with nothing computed again, whatever memory it takes: nothing is faster."""
+        """Seconds of a window with nothing recomputed, whatever memory it takes: nothing is faster."""
         return min(self.speed(base, b) for b in self.worth(self.wish.share))
 
     def worth(self, largest: int) -> list[int]:
@@ -170,7 +170,7 @@ class _Search:
         return [b for b in sizes if b > 1] or sizes
 
     def means(self) -> Iterator[Setting]:
-        """Bases in the order of what they cost: averaged weights to the host, then recomputation."""
+        """Bases in the order of what they cost: EMA weights to the host, then recompute."""
         wanted = self.wish.checkpointing
         for checkpointing in ("none", "all") if wanted is None else (wanted,):
             base = replace(self.wish.setting, checkpointing=checkpointing)
@@ -217,7 +217,7 @@ class _Search:
         for none in (base for base in self.means() if base.checkpointing == "none"):
             for b in self.batches():
                 if (1 + KNEE) * self.speed(none, b) > _seconds(other):
-                    continue  # some blocks computed again are no faster than none
+                    continue  # recomputing some blocks is no faster than recomputing none
                 most, least = (self.price(each, b) for each in (none, replace(none, checkpointing="all")))
                 if self.fits(most.needs) or not self.fits(least.needs):
                     continue
@@ -233,7 +233,7 @@ class _Search:
         if seconds * (1 + KNEE) > _seconds(other):
             return None
         for _ in range(PARTIAL_TRIES):
-            self.note(f"pricing {count} of {blocks} blocks computed again at micro-batch {b}")
+            self.note(f"pricing {count} of {blocks} blocks recomputed at micro-batch {b}")
             found = self.price(replace(base, checkpointing=count), b)
             if self.fits(found.needs):
                 return found

@@ -94,7 +94,7 @@ def _how_fast(plan: Plan, chosen: Candidate) -> str:
 
 def choice(candidate: Candidate) -> str:
     """`micro-batch 4 x 2, no checkpointing`: what mostly tells candidates apart, in words."""
-    host = ", averaged weights on the host" * candidate.setting.ema_on_host
+    host = ", EMA weights on the host" * candidate.setting.ema_on_host
     return f"{division(candidate.cuts)}, {blocks_text(candidate.setting.checkpointing)}{host}"
 
 

@@ -18,7 +18,7 @@ class _Again:
 
 @cache
 def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class of blocks of a kind that are computed again. A class, so that copies (EMA) run their own weights."""
+    """The class of blocks of a kind that are recomputed in backward. A class, so that copies (EMA) run their own weights."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run = partial(kind.forward, self)
@@ -30,13 +30,13 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def checkpoint_first(blocks: Sequence[nn.Module], wanted: Checkpointing) -> None:
-    """Compute the first `wanted` of the blocks again in backward, and only those; works at any time between windows.
+    """Recompute the first `wanted` of the blocks in backward, and only those; works at any time between windows.
 
     The first ones, because theirs is the last backward: what it needs again comes when the others' is gone. Running
     statistics of a BatchNorm within a block move twice a micro-batch. Raises TrainfitError where there are no blocks.
     """
     if wanted not in ("none", "offload", 0) and not blocks:
-        raise TrainfitError("--checkpointing: this model has no repeated blocks to compute again; leave it out")
+        raise TrainfitError("--checkpointing: this model has no repeated blocks to recompute; leave it out")
     count = {"none": 0}.get(wanted, len(blocks)) if isinstance(wanted, str) else wanted
     for index, block in enumerate(blocks):
         if (index < count) != isinstance(block, _Again):

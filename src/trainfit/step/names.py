@@ -8,7 +8,7 @@ MATMUL_PRECISION: Literal["highest", "high"] = "high"
 """`torch.set_float32_matmul_precision` on CUDA: "high" lets float32 matrix products run as TF32 where the GPU has it
 (capability 8.0 and above), as upstream trains. Convolutions do so by torch's default."""
 Checkpointing = int | Literal["none", "all", "offload"]
-"""Blocks of the model, from the first, whose forward is computed again in backward; offload: all of them, and what is still
+"""Blocks of the model, from the first, whose forward is recomputed in backward; offload: all of them, and what is still
 kept for backward is in host memory (`step.offload`)."""
 Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-8bit", "sgd", "sgd-plain", "adam", "adagrad", "rmsprop"]
 """adamw-8bit is bitsandbytes' (extra `8bit`); sgd has momentum 0.9, sgd-plain none. The others are torch's at their defaults."""

@@ -45,8 +45,8 @@ class Objective:
     """Samples -> the count of every term but the `sampled` ones, by the term's name; for kind `mean` the number of
     images. Additive over samples, and it names every term even for no samples."""
     samples_counts: tuple[str, ...] = ()
-    """Names of the terms of kind `sampled`; where there are any, every micro-batch but one is counted before the first
-    backward, in a pass without gradients."""
+    """Names of the terms of kind `sampled`; where there are any, every micro-batch is counted before the first backward, in a
+    pass without gradients."""
     count: CountFunction | None = None
     """Gives the counts of the `sampled` terms of a micro-batch, with the random numbers that `terms` draws; called without
     gradients. None: `terms` itself is."""

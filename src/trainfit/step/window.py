@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from trainfit.step import ranks
 from trainfit.step.names import Precision
 from trainfit.step.precision import autocast
-from trainfit.step.random_state import RandomState
 from trainfit.step.terms import LossTerm, Objective
 
 
@@ -38,9 +36,9 @@ def accumulate(
     Every term is a sum S over the window divided by a count N of the window: backward of S_j / N for each micro-batch j
     adds up to the gradient of S / N exactly, as long as N is final before the first backward. Counts that targets give
     are. `sampled` ones are made so by a pass without gradients, whose random numbers the pass with gradients draws
-    again, in the order of the samples. Gradients are to be summed over the ranks, not averaged:
-    `exchange.sum_gradients` does it afterwards, a `GradientExchange` whose
-    `last_backward` is given here does it meanwhile. The window's sums of `LossTerm.numbers` go into `numbers`.
+    again, in the order of the samples. Gradients are to be summed over the ranks, not averaged: `exchange.sum_gradients`
+    does it afterwards, a `GradientExchange` whose `last_backward` is given here does it meanwhile. The window's sums of
+    `LossTerm.numbers` go into `numbers`.
 
     Returns:
         The window's loss by term (scalars on `device`, this rank's share: they sum over ranks to the window's loss).
@@ -48,12 +46,11 @@ def accumulate(
     window = [sample for micro_batch in micro_batches for sample in micro_batch]
     size = objective.canvas(window) if window else (0, 0)
     counts = dict(objective.counts(window))  # what normalises each term, over the whole window and all ranks
-    begun: Begun | None = None
     if objective.samples_counts:
         size = ranks.largest(size)
-        begin = partial(_begin, model, objective, micro_batches, size, device=device, precision=precision)
-        begun = ranks.together(begin)
-        counts |= {name: begun.counts.get(name, 0.0) for name in objective.samples_counts}
+        count = partial(_count_sampled, model, objective, micro_batches, size, device=device, precision=precision)
+        sampled = ranks.together(count)
+        counts |= {name: sampled.get(name, 0.0) for name in objective.samples_counts}
     counts = ranks.sum_over_ranks(counts)
     losses: dict[str, torch.Tensor] = {name: torch.zeros((), device=device) for name in counts}
     for number, micro_batch in enumerate(micro_batches, 1):
@@ -70,8 +67,6 @@ def accumulate(
             losses[name] = losses[name] + value.detach()
         if after_micro_batch is not None:
             after_micro_batch(len(micro_batch))
-    if begun is not None:
-        begun.after.restore(device)
     return losses
 
 
@@ -91,17 +86,7 @@ def share(name: str, term: LossTerm, counts: Mapping[str, float], images: int) -
     return term.total / max(counts[name], 1.0)
 
 
-@dataclass(kw_only=True, eq=False)
-class Begun:
-    """A window whose counts are known."""
-
-    counts: Mapping[str, float]
-    """Of all micro-batches of this rank."""
-    after: RandomState
-    """At the end of the window."""
-
-
-def _begin(
+def _count_sampled(
     model: torch.nn.Module,
     objective: Objective,
     micro_batches: Sequence[Sequence[Any]],
@@ -109,19 +94,19 @@ def _begin(
     *,
     device: torch.device,
     precision: Precision,
-) -> Begun:
-    """Counts that only a forward knows; random numbers are as before."""
-    before = RandomState.now(device)
+) -> dict[str, float]:
+    """Counts that only a forward knows, of this rank. Random numbers and buffers are put back, so that the pass with gradients
+    draws the same numbers and running statistics move once.
+    """
     totals: dict[str, float] = defaultdict(float)
-    with torch.no_grad(), buffers_kept(model):
+    random = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with torch.no_grad(), buffers_kept(model), random:
         for micro_batch in micro_batches:
             with autocast(precision, device.type):
                 found = (objective.count or partial(_counts_of_terms, objective))(model, micro_batch, size)
             for name, value in found.items():
                 totals[name] += value
-    after = RandomState.now(device)
-    before.restore(device)
-    return Begun(counts=totals, after=after)
+    return totals
 
 
 def _counts_of_terms(

@@ -1,9 +1,11 @@
 """Findings: what is wrong with a data set, in a list that a file with millions of defects does not blow up."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from trainfit.errors import TrainfitError
 
 MOST_LISTED = 10_000
 """Findings of one kind that are listed one by one; a finding takes about a KiB, with its line of the report."""
@@ -55,3 +57,27 @@ class Findings:
             if count > MOST_LISTED
         ]
         return self._listed + more
+
+
+def require_none(findings: Sequence[Finding], check: str) -> None:
+    """Refuse a data set with an error; `check` is the command that lists everything.
+
+    Raises:
+        TrainfitError: with the first `error` finding, and how many more there are.
+    """
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if errors:
+        first = errors[0]
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise TrainfitError(f"{first.where}: {first.kind}: {first.message}{more}; `{check}` lists everything")
+
+
+def note_lines(findings: Iterable[Finding]) -> list[str]:
+    """What was left out, mended or held out, a line each."""
+    lines: list[str] = []
+    for finding in findings:
+        if finding.severity in ("skipped", "mended"):
+            lines.append(f"{finding.severity}: {finding.where}: {finding.kind}: {finding.message}")
+        elif finding.kind == "val held out":
+            lines.append(finding.message)
+    return lines

@@ -106,6 +106,18 @@ def read_header(path: Path) -> ImageHeader | ImageDefect:
         return ImageDefect(kind="unreadable image", message=_reason(error, path))
 
 
+def require_header(path: Path) -> ImageHeader:
+    """`read_header` of an image that must be usable.
+
+    Raises:
+        TrainfitError: why it cannot be used.
+    """
+    header = read_header(path)
+    if isinstance(header, ImageDefect):
+        raise TrainfitError(f"{path}: {header.kind}: {header.message}")
+    return header
+
+
 def read_headers(paths: Sequence[Path]) -> list[ImageHeader | ImageDefect]:
     """`read_header` of each path, in order; threads hide the latency of network disks."""
     with ThreadPoolExecutor(8) as pool:

@@ -30,7 +30,7 @@ swsl_resnext101_32x4d (4 to 32) runs at the speed of its bytes, regnetv_040 (64)
 
 TF32_MATMULS = MATMUL_PRECISION == "high"
 HOST_BYTES_PER_S = 3e9
-"""Tensors copied to the CPU's memory and worked on there (averaged weights). Not measured: half of what pageable copies
+"""Tensors copied to the CPU's memory and worked on there (EMA weights). Not measured: half of what pageable copies
 over PCIe 3.0 x16 reach."""
 
 PINNED_BYTES_PER_S = 10e9

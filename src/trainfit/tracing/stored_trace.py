@@ -22,7 +22,7 @@ class StoredTrace:
     upper_bounds: tuple[str, ...] = ()
     """Those of them that got the largest possible shape."""
     blocks: int = 0
-    """Blocks of the model that activation checkpointing may compute again."""
+    """Blocks of the model that activation checkpointing may recompute."""
 
     def to_record(self) -> dict[str, Any]:
         """Plain JSON values, as `from_record` reads them."""

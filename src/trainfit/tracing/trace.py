@@ -44,7 +44,7 @@ class Step(Protocol):
 
     @property
     def blocks(self) -> int:
-        """Blocks of the model that activation checkpointing may compute again; 0 where there are none."""
+        """Blocks of the model that activation checkpointing may recompute; 0 where there are none."""
         ...
 
     def run(self) -> object:

@@ -97,7 +97,7 @@ def verdict_line(verdict: LoaderVerdict, facts: LoaderFacts) -> str:
 
 
 def available_host_bytes() -> int | None:
-    """Memory that new processes can take: the system's, and the container's where it has a limit; None: not told."""
+    """Memory that new processes can take: the system's, and the container's where it has a limit; None: not available."""
     try:
         meminfo = Path("/proc/meminfo").read_text()
     except OSError:  # not Linux

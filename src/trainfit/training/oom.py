@@ -16,6 +16,7 @@ from trainfit.step import ranks
 from trainfit.step.attempt import Result, attempt
 from trainfit.step.checkpointing import checkpoint_first
 from trainfit.step.contrastive import Contrastive
+from trainfit.step.random_state import RandomState
 from trainfit.step.training_step import StepResult, TrainingStep
 from trainfit.training.shortage import Cause, cause_of, shortage
 from trainfit.values import require_valid
@@ -123,13 +124,10 @@ def snapshot(model: torch.nn.Module, device: torch.device) -> Callable[[], None]
         return buffer.to("cpu", copy=True) if copy is None else copy
 
     buffers = [copied(buffer) for buffer in model.buffers()]
-    cpu = torch.get_rng_state()
-    gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    state = RandomState.now(device)
 
     def restore() -> None:
-        torch.set_rng_state(cpu)
-        if gpu is not None:
-            torch.cuda.set_rng_state(gpu, device)
+        state.restore(device)
         with torch.no_grad():
             for buffer, before in zip(model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
@@ -147,7 +145,7 @@ class Survivor:
     """
 
     def __init__(self, micro_batch: int, *, blocks: Sequence[torch.nn.Module] = (), quiet_windows: int = 200) -> None:
-        """Start with this micro-batch. `blocks` are what activation checkpointing may compute again."""
+        """Start with this micro-batch. `blocks` are what activation checkpointing may recompute."""
         self.micro_batch = micro_batch
         self.blocks = blocks
         self.quiet_windows = quiet_windows

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
+from trainfit.values import flag_words
+
 RENAMED = {
     "--accum-freq": "--accumulation",
     "--batch-size": "--micro-batch",
@@ -41,7 +43,7 @@ def translate(arguments: Sequence[str]) -> list[str]:
     of_upstream = any(before == "--model" and word in architectures() for before, word in pairwise(given))
     if not given or given[0] != "train" or not (of_upstream or any(match(word) for word in given)):
         return given
-    rest = [part for argument in given[1:] for part in _parts(argument)]
+    rest = flag_words(given[1:])
     result, teacher = ["train"], dict[str, str]()
     while rest:
         word = rest.pop(0)
@@ -63,10 +65,3 @@ def translate(arguments: Sequence[str]) -> list[str]:
         parts = [teacher[flag] for flag in ("--distill-model", "--distill-pretrained") if flag in teacher]
         result += ["--distill-model", "=".join(parts)]
     return result
-
-
-def _parts(argument: str) -> list[str]:
-    if not argument.startswith("--"):
-        return [argument]
-    flag, equals, value = argument.partition("=")
-    return [flag.replace("_", "-"), *([value] if equals else [])]

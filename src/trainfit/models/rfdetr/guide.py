@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from trainfit.values import flag_words
+
 FLAGS = {"--batch": "--micro-batch", "--accum": "--accumulation", "--stage1-run": "--weights", "--recipe": "--stage"}
 """The guide's flag -> ours, the value unchanged; --recipe is what --stage was called until version 0.1.
 Flags that are spelt alike (--resolution, --num-queries, --workers) need
@@ -17,7 +19,7 @@ def translate(arguments: Sequence[str]) -> list[str]:
         return ["--stage" if argument == "--recipe" else argument for argument in arguments]
     if not arguments:
         return []
-    rest = [part for argument in arguments[1:] for part in _parts(argument)]
+    rest = flag_words(arguments[1:])
     result = ["train"]
     while rest:
         word = rest.pop(0)
@@ -28,10 +30,3 @@ def translate(arguments: Sequence[str]) -> list[str]:
         else:
             result.append(FLAGS.get(word, word))
     return result
-
-
-def _parts(argument: str) -> list[str]:
-    if not argument.startswith("--"):
-        return [argument]
-    flag, equals, value = argument.partition("=")
-    return [flag.replace("_", "-"), *([value] if equals else [])]

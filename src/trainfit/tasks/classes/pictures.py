@@ -6,9 +6,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from trainfit.errors import TrainfitError
 from trainfit.tasks.classes.samples import UNKNOWN, ClassRecord, Ranking
-from trainfit.tasks.images import ImageDefect, read_header
+from trainfit.tasks.images import require_header
 
 
 def file_record(number: int, path: Path) -> ClassRecord:
@@ -17,10 +16,7 @@ def file_record(number: int, path: Path) -> ClassRecord:
     Raises:
         TrainfitError: the file is no image that can be read.
     """
-    header = read_header(path)
-    if isinstance(header, ImageDefect):
-        raise TrainfitError(f"{path}: {header.kind}: {header.message}")
-    width, height = header.upright
+    width, height = require_header(path).upright
     return ClassRecord(id=number, path=path, width=width, height=height, label=UNKNOWN)
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from trainfit.tasks.detection.folder import OUTSIDE, shown
 from trainfit.tasks.detection.masks import rle_fault, usable_polygons
 from trainfit.tasks.detection.samples import ImageRecord, Segmentation, packed
 from trainfit.tasks.findings import Finding, Findings, Severity
+from trainfit.tasks.folder import OUTSIDE, shown
 from trainfit.tasks.images import ImageDefect, ImageHeader
 
 Box = tuple[float, float, float, float]

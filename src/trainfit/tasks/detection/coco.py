@@ -11,7 +11,9 @@ from typing import Any
 
 from trainfit.errors import TrainfitError
 from trainfit.tasks.detection.admit import LONGEST_PATH, RawImage, RawObject, admit, relative
-from trainfit.tasks.detection.folder import (
+from trainfit.tasks.detection.samples import Dataset, ImageRecord
+from trainfit.tasks.findings import MOST_LISTED, Finding, Findings
+from trainfit.tasks.folder import (
     JSON_BYTES,
     DataFolder,
     Malformed,
@@ -25,8 +27,6 @@ from trainfit.tasks.detection.folder import (
     read_regular,
     shown,
 )
-from trainfit.tasks.detection.samples import Dataset, ImageRecord
-from trainfit.tasks.findings import MOST_LISTED, Finding, Findings
 
 SPLIT_WORDS = {
     "train": "train",

@@ -7,10 +7,9 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image, ImageDraw
 
-from trainfit.errors import TrainfitError
 from trainfit.tasks.detection.masks import Rle
 from trainfit.tasks.detection.samples import ImageDetections, ImageRecord
-from trainfit.tasks.images import ImageDefect, read_header
+from trainfit.tasks.images import require_header
 
 
 def file_record(number: int, path: Path) -> ImageRecord:
@@ -19,10 +18,7 @@ def file_record(number: int, path: Path) -> ImageRecord:
     Raises:
         TrainfitError: the file is no image that can be read.
     """
-    header = read_header(path)
-    if isinstance(header, ImageDefect):
-        raise TrainfitError(f"{path}: {header.kind}: {header.message}")
-    width, height = header.upright
+    width, height = require_header(path).upright
     nothing = np.zeros(0)
     return ImageRecord(
         id=number,

@@ -1,6 +1,5 @@
 """The one way in: a path to a data set of whichever format, as a `Dataset` that training can use."""
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,8 @@ from trainfit.tasks.detection.sample_set import SAMPLE_SET_VERSION, write_sample
 from trainfit.tasks.detection.samples import Dataset, ImageRecord
 from trainfit.tasks.detection.voc import find_voc, read_voc
 from trainfit.tasks.detection.yolo import find_yolo, read_yolo
-from trainfit.tasks.findings import Finding
+from trainfit.tasks.findings import Finding, require_none
+from trainfit.tasks.held_out import hold_out
 
 _READERS = {"coco": read_coco, "yolo": read_yolo, "voc": read_voc}
 _FINDERS = {"coco": find_coco, "yolo": find_yolo, "voc": find_voc}
@@ -69,12 +69,7 @@ def recognises(data: str) -> bool:
 
 def require_no_errors(dataset: Dataset) -> None:
     """What training calls first: raises TrainfitError with the first `error` finding, and how many more there are."""
-    errors = [finding for finding in dataset.findings if finding.severity == "error"]
-    if errors:
-        first = errors[0]
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        repair = f"`trainfit check-data {dataset.root}` lists everything"
-        raise TrainfitError(f"{first.where}: {first.kind}: {first.message}{more}; {repair}")
+    require_none(dataset.findings, f"trainfit check-data {dataset.root}")
 
 
 def _format(path: Path, given: str | None) -> str:
@@ -112,23 +107,12 @@ def _why_empty(dataset: Dataset, path: Path) -> str:
 
 
 def _held_out(dataset: Dataset, fraction: float, seed: int) -> Dataset:
-    train = dataset.splits["train"]
-    if not 0 < fraction < 1 or len(train) < 2:
-        raise TrainfitError(
-            f"{dataset.root}: no val split, and {fraction:g} of {len(train)} images cannot be held out; "
-            "give a val split, or at least two images and a fraction between 0 and 1"
-        )
-    # Ranked by a hash of the name: the same images, whatever order they are listed in or whatever is added to them.
-    ranked = sorted(
-        train, key=lambda r: hashlib.sha256(f"{seed} {r.path.name} {r.id}".encode(errors="surrogateescape")).digest()
-    )
-    held = {record.id for record in ranked[: min(len(train) - 1, max(1, round(fraction * len(train))))]}
-    splits = dict(dataset.splits)
-    splits["train"] = tuple(record for record in train if record.id not in held)
-    splits["val"] = tuple(record for record in train if record.id in held)
-    what = f"no usable val split: {len(held)} of the {len(train)} train images are held out for it (seed {seed})"
-    what += "; test stays untouched" if "test" in splits else ""
-    finding = Finding(severity="note", kind="val held out", where="train", message=what)
+    def key(record: ImageRecord) -> bytes:
+        return f"{record.path.name} {record.id}".encode(errors="surrogateescape")
+
+    remark = "; test stays untouched" if "test" in dataset.splits else ""
+    train, val, finding = hold_out(dataset.splits["train"], fraction, seed, root=dataset.root, key=key, remark=remark)
+    splits = {**dataset.splits, "train": train, "val": val}
     return replace(dataset, splits=splits, findings=(*dataset.findings, finding))
 
 

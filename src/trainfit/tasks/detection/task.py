@@ -13,6 +13,7 @@ from trainfit.tasks.detection.read import read_dataset, recognises, require_no_e
 from trainfit.tasks.detection.samples import Dataset, ImageRecord
 from trainfit.tasks.detection.statistics import DatasetStatistics
 from trainfit.tasks.detection.statistics import statistics as statistics_of
+from trainfit.tasks.findings import note_lines
 
 __all__ = [
     "check",
@@ -59,13 +60,7 @@ def summary(dataset: Dataset) -> str:
 
 def notes(dataset: Dataset) -> Sequence[str]:
     """What was left out, mended or held out, a line each."""
-    lines: list[str] = []
-    for finding in dataset.findings:
-        if finding.severity in ("skipped", "mended"):
-            lines.append(f"{finding.severity}: {finding.where}: {finding.kind}: {finding.message}")
-        elif finding.kind == "val held out":
-            lines.append(finding.message)
-    return lines
+    return note_lines(dataset.findings)
 
 
 def require(dataset: Dataset, workload: Any) -> None:

@@ -8,7 +8,9 @@ from xml.etree.ElementTree import Element
 from trainfit.errors import TrainfitError
 from trainfit.tasks.detection.admit import Box, RawImage, RawObject, admit, relative
 from trainfit.tasks.detection.coco import SPLIT_WORDS
-from trainfit.tasks.detection.folder import (
+from trainfit.tasks.detection.samples import Dataset, ImageRecord
+from trainfit.tasks.findings import Finding, Findings
+from trainfit.tasks.folder import (
     OUTSIDE,
     XML_BYTES,
     DataFolder,
@@ -20,8 +22,6 @@ from trainfit.tasks.detection.folder import (
     pixels,
     shown,
 )
-from trainfit.tasks.detection.samples import Dataset, ImageRecord
-from trainfit.tasks.findings import Finding, Findings
 from trainfit.tasks.images import IMAGE_SUFFIXES
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")

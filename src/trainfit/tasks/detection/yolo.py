@@ -7,7 +7,9 @@ from typing import Any
 
 from trainfit.errors import TrainfitError
 from trainfit.tasks.detection.admit import RawImage, RawObject, admit, relative
-from trainfit.tasks.detection.folder import (
+from trainfit.tasks.detection.samples import Dataset, ImageRecord, Segmentation
+from trainfit.tasks.findings import Finding, Findings
+from trainfit.tasks.folder import (
     LABEL_BYTES,
     OUTSIDE,
     OUTSIDE_REPAIR,
@@ -22,8 +24,6 @@ from trainfit.tasks.detection.folder import (
     read_regular,
     shown,
 )
-from trainfit.tasks.detection.samples import Dataset, ImageRecord, Segmentation
-from trainfit.tasks.findings import Finding, Findings
 from trainfit.tasks.images import IMAGE_SUFFIXES, ImageHeader
 
 _NOTHING = (None, "", "~", "null")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from trainfit.errors import TrainfitError
-from trainfit.tasks.detection.folder import JSON_BYTES, DataFolder, Malformed, is_file, named, parse_json, shown
+from trainfit.tasks.folder import JSON_BYTES, DataFolder, Malformed, is_file, named, parse_json, shown
 from trainfit.tasks.pairs.grouped import Grouped
 
 PREFIX = "captions_"

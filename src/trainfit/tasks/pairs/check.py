@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from trainfit.errors import TrainfitError
-from trainfit.tasks.detection.folder import shown
 from trainfit.tasks.findings import Finding, Findings
+from trainfit.tasks.folder import shown
 from trainfit.tasks.pairs.read import read_pixels
 from trainfit.tasks.pairs.samples import PairDataset, PairRecord
 from trainfit.tasks.pairs.statistics import lengths_of, record_of, table_of

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trainfit.errors import TrainfitError
-from trainfit.tasks.detection.folder import DataFolder, Malformed, named
+from trainfit.tasks.folder import DataFolder, Malformed, named
 from trainfit.tasks.images import IMAGE_SUFFIXES
 from trainfit.tasks.pairs.grouped import Grouped
 from trainfit.tasks.pairs.samples import PairRecord

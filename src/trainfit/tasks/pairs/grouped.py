@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainfit.tasks.detection.folder import OUTSIDE, OUTSIDE_REPAIR, DataFolder, is_file, is_file_name, shown
 from trainfit.tasks.findings import Finding, Findings
+from trainfit.tasks.folder import OUTSIDE, OUTSIDE_REPAIR, DataFolder, is_file, is_file_name, shown
 from trainfit.tasks.pairs.samples import PairRecord
 
 

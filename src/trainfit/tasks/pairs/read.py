@@ -1,6 +1,5 @@
 """The one way in: a path to pairs of whichever format, as a `PairDataset` that training can use."""
 
-import hashlib
 import io
 import os
 from collections.abc import Mapping
@@ -10,8 +9,9 @@ from pathlib import Path
 from PIL import Image
 
 from trainfit.errors import TrainfitError
-from trainfit.tasks.detection.folder import DataFolder
 from trainfit.tasks.findings import Finding
+from trainfit.tasks.folder import DataFolder
+from trainfit.tasks.held_out import hold_out
 from trainfit.tasks.images import read_rgb
 from trainfit.tasks.pairs.captions import caption_files, read_captions
 from trainfit.tasks.pairs.folder import class_folders, has_texts, read_classes, read_folder
@@ -162,25 +162,12 @@ def _why_empty(dataset: PairDataset, path: str) -> str:
 
 
 def _held_out(dataset: PairDataset, fraction: float, seed: int) -> PairDataset:
-    train = dataset.splits["train"]
-    if not 0 < fraction < 1 or len(train) < 2:
-        raise TrainfitError(
-            f"{dataset.root}: no val split, and {fraction:g} of {len(train)} images cannot be held out; "
-            "give a val split, or at least two images and a fraction between 0 and 1"
-        )
-    # Ranked by a hash of the name: the same images, whatever order they are listed in or whatever is added to them.
-    ranked = sorted(train, key=lambda r: _hash(f"{seed} {Path(r.file).name} {r.offset} {r.texts[0]}"))
-    held = {record.id for record in ranked[: min(len(train) - 1, max(1, round(fraction * len(train))))]}
-    splits = dict(dataset.splits)
-    splits["train"] = tuple(record for record in train if record.id not in held)
-    splits["val"] = tuple(record for record in train if record.id in held)
-    what = f"no usable val split: {len(held)} of the {len(train)} train images are held out for it (seed {seed})"
-    finding = Finding(severity="note", kind="val held out", where="train", message=what)
+    def key(record: PairRecord) -> bytes:
+        return f"{Path(record.file).name} {record.offset} {record.texts[0]}".encode(errors="surrogatepass")
+
+    train, val, finding = hold_out(dataset.splits["train"], fraction, seed, root=dataset.root, key=key)
+    splits = {**dataset.splits, "train": train, "val": val}
     return replace(dataset, splits=splits, findings=(*dataset.findings, finding))
-
-
-def _hash(text: str) -> bytes:
-    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
 
 
 def _between_splits(splits: Mapping[str, tuple[PairRecord, ...]]) -> tuple[Finding, ...]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainfit.errors import TrainfitError
-from trainfit.tasks.detection.folder import OUTSIDE_REPAIR, DataFolder
+from trainfit.tasks.folder import OUTSIDE_REPAIR, DataFolder
 from trainfit.tasks.images import IMAGE_SUFFIXES
 from trainfit.tasks.pairs.grouped import Grouped
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from trainfit.errors import TrainfitError
-from trainfit.tasks.detection.folder import JSON_BYTES, DataFolder, Malformed, named, shown
+from trainfit.tasks.folder import JSON_BYTES, DataFolder, Malformed, named, shown
 from trainfit.tasks.pairs.grouped import Grouped
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trainfit.errors import TrainfitError
+from trainfit.tasks.findings import note_lines, require_none
 from trainfit.tasks.pairs.check import check_dataset, data_check
 from trainfit.tasks.pairs.metric import RetrievalMetric, ZeroShotMetric
 from trainfit.tasks.pairs.read import look, read_dataset
@@ -11,8 +12,6 @@ from trainfit.tasks.pairs.samples import PairDataset, PairRecord
 from trainfit.tasks.pairs.statistics import PairStatistics
 from trainfit.tasks.pairs.statistics import statistics as statistics_of
 from trainfit.tasks.task import DataCheck, Metric, Progress
-
-LISTED = ("skipped", "mended")
 
 
 def recognises(data: str) -> bool:
@@ -37,11 +36,7 @@ def read(
     dataset = read_dataset(
         data, file_format=file_format, val_fraction=val_fraction, seed=seed, allow_outside=allow_outside
     )
-    errors = [finding for finding in dataset.findings if finding.severity == "error"]
-    if errors:
-        first, more = errors[0], f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        repair = f"`trainfit check-data {data} --task pairs` lists everything"
-        raise TrainfitError(f"{first.where}: {first.kind}: {first.message}{more}; {repair}")
+    require_none(dataset.findings, f"trainfit check-data {data} --task pairs")
     return dataset
 
 
@@ -71,12 +66,7 @@ def summary(dataset: PairDataset) -> str:
 
 def notes(dataset: PairDataset) -> Sequence[str]:
     """What was left out, mended or held out, a line each; shared texts are counted in one line."""
-    lines: list[str] = []
-    for finding in dataset.findings:
-        if finding.severity in LISTED:
-            lines.append(f"{finding.severity}: {finding.where}: {finding.kind}: {finding.message}")
-        elif finding.kind == "val held out":
-            lines.append(finding.message)
+    lines = note_lines(dataset.findings)
     shared = sum(finding.kind == "duplicate text" for finding in dataset.findings)
     if shared:
         lines.append(f"{shared} texts belong to several images: negatives of each other without --positives texts")
