@@ -15,6 +15,7 @@ from trainfit.errors import TrainfitError
 from trainfit.exactness.loop import Batches, OwnLoop
 from trainfit.exactness.observe import Watch
 from trainfit.exactness.record import Run
+from trainfit.step.window import cut
 from trainfit.training.parts import image_list, part_of
 
 
@@ -146,8 +147,7 @@ def numbers(*, seed: int, double: bool) -> Generator[None]:
 
 def windows_of(items: Sequence[Any], *, micro_batch: int, accumulation: int) -> list[list[Sequence[Any]]]:
     """Windows of micro-batches of items; the last window and the last micro-batch may be short."""
-    micro_batches = [items[i : i + micro_batch] for i in range(0, len(items), micro_batch)]
-    return [micro_batches[i : i + accumulation] for i in range(0, len(micro_batches), accumulation)]
+    return [list(window) for window in cut(cut(items, micro_batch), accumulation)]
 
 
 def whole(windows: Sequence[Sequence[Sequence[Any]]]) -> list[list[Sequence[Any]]]:
