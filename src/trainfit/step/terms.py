@@ -29,7 +29,8 @@ def largest_image(window: Sequence[Any]) -> tuple[int, int]:
     return max(s.image.shape[1] for s in window), max(s.image.shape[2] for s in window)
 
 
-CountFunction = Callable[[torch.nn.Module, Sequence[Any], tuple[int, int]], Mapping[str, float]]
+TermsFunction = Callable[[torch.nn.Module, Sequence[Any], tuple[int, int]], Mapping[str, LossTerm]]
+CountFunction = Callable[[torch.nn.Module, Sequence[Any], tuple[int, int]], tuple[Mapping[str, float], TermsFunction]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,17 +40,17 @@ class Objective:
     A loss in which every pair of samples counts is a `step.contrastive.Contrastive` instead.
     """
 
-    terms: Callable[[torch.nn.Module, Sequence[Any], tuple[int, int]], Mapping[str, LossTerm]]
+    terms: TermsFunction
     """(model, micro-batch, window's canvas (height, width)) -> loss terms by name; moves the samples to the device."""
     counts: Callable[[Sequence[Any]], Mapping[str, float]]
     """Samples -> the count of every term but the `sampled` ones, by the term's name; for kind `mean` the number of
     images. Additive over samples, and it names every term even for no samples."""
     samples_counts: tuple[str, ...] = ()
-    """Names of the terms of kind `sampled`; where there are any, every micro-batch is counted before the first backward, in a
-    pass without gradients."""
+    """Names of the terms of kind `sampled`; where there are any, every micro-batch is counted before the first backward: the
+    last by its `terms`, whose graph is kept, the others in a pass without gradients."""
     count: CountFunction | None = None
-    """Gives the counts of the `sampled` terms of a micro-batch, with the random numbers that `terms` draws; called without
-    gradients. None: `terms` itself is."""
+    """Gives the counts of the `sampled` terms of a micro-batch, with the random numbers that `terms` draws, and a function to
+    call instead of `terms` later, which need not pick the same again; called without gradients. None: `terms` is."""
     canvas: Callable[[Sequence[Any]], tuple[int, int]] = largest_image
     """Window -> (height, width) that each of its micro-batches is padded to, whatever the cut. With `sampled` terms, which
     may follow from the canvas, it is that of the largest window of all ranks."""

@@ -11,6 +11,7 @@ from torchvision.models.detection import (
 )
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.poolers import LevelMapper
 
 from trainfit.models.maskrcnn.family import TRAINABLE_STAGES, MaskRcnnSetting
 
@@ -42,7 +43,25 @@ def build_model(setting: MaskRcnnSetting, classes: int) -> FasterRCNN:
     _train_stages(model, TRAINABLE_STAGES if setting.trainable_stages is None else setting.trainable_stages)
     if setting.norm != "published":
         _replace_norms(model, setting.norm)
+    _set_scales(model.roi_heads)
     return cast(FasterRCNN, model.train())
+
+
+def _set_scales(heads: Any) -> None:
+    """Tell the pools of regions the strides of the FPN's levels.
+
+    `MultiScaleRoIAlign` (torchvision 0.29 ops/poolers.py) infers them from its first micro-batch, and keeps them: from its
+    largest image over its features, whose canvas is the window's. Of a landscape image padded to a square it makes twice
+    the scale, for the rest of the run.
+    """
+    for pool in (heads.box_roi_pool, heads.mask_roi_pool):
+        if pool is None:
+            continue
+        levels = [int(name) + 2 for name in pool.featmap_names]  # "0" is the level of stride 4
+        pool.scales = [2.0**-level for level in levels]
+        pool.map_levels = LevelMapper(
+            min(levels), max(levels), canonical_scale=pool.canonical_scale, canonical_level=pool.canonical_level
+        )
 
 
 def _train_stages(model: torch.nn.Module, count: int) -> None:
