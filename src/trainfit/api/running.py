@@ -130,33 +130,38 @@ def detect(
     source: str | Path,
     images: Sequence[str | Path],
     *,
+    every: int = 1,
     model: str | None = None,
     device: Device = "auto",
     note: Callable[[str], None] = silent,
 ) -> "list[Any]":
-    """Detect objects in image files with a trained run: `trainfit detect`.
+    """Detect objects in images and videos with a trained run: `trainfit detect`.
 
     Args:
         source: Run folder, or a weights file: of trainfit, of the upstream project, or "pretrained" (downloads it).
-        images: Image files.
+        images: Images, videos, folders of them, or patterns (`shots/*.jpg`).
+        every: Of a video every so many frames are taken.
         model: Model that upstream's weights are of, for instance "rfdetr-nano".
         device: Where to run.
-        note: Called with a line on weights that do not match.
+        note: Called with a line on weights that do not match, and on files of folders that cannot be read.
 
     Returns:
-        What the model gives for each image, in order. Of detection: all boxes (n, 4) as x0, y0, x1, y1 in pixels, scores
+        What the model gives for each image or frame, in order. Of detection: all boxes (n, 4) as x0, y0, x1, y1 in pixels, scores
         (n,), classes (n,), and masks where the model has them (`tasks.detection.samples.ImageDetections`).
 
     Raises:
         TrainfitError: no such run or weights, an image that cannot be read, or a task without inference on files.
     """
+    from trainfit.tasks.media import find_media
     from trainfit.training import inference
+    from trainfit.training.detecting import detect_in
     from trainfit.training.distributed import choose_device
 
+    media = find_media(images, note)
     loaded = inference.load_model(Path(source), choose_device(device, 0), model=model)
     for remark in loaded.remarks:
         note(remark)
-    return list(inference.infer(loaded, [Path(image) for image in images]))
+    return [detected.output for detected in detect_in(loaded, media, every=every)]
 
 
 def check_data(

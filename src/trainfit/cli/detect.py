@@ -1,60 +1,107 @@
 """trainfit detect."""
 
-import json
 import sys
+from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from trainfit.cli.files import require_folder, require_writable
 from trainfit.errors import TrainfitError
-from trainfit.values import In
+from trainfit.values import In, Range, require_valid
+
+if TYPE_CHECKING:
+    from trainfit.tasks.media import Medium
 
 
 @dataclass(frozen=True, kw_only=True)
 class Detect:
-    """What a trained run finds in images."""
+    """What a trained run detects in images and videos."""
 
     run: Annotated[Path, In(positional=True)]
     """Run folder, or a weights file: of trainfit, of the upstream project, or `pretrained` (downloads it)."""
     images: Annotated[tuple[Path, ...], In(positional=True)]
-    """Image files."""
+    """Images, videos, folders of them, or patterns in quotes ('shots/**/*.jpg')."""
     model: str | None = None
     """Model that upstream's weights are of, for instance rfdetr-nano."""
-    threshold: float = 0.5
+    threshold: Annotated[float, Range(0, 1)] = 0.5
     """Least score that is shown."""
-    draw: Path | None = None
-    """Folder for pictures with the boxes drawn in."""
+    every: Annotated[int, Range(1, 1_000_000)] = 1
+    """Of a video: every so many frames."""
+    draw: Annotated[Path | None, In("output")] = None
+    """Folder for pictures with masks, boxes and labels drawn in; of a video an MP4 file."""
+    out: Annotated[Path | None, In("output")] = None
+    """JSON file for the detections, as --json prints them."""
+    coco: Annotated[Path | None, In("output")] = None
+    """JSON file for the detections, as COCO's annotations."""
+    force: Annotated[bool, In("output")] = False
+    """Overwrite those files."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run."""
-    as_json: bool = False
+    as_json: Annotated[bool, In("output")] = False
     """Print JSON (schema 1) instead of text."""
 
 
 def detect(arguments: Detect, _given: AbstractSet[str]) -> int:
-    """Find objects in images with a trained run."""
+    """Detect objects in images and videos with a trained run."""
+    from trainfit.tasks.media import find_media
+
+    require_valid(arguments)
+    if not arguments.images:
+        raise TrainfitError("name at least one image: trainfit detect RUN IMAGE")
+    media = find_media(arguments.images, _note)
+    require_writable((arguments.out, arguments.coco), force=arguments.force)
+    require_folder(arguments.draw, "--draw")
+    shown = 0
+    with ExitStack() as files:
+        for text in _detected(arguments, media, files):
+            if not arguments.as_json:
+                print(text)
+            shown += 1
+    if not shown and not arguments.as_json:
+        print(f"nothing with a score of {arguments.threshold} or more")
+    return 0
+
+
+def _detected(arguments: Detect, media: "list[Medium]", files: ExitStack) -> Iterator[str]:
+    """A line for each row, while the rows are written wherever they are wanted."""
+    from trainfit.cli.detections import CocoFile, Drawings, JsonRows
     from trainfit.reports.words import printable
     from trainfit.tasks.task import inference_of
     from trainfit.training import inference
+    from trainfit.training.detecting import detect_in
     from trainfit.training.distributed import choose_device
 
-    if not arguments.images:
-        raise TrainfitError("name at least one image: trainfit detect RUN IMAGE")
     loaded = inference.load_model(arguments.run, choose_device(arguments.device, 0), model=arguments.model)
     for remark in loaded.remarks:
-        print(remark, file=sys.stderr)
-    task = inference_of(str(loaded.workload.setting.family.task))
-    rows: list[dict[str, object]] = []
-    for path, output in zip(arguments.images, inference.infer(loaded, arguments.images), strict=True):
-        own = task.rows(path, output, loaded.workload.classes, arguments.threshold)
-        rows += own
-        if arguments.draw:
-            print(f"wrote {task.draw(path, own, arguments.draw)}", file=sys.stderr)
+        _note(remark)
+    name = str(loaded.workload.setting.family.task)
+    task = inference_of(name)
+    classes = loaded.workload.classes
+    rows_files: list[JsonRows] = []
     if arguments.as_json:
-        print(json.dumps({"schema": 1, "detections": rows}, indent=2))
-        return 0
-    for row in rows:
-        print(printable(task.row_text(row)))
-    if not rows:
-        print(f"nothing with a score of {arguments.threshold} or more")
-    return 0
+        rows_files.append(files.enter_context(JsonRows(None)))
+    if arguments.out:
+        rows_files.append(files.enter_context(JsonRows(arguments.out)))
+    coco = files.enter_context(CocoFile(arguments.coco, name, classes)) if arguments.coco else None
+    drawings = files.enter_context(Drawings(arguments.draw, task, classes, arguments.every)) if arguments.draw else None
+    for found in detect_in(loaded, media, every=arguments.every):
+        rows = task.rows(found.medium.path, found.output, classes, arguments.threshold)
+        if drawings:  # from the image file, which of a video is not `file`
+            drawings.add(found, rows)
+        if found.frame is not None:
+            at: dict[str, Any] = {"frame": found.frame, "time_s": round(found.time_s or 0.0, 3)}
+            rows = [row | at for row in rows]
+        for file in rows_files:
+            file.add(rows)
+        if coco:
+            coco.add(found, rows)
+        for row in rows:
+            moment = "" if found.frame is None else f"frame {found.frame}  "
+            yield printable(moment + task.row_text(row))
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr)

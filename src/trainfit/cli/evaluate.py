@@ -33,16 +33,21 @@ class Evaluate:
     """Where to run."""
     allow_outside: bool = False
     """Read files that the data set names but does not hold."""
-    as_json: bool = False
+    pictures: Annotated[Path | None, In("output")] = None
+    """Folder for validation pictures, curves and the confusion matrix, as PNG."""
+    as_json: Annotated[bool, In("output")] = False
     """Print JSON (schema 1) instead of text."""
 
 
 def evaluate(arguments: Evaluate, _given: AbstractSet[str]) -> int:
     """Evaluate a trained run, or a published checkpoint, on a data set."""
     from trainfit import api
+    from trainfit.cli.files import require_folder
     from trainfit.reports.evaluation import evaluation_json, evaluation_text
+    from trainfit.tasks.graphics import write_graphics
 
     require_valid(arguments)
+    require_folder(arguments.pictures, "--pictures")
     options = {} if arguments.max_detections is None else {"max_detections": arguments.max_detections}
     evaluation = api.evaluate(
         _source(arguments.run, arguments.weights),
@@ -55,6 +60,9 @@ def evaluate(arguments: Evaluate, _given: AbstractSet[str]) -> int:
         note=lambda line: print(line, file=sys.stderr),
         **options,
     )
+    if arguments.pictures:
+        write_graphics(evaluation.graphics, arguments.pictures, lambda line: print(line, file=sys.stderr))
+        print(f"wrote {arguments.pictures}", file=sys.stderr)
     if arguments.as_json:
         print(json.dumps(evaluation_json(evaluation), indent=2))
     else:

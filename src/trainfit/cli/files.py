@@ -23,6 +23,22 @@ def require_writable(files: Iterable[Path | None], *, force: bool) -> None:
             raise TrainfitError(f"{file} cannot be written: choose a file in a folder that exists and is writable")
 
 
+def require_folder(folder: Path | None, name: str) -> None:
+    """Make a folder for results before the work is done; `name` is its flag.
+
+    Raises:
+        TrainfitError: it cannot be made or written.
+    """
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainfitError(f"{name} {folder} cannot be made ({error.strerror}): choose another folder") from error
+    if not os.access(folder, os.W_OK):
+        raise TrainfitError(f"{name} {folder} cannot be written: choose another folder")
+
+
 def write(file: Path, content: str | bytes) -> None:
     """Write a result and print its path on stderr.
 

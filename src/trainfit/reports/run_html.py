@@ -6,6 +6,7 @@ from itertools import cycle
 
 from trainfit.gpus.catalogue import GIB
 from trainfit.reports import svg
+from trainfit.reports.graphics_html import graphics_html
 from trainfit.reports.run_report import (
     Row,
     RunReport,
@@ -20,6 +21,7 @@ from trainfit.reports.run_report import (
     time_shares,
 )
 from trainfit.reports.words import duration
+from trainfit.training.run_files import PICTURES
 
 _BLUE, _GREY, _PINK, _VIOLET, _ORANGE, _GREEN = "#4ea5b7", "#7f8fa9", "#e889ab", "#9575cd", "#e38a42", "#6aa84f"
 _FIGURES = (_BLUE, _GREY, _PINK, _VIOLET, _ORANGE, _GREEN)
@@ -56,6 +58,7 @@ def run_html(report: RunReport) -> str:
         "<h2>Where the time went</h2>" + _time(report) if report.readings else "",
         f"<h2>Over the steps</h2><div class='charts'>{''.join(charts)}</div>" if charts else "",
         _ooms(report.ooms),
+        graphics_html(report.folder / PICTURES),
     ]
     return svg.page(title, parts)
 

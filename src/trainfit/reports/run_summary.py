@@ -6,6 +6,7 @@ from trainfit.reports.tables import table_text
 from trainfit.reports.words import duration
 from trainfit.tasks.task import Inference, percent, task_of
 from trainfit.training.oom import survival_line
+from trainfit.training.run_files import PICTURES
 from trainfit.training.run_folder import BEST, TELEMETRY
 from trainfit.training.summary import RunSummary
 
@@ -35,6 +36,10 @@ def summary_text(summary: RunSummary) -> str:
         lines.append(f"left out    {len(summary.skipped_images)} images: {'; '.join(summary.skipped_images)}")
     lines.append(f"batch       {summary.noise}")
     lines += _survived(summary)
+    if (folder / PICTURES).is_dir():
+        lines.append(
+            f"pictures    {folder / PICTURES}; trainfit report {folder} --html page.html shows them and the curves"
+        )
     lines += [
         f"weights     {folder / BEST} (for the upstream project: {summary.exported})",
         f"Next:       {_next(summary)}",

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from trainfit.errors import TrainfitError
 from trainfit.tasks.findings import Finding
+from trainfit.tasks.graphics import Graphic
 
 Cell = str | int | float | None
 Progress = Callable[[int, int], None]
@@ -88,6 +89,8 @@ class Evaluation:
     """The task's own results by name: dataclasses, or JSON values."""
     notes: tuple[str, ...] = ()
     """Sentences about how the figures were computed."""
+    graphics: tuple[Graphic, ...] = ()
+    """Pictures of samples, curves and matrices; pictures are drawn when they are written."""
 
 
 def percent(value: float | None) -> str:
@@ -253,8 +256,21 @@ class Inference(Protocol):
         """One of these as a line of text."""
         ...
 
-    def draw(self, path: Path, rows: Sequence[Mapping[str, Any]], folder: Path) -> Path:
-        """Draw the rows of a file into a picture in `folder`; returns the picture's path."""
+    def drawn(self, path: Path, rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Any:
+        """The image file with its rows drawn in, as a PIL image; `classes` are those of `rows`.
+
+        Raises:
+            TrainfitError: the file cannot be read.
+        """
+        ...
+
+
+@runtime_checkable
+class CocoForm(Protocol):
+    """What a task's module has besides where its results have a form in COCO's files."""
+
+    def coco_annotation(self, row: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any]:
+        """A row of `Inference.rows` as an annotation without `id` and `image_id`; categories count from 1."""
         ...
 
 

@@ -315,6 +315,7 @@ class _Run:
         if better or score is None or self.best["step"] is None:  # without a score the last weights are the best
             self.best = {"score": score, "step": self.done}
             self._save_weights(run_folder.BEST)
+            self.journal.graphics(evaluation)
 
     def _save_weights(self, name: str) -> None:
         metadata = self.workload.metadata() | {"step": str(self.done), "score": json.dumps(self.best["score"])}

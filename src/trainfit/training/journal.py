@@ -12,11 +12,12 @@ import torch
 
 from trainfit.step import ranks
 from trainfit.step.training_step import StepResult
+from trainfit.tasks.graphics import write_graphics
 from trainfit.tasks.task import Evaluation
 from trainfit.training import headroom
 from trainfit.training.loader import usable_cores
 from trainfit.training.noise_scale import TOO_FEW, NoiseSample, noise_line, noise_scale
-from trainfit.training.run_files import METRICS, TELEMETRY
+from trainfit.training.run_files import METRICS, PICTURES, TELEMETRY
 from trainfit.training.run_folder import Metrics, heal
 from trainfit.training.telemetry import Clock, Progress, StepUpdate, memory_bytes, meter
 from trainfit.training.tensorboard import event_writer
@@ -139,6 +140,11 @@ class Journal:
         """Write an evaluation: the task's own values, and the score and figures that a report shows of any task."""
         shown = {"score": evaluation.score, "score_name": evaluation.score_name, "figures": dict(evaluation.figures)}
         self.record([{"step": step, "epoch": epoch, **evaluation.record, **shown}])
+
+    def graphics(self, evaluation: Evaluation) -> None:
+        """Write the pictures and curves of the evaluation that is the best so far."""
+        if self.telemetry and evaluation.graphics:
+            write_graphics(evaluation.graphics, self.telemetry.with_name(PICTURES), self.show.note)
 
     def event(self, name: str, step: int, **values: Any) -> None:
         """Note in telemetry.jsonl that something happened after `step` steps."""

@@ -11,6 +11,8 @@ PLAN = "plan.json"
 """The plan that the run was started with, if it was."""
 METRICS = "metrics.jsonl"
 """Losses, rates, AP: the same bit for bit in a resumed run."""
+PICTURES = "pictures"
+"""The folder of the best evaluation's pictures and curves."""
 TELEMETRY = "telemetry.jsonl"
 """Times, memory, waiting for data, events: never the same twice."""
 

@@ -7,7 +7,8 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from trainfit.tasks.classes.samples import UNKNOWN, ClassRecord, Ranking
-from trainfit.tasks.images import require_header
+from trainfit.tasks.drawing import color, font, ink_on
+from trainfit.tasks.images import read_rgb, require_header
 
 
 def file_record(number: int, path: Path) -> ClassRecord:
@@ -31,12 +32,20 @@ def row_text(row: Mapping[str, Any]) -> str:
     return "{file}  {class}  {score:.3f}".format(**row)
 
 
-def draw(path: Path, rows: Sequence[Mapping[str, Any]], folder: Path) -> Path:
-    """Write the classes of one image into a copy of it in `folder`; returns the picture's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    image = Image.open(path).convert("RGB")
-    text = "\n".join(f"{row['class']} {row['score']:.2f}" for row in rows)
-    ImageDraw.Draw(image).multiline_text((3, 2), text, fill=(230, 30, 30))
-    target = folder / f"{path.stem}.png"
-    image.save(target)
-    return target
+def drawn(path: Path, rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Image.Image:
+    """The image with its classes in the corner.
+
+    Raises:
+        TrainfitError: the image cannot be read.
+    """
+    image = read_rgb(path)
+    letters = font(max(10, min(32, round(max(image.size) / 30))))
+    pen = ImageDraw.Draw(image)
+    y = 2
+    for row in rows:
+        words = f"{row['class']} {row['score']:.2f}"
+        ink = color(classes.index(row["class"]))
+        pen.rectangle((2, y, 8 + pen.textlength(words, letters), y + letters.size * 1.3), fill=ink)
+        pen.text((5, y), words, fill=ink_on(ink), font=letters)
+        y += letters.size * 1.4
+    return image

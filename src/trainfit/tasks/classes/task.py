@@ -6,7 +6,7 @@ from typing import Any
 from trainfit.errors import TrainfitError
 from trainfit.tasks.classes.folder import read_folder, recognises
 from trainfit.tasks.classes.metric import Accuracy
-from trainfit.tasks.classes.pictures import draw, file_record, row_text, rows
+from trainfit.tasks.classes.pictures import drawn, file_record, row_text, rows
 from trainfit.tasks.classes.samples import ClassRecord, ImageFolder
 from trainfit.tasks.findings import Finding
 from trainfit.tasks.images import read_image
@@ -15,7 +15,7 @@ from trainfit.tasks.task import DataCheck, Progress, Table
 __all__ = [
     "check",
     "compare",
-    "draw",
+    "drawn",
     "file_record",
     "metric",
     "notes",

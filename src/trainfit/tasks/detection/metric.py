@@ -8,7 +8,10 @@ import numpy as np
 
 from trainfit.tasks.detection.class_names import positions
 from trainfit.tasks.detection.coco_ap import ApResult, Detections, Evaluator, IouKind, gather_detections
+from trainfit.tasks.detection.comparison import chosen, picture
+from trainfit.tasks.detection.matching import Matching
 from trainfit.tasks.detection.samples import ImageDetections, ImageRecord
+from trainfit.tasks.graphics import Graphic
 from trainfit.tasks.task import Evaluation, Table
 
 WORDS: dict[IouKind, str] = {"bbox": "boxes", "segm": "masks"}
@@ -45,6 +48,12 @@ class DetectionMetric:
             kind: Evaluator(records, classes, iou=kind, max_detections=max_detections) for kind in kinds
         }
         self.kept: list[Detections] = []
+        self.classes = tuple(classes)
+        self.matching = Matching(self.classes, max_detections)
+        self.unmatched = {record.id: record for record in records}
+        self.pictured: dict[int, tuple[ImageRecord, Detections]] = {
+            record.id: (record, nothing_in(record)) for record in chosen(records)
+        }
         self.rows: np.ndarray[Any, np.dtype[np.int64]] | None = None
         if model_classes is not None:
             rows = positions(model_classes, classes)
@@ -64,13 +73,33 @@ class DetectionMetric:
     def _compare(self, detections: Detections) -> None:
         for evaluator in self.evaluators.values():
             evaluator.add(detections)
+        self.matching.add(self.unmatched.pop(detections.image_id), detections)
+        if detections.image_id in self.pictured:
+            self.pictured[detections.image_id] = (self.pictured[detections.image_id][0], detections)
 
     def result(self) -> Evaluation:
         """AP over all records."""
         if _world_size() > 1:
             for detections in gather_detections(self.kept):
                 self._compare(detections)
-        return evaluation_of({kind: evaluator.result() for kind, evaluator in self.evaluators.items()})
+        results: dict[IouKind, ApResult] = {kind: evaluator.result() for kind, evaluator in self.evaluators.items()}
+        for record in self.unmatched.values():
+            self.matching.add(record, nothing_in(record))
+        self.unmatched.clear()
+        return evaluation_of(results, self._graphics())
+
+    def _graphics(self) -> tuple[Graphic, ...]:
+        masks = "segm" in self.evaluators
+        pictures = (
+            picture(number, record, found, self.classes, masks=masks)
+            for number, (record, found) in enumerate(self.pictured.values(), 1)
+        )
+        return (*pictures, *self.matching.graphics())
+
+
+def nothing_in(record: ImageRecord) -> Detections:
+    """No detections of an image."""
+    return Detections(image_id=record.id, boxes=np.zeros((0, 4)), scores=np.zeros(0), classes=np.zeros(0, np.int64))
 
 
 def _world_size() -> int:
@@ -85,7 +114,7 @@ def compact(output: ImageDetections) -> Detections:
     return Detections(image_id=output.image_id, masks=output.masks, **arrays)
 
 
-def evaluation_of(results: dict[IouKind, ApResult]) -> Evaluation:
+def evaluation_of(results: dict[IouKind, ApResult], graphics: Sequence[Graphic] = ()) -> Evaluation:
     """AP results as an evaluation: ranked by the AP of masks where there are masks, else by that of boxes."""
     limit = next(iter(results.values())).max_detections
     ranking: IouKind = "segm" if "segm" in results else "bbox"
@@ -102,6 +131,7 @@ def evaluation_of(results: dict[IouKind, ApResult]) -> Evaluation:
         record=record,
         tables=tuple(table_of(result) for result in results.values()),
         details={**results},
+        graphics=tuple(graphics),
         notes=(f"Up to {limit} detections for each image and class count (COCO's own limit: --max-detections 100).",),
     )
 

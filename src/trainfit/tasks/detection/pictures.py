@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from trainfit.tasks.detection.masks import Rle
-from trainfit.tasks.detection.samples import ImageDetections, ImageRecord
-from trainfit.tasks.images import require_header
+from trainfit.tasks.detection.masks import decode_rle, mask_area
+from trainfit.tasks.detection.samples import ImageDetections, ImageRecord, Rle
+from trainfit.tasks.drawing import color, draw_objects
+from trainfit.tasks.images import read_rgb, require_header
 
 
 def file_record(number: int, path: Path) -> ImageRecord:
@@ -63,14 +64,26 @@ def row_text(row: Mapping[str, Any]) -> str:
     return "{file}  {class}  {score:.3f}  {box}".format(**row)
 
 
-def draw(path: Path, rows: Sequence[Mapping[str, Any]], folder: Path) -> Path:
-    """Draw the boxes of one image into a copy of it in `folder`; returns the picture's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    image = Image.open(path).convert("RGB")
-    pen = ImageDraw.Draw(image)
-    for row in rows:
-        pen.rectangle(row["box"], outline=(230, 30, 30), width=2)
-        pen.text((row["box"][0] + 3, row["box"][1] + 2), f"{row['class']} {row['score']:.2f}", fill=(230, 30, 30))
-    target = folder / f"{path.stem}.png"
-    image.save(target)
-    return target
+def drawn(path: Path, rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Image.Image:
+    """The image with its masks, boxes and labels: one colour a class.
+
+    Raises:
+        TrainfitError: the image cannot be read.
+    """
+    image = read_rgb(path)
+    masks = [decode_rle(row["mask"], image.height, image.width) for row in rows if "mask" in row]
+    labels = [f"{row['class']} {row['score']:.2f}" for row in rows]
+    places = {name: number for number, name in reversed(list(enumerate(classes)))}
+    colors = [color(places[row["class"]]) for row in rows]
+    return draw_objects(image, [row["box"] for row in rows], labels, colors, masks)
+
+
+def coco_annotation(row: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any]:
+    """A row as COCO writes an annotation, with its score."""
+    x0, y0, x1, y1 = row["box"]
+    box = [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)]
+    annotation = {"category_id": classes.index(row["class"]) + 1, "bbox": box, "score": row["score"], "iscrowd": 0}
+    if "mask" not in row:
+        return annotation | {"area": round(box[2] * box[3], 2)}
+    height, width = row["mask"]["size"]
+    return annotation | {"area": mask_area(row["mask"], height, width), "segmentation": row["mask"]}

@@ -8,7 +8,7 @@ from trainfit.tasks.detection.check import check
 from trainfit.tasks.detection.class_names import positions
 from trainfit.tasks.detection.masks import require_masks
 from trainfit.tasks.detection.metric import DetectionMetric
-from trainfit.tasks.detection.pictures import draw, file_record, row_text, rows
+from trainfit.tasks.detection.pictures import coco_annotation, drawn, file_record, row_text, rows
 from trainfit.tasks.detection.read import read_dataset, recognises, require_no_errors
 from trainfit.tasks.detection.samples import Dataset, ImageRecord
 from trainfit.tasks.detection.statistics import DatasetStatistics
@@ -17,8 +17,9 @@ from trainfit.tasks.findings import note_lines
 
 __all__ = [
     "check",
+    "coco_annotation",
     "compare",
-    "draw",
+    "drawn",
     "file_record",
     "metric",
     "notes",
@@ -31,7 +32,7 @@ __all__ = [
     "summary",
     "worst_first",
 ]
-"""The functions of `tasks.task.Task` and of `tasks.task.Inference`."""
+"""The functions of `tasks.task.Task`, `tasks.task.Inference` and `tasks.task.CocoForm`."""
 
 
 def read(

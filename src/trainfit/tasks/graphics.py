@@ -1,0 +1,93 @@
+"""Graphics of an evaluation: pictures of samples, curves and matrices, as values and as files. No torch."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainfit.errors import TrainfitError
+
+if TYPE_CHECKING:  # a plan knows evaluations, and should not wait for Pillow
+    from PIL import Image
+
+INDEX = "graphics.json"
+"""The file of a folder of graphics that says what is in it, with the values of curves and matrices."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Picture:
+    """An image that is drawn when it is written."""
+
+    name: str
+    """The file's name without suffix; unique in an evaluation."""
+    title: str
+    draw: "Callable[[], Image.Image]"
+    """Raises TrainfitError where its file cannot be read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """Lines in a unit square."""
+
+    name: str
+    title: str
+    x: str
+    y: str
+    """What the axes are."""
+    lines: tuple[tuple[str, tuple[tuple[float, float], ...]], ...]
+    """(name, points (x, y)); both coordinates between 0 and 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """Counts by two properties."""
+
+    name: str
+    title: str
+    row_name: str
+    column_name: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: tuple[tuple[int, ...], ...]
+    """A tuple a row."""
+
+
+Graphic = Picture | Plot | Matrix
+
+
+def write_graphics(graphics: Sequence[Graphic], folder: Path, note: Callable[[str], None]) -> None:
+    """Write PNG files and `INDEX` into a folder, which is made; what it held of these names is replaced.
+
+    A picture whose file can no longer be read is left out, and noted.
+    """
+    from trainfit.tasks.charts import drawn
+
+    folder.mkdir(parents=True, exist_ok=True)
+    index: list[dict[str, Any]] = []
+    for graphic in graphics:
+        try:
+            image = drawn(graphic)
+        except TrainfitError as error:
+            note(f"{graphic.name}: {error}")
+            continue
+        image.save(folder / f"{graphic.name}.png", compress_level=3)
+        index.append(record(graphic))
+    text = json.dumps({"schema": 1, "graphics": index})
+    (folder / INDEX).write_text(text + "\n")
+
+
+def record(graphic: Graphic) -> dict[str, Any]:
+    """JSON values of a graphic: `kind`, and its fields."""
+    values = {field.name: getattr(graphic, field.name) for field in dataclasses.fields(graphic) if field.name != "draw"}
+    return {"kind": type(graphic).__name__.lower(), **values}
+
+
+def read_graphics(folder: Path) -> list[dict[str, Any]]:
+    """What `write_graphics` noted; empty where there is nothing, or nothing whole."""
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        return [row for row in index["graphics"] if row["kind"] in ("picture", "plot", "matrix")]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []

@@ -1,0 +1,153 @@
+"""Images and videos that a user names: files, folders and patterns, found and checked before a model is loaded."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from glob import glob, has_magic
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from trainfit.errors import TrainfitError
+from trainfit.tasks.images import IMAGE_SUFFIXES, MOST_PIXELS, ImageDefect, read_header
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Medium:
+    """An image file, or a video."""
+
+    path: Path
+    width: int
+    height: int
+    is_video: bool = False
+    rate: Fraction = Fraction(0)
+    """Frames a second of a video."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """A picture of a video."""
+
+    number: int
+    """From 0."""
+    time_s: float
+    image: "Image.Image"
+
+
+def find_media(names: Sequence[str | Path], note: Callable[[str], None]) -> list[Medium]:
+    """The images and videos that files, folders and patterns (`shots/*.jpg`) name, in order, each once.
+
+    Of a folder those directly in it, by name. What cannot be read is an error where it was named itself, and is left out
+    and noted where a folder or a pattern named it.
+
+    Raises:
+        TrainfitError: there is none, or one that was named cannot be read.
+    """
+    found: dict[Path, Medium] = {}
+    for name in names:
+        path = Path(name)
+        several = path.is_dir() or (has_magic(str(name)) and not path.exists())
+        for each in _within(path, str(name)) if several else [path]:
+            medium = _opened(each)
+            if isinstance(medium, Medium):
+                found.setdefault(each, medium)
+            elif several:
+                note(f"left out: {medium}")
+            else:
+                raise TrainfitError(medium)
+    if not found:
+        raise TrainfitError(f"{', '.join(map(str, names))}: nothing in it can be read")
+    return list(found.values())
+
+
+def _within(path: Path, pattern: str) -> list[Path]:
+    known = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
+    files = path.iterdir() if path.is_dir() else map(Path, glob(pattern, recursive=True))  # noqa: PTH207 - also absolute
+    chosen = sorted(file for file in files if file.suffix.lower() in known and file.is_file())
+    if not chosen:
+        where = f"{path} (its subfolders are not searched: '{path}/**/*.jpg' does)" if path.is_dir() else pattern
+        raise TrainfitError(f"no image and no video in {where}: they end in {', '.join(known)}")
+    return chosen
+
+
+def _opened(path: Path) -> Medium | str:
+    """What a file is, or why it cannot be used."""
+    if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
+        return _video(path)
+    header = read_header(path)
+    if isinstance(header, ImageDefect):
+        return f"{path}: {header.kind}: {header.message}"
+    width, height = header.upright
+    return Medium(path=path, width=width, height=height)
+
+
+def _video(path: Path) -> Medium | str:
+    import av  # here, because most runs of `detect` read images
+
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                return f"{path}: it has no picture"
+            stream = container.streams.video[0]
+            if stream.width * stream.height > MOST_PIXELS or stream.width < 1:
+                return f"{path}: its pictures are {stream.width} x {stream.height}"
+            rate = stream.average_rate or Fraction(25)
+            return Medium(path=path, width=stream.width, height=stream.height, is_video=True, rate=rate)
+    except (av.FFmpegError, OSError, ValueError) as error:
+        return f"{path}: unreadable video: {_reason(error)}"
+
+
+def read_frames(medium: Medium, every: int = 1) -> Iterator[Frame]:
+    """Every so many frames of a video, from the first.
+
+    Raises:
+        TrainfitError: it is damaged further on.
+    """
+    import av
+
+    try:
+        with av.open(str(medium.path)) as container:
+            for number, frame in enumerate(container.decode(video=0)):
+                if number % every == 0:
+                    yield Frame(number=number, time_s=float(frame.time or number / medium.rate), image=_image(frame))
+    except av.FFmpegError as error:
+        raise TrainfitError(f"{medium.path}: unreadable video: {_reason(error)}") from error
+
+
+def _image(frame: Any) -> "Image.Image":
+    return cast("Image.Image", frame.to_image())
+
+
+def _reason(error: Exception) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+class VideoWriter:
+    """An MP4 file of pictures of one size; a context that ends the file."""
+
+    def __init__(self, path: Path, medium: Medium, every: int = 1) -> None:
+        """Begin a video with the size of `medium` and its rate, of which every so many frames come."""
+        import av
+
+        self._container = av.open(str(path), "w")
+        self._stream: Any = self._container.add_stream("libx264", rate=medium.rate / every)
+        self._stream.width = medium.width // 2 * 2  # the codec halves the colours' resolution
+        self._stream.height = medium.height // 2 * 2
+        self._stream.pix_fmt = "yuv420p"
+
+    def write(self, image: "Image.Image") -> None:
+        """Add a picture."""
+        import av
+
+        cut = image.crop((0, 0, self._stream.width, self._stream.height))
+        self._container.mux(self._stream.encode(av.VideoFrame.from_image(cut)))
+
+    def close(self) -> None:
+        """Write what is left, and the index."""
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
