@@ -62,6 +62,6 @@ def test_options_that_a_metric_does_not_have_are_refused() -> None:
 def test_inference_is_for_tasks_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
     task: Any = inference_of("detection")
     assert isinstance(task, Inference)
-    monkeypatch.delattr(task, "draw")
+    monkeypatch.delattr(task, "drawn")
     with pytest.raises(trainfit.TrainfitError, match="does not work with models of the task 'detection'"):
         inference_of("detection")
