@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 
 from step_overhead import CPU, MICRO_BATCH, make
 from trainfit.step import ranks
-from trainfit.step.ema import averaged_copy
+from trainfit.step.ema import ema_copy
 from trainfit.step.training_step import TrainingStep
 from trainfit.training.oom import Survivor, snapshot
 
@@ -56,9 +56,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     workload, model, optimizer, window = make(arguments.resolution, arguments.groups)
-    step = TrainingStep(
-        model=model, objective=workload.objective, optimizer=optimizer, device=CPU, ema=averaged_copy(model)
-    )
+    step = TrainingStep(model=model, objective=workload.objective, optimizer=optimizer, device=CPU, ema=ema_copy(model))
     survivor = Survivor(MICRO_BATCH)
     times: dict[str, list[float]] = {"bare": [], "surviving": []}
     for round_ in range(arguments.rounds + 1):

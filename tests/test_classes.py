@@ -184,7 +184,7 @@ def test_weights_of_other_classes_leave_the_head_alone(tmp_path: Path) -> None:
     other = four.build()
     remarks = four.load(other, str(tmp_path / "three.safetensors"))
     assert len(remarks) == 1
-    assert "the head (fc.bias, fc.weight) starts anew" in remarks[0]
+    assert "the head (fc.bias, fc.weight) starts at random" in remarks[0]
     assert torch.equal(model.state_dict()["conv1.0.weight"], other.state_dict()["conv1.0.weight"])
     vit = build_trainable(make_setting("timm:test_vit"), ("a", "b"))
     with pytest.raises(TrainfitError, match=r"holds no weights of timm:test_vit|does not fit"):

@@ -1,4 +1,4 @@
-"""Damaged trace caches are removed, reported, and made anew; damaged files of the package are named."""
+"""Damaged trace caches are removed, reported, and made again; damaged files of the package are named."""
 
 import gzip
 import shutil
@@ -54,7 +54,7 @@ def test_a_damaged_trace_is_made_anew_and_reported_once(
     assert trace_cache.get_trace(REQUEST) == whole
     assert trace_cache.get_trace(REQUEST) == whole
     assert len(tracings) == 2  # the first, and the one that replaces the damaged file
-    assert [str(path) in line and "made anew" in line for line in caplog.messages] == [True]
+    assert [str(path) in line and "made again" in line for line in caplog.messages] == [True]
 
 
 def test_an_empty_scaled_trace_does_not_read_as_one_that_cannot_be_scaled(

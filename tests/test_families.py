@@ -35,7 +35,7 @@ from trainfit.models.setting import make_setting, setting_from_json
 from trainfit.models.workload import OptimizerSettings
 from trainfit.step.checkpointing import checkpoint_first, repeated_blocks
 from trainfit.step.contrastive import Contrastive, accumulate_contrastive
-from trainfit.step.ema import averaged_copy, ema_decay, update_ema
+from trainfit.step.ema import ema_copy, ema_decay, update_ema
 from trainfit.step.exchange import sum_gradients
 from trainfit.step.window import accumulate, cut
 from trainfit.tasks.detection.samples import Sample
@@ -90,7 +90,7 @@ def test_names_of_models() -> None:
     assert [family_of(name)[0].name for name in named] == ["rfdetr", "maskrcnn", "clip", "classifier", "custom"]
     with pytest.raises(TrainfitError, match="Perhaps you meant maskrcnn-r50-v1"):
         family_of("maskrcnn-r50-1")[1]
-    with pytest.raises(TrainfitError, match=r"training of my\.file:task is not there yet"):
+    with pytest.raises(TrainfitError, match=r"training of my\.file:task is not implemented"):
         make_workload("my.file:task", ("a",), {})
     with pytest.raises(TrainfitError, match="Perhaps you meant timm:resnet50"):
         classifier.build_model("resnet_50", classes=2)
@@ -320,7 +320,7 @@ def test_average_on_the_host_is_the_same_average() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
     model.get_parameter("0.bias").requires_grad_(False)
-    here, host = averaged_copy(model), averaged_copy(model, on_host=True)
+    here, host = ema_copy(model), ema_copy(model, on_host=True)
     for step in range(3):
         for p in model.parameters():
             p.data.add_(0.1 if p.requires_grad else 0.0)

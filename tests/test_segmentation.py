@@ -30,7 +30,7 @@ from trainfit.models.rfdetr.guide import translate
 from trainfit.models.rfdetr.lean_head import masks_of
 from trainfit.models.rfdetr.workload import RfDetr
 from trainfit.models.workload import OptimizerSettings
-from trainfit.step.ema import averaged_copy, update_ema
+from trainfit.step.ema import ema_copy, update_ema
 from trainfit.step.window import accumulate, cut
 from trainfit.tasks.detection.masks import decode_rle
 from trainfit.tasks.detection.samples import ImageRecord, Sample, packed
@@ -232,7 +232,7 @@ def test_mask_stage_keeps_little_for_backward_and_little_optimizer_state() -> No
 
 def test_average_leaves_frozen_parameters_alone() -> None:
     _, model = build("masks")
-    averaged = averaged_copy(model)
+    averaged = ema_copy(model)
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     with torch.no_grad():
         for parameter in model.parameters():

@@ -35,12 +35,12 @@ from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace_cache import (
     TraceRequest,
     cache_path,
+    content_if_valid,
     get_trace,
     get_traces,
-    if_valid,
+    read_stored,
     store,
-    stored,
-    with_origin,
+    with_provenance,
 )
 
 PAIRS = ((2, 4), (4, 8))
@@ -89,7 +89,7 @@ class Pricer:
             found = needed(self.trace(setting, "training"), self.gpu, self.config)
             known[key] = (found.low_bytes, found.high_bytes)
             if self.cache and scalable(setting) and setting.family.cacheable:
-                store(_path(request, "needs"), with_origin(request, known, NEEDS_CODE, LAWS_CODE))
+                store(_path(request, "needs"), with_provenance(request, known, NEEDS_CODE, LAWS_CODE))
         low, high = known[key]
         return ByteRange(low_bytes=low, high_bytes=high)
 
@@ -101,7 +101,7 @@ class Pricer:
         """Needs that were computed before, by this pricer, for the package or for the disk. It grows."""
         if request not in self._needs_of:
             stores = self.cache and request.setting.family.cacheable
-            own = stored(_path(request, "needs"), partial(_parsed_needs, request)) if stores else None
+            own = read_stored(_path(request, "needs"), partial(_parsed_needs, request)) if stores else None
             self._needs_of[request] = {**shipped_needs(request), **(own or {})}
         return self._needs_of[request]
 
@@ -290,19 +290,19 @@ def _load(request: TraceRequest, *, cache: bool) -> ScaledTrace | None:
     found = packaged(request)
     if found is not None:
         return found
-    known = stored(_path(request, "scaled"), partial(_optional_scaled, request)) if cache else None
+    known = read_stored(_path(request, "scaled"), partial(_optional_scaled, request)) if cache else None
     if known is not None:
         return known[0]
     made = make_scaled(request, cache=cache)
     if cache and request.setting.family.cacheable:
         record = {"scaled": made.to_record() if made else None}
-        store(_path(request, "scaled"), with_origin(request, record, SCALING_CODE))
+        store(_path(request, "scaled"), with_provenance(request, record, SCALING_CODE))
     return made
 
 
 def _optional_scaled(request: TraceRequest, text: str) -> tuple[ScaledTrace | None] | None:
     """The stored scaled trace; (None,) where it is known that the step's traces cannot be scaled; None: not valid."""
-    record = if_valid(request, text)
+    record = content_if_valid(request, text)
     if record is None:
         return None
     return (None if record["scaled"] is None else ScaledTrace.from_record(record["scaled"]),)
@@ -323,7 +323,7 @@ def _path(request: TraceRequest, kind: str) -> Path:
 
 
 def _parsed_needs(request: TraceRequest, text: str) -> Needs | None:
-    record = if_valid(request, text)
+    record = content_if_valid(request, text)
     return None if record is None else {key: (int(low), int(high)) for key, (low, high) in record.items()}
 
 

@@ -26,7 +26,7 @@ from trainfit.errors import TrainfitError
 from trainfit.memory.laws import Laws
 from trainfit.models.setting import Setting
 from trainfit.tracing.provenance import Provenance
-from trainfit.tracing.trace_cache import DAMAGE, TraceRequest, is_of
+from trainfit.tracing.trace_cache import DAMAGE, TraceRequest, has_values
 
 SETTINGS = "settings.json"
 """Entry of an archive: name of an entry -> setting of its trace."""
@@ -59,7 +59,7 @@ def is_shipped(request: TraceRequest, *, alone: bool = False) -> bool:
     if not path.exists() or changes(request.setting.model):
         return False
     recorded = _settings(path).get(entry_name(request, alone=alone))
-    return recorded is not None and is_of(request.setting, recorded)
+    return recorded is not None and has_values(request.setting, recorded)
 
 
 def shipped(request: TraceRequest, parse: Callable[[Mapping[str, Any]], T], *, alone: bool = False) -> T | None:

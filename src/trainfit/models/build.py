@@ -1,4 +1,4 @@
-"""The one builder of steps: predict, measure and train take theirs from here, so that they cannot drift apart."""
+"""Builds training steps. Predict, measure and train all build theirs here, so that the steps are the same."""
 
 import importlib
 import json
@@ -14,7 +14,7 @@ from trainfit.models.family import family_of
 from trainfit.models.setting import Setting, setting_from_json
 from trainfit.models.workload import OptimizerSettings, OwnOptimizer, TrainableWorkload, Workload
 from trainfit.step.checkpointing import checkpoint_first
-from trainfit.step.ema import averaged_copy
+from trainfit.step.ema import ema_copy
 from trainfit.step.offload import offloaded
 from trainfit.step.optimizer import make_optimizer
 from trainfit.step.precision import autocast, resolve_precision, set_matmul_precision
@@ -22,7 +22,7 @@ from trainfit.step.training_step import TrainingStep
 
 
 def build_workload(setting: Setting, classes: tuple[str, ...] | None = None) -> Workload:
-    """The model of a setting as the step's parts; classes are "class 0", "class 1", ... unless they are given.
+    """The workload of a setting; classes are named "class 0", "class 1", ... unless they are given.
 
     Raises:
         TrainfitError: the model cannot be built: a missing package, an unknown architecture.
@@ -36,26 +36,28 @@ def build_trainable(setting: Setting, classes: tuple[str, ...]) -> TrainableWork
     """`build_workload` of a model that can be trained on data.
 
     Raises:
-        TrainfitError: its family can be predicted and not trained.
+        TrainfitError: the family can be predicted, but not trained.
     """
     if setting.family.task is None:
-        raise TrainfitError(f"training of {setting.model} is not there yet; `trainfit predict {setting.model}` works")
+        raise TrainfitError(f"training of {setting.model} is not implemented; `trainfit predict {setting.model}` works")
     workload: Any = build_workload(setting, classes)
     return workload
 
 
 def workload_from_metadata(metadata: Mapping[str, str]) -> TrainableWorkload:
-    """The workload that made a weights file; see `TrainableWorkload.metadata`.
+    """The workload that wrote a weights file; see `TrainableWorkload.metadata`.
 
     Raises:
-        TrainfitError: the metadata is not that of trainfit.
+        TrainfitError: trainfit did not write the metadata, or it is damaged.
     """
     try:
-        name, classes, knobs = metadata["model"], json.loads(metadata["classes"]), json.loads(metadata["knobs"])
+        name = metadata["model"]
+        classes = json.loads(metadata["classes"])
+        knobs = json.loads(metadata["knobs"])
     except KeyError as error:
         raise TrainfitError(f"not a weights file of trainfit: its metadata lacks {error}") from error
     except (ValueError, RecursionError) as error:
-        raise TrainfitError("the metadata of the weights file is damaged: no JSON") from error
+        raise TrainfitError("the metadata of the weights file is damaged: it is not JSON") from error
     named = isinstance(classes, list) and all(isinstance(each, str) for each in classes)
     if not named or not isinstance(knobs, dict):
         raise TrainfitError("the metadata of the weights file is damaged: no list of class names, or no knobs")
@@ -63,7 +65,7 @@ def workload_from_metadata(metadata: Mapping[str, str]) -> TrainableWorkload:
 
 
 def open_checkpoint(model: str, weights: str) -> tuple[TrainableWorkload, torch.nn.Module, list[str]]:
-    """A model for inference from a checkpoint of its upstream project, or `pretrained`; and remarks for the user.
+    """A model for inference from a checkpoint of its upstream project, or `pretrained`; also returns remarks for the user.
 
     Raises:
         TrainfitError: no such model or file, or not a checkpoint of this model.
@@ -83,13 +85,13 @@ def build_training_step(
     optimizer_settings: OptimizerSettings | None = None,
     clip_norm: float = 0.1,
 ) -> TrainingStep:
-    """Model, optimizer and EMA weights on the device, as the workload's setting says.
+    """Build model, optimizer and EMA weights on the device, as the workload's setting says.
 
     Args:
         workload: Its `setting` gives precision, checkpointing, optimizer and EMA.
         device: Where the step runs.
-        model: As `workload.build` made it, on the CPU, with the weights to start from; built now unless given.
-        optimizer_settings: Rates and decay.
+        model: The model that `workload.build` returned, on the CPU, with its initial weights; built here unless given.
+        optimizer_settings: Learning rates and weight decay.
         clip_norm: Largest gradient norm of a window; 0 turns clipping off.
     """
     setting = workload.setting
@@ -107,13 +109,13 @@ def build_training_step(
         device=device,
         precision=resolve_precision(setting.precision, device),
         clip_norm=clip_norm,
-        ema=averaged_copy(model, on_host=setting.ema_on_host) if setting.keeps_ema else None,
+        ema=ema_copy(model, on_host=setting.ema_on_host) if setting.keeps_ema else None,
     )
 
 
 @dataclass(kw_only=True)
 class FixedStep:
-    """A training step with its worst window, or the evaluation that follows it; a `tracing.trace.Step`."""
+    """A training step with its most memory-intensive window, or the evaluation after it; a `tracing.trace.Step`."""
 
     training: TrainingStep
     window: Sequence[Any]
@@ -122,16 +124,18 @@ class FixedStep:
     blocks: int = 0
     """Blocks that activation checkpointing may recompute."""
     evaluate: Callable[[], object] | None = None
-    """What every `run` but the first does, if it is not training. So optimizer state and EMA weights are there, and the
-    allocator holds what training left to it."""
+    """Called by every `run` except the first, instead of training. Optimizer state and EMA weights are then allocated, and the
+    allocator is in the state that training left."""
     model: torch.nn.Module = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     ema: torch.nn.Module | None = field(init=False)
 
     def __post_init__(self) -> None:
-        """Show what a trace looks at."""
+        """Set the attributes that a trace reads."""
         self.trained = False
-        self.model, self.optimizer, self.ema = self.training.model, self.training.optimizer, self.training.ema
+        self.model = self.training.model
+        self.optimizer = self.training.optimizer
+        self.ema = self.training.ema
 
     def run(self) -> object:
         """Train one window; or evaluate."""
@@ -142,7 +146,7 @@ class FixedStep:
 
 
 def build_step(*, setting: Mapping[str, Any], device: torch.device) -> FixedStep:
-    """The training step of a setting (`Setting.to_json`) with its worst window: the factory of a traced or measured step."""
+    """The training step of a setting (`Setting.to_json`) with its most memory-intensive window, to be traced or measured."""
     return step_on_worst_window(build_workload(setting_from_json(setting)), device)
 
 
@@ -156,7 +160,7 @@ def build_eval_step(*, setting: Mapping[str, Any], device: torch.device) -> Fixe
 
 
 def step_on_worst_window(workload: Workload, device: torch.device) -> FixedStep:
-    """The workload's training step with a window that needs as much memory as any that its setting allows."""
+    """The workload's training step with the window that needs the most memory of any that its setting allows."""
     setting = workload.setting
     model = workload.build()
     workload.saturate(model)
@@ -168,14 +172,14 @@ def step_on_worst_window(workload: Workload, device: torch.device) -> FixedStep:
 
 @torch.no_grad()
 def _evaluate(step: TrainingStep, workload: Workload, samples: Sequence[Any]) -> object:
-    """Evaluate one micro-batch with the EMA weights, where there are any."""
+    """Evaluate one micro-batch with the EMA weights, if they are kept."""
     model = step.ema or step.model
-    home = next(model.parameters()).device
+    original_device = next(model.parameters()).device
     model.to(step.device)  # from the host, where the EMA weights may be
     was_training = model.training
     model.eval()
     with autocast(step.precision, step.device.type):
         outputs = workload.outputs(model, samples)
     model.train(was_training)
-    model.to(home)
+    model.to(original_device)
     return outputs

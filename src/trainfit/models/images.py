@@ -1,4 +1,4 @@
-"""Images as every family draws, stacks and normalises them."""
+"""Image tensors, shared by the families: copying to the device, normalisation, synthetic samples."""
 
 from collections.abc import Sequence
 

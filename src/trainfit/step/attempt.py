@@ -8,7 +8,7 @@ import torch
 
 Result = TypeVar("Result")
 
-ALWAYS = (
+OUT_OF_MEMORY = (
     # torch: c10/cuda/CUDAException.cpp, c10_cuda_check_implementation, with cudaGetErrorString(cudaErrorMemoryAllocation)
     ("CUDA error: out of memory", "CUDA"),
     # torch: c10/cuda/driver_api.h, C10_CUDA_DRIVER_CHECK, and ATen/cuda/Exceptions.h, AT_CUDA_DRIVER_CHECK (both spell it so)
@@ -41,11 +41,11 @@ ALWAYS = (
     # torch: ATen/mps/MPSAllocator.mm
     ("MPS backend out of memory", "MPS"),
 )
-"""(Pattern in a RuntimeError's text that always means out of memory, who raises it). Libraries that allocate outside torch's
-allocator raise nothing better than a RuntimeError. Files are those of torch 2.15, Triton 3.9 and NCCL 2.30."""
+"""(Pattern in a RuntimeError's text that always means out of memory, the library that raises it). Libraries that allocate
+outside torch's allocator raise plain RuntimeErrors. The files named are those of torch 2.15, Triton 3.9 and NCCL 2.30."""
 
-WHEN_SHORT = (
-    # cublasCreate and cusolverDnCreate answer so where the handle finds no memory, and also where CUDA is broken.
+AMBIGUOUS = (
+    # cublasCreate and cusolverDnCreate return these if there is no memory for the handle, and also if CUDA is broken.
     (r"CUBLAS_STATUS_(NOT_INITIALIZED|INTERNAL_ERROR|EXECUTION_FAILED)\b", "cuBLAS"),
     (r"CUSOLVER_STATUS_(NOT_INITIALIZED|INTERNAL_ERROR|EXECUTION_FAILED)\b", "cuSOLVER"),
     # cudnnCreate: NOT_INITIALIZED. A library that finds no room for its kernels: INTERNAL_ERROR (pytorch issue 81620). A
@@ -54,22 +54,24 @@ WHEN_SHORT = (
     # A kernel that could not be loaded: EXECUTION_FAILED and its _CUDART, _CUDA_DRIVER, _CUBLAS.
     (r"CUDNN_STATUS_(NOT_INITIALIZED|INTERNAL_ERROR|NOT_SUPPORTED|EXECUTION_FAILED(_\w+)?)\b", "cuDNN"),
 )
-"""(Pattern of a status that means out of memory only where memory is short, who raises it): each has other causes too."""
+"""(Pattern of a status that means out of memory only if little memory is free, the library that raises it): each has other
+causes too."""
 
 SHORT_BYTES = 2**30
-"""Free device memory below which a status of `WHEN_SHORT` is taken for out of memory. Loading cuDNN's kernels takes about
-500 MB (NVIDIA in pytorch issue 81620); twice that, because a wrong yes costs a few retries and a wrong no the run."""
+"""Free device memory below which a status of `AMBIGUOUS` counts as out of memory. Loading cuDNN's kernels takes about
+500 MB (NVIDIA in pytorch issue 81620); the limit is twice that, because a false positive costs a few retries and a false
+negative the run."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out: by its type, else by the texts of the libraries below torch."""
+    """Whether an exception means out of memory: by its type, else by the error messages of the libraries that torch calls."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and _recognised(str(error)) is not None
 
 
 def attempt(action: Callable[[], Result]) -> tuple[Result | None, str | None]:
-    """The result, or one line about an out-of-memory error; other errors pass.
+    """Run `action`. Returns (result, None), or (None, one line about the out-of-memory error); other errors are raised.
 
     Only text leaves the `except` block: the exception's traceback would keep every tensor of its frames alive.
     """
@@ -83,34 +85,34 @@ def attempt(action: Callable[[], Result]) -> tuple[Result | None, str | None]:
 
 
 def _one_line(error: RuntimeError | MemoryError) -> str:
-    """An error of torch's allocator in its own words (`training.shortage` reads them); another with who ran out of memory."""
+    """The first line of torch's own error (`training.shortage` parses it); of another, which library ran out of memory."""
     lines = str(error).splitlines()
     if isinstance(error, torch.OutOfMemoryError):
         return lines[0] if lines else "out of memory"
     if isinstance(error, MemoryError):
         return f"the host ran out of memory ({lines[0] if lines else 'MemoryError'})"
-    who, text = _recognised(str(error)) or ("", "")
+    library, text = _recognised(str(error)) or ("", "")
     line = next(line for line in lines if text in line)
-    return f"{who} ran out of memory ({line})"
+    return f"{library} ran out of memory ({line})"
 
 
 def _recognised(message: str) -> tuple[str, str] | None:
-    """Who ran out of memory and the text that says so; None for another error."""
-    for pattern, who in ALWAYS:
+    """The library that ran out of memory and the matched text; None for another error."""
+    for pattern, library in OUT_OF_MEMORY:
         match = re.search(pattern, message)
         if match:
-            return who, match[0]
-    for pattern, who in WHEN_SHORT:
+            return library, match[0]
+    for pattern, library in AMBIGUOUS:
         match = re.search(pattern, message)
         if match and _memory_is_short():
-            return who, match[0]
+            return library, match[0]
     return None
 
 
 def _memory_is_short() -> bool:
-    """Whether the current device has less than `SHORT_BYTES` free: what torch has cached is no use to other libraries.
+    """Whether the current device has less than `SHORT_BYTES` free: other libraries cannot use what torch has cached.
 
-    Without CUDA, where such a message can only be a quoted one, its text decides. A device that no longer answers is
+    Without CUDA such a message can only be a quoted one, and counts as out of memory. A device that no longer responds is
     broken, not full.
     """
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Activation checkpointing by blocks, switched on and off in place."""
+"""Activation checkpointing of a model's blocks, turned on and off in place."""
 
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
@@ -12,13 +12,13 @@ from trainfit.errors import TrainfitError
 from trainfit.step.names import Checkpointing
 
 
-class _Again:
-    """Marks the classes that `_checkpointed` makes."""
+class _Recomputed:
+    """Base class that marks the classes made by `_checkpointed`."""
 
 
 @cache
 def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class of blocks of a kind that are recomputed in backward. A class, so that copies (EMA) run their own weights."""
+    """A subclass of `kind` whose forward is recomputed in backward. A class, so that copies (EMA) run with their own weights."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run = partial(kind.forward, self)
@@ -26,25 +26,35 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
             return checkpoint(run, *args, use_reentrant=False, **kwargs)
         return run(*args, **kwargs)
 
-    return type(f"Checkpointed{kind.__name__}", (kind, _Again), {"forward": forward})
+    return type(f"Checkpointed{kind.__name__}", (kind, _Recomputed), {"forward": forward})
 
 
-def checkpoint_first(blocks: Sequence[nn.Module], wanted: Checkpointing) -> None:
-    """Recompute the first `wanted` of the blocks in backward, and only those; works at any time between windows.
+def checkpoint_first(blocks: Sequence[nn.Module], checkpointing: Checkpointing) -> None:
+    """Recompute the first blocks in backward, as many as `checkpointing` says; may be called at any time between windows.
 
-    The first ones, because theirs is the last backward: what it needs again comes when the others' is gone. Running
-    statistics of a BatchNorm within a block move twice a micro-batch. Raises TrainfitError where there are no blocks.
+    The first blocks are chosen because their backward comes last: the activations of the others are free by then. Running
+    statistics of a BatchNorm within a block are updated twice per micro-batch.
+
+    Raises:
+        TrainfitError: the model has no repeated blocks.
     """
-    if wanted not in ("none", "offload", 0) and not blocks:
+    if checkpointing not in ("none", "offload", 0) and not blocks:
         raise TrainfitError("--checkpointing: this model has no repeated blocks to recompute; leave it out")
-    count = {"none": 0}.get(wanted, len(blocks)) if isinstance(wanted, str) else wanted
+    if checkpointing == "none":
+        count = 0
+    elif isinstance(checkpointing, str):
+        count = len(blocks)
+    else:
+        count = checkpointing
     for index, block in enumerate(blocks):
-        if (index < count) != isinstance(block, _Again):
-            block.__class__ = _checkpointed(type(block)) if index < count else type(block).__mro__[1]
+        if index < count and not isinstance(block, _Recomputed):
+            block.__class__ = _checkpointed(type(block))
+        elif index >= count and isinstance(block, _Recomputed):
+            block.__class__ = type(block).__mro__[1]
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Blocks as most models are built: what stands in a row of modules of one class, outermost first, and trains."""
+    """The blocks of most models: trainable members of the outermost ModuleLists and Sequentials of one class."""
     return [block for block in _repeated(model) if any(p.requires_grad for p in block.parameters())]
 
 

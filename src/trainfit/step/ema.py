@@ -15,10 +15,10 @@ def ema_decay(step: int, *, decay: float, tau: float) -> float:
     return decay * (1 - math.exp(-(step + 1) / tau)) if tau else decay
 
 
-def averaged_copy(model: torch.nn.Module, *, on_host: bool = False) -> torch.nn.Module:
-    """The average's start: a copy of the model in eval mode. Frozen parameters are shared, not copied: no memory.
+def ema_copy(model: torch.nn.Module, *, on_host: bool = False) -> torch.nn.Module:
+    """The model with the initial EMA weights, in eval mode. Frozen parameters are shared, not copied: they take no memory.
 
-    `on_host`: the copy, frozen parameters too, is in the CPU's memory; every update then copies the model over.
+    With `on_host` the copy, including frozen parameters, is in host memory; every update then copies the model to the host.
     """
     if on_host:
         tensors: dict[int, Any] = {id(p): torch.nn.Parameter(p.detach().cpu().clone()) for p in model.parameters()}
@@ -29,15 +29,16 @@ def averaged_copy(model: torch.nn.Module, *, on_host: bool = False) -> torch.nn.
 
 
 @torch.no_grad()
-def update_ema(averaged: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
-    """Average in place: averaged += (1 - decay) x (model - averaged); buffers that are no floats are copied.
+def update_ema(ema: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
+    """Update in place: ema += (1 - decay) x (model - ema); buffers that are not floating point are copied.
 
-    Without temporaries, and by one operator that comes last, so that a failure before it has changed nothing.
+    Makes no temporaries, and one operator at the end updates all weights, so that a failure before it changes nothing.
     """
-    pairs = list(zip(averaged.state_dict().values(), model.state_dict().values(), strict=True))
+    pairs = list(zip(ema.state_dict().values(), model.state_dict().values(), strict=True))
     for old, new in pairs:
         if not old.is_floating_point():
             old.copy_(new)
     floating = [(old, new) for old, new in pairs if old.is_floating_point()]
-    targets, sources = [old for old, _ in floating], [new.to(old.device) for old, new in floating]
+    targets = [old for old, _ in floating]
+    sources = [new.to(old.device) for old, new in floating]
     torch._foreach_lerp_(targets, sources, 1.0 - decay)  # pyright: ignore[reportPrivateUsage]

@@ -33,42 +33,44 @@ class Bucket:
 
 
 class GradientExchange:
-    """Sums the gradient over the ranks, bucket by bucket, from the moment that a bucket is complete on this rank.
+    """Sums the gradient over the ranks, bucket by bucket, as soon as a bucket is complete on this rank.
 
-    Every rank issues the same collectives in the same order in each window, whatever happens to it: a rank without a
-    share sends zeros, and one that ran out of memory sends whatever is in `room` for the buckets that it did not reach.
-    One agreement of the CPUs follows, so that a window of which one rank failed is void on all ranks before a parameter
-    is touched. It also says which parameters a rank has used: one that none has used keeps None for its gradient.
+    Every rank issues the same collectives in the same order in each window, even after a failure: a rank without samples
+    sends zeros, and one that ran out of memory sends the contents of `spare` for the buckets that it did not reach.
+    One collective on the CPUs follows, so that all ranks discard a window in which one rank failed before a parameter
+    changes. It also tells which parameters a rank has used: one that no rank has used keeps None as its gradient.
 
-    What is in a bucket follows from the order of the parameters, so the sum is rounded alike in every run. The order in
-    which buckets are sent is rank 0's in the first window: the buckets that backward completes first go first.
+    The contents of a bucket depend only on the order of the parameters, so the sum is rounded alike in every run. The order
+    in which buckets are sent is that of rank 0 in the first window: the buckets that backward completes first go first.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Cut the trainable ones of `parameters` into buckets.
+        """Divide the trainable ones of `parameters` into buckets.
 
-        Allocates one bucket on the device (`room`), which a rank needs that has run out of memory.
+        Allocates one bucket on the device (`spare`), which a rank needs after it has run out of memory.
         """
         self.parameters = [p for p in parameters if p.requires_grad]
         self.buckets = _buckets(self.parameters)
         self.order = list(reversed(range(len(self.buckets))))
         self.overlaps = False
-        """Whether buckets are sent during backward; from the second window on."""
+        """Whether buckets are sent during backward; true from the second window on."""
         self._watching = False
-        self._bucket_of = {number: i for i, bucket in enumerate(self.buckets) for number in bucket.numbers}
-        room = max((min(BUCKET_BYTES, b.elements * b.dtype.itemsize) for b in self.buckets), default=0)
+        self._bucket_of: dict[int, int] = {}
+        for index, bucket in enumerate(self.buckets):
+            self._bucket_of |= dict.fromkeys(bucket.numbers, index)
+        spare_bytes = max((min(BUCKET_BYTES, b.elements * b.dtype.itemsize) for b in self.buckets), default=0)
         device = self.parameters[0].device if self.parameters else torch.device("cpu")
-        self.room = torch.empty(room, dtype=torch.uint8, device=device)
+        self.spare = torch.empty(spare_bytes, dtype=torch.uint8, device=device)
         self._armed = False
-        self._begin()
+        self._reset()
 
     def watch_backward(self) -> None:
-        """Send buckets during backward, once the first window has shown in which order they are complete."""
+        """Send buckets during backward, after the first window has shown the order in which they complete."""
         self._watching = True
         for number, parameter in enumerate(self.parameters):
             parameter.register_post_accumulate_grad_hook(partial(self._accumulated, number))
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self._missing = [len(bucket.numbers) for bucket in self.buckets]
         self._seen: set[int] = set()
         self._completed: list[int] = []
@@ -102,9 +104,9 @@ class GradientExchange:
             self._send(self.order[self._sent])
 
     def _repeat(self) -> None:
-        """A gradient was added to in two parts of one backward: reentrant checkpointing of shared weights does that.
+        """Note that one backward accumulated a gradient twice, which reentrant checkpointing of shared weights does.
 
-        Where the first window shows it, nothing is sent during backward.
+        If it happens in the first window, nothing is sent during backward.
         """
         self._repeated = True
         if self.overlaps:
@@ -114,7 +116,7 @@ class GradientExchange:
             )
 
     def _send(self, index: int) -> None:
-        """Start the sum of one bucket. Whatever may fail comes before the first collective."""
+        """Start the sum of one bucket. Everything that may fail comes before the first collective."""
         bucket = self.buckets[index]
         members = [self.parameters[number] for number in bucket.numbers]
         used = [p.grad is not None for p in members]
@@ -131,17 +133,17 @@ class GradientExchange:
             self._send(self.order[self._sent])
 
     def _send_nothing(self) -> None:
-        """Take part in the collectives that are left with `room`; the others' sums are void."""
+        """Take part in the remaining collectives with `spare`; all ranks discard these sums."""
         for index in self.order[self._sent :]:
             bucket = self.buckets[index]
             for elements in bucket.pieces():
-                part = self.room[: elements * bucket.dtype.itemsize].view(bucket.dtype)
+                part = self.spare[: elements * bucket.dtype.itemsize].view(bucket.dtype)
                 with ranks.collective():
                     dist.all_reduce(part)
         self._sent = len(self.order)
 
     def finish(self, failure: str | None, requests: Mapping[str, float]) -> dict[str, float]:
-        """Send what is left, agree, and wait: afterwards every `.grad` is the sum over the ranks.
+        """Send the remaining buckets, agree, and wait: afterwards every `.grad` is the sum over the ranks.
 
         Args:
             failure: The first line of this rank's out-of-memory error in the window, if there was one.
@@ -158,32 +160,34 @@ class GradientExchange:
         if failure is not None:
             self._send_nothing()
         failed, *numbers = ranks.sum_numbers([float(failure is not None), *requests.values(), *self._used])
-        agreed, users = numbers[: len(requests)], numbers[len(requests) :]
+        agreed = numbers[: len(requests)]
+        users = numbers[len(requests) :]
         with ranks.collective():
             for work in self._works:
                 work.wait()
-        completed, repeated = self._completed, self._repeated
-        self._begin()
+        completed = self._completed
+        repeated = self._repeated
+        self._reset()
         if failed:
             raise torch.OutOfMemoryError(failure or ranks.ANOTHER_RANK)
         for used, parameter in zip(users, self.parameters, strict=True):
             if not used:
                 parameter.grad = None
         if self._watching:
-            self._learn(completed, repeated)
+            self._adopt_order(completed, repeated)
         return dict(zip(requests, agreed, strict=True))
 
-    def _learn(self, completed: list[int], repeated: bool) -> None:
-        """After the first window take rank 0's order; buckets that its backward did not complete come last."""
-        rest = [index for index in self.order if index not in completed]
-        seen = ranks.gather(([*completed, *rest], repeated))
-        self.order = seen[0][0]
-        self.overlaps = not any(repeated for _, repeated in seen)
+    def _adopt_order(self, completed: list[int], repeated: bool) -> None:
+        """Adopt rank 0's order after the first window; buckets that its backward did not complete come last."""
+        incomplete = [index for index in self.order if index not in completed]
+        orders = ranks.gather(([*completed, *incomplete], repeated))
+        self.order = orders[0][0]
+        self.overlaps = not any(repeated for _, repeated in orders)
         self._watching = False
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Sum every gradient over the ranks, in place and at once: for those who write their own step.
+    """Sum every gradient over the ranks, in place: for a training step of your own.
 
     A parameter without a gradient on this rank counts as zero; one without a gradient on any rank keeps None.
 
@@ -195,7 +199,7 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 def _buckets(parameters: list[torch.nn.Parameter]) -> list[Bucket]:
-    """Runs of one dtype and at most `BUCKET_BYTES` each; a larger parameter is a bucket of its own."""
+    """Divide the parameters into buckets of one dtype and at most `BUCKET_BYTES`; a larger parameter is its own bucket."""
     runs: list[list[int]] = []
     size_bytes = 0
     for number, parameter in enumerate(parameters):
@@ -218,7 +222,7 @@ def _buckets(parameters: list[torch.nn.Parameter]) -> list[Bucket]:
 
 
 def _flat_gradient(members: list[torch.nn.Parameter], bucket: Bucket) -> torch.Tensor:
-    """The members' gradients as one flat tensor, of which they are views afterwards. Fails before it changes one."""
+    """The members' gradients as one flat tensor; afterwards they are views of it. A failure leaves them unchanged."""
     if len(members) == 1 and members[0].grad is not None and members[0].grad.stride() == _strides(members[0]):
         return members[0].grad.as_strided((bucket.elements,), (1,))
     flat = torch.empty(bucket.elements, dtype=bucket.dtype, device=bucket.device)
@@ -236,5 +240,5 @@ def _flat_gradient(members: list[torch.nn.Parameter], bucket: Bucket) -> torch.T
 
 
 def _strides(parameter: torch.nn.Parameter) -> tuple[int, ...]:
-    """The parameter's own strides, or contiguous ones where it has gaps: fused optimizers want gradients like parameters."""
+    """The parameter's strides, or contiguous ones if it has gaps: fused optimizers need gradients laid out like parameters."""
     return torch.empty_like(parameter, device="meta").stride()

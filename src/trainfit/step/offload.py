@@ -1,8 +1,8 @@
-"""What forward saves for backward waits in page-locked host memory, and not on the GPU.
+"""Keeps the tensors that forward saves for backward in page-locked host memory instead of on the GPU.
 
-Copies run on the stream of the step, so that memory is free for the next operator as soon as a tensor is copied: nothing is
-copied while something else is computed, and the time is that of the link. PyTorch's own `save_on_cpu` copies a tensor once for
-each operator that saved it, the model's parameters too.
+Copies run on the stream of the step, so that memory is free for the next operator as soon as a tensor is copied: copies do
+not overlap with computation, and the time is that of the link. PyTorch's own `save_on_cpu` copies a tensor once for each
+operator that saved it, including the model's parameters.
 """
 # pyright: reportPrivateUsage=false
 
@@ -17,8 +17,9 @@ from trainfit.step.contrastive import Contrastive, Tower
 from trainfit.step.terms import Objective
 
 LEAST_BYTES = 1024
-"""Smaller tensors stay: a copy takes as long as that of a hundred times as much. A larger limit would lie between the sizes of
-a tensor at two micro-batches, and steps that keep other tensors cannot be scaled to each other (`memory.scaling`)."""
+"""Smaller tensors stay on the GPU: copying one takes as long as copying a hundred times as much. A larger limit could lie
+between the sizes of one tensor at two micro-batches, and traces of steps that keep different tensors cannot be scaled to each
+other (`memory.scaling`)."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -26,13 +27,13 @@ class _Stored:
     """One storage in host memory."""
 
     flat: torch.Tensor
-    """All of it, in one dimension."""
+    """The whole storage, in one dimension."""
     device: torch.device
 
 
 @dataclass(kw_only=True, eq=False)
 class _View:
-    """What stands in autograd's graph for a saved tensor."""
+    """Replaces a saved tensor in autograd's graph."""
 
     stored: _Stored
     size: torch.Size
@@ -46,26 +47,26 @@ class _Host:
 
     device: torch.device
     stays: set[int]
-    """Storages that are on the device anyway: parameters and buffers."""
-    known: dict[tuple[int, torch.dtype, int], tuple[weakref.ref[Any], weakref.ref[_Stored]]] = field(
+    """Storages that stay on the device: parameters and buffers."""
+    copies: dict[tuple[int, torch.dtype, int], tuple[weakref.ref[Any], weakref.ref[_Stored]]] = field(
         default_factory=dict[tuple[int, torch.dtype, int], tuple[weakref.ref[Any], weakref.ref[_Stored]]]
     )
     """(storage, dtype, version) -> the storage and its copy, while both are alive."""
     latest: tuple[_Stored, torch.Tensor] | None = None
-    """What was copied back last: operators that saved the same tensor often come one after the other."""
+    """The tensor copied back last: operators that saved the same tensor often follow one another."""
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | _View:
-        """What autograd keeps of a tensor."""
+        """Return what autograd keeps instead of a tensor."""
         storage = tensor.untyped_storage()
         on_device = tensor.device == self.device and storage._cdata not in self.stays
         if not on_device or storage.nbytes() < LEAST_BYTES or tensor.layout != torch.strided:
             return tensor
         key = (storage._cdata, tensor.dtype, tensor._version)
-        alive, copied = self.known.get(key, (None, None))
+        alive, copied = self.copies.get(key, (None, None))
         stored = copied() if copied is not None and alive is not None and alive() is storage else None
         if stored is None:
             stored = self._copy(tensor, storage.nbytes() // tensor.element_size())
-            self.known[key] = (weakref.ref(storage), weakref.ref(stored))
+            self.copies[key] = (weakref.ref(storage), weakref.ref(stored))
         return _View(stored=stored, size=tensor.shape, stride=tensor.stride(), offset=int(tensor.storage_offset()))
 
     @torch.no_grad()
@@ -76,19 +77,19 @@ class _Host:
 
     @torch.no_grad()
     def unpack(self, packed: torch.Tensor | _View) -> torch.Tensor:
-        """The tensor as it was."""
+        """Restore the tensor on the device."""
         if isinstance(packed, torch.Tensor):
             return packed
         stored = packed.stored
         if self.latest is None or self.latest[0] is not stored:
-            self.latest = None  # before the next comes
+            self.latest = None  # free it before the next is allocated
             flat = torch.empty(len(stored.flat), dtype=stored.flat.dtype, device=stored.device)
             self.latest = (stored, flat.copy_(stored.flat, non_blocking=True))
         return self.latest[1].as_strided(packed.size, packed.stride, packed.offset)
 
 
 def offloaded(objective: Objective | Contrastive) -> Objective | Contrastive:
-    """The same losses, whose forward keeps in host memory what it saves for backward: the same values, and the same gradient."""
+    """The objective with saved tensors in host memory: the same loss values and the same gradient."""
     if isinstance(objective, Objective):
         return replace(objective, terms=_on_host(objective.terms))
     if isinstance(objective.features, Sequence):
@@ -102,7 +103,7 @@ def _tower(tower: Tower) -> Tower:
 
 
 def _on_host(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` (model, ...) under the hooks."""
+    """Wrap `function` (model, ...) in the hooks."""
 
     def run(model: torch.nn.Module, *args: Any) -> Any:
         host = _Host(device=next(model.parameters()).device, stays=_storages([*model.parameters(), *model.buffers()]))

@@ -1,4 +1,4 @@
-"""Optimizers whose state is there before the first step, so that this step is not the first to need the memory."""
+"""Optimizers whose state is allocated before the first step, so that training needs no more memory after it."""
 
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ def make_optimizer(kind: Optimizer, groups: list[dict[str, Any]]) -> torch.optim
     if kind == "sgd-plain":
         return torch.optim.SGD(groups, momentum=0.0, fused=True)
     if kind == "adagrad":
-        return torch.optim.Adagrad(groups, foreach=True)  # its sums are made with it
+        return torch.optim.Adagrad(groups, foreach=True)  # its constructor allocates the state
     if kind == "rmsprop":
         return make_rmsprop(groups)
     if kind == "adamw-8bit":
@@ -33,12 +33,12 @@ def make_optimizer(kind: Optimizer, groups: list[dict[str, Any]]) -> torch.optim
 
 def make_adamw(groups: list[dict[str, Any]], *, fused: bool = True) -> torch.optim.AdamW:
     """AdamW, fused or foreach."""
-    made = torch.optim.AdamW(groups, fused=True) if fused else torch.optim.AdamW(groups, foreach=True)
-    return with_moments(made, fused=fused)
+    optimizer = torch.optim.AdamW(groups, fused=True) if fused else torch.optim.AdamW(groups, foreach=True)
+    return with_moments(optimizer, fused=fused)
 
 
 def with_moments(optimizer: Adam, *, fused: bool) -> Adam:
-    """Adam's or AdamW's state, as torch 2.15 optim/adam.py `_init_group` makes it: the count of the foreach form is on the CPU."""
+    """Allocate Adam's or AdamW's state as torch 2.15 optim/adam.py `_init_group` does: foreach has its step count on the CPU."""
     count_dtype = torch.float32 if fused else torch.get_default_dtype()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -51,7 +51,7 @@ def with_moments(optimizer: Adam, *, fused: bool) -> Adam:
 
 
 def make_sgd(groups: list[dict[str, Any]]) -> torch.optim.SGD:
-    """Fused SGD with momentum 0.9. A buffer of zeros is what the first step would make: 0.9 x 0 + gradient."""
+    """Fused SGD with momentum 0.9. With a buffer of zeros the first step gives what it would without: 0.9 x 0 + gradient."""
     optimizer = torch.optim.SGD(groups, momentum=0.9, fused=True)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -91,10 +91,10 @@ def make_adamw_8bit(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
 
 @torch.no_grad()
 def with_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Any optimizer with the state that its first step would make, and its parameters as they were.
+    """Allocate the state of any optimizer as its first step would, without changing its parameters.
 
-    It takes a step with gradients of zero at a rate of zero without decay, and sets the step counts back. Moments and
-    momentum buffers of zero are what a first step starts from.
+    It takes a step with zero gradients at a learning rate of zero and without weight decay, and resets the step counts. A
+    first step starts from moments and momentum buffers of zero.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     saved = [{key: group[key] for key in ("lr", "weight_decay") if key in group} for group in optimizer.param_groups]

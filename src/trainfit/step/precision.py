@@ -30,27 +30,27 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
 
 
 def set_matmul_precision(device: torch.device) -> None:
-    """Let float32 matrix products on CUDA run as `MATMUL_PRECISION` says, for the whole process; nothing elsewhere."""
+    """Set the precision of float32 matrix products on CUDA to `MATMUL_PRECISION`, for the whole process."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision(MATMUL_PRECISION)
 
 
 def autocast(precision: Precision, device_type: str) -> AbstractContextManager[object]:
-    """The autocast context of one micro-batch's forward; nothing for fp32."""
+    """The autocast context of one micro-batch's forward; a null context for fp32."""
     if precision not in AUTOCAST_DTYPE:
         return nullcontext()
     return torch.autocast(device_type, dtype=AUTOCAST_DTYPE[precision])
 
 
 def grad_scaler(precision: Precision, device_type: str) -> torch.amp.GradScaler:
-    """A loss scaler that does something for fp16 only (bf16 has fp32's range)."""
+    """A loss scaler, enabled for fp16 only (bf16 has the range of fp32)."""
     return torch.amp.GradScaler(device_type, enabled=precision == "fp16")
 
 
 def start_scaler(scaler: torch.amp.GradScaler, device: torch.device) -> None:
-    """Make the scaler's two scalars on the device, if they are not there: both or, where memory runs out, none.
+    """Allocate the scaler's two scalars on the device if needed: both or, if memory runs out, none.
 
-    `GradScaler.scale` makes them when it is first called, and would never make the second if that one had failed
+    `GradScaler.scale` allocates them when it is first called, and would never allocate the second if that had failed
     (torch 2.15 amp/grad_scaler.py, `_lazy_init_scale_growth_tracker`).
     """
     if scaler.is_enabled() and scaler._growth_tracker is None:  # pyright: ignore[reportPrivateUsage]

@@ -1,4 +1,4 @@
-"""The state of the random numbers, to draw the same ones again."""
+"""The state of the random number generators, so that the same numbers can be drawn again."""
 
 from dataclasses import dataclass
 
@@ -7,19 +7,19 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class RandomState:
-    """State of the random numbers on the CPU and the step's device."""
+    """State of the random number generators of the CPU and the step's device."""
 
     cpu: torch.Tensor
     gpu: torch.Tensor | None
 
     @staticmethod
     def now(device: torch.device) -> "RandomState":
-        """The state as it is."""
+        """Return the current state."""
         gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return RandomState(cpu=torch.get_rng_state(), gpu=gpu)
 
     def restore(self, device: torch.device) -> None:
-        """Draw from here on what was drawn after `now`."""
+        """Set the generators to this state."""
         torch.set_rng_state(self.cpu)
         if self.gpu is not None:
             torch.cuda.set_rng_state(self.gpu, device)

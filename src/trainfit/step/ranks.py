@@ -1,4 +1,4 @@
-"""What the ranks of a data parallel run agree on. Every function is the identity in a run of one process."""
+"""Collectives between the ranks of a data parallel run. Every function is the identity in a run of one process."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,35 +11,35 @@ import torch.distributed.nn.functional  # pyright: ignore[reportUnusedImport]
 from trainfit.errors import TrainfitError
 from trainfit.step.attempt import Result, attempt, is_out_of_memory
 
-# `torch.distributed.nn.functional` holds the process group that is there when it is first imported (default arguments):
+# `torch.distributed.nn.functional` keeps the process group that exists when it is first imported (default arguments):
 # imported later (AdamW's step does, through dynamo) it would keep gloo's threads alive beyond
-# `destroy_process_group`, and one of them that drops a tensor while Python ends aborts the process.
+# `destroy_process_group`, and one of them that frees a tensor while Python exits aborts the process.
 
 ANOTHER_RANK = "another rank ran out of memory"
 
 
 class LostRankError(TrainfitError):
-    """Another process of the run is gone or does not answer, so that no collective is possible any more."""
+    """Another process of the run has ended or does not respond, so that no collective is possible any more."""
 
 
 @contextmanager
 def collective() -> Generator[None]:
-    """Around collective calls: what gloo and NCCL raise where another rank is gone becomes a `LostRankError`.
+    """Context of collective calls: turns the errors of gloo and NCCL about a lost rank into a `LostRankError`.
 
-    Both raise plain RuntimeErrors, whose texts change from release to release. Memory that ends within a collective ends
-    the run too, because the other ranks wait in it.
+    Both raise plain RuntimeErrors, whose messages change from release to release. Running out of memory within a collective
+    ends the run too, because the other ranks are waiting in it.
     """
     try:
         yield
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise LostRankError(f"memory ran out within a collective ({str(error).splitlines()[0]})") from error
-        reason = "it does not answer" if "timed out" in str(error).lower() else "its connection is closed"
+        reason = "it does not respond" if "timed out" in str(error).lower() else "its connection is closed"
         raise LostRankError(f"another process of this run was lost ({reason})") from error
 
 
 def rank() -> int:
-    """This process's number."""
+    """The rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -49,9 +49,9 @@ def world_size() -> int:
 
 
 def sum_numbers(values: Sequence[float]) -> list[float]:
-    """Sum numbers over the ranks, in float64, by one collective on the CPU (gloo), so that no GPU is waited for.
+    """Sum numbers over the ranks, in float64, by one collective on the CPU (gloo), so that nothing waits for a GPU.
 
-    Every rank must give as many.
+    Every rank must pass equally many.
     """
     if world_size() == 1:
         return list(values)
@@ -71,14 +71,14 @@ def largest(size: tuple[int, int]) -> tuple[int, int]:
     """The largest height and the largest width of all ranks, by one collective on the CPU."""
     if world_size() == 1:
         return size
-    found = torch.tensor(size)
+    height_and_width = torch.tensor(size)
     with collective():
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return int(found[0]), int(found[1])
+        dist.all_reduce(height_and_width, op=dist.ReduceOp.MAX)
+    return int(height_and_width[0]), int(height_and_width[1])
 
 
 def gather(value: Result) -> list[Result]:
-    """The values of all ranks, in their order; values are pickled."""
+    """The values of all ranks, in the order of the ranks; values are pickled."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -88,16 +88,16 @@ def gather(value: Result) -> list[Result]:
 
 
 def any_rank(condition: bool) -> bool:
-    """Whether a condition holds on one of the ranks at least."""
+    """Whether a condition holds on at least one rank."""
     return sum_over_ranks({"true": float(condition)})["true"] > 0
 
 
 def together(action: Callable[[], Result]) -> Result:
-    """The result of an action that comes before a collective: one small collective more, on the CPU.
+    """Run an action that comes before a collective, on all ranks or on none; takes one small collective on the CPU.
 
     Raises:
         torch.OutOfMemoryError: the action ran out of memory, here or on another rank; all ranks raise, so that none
-            waits for another in the collective.
+            waits for another in the next collective.
     """
     result, failure = attempt(action)
     if any_rank(failure is not None):
@@ -107,10 +107,10 @@ def together(action: Callable[[], Result]) -> Result:
 
 
 def from_first_rank(make: Callable[[], str]) -> str:
-    """What `make` gives on rank 0, on every rank; the others do not call it.
+    """Call `make` on rank 0 only, and return its result on every rank.
 
     Raises:
-        TrainfitError: `make` raised it; every rank raises, so that none waits for a first rank that has ended.
+        TrainfitError: `make` raised it; every rank raises, so that none waits for rank 0 after it has ended.
     """
     result: list[str | TrainfitError] = [""]
     if rank() == 0:
@@ -127,6 +127,6 @@ def from_first_rank(make: Callable[[], str]) -> str:
 
 
 def on_first_rank(action: Callable[[], None]) -> None:
-    """Do something on rank 0 alone; the others do not wait for it."""
+    """Run an action on rank 0 only; the other ranks do not wait for it."""
     if rank() == 0:
         action()

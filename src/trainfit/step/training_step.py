@@ -1,4 +1,4 @@
-"""The training step: one window's gradient, clip, optimizer step, EMA. Predicted, measured and trained with alike."""
+"""The training step: one window's gradient, clip, optimizer step, EMA. Prediction, measurement and training all use it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,18 +16,18 @@ from trainfit.step.exchange import GradientExchange
 from trainfit.step.names import Precision
 from trainfit.step.precision import grad_scaler, start_scaler
 from trainfit.step.terms import Objective
-from trainfit.step.units import Unit, by_kind, step_unit, units_of
+from trainfit.step.units import Unit, by_device_and_dtype, step_unit, units_of
 from trainfit.step.window import accumulate, cut
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one window did. Tensors stay on the device, so that nothing waits for the GPU until they are read."""
+    """The result of one window. Tensors stay on the device, so that nothing waits for the GPU until they are read."""
 
     losses: dict[str, torch.Tensor]
-    """This rank's share of the window's loss, by term: they sum over ranks to the window's loss."""
+    """This rank's share of the window's loss, by term: the sum over the ranks is the window's loss."""
     gradient_norm: torch.Tensor
-    """Norm of the whole gradient before clipping; infinite or NaN where the step was skipped (fp16 overflow)."""
+    """Norm of the whole gradient before clipping; infinite or NaN if the step was skipped (fp16 overflow)."""
     images: int
     """Images of this rank's share."""
     micro_batches: int
@@ -37,9 +37,9 @@ class StepResult:
 
 @dataclass(kw_only=True, eq=False)
 class _Scaled:
-    """Parameters of one device and dtype, as the optimizer that `GradScaler.unscale_` takes.
+    """Parameters of one device and dtype, in the form of the optimizer that `GradScaler.unscale_` takes.
 
-    The scaler keeps one state for each, so that a kind that is unscaled is not unscaled again with another.
+    The scaler keeps a state for each, so that gradients already unscaled are not unscaled again with the others.
     """
 
     param_groups: list[dict[str, Any]]
@@ -47,7 +47,7 @@ class _Scaled:
 
 @dataclass(kw_only=True)
 class TrainingStep:
-    """Everything that one optimizer step of one rank touches."""
+    """One optimizer step of one rank: model, losses, optimizer and EMA weights."""
 
     model: torch.nn.Module
     objective: Objective | Contrastive
@@ -60,23 +60,26 @@ class TrainingStep:
     ema_settings: tuple[float, float] = (0.993, 100.0)
     """(decay, tau) of `ema_decay`."""
     after_micro_batch: Callable[[int], None] | None = None
-    """Called with the number of images after each backward; of a `Contrastive` objective also with 0 after each forward of
+    """Called with the number of images after each backward; for a `Contrastive` objective also with 0 after each forward of
     the pass without gradients."""
     requests: Callable[[], Mapping[str, float]] = dict
-    """Numbers that the window's agreement sums over the ranks (whether a rank wants to stop); asked once a window."""
+    """Numbers that the collective at a window's end sums over the ranks (for instance whether a rank has to stop); called once
+    per window."""
 
     def __post_init__(self) -> None:
-        """Make the loss scaler; fp16 alone needs it."""
+        """Make the loss scaler, which only fp16 needs."""
         self.scaler = grad_scaler(self.precision, self.device.type)
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.parameters: list[torch.nn.Parameter] = []
+        for group in self.optimizer.param_groups:
+            self.parameters += group["params"]
         self.skipped_windows = 0
-        """Windows in a row, up to the last, whose step was skipped because the gradient overflowed (fp16 alone)."""
+        """Consecutive windows, up to the last, whose step was skipped because the gradient overflowed (fp16 only)."""
         self._norm = torch.zeros(())
         self._overflow = False
         self._phases: list[Callable[[], None]] = []
         self._exchange: GradientExchange | None = None
         if ranks.world_size() > 1:
-            start_scaler(self.scaler, self.device)  # allocates now, not in a window before the ranks' first agreement
+            start_scaler(self.scaler, self.device)  # allocates now, not in a window before the ranks' first collective
             self._exchange = GradientExchange(self._in_model_order())
             self._exchange.watch_backward()
         self.agreed: dict[str, float] = {}
@@ -140,15 +143,15 @@ class TrainingStep:
         )
 
     def _in_model_order(self) -> list[torch.nn.Parameter]:
-        """The optimizer's parameters, neighbours in the model side by side: their gradients are there together."""
-        place = {id(p): number for number, p in enumerate(self.model.parameters())}
-        return sorted(self.parameters, key=lambda p: place.get(id(p), len(place)))
+        """The optimizer's parameters in the order of the model: the gradients of neighbours are complete together."""
+        position = {id(p): number for number, p in enumerate(self.model.parameters())}
+        return sorted(self.parameters, key=lambda p: position.get(id(p), len(position)))
 
     def update(self, step: int) -> torch.Tensor:
-        """Unscale and clip the gradient, step, update EMA, clear it; returns its norm before clipping.
+        """Unscale and clip the gradient, step, update EMA, clear the gradient; returns its norm before clipping.
 
-        Each phase happens as a whole or not at all, so after a failure `update` may be called again: it goes on with
-        the phases that are left, and the parameters end up as if nothing had failed.
+        Each phase happens completely or not at all, so that after a failure `update` may be called again: it continues with
+        the remaining phases, and the parameters end up as if nothing had failed.
 
         Raises:
             HalfUpdated: a phase failed and could not be undone.
@@ -161,29 +164,29 @@ class TrainingStep:
         return self._norm
 
     def _make_phases(self, step: int) -> list[Callable[[], None]]:
-        """The update's phases, of which each changes tensors by one operator, or undoes what it changed.
+        """The phases of the update. Each changes tensors by one operator, or undoes what it changed.
 
-        An operator may fail before it changes anything, when it allocates; the ones that end a phase (`_foreach_mul_` and
-        the like, on tensors of one device and dtype) allocate nothing.
+        An operator may fail before it changes anything, when it allocates; those that end a phase (`_foreach_mul_` and
+        others, on tensors of one device and dtype) allocate nothing.
         """
-        kinds = by_kind(self.parameters)
+        kinds = by_device_and_dtype(self.parameters)
         phases: list[Callable[[], None]] = []
         if self.scaler.is_enabled():
             phases += [partial(self._unscale, _Scaled(param_groups=[{"params": kind}])) for kind in kinds]
-        phases.append(self._measure)
+        phases.append(self._compute_norm)
         if self.clip_norm > 0:
             phases += [partial(self._clip, kind) for kind in kinds]
         phases += [partial(self._step_unit, unit) for unit in units_of(self.optimizer)]
         if self.objective.constrain is not None:
             phases.append(partial(self.objective.constrain, self.model))
-        return [*phases, partial(self._average, step), self._update_scale, self._clear]
+        return [*phases, partial(self._update_ema, step), self._update_scale, self._clear]
 
     def _unscale(self, part: _Scaled) -> None:
         if any(p.grad is not None for p in part.param_groups[0]["params"]):
             self.scaler.unscale_(part)  # pyright: ignore[reportArgumentType]
 
-    def _measure(self) -> None:
-        gradients = [p.grad for p in self.parameters if p.grad is not None]  # none: not one image could be read
+    def _compute_norm(self) -> None:
+        gradients = [p.grad for p in self.parameters if p.grad is not None]  # empty if no image could be read
         self._norm = torch.nn.utils.get_total_norm(gradients)
         self._overflow = self.scaler.is_enabled() and not bool(torch.isfinite(self._norm))
 
@@ -192,11 +195,11 @@ class TrainingStep:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, self._norm)
 
     def _step_unit(self, unit: Unit) -> None:
-        """Step one unit; fp16's overflow (a norm that is no number) skips it, as `GradScaler.step` would."""
+        """Step one unit; an overflow in fp16 (a norm that is not finite) skips it, as `GradScaler.step` would."""
         if not self._overflow:
             step_unit(self.optimizer, unit)
 
-    def _average(self, step: int) -> None:
+    def _update_ema(self, step: int) -> None:
         if self.ema is not None:
             decay, tau = self.ema_settings
             update_ema(self.ema, self.model, ema_decay(step, decay=decay, tau=tau))

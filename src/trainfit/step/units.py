@@ -1,4 +1,4 @@
-"""An optimizer's step in units, each of which happens as a whole or not at all."""
+"""An optimizer's step in units, each of which happens completely or not at all."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from trainfit.errors import HalfUpdated
 from trainfit.step.attempt import attempt
 
 UNIT_BYTES = 8 * 2**20
-"""Parameters of one unit where a unit is copied before its step: what bounds the copies, which hold parameters, gradients
-and state (for AdamW four times this). A larger parameter is a unit of its own."""
+"""Bytes of a unit's parameters if the unit is copied before its step. It bounds the copies of parameters, gradients and state
+(for AdamW four times this). A larger parameter is a unit of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,8 @@ class Unit:
     parameters: list[torch.Tensor]
 
 
-def by_kind(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Tensors of one device and dtype together: what one `_foreach` or `_fused` kernel changes at once."""
+def by_device_and_dtype(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Group tensors by device and dtype: one `_foreach` or `_fused` kernel changes a group at once."""
     kinds: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
@@ -32,32 +32,32 @@ def by_kind(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
 
 
 def units_of(optimizer: torch.optim.Optimizer) -> list[Unit]:
-    """Cut an optimizer's parameters into units, in the order of its groups.
+    """Divide an optimizer's parameters into units, in the order of its groups.
 
-    A fused optimizer changes all parameters of a kind in one kernel, which allocates nothing: they are one unit. Others
-    run many operators, of which any may fail: their units are small, so that they can be copied first.
+    A fused optimizer changes all parameters of one device and dtype in one kernel, which allocates nothing: they are one
+    unit. Others run many operators, any of which may fail: their units are small, so that they can be copied first.
     """
     units: list[Unit] = []
     for group in optimizer.param_groups:
-        for kind in by_kind(group["params"]):
+        for kind in by_device_and_dtype(group["params"]):
             parts = [kind] if group.get("fused") else _bounded(kind)
             units += [Unit(group=group, parameters=part) for part in parts]
     return units
 
 
 def step_unit(optimizer: torch.optim.Optimizer, unit: Unit) -> None:
-    """Run the optimizer's step on one unit; where it fails, put everything back that it may have changed.
+    """Run the optimizer's step on one unit; if it fails, restore everything that it may have changed.
 
     Raises:
-        HalfUpdated: it failed, and so did putting back.
+        HalfUpdated: the step failed and could not be undone.
     """
-    put_back = _keep(optimizer, unit)
+    restore = _snapshot(optimizer, unit)
     groups = optimizer.param_groups
     optimizer.param_groups = [{**unit.group, "params": unit.parameters}]
     try:
         optimizer.step()
     except BaseException:
-        _, failure = attempt(put_back)
+        _, failure = attempt(restore)
         if failure is not None:
             raise HalfUpdated(f"a failed optimizer step could not be undone: {failure}") from None
         raise
@@ -66,7 +66,7 @@ def step_unit(optimizer: torch.optim.Optimizer, unit: Unit) -> None:
 
 
 def _bounded(parameters: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Cut a list into runs of at most `UNIT_BYTES`."""
+    """Divide a list into parts of at most `UNIT_BYTES`."""
     part: list[torch.Tensor] = []
     part_bytes = 0
     for parameter in parameters:
@@ -80,45 +80,47 @@ def _bounded(parameters: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]
         yield part
 
 
-def _keep(optimizer: torch.optim.Optimizer, unit: Unit) -> Callable[[], None]:
-    """Copy what a step of this unit may change before it fails; the function that is returned puts it back.
+def _snapshot(optimizer: torch.optim.Optimizer, unit: Unit) -> Callable[[], None]:
+    """Copy what a step of this unit may change before it fails; returns the function that restores it.
 
-    A fused kernel changes all or nothing, but torch counts the step before it: of a fused optimizer the counts alone are
-    copied. State that the step made is dropped again.
+    A fused kernel changes all or nothing, but torch increments the step count before it: for a fused optimizer only the
+    counts are copied. Restoring also deletes state that the step created.
     """
     used = [parameter for parameter in unit.parameters if parameter.grad is not None]
     slots = {parameter: dict(optimizer.state.get(parameter, {})) for parameter in used}
     if unit.group.get("fused"):
         values = [own["step"] for own in slots.values() if "step" in own]
     else:
-        values = [value for own in slots.values() for value in own.values()]
+        values = list[Any]()
+        for own in slots.values():
+            values += own.values()
         values += used
         values += [parameter.grad for parameter in used]
-    put_values_back = _copy([value for value in values if isinstance(value, torch.Tensor)])
+    restore_values = _copy([value for value in values if isinstance(value, torch.Tensor)])
 
-    def put_back() -> None:
+    def restore() -> None:
         for parameter, before in slots.items():
             if before:
                 optimizer.state[parameter].clear()
                 optimizer.state[parameter].update(before)
             else:
                 optimizer.state.pop(parameter, None)
-        put_values_back()
+        restore_values()
 
-    return put_back
+    return restore
 
 
 @torch.no_grad()
 def _copy(tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
-    """Copy tensors, by one operator a kind; the function that is returned copies back, and allocates nothing."""
-    kinds = by_kind(tensors)
+    """Copy tensors, by one operator per device and dtype; returns the function that copies back, which allocates nothing."""
+    kinds = by_device_and_dtype(tensors)
     copies = [torch.cat([tensor.flatten() for tensor in kind]) for kind in kinds]
 
     @torch.no_grad()
-    def put_back() -> None:
+    def restore() -> None:
         for kind, copy in zip(kinds, copies, strict=True):
             parts = copy.split([tensor.numel() for tensor in kind])
             before = [part.view(tensor.shape) for part, tensor in zip(parts, kind, strict=True)]
             torch._foreach_copy_(kind, before)  # pyright: ignore[reportPrivateUsage]
 
-    return put_back
+    return restore

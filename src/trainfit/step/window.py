@@ -1,4 +1,4 @@
-"""A window (the samples of one effective batch on one rank) and its gradient, exact for any cut into micro-batches."""
+"""The gradient of a window (the samples of one effective batch on one rank), exact for any cut into micro-batches."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -35,65 +35,66 @@ def accumulate(
     """Add the window's gradient to `.grad`, equal to that of one big batch (reference R1) on all ranks together.
 
     Every term is a sum S over the window divided by a count N of the window: backward of S_j / N for each micro-batch j
-    adds up to the gradient of S / N exactly, as long as N is final before the first backward. Counts that targets give
-    are. `sampled` ones are made so by a pass without gradients over all micro-batches but the last, whose random numbers
-    the pass with gradients draws again; the last one keeps its graph, so that it runs once. Gradients are to be summed
-    over the ranks, not averaged: `exchange.sum_gradients` does it afterwards, a `GradientExchange` whose
-    `last_backward` is given here does it meanwhile. The window's sums of `LossTerm.numbers` go into `numbers`.
+    adds up to the gradient of S / N exactly, if N is known before the first backward. Counts of targets are. `sampled`
+    counts are computed by a pass without gradients over all micro-batches but the last, and the pass with gradients draws
+    the same random numbers again; the last one keeps its graph, so that it runs once. Gradients must be summed over the
+    ranks, not averaged: `exchange.sum_gradients` does it afterwards, or a `GradientExchange` does it during backward if its
+    `last_backward` is passed here. The window's sums of `LossTerm.numbers` are added to `numbers`.
 
     Returns:
-        The window's loss by term (scalars on `device`, this rank's share: they sum over ranks to the window's loss).
+        The window's loss by term (scalars on `device`, this rank's share: the sum over the ranks is the window's loss).
     """
     window = [sample for micro_batch in micro_batches for sample in micro_batch]
     size = objective.canvas(window) if window else (0, 0)
     counts = dict(objective.counts(window))  # what normalises each term, over the whole window and all ranks
-    turns = [_Turn(micro_batch=micro_batch, terms=objective.terms) for micro_batch in micro_batches]
+    parts = [_Part(micro_batch=micro_batch, terms=objective.terms) for micro_batch in micro_batches]
     if objective.samples_counts:
         size = ranks.largest(size)
         count = partial(_count_sampled, model, objective, micro_batches, size, device=device, precision=precision)
-        sampled, turns = ranks.together(count)
+        sampled, parts = ranks.together(count)
         counts |= {name: sampled.get(name, 0.0) for name in objective.samples_counts}
     counts = ranks.sum_over_ranks(counts)
     losses: dict[str, torch.Tensor] = {name: torch.zeros((), device=device) for name in counts}
     end = RandomState.now(device) if objective.samples_counts else None
-    for number, turn in enumerate(turns, 1):
-        terms = turn.take(model, size, device=device, precision=precision)
-        shares = {name: share(name, term, counts, len(turn.micro_batch)) for name, term in terms.items()}
+    for number, part in enumerate(parts, 1):
+        terms = part.take(model, size, device=device, precision=precision)
+        shares = {name: share(name, term, counts, len(part.micro_batch)) for name, term in terms.items()}
         if numbers is not None:
             _add_numbers(numbers, terms)
         del terms
         loss = torch.stack(list(shares.values())).sum()
-        with last_backward() if number == len(turns) else nullcontext():
+        with last_backward() if number == len(parts) else nullcontext():
             (scaler.scale(loss) if scaler is not None else loss).backward()
         for name, value in shares.items():
             losses[name] = losses[name] + value.detach()
         if after_micro_batch is not None:
-            after_micro_batch(len(turn.micro_batch))
+            after_micro_batch(len(part.micro_batch))
     if end is not None:
         end.restore(device)
     return losses
 
 
 @dataclass(kw_only=True, eq=False)
-class _Turn:
-    """A micro-batch before its backward."""
+class _Part:
+    """A micro-batch and the function that computes its loss terms."""
 
     micro_batch: Sequence[Any]
     terms: TermsFunction
-    before: RandomState | None = None
-    """The random numbers that its terms draw; None: those that come next."""
-    made: Mapping[str, LossTerm] | None = None
-    """Its terms with their graph, where they are there already."""
+    random_state: RandomState | None = None
+    """Random state to restore before computing the terms; None: the current state."""
+    computed: Mapping[str, LossTerm] | None = None
+    """The terms with their graph, if they were computed already."""
 
     def take(
         self, model: torch.nn.Module, size: tuple[int, int], *, device: torch.device, precision: Precision
     ) -> Mapping[str, LossTerm]:
-        """The terms, which are the caller's alone from then on: nothing else holds their graph."""
-        made, self.made = self.made, None
-        if made is not None:
-            return made
-        if self.before is not None:
-            self.before.restore(device)
+        """Return the terms, and drop the reference to them, so that the caller controls how long their graph lives."""
+        computed = self.computed
+        self.computed = None
+        if computed is not None:
+            return computed
+        if self.random_state is not None:
+            self.random_state.restore(device)
         with autocast(precision, device.type):
             return self.terms(model, self.micro_batch, size)
 
@@ -111,7 +112,7 @@ def _add(totals: dict[str, float], values: Mapping[str, float]) -> None:
 def share(name: str, term: LossTerm, counts: Mapping[str, float], images: int) -> torch.Tensor:
     """One micro-batch's part of the window's normalised loss term.
 
-    A count of zero (a window without a single target) divides by one, as one big batch does.
+    A count of zero (a window without targets) divides by one, as one big batch does.
     """
     if term.kind == "mean":
         return term.total * (images / counts[name])
@@ -126,28 +127,29 @@ def _count_sampled(
     *,
     device: torch.device,
     precision: Precision,
-) -> tuple[dict[str, float], list[_Turn]]:
-    """Counts that only a forward knows, of this rank, and the micro-batches as they are to be trained on.
+) -> tuple[dict[str, float], list[_Part]]:
+    """This rank's counts that are known only after a forward, and the micro-batches in the order of their backward.
 
-    All but the last run without gradients first, and later draw the random numbers again that they drew here. The last
-    then runs with gradients, once, while nothing else is there: its turn is the first. Buffers (running statistics)
-    move once a micro-batch.
+    All but the last run without gradients first, and draw the same random numbers again later. The last then runs with
+    gradients, once, before anything else is allocated: its backward is the first. Buffers (running statistics) are
+    updated once per micro-batch.
     """
     totals: dict[str, float] = {}
-    turns: list[_Turn] = []
-    with torch.no_grad(), buffers_kept(model):
+    parts: list[_Part] = []
+    count = objective.count or partial(_counts_of_terms, objective)
+    with torch.no_grad(), buffers_restored(model):
         for micro_batch in micro_batches[:-1]:
-            before = RandomState.now(device)
+            random_state = RandomState.now(device)
             with autocast(precision, device.type):
-                found, terms = (objective.count or partial(_counts_of_terms, objective))(model, micro_batch, size)
-            _add(totals, found)
-            turns.append(_Turn(micro_batch=micro_batch, terms=terms, before=before))
+                counts, terms = count(model, micro_batch, size)
+            _add(totals, counts)
+            parts.append(_Part(micro_batch=micro_batch, terms=terms, random_state=random_state))
     for micro_batch in micro_batches[-1:]:
         with autocast(precision, device.type):
-            made = objective.terms(model, micro_batch, size)
-        _add(totals, _counts(made))
-        turns.insert(0, _Turn(micro_batch=micro_batch, terms=objective.terms, made=made))
-    return totals, turns
+            computed = objective.terms(model, micro_batch, size)
+        _add(totals, _counts(computed))
+        parts.insert(0, _Part(micro_batch=micro_batch, terms=objective.terms, computed=computed))
+    return totals, parts
 
 
 def _counts_of_terms(
@@ -161,8 +163,8 @@ def _counts(terms: Mapping[str, LossTerm]) -> dict[str, float]:
 
 
 @contextmanager
-def buffers_kept(model: torch.nn.Module) -> Generator[None]:
-    """Put the buffers (BatchNorm's running statistics) back as they were, whatever happens meanwhile."""
+def buffers_restored(model: torch.nn.Module) -> Generator[None]:
+    """Context that restores the buffers (BatchNorm's running statistics) on exit."""
     buffers = [buffer.clone() for buffer in model.buffers()]
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a step asks of a GPU besides memory: kernels, FLOPs and bytes by operator, for the timing model."""
+"""Counts the kernels, FLOPs and bytes of a step by operator, for the timing model."""
 # pyright: reportPrivateUsage=false
 
 import math
@@ -24,13 +24,14 @@ _NO_KERNEL = {
 }
 # These read from (or write to) their first argument only as much as they return (or are given).
 _SPARSE = {aten.index, aten.index_select, aten.gather, aten.embedding, aten.take, aten.index_put_, aten.scatter_}
-# pytorch native/cuda/MultiTensorApply.cuh: chunks of 65536 elements, 320 of them a launch.
-_CHUNK, _CHUNKS_PER_LAUNCH = 1 << 16, 320
+# pytorch native/cuda/MultiTensorApply.cuh: chunks of 65536 elements, 320 chunks per launch.
+_CHUNK_ELEMENTS = 1 << 16
+_CHUNKS_PER_LAUNCH = 320
 
 
 class Counter:
-    """Sums up operators. Calls that differ in FLOPs per byte by more than a factor of two have rows of their own, so
-    that what bounds a row (arithmetic or memory) is what bounds its calls.
+    """Adds up the calls of each operator. Calls that differ in FLOPs per byte by more than a factor of two have separate
+    rows, so that what bounds a row (arithmetic or memory) is what bounds each of its calls.
     """
 
     def __init__(self) -> None:
@@ -58,7 +59,7 @@ class Counter:
         launches = 1
         if packet.__name__.startswith(("_foreach", "_fused", "_amp_foreach")):
             first = max((x for x in args if isinstance(x, (list, tuple))), key=len)
-            chunks = sum(-(-t.numel() // _CHUNK) for t in first if isinstance(t, Tensor))
+            chunks = sum(-(-t.numel() // _CHUNK_ELEMENTS) for t in first if isinstance(t, Tensor))
             launches = max(1, -(-chunks // _CHUNKS_PER_LAUNCH))
         traffic = _traffic(packet, inputs, () if pinned else outputs)
         intensity = math.frexp(flops / traffic)[1] if traffic else 0
@@ -89,15 +90,19 @@ def _pinned(packet: Any, args: Sequence[Any], inputs: Sequence[Tensor]) -> str:
     if packet is not aten.copy_:
         return ""
     target, source = (any(tensor is each for each in inputs) for tensor in args[:2])
-    return "" if target == source else FROM_HOST if target else TO_HOST
+    if target == source:
+        return ""
+    return FROM_HOST if target else TO_HOST
 
 
 def _flops(packet: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> float:
     if packet is aten.convolution_backward:
-        # As many as forward for each of the two gradients; torch's formula (2.15) is groups times that for the weight's.
-        gradient, images, weight, transposed, wanted = args[0], args[1], args[2], args[7], args[-1]
+        # Each of the two gradients takes as many as forward; torch's formula (2.15) gives the weight's `groups` times that.
+        gradient, images, weight = args[:3]
+        transposed = args[7]
+        output_mask = args[-1]
         pixels = images.numel() // images.shape[1] if transposed else gradient.numel() // gradient.shape[1]
-        return 2 * pixels * weight.numel() * sum(wanted[:2])
+        return 2 * pixels * weight.numel() * sum(output_mask[:2])
     return flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
 
 

@@ -10,7 +10,8 @@ from trainfit.errors import TrainfitError
 SCHEMA = 1
 
 EMPTY_CACHE = "torch.cuda.empty_cache"
-"""Operator of a tensor of no bytes: here a search for the fastest algorithm of a convolution would give all cached blocks back."""
+"""Operator of a tensor of zero bytes that marks where cuDNN's search for the fastest convolution algorithm releases all cached
+blocks."""
 
 Category = Literal[
     "parameters",
@@ -35,9 +36,9 @@ class TensorInfo:
     """
 
     id: int
-    """Its place in `Trace.tensors`."""
+    """Its index in `Trace.tensors`."""
     nbytes: int
-    """Bytes asked for, before any rounding by the allocator. 0 asks for nothing."""
+    """Bytes requested, before any rounding by the allocator. 0 allocates nothing."""
     category: Category = "other"
     """What the memory is for."""
     op: str = ""

@@ -1,4 +1,4 @@
-"""Autocast of fake CUDA tensors: the casts that C++ makes, registered from Python (see `fake_cuda`)."""
+"""Autocast of fake CUDA tensors: registers from Python the casts that C++ would make (see `fake_cuda`)."""
 # pyright: reportPrivateUsage=false
 
 import re
@@ -38,9 +38,9 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
     return _casts[id(x)][1]
 
 
-def _widest(x: Any) -> bool:
+def _has_float32(x: Any) -> bool:
     if isinstance(x, (list, tuple)):
-        return any(_widest(each) for each in x)
+        return any(_has_float32(each) for each in x)
     return _castable(x) and x.dtype == torch.float32
 
 
@@ -50,12 +50,13 @@ def _autocasting(op: OpOverload, policy: str) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEY):
             if policy == "FP32_SET_OPT_DTYPE":
-                given = dict(zip(names, args, strict=False)) | kwargs
-                if _castable(args[0]) and args[0].dtype in HALF and given.get("dtype") is None:
-                    args, kwargs = args[: names.index("dtype")], {**kwargs, "dtype": torch.float32}
+                arguments = dict(zip(names, args, strict=False)) | kwargs
+                if _castable(args[0]) and args[0].dtype in HALF and arguments.get("dtype") is None:
+                    args = args[: names.index("dtype")]
+                    kwargs = {**kwargs, "dtype": torch.float32}
                 return op(*args, **kwargs)
             low = torch.get_autocast_dtype("cuda")
-            wide = policy == "FP32" or (policy == "PROMOTE" and _widest([*args, *kwargs.values()]))
+            wide = policy == "FP32" or (policy == "PROMOTE" and _has_float32([*args, *kwargs.values()]))
             dtype = torch.float32 if wide else low
             return op(*_cast(args, dtype), **{name: _cast(x, dtype) for name, x in kwargs.items()})
 
@@ -68,14 +69,14 @@ def _autocast_lists() -> dict[str, list[list[str]]]:
     lists: dict[str, list[list[str]]] = {}
     for policy in ("LOWER_PRECISION_FP", "FP32", "FP32_SET_OPT_DTYPE", "PROMOTE"):
         macro = re.search(rf"#define AT_FORALL_{policy}\(_\)(.*?)\n\n", header, re.S)
-        assert macro is not None, f"AT_FORALL_{policy} is gone from torch's autocast_mode.h"
+        assert macro is not None, f"torch's autocast_mode.h has no AT_FORALL_{policy}"
         lists[policy] = [re.split(r"\s*,\s*", entry) for entry in re.findall(r"_\(([^()]*)\)", macro[1])]
     return lists
 
 
 def _override(library: torch.library.Library, name: str, kernel: Callable[..., Any]) -> None:
     with warnings.catch_warnings():
-        # Up to torch 2.11 an override warns, though it is asked for.
+        # Up to torch 2.11 an override warns even with allow_override.
         warnings.filterwarnings("ignore", message="Warning only once for all operators", category=UserWarning)
         library.impl(name, kernel, allow_override=True)
 
@@ -88,7 +89,7 @@ def register_autocast() -> None:
             packet = getattr(aten, name, None)
             which = overload[0] if overload else "default"
             if packet is None or which not in packet.overloads():
-                continue  # The header names a few functions (e.g. deprecated ones) that are no operators.
+                continue  # The header also names a few functions (e.g. deprecated ones) that are not operators.
             qualified = name if which == "default" else f"{name}.{which}"
             _override(library, qualified, _autocasting(getattr(packet, which), policy))
 
@@ -103,7 +104,7 @@ def _in_fp32(op: OpOverload) -> Callable[..., Any]:
 
 
 def register_torchvision() -> None:
-    """Torchvision's autocast kernels (float32 inside), if the traced code has imported torchvision."""
+    """Register torchvision's autocast kernels, which run in float32, if the traced code has imported torchvision."""
     if "torchvision" not in sys.modules or any(library.ns == "torchvision" for library in libraries):
         return
     library = torch.library.Library("torchvision", "IMPL", "AutocastCUDA")
@@ -112,6 +113,6 @@ def register_torchvision() -> None:
         _override(library, name, _in_fp32(getattr(torch.ops.torchvision, name).default))
 
 
-def forget_casts() -> None:
-    """What leaving autocast does: drop the casts of parameters."""
+def clear_casts() -> None:
+    """Drop the cached casts of parameters, as leaving autocast does."""
     _casts.clear()

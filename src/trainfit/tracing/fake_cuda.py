@@ -1,15 +1,16 @@
 """Make fake CUDA tensors behave as they would on a given card, on a machine without one.
 
 A FakeTensor has shapes and strides but no bytes. Python sees it on `cuda`, but much of PyTorch's C++ asks
-`tensor.is_cuda()` and then wants a driver: the autograd engine looks for streams, autocast for eligible tensors,
-attention, batch norm and dropout for their CUDA kernels. Here C++ is told "meta" (`answer_device`), so that it wants
-nothing, and what it would have decided for CUDA is registered again from Python.
+`tensor.is_cuda()` and then needs a driver: the autograd engine looks for streams, autocast for eligible tensors,
+attention, batch norm and dropout for their CUDA kernels. Here C++ sees the device "meta" (`device_for_cpp`) and needs no
+driver, and what it would have chosen for CUDA is registered from Python instead.
 
-What the tracer replaces in torch is replaced in this file, in `fakeify` and in `Shadows.patch_numpy`, global and for
-good: use a process of its own (`worker.run`), behind `selftest`. Seen working on torch 2.11 and 2.15.
+Everything that the tracer replaces in torch is replaced in this file, in `fakeify` and in `Shadows.patch_numpy`. The
+changes are global and permanent: run it in a separate process (`worker.run`), after `selftest`. Works with torch 2.11 and
+2.15.
 
 Known limits: recurrent layers are traced as unrolled loops instead of cuDNN's; a norm under autocast keeps its input's
-dtype; what a kernel allocates within itself (workspaces, contiguous copies) is not a tensor and is not seen here.
+dtype; memory that a kernel allocates internally (workspaces, contiguous copies) is not a tensor and is not recorded here.
 """
 # pyright: reportPrivateUsage=false
 
@@ -32,7 +33,7 @@ from trainfit.gpus.capability import (
     has_bf16,
     has_flash_attention,
 )
-from trainfit.tracing.fake_autocast import HALF, forget_casts, libraries, register_autocast
+from trainfit.tracing.fake_autocast import HALF, clear_casts, libraries, register_autocast
 
 aten = torch.ops.aten
 PRIM_DEVICE = torch.ops.prim.device.default
@@ -50,13 +51,13 @@ class Target:
     """False traces attention as separate matrix products and softmax, as torch before 2.0 ran it."""
 
 
-def answer_device(tensor: FakeTensor) -> torch.device:
-    """What C++ is told when it asks a fake tensor for its device: "meta" for CUDA, so that it wants no driver."""
+def device_for_cpp(tensor: FakeTensor) -> torch.device:
+    """The device that C++ sees for a fake tensor: "meta" instead of CUDA, so that it needs no driver."""
     return META if tensor.fake_device.type == "cuda" else tensor.fake_device
 
 
-def on_cuda(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A C++ factory that copies the options of a CUDA tensor asks for "meta" (`answer_device`): give it CUDA."""
+def with_cuda_device(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`kwargs` with CUDA for "meta": a C++ factory that copies the options of a CUDA tensor passes "meta" (`device_for_cpp`)."""
     device = kwargs.get("device")
     return kwargs if device is None or torch.device(device).type != "meta" else {**kwargs, "device": CUDA}
 
@@ -67,8 +68,8 @@ _CONTIGUOUS = {
 }  # fmt: skip
 
 
-def laid_out(op: OpOverload, out: Any) -> Any:
-    """`out` with the strides that the CUDA kernel gives it, where torch's shape function says otherwise.
+def with_cuda_strides(op: OpOverload, out: Any) -> Any:
+    """`out` with the strides that the CUDA kernel returns, where torch's shape function gives others.
 
     Layer and group norm return contiguous tensors for any input (pytorch `native/cuda/layer_norm_kernel.cu`).
     """
@@ -87,8 +88,10 @@ def attention_kernel(
     """
     if query.dim() != 4:
         return "math"
-    half, capability = query.dtype in HALF, target.capability
-    head, sizes = query.shape[-1], {query.shape[-1], key.shape[-1], value.shape[-1]}
+    half = query.dtype in HALF
+    capability = target.capability
+    head = query.shape[-1]
+    sizes = {head, key.shape[-1], value.shape[-1]}
     train = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     backends = torch.backends.cuda
     if (
@@ -129,7 +132,8 @@ def _additive_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """The mask as the fused kernels take it: floating point, rows padded to the alignment, expanded to the heads."""
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
-    length, align = mask.shape[-1], 8 if query.dtype in HALF else 4
+    length = mask.shape[-1]
+    align = 8 if query.dtype in HALF else 4
     if length % align:
         mask = torch.nn.functional.pad(mask, (0, align - length % align))[..., :length]
     return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
@@ -150,7 +154,8 @@ def _attention(target: Target) -> Callable[..., Tensor]:
         if not target.fused_attention:
             if enable_gqa:
                 repeats = query.shape[1] // key.shape[1]
-                key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+                key = key.repeat_interleave(repeats, 1)
+                value = value.repeat_interleave(repeats, 1)
             return _unfused_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
         kernel = attention_kernel(target, query, key, value, mask=attn_mask, dropout=dropout_p, causal=is_causal)
         head = query.shape[-1]
@@ -249,7 +254,7 @@ def _patch_python(target: Target) -> None:
 
     def group_by_device(tensors: Any, with_indices: bool = False) -> Any:
         groups = group(tensors, with_indices)
-        return {(CUDA if dev.type == "meta" else dev, dtype): found for (dev, dtype), found in groups.items()}
+        return {(CUDA if dev.type == "meta" else dev, dtype): members for (dev, dtype), members in groups.items()}
 
     torch._C._group_tensors_by_device_and_dtype = group_by_device
     for supported in (optimizer_foreach_types, foreach_types):
@@ -257,30 +262,32 @@ def _patch_python(target: Target) -> None:
     replace(torch._C, _group_tensors_by_device_and_dtype=group_by_device)
     replace(FakeTensor, is_cuda=property(_is_on("cuda")), is_cpu=property(_is_on("cpu")))
     replace(FakeTensor, to=_to, cuda=_cuda)
-    replace(torch, _shape_as_tensor=_shape_as_tensor, clear_autocast_cache=forget_casts)
-    replace(torch.cuda.amp.common, amp_definitely_not_available=_answer(False))
+    replace(torch, _shape_as_tensor=_shape_as_tensor, clear_autocast_cache=clear_casts)
+    replace(torch.cuda.amp.common, amp_definitely_not_available=_constant(False))
     replace(
         torch.cuda,
         is_bf16_supported=lambda including_emulation=True: including_emulation or has_bf16(target.capability),
-        get_device_capability=_answer(target.capability),
-        current_device=_answer(0),
-        synchronize=_answer(None),
-        get_rng_state=_answer(torch.zeros(16, dtype=torch.uint8)),
-        set_rng_state=_answer(None),
+        get_device_capability=_constant(target.capability),
+        current_device=_constant(0),
+        synchronize=_constant(None),
+        get_rng_state=_constant(torch.zeros(16, dtype=torch.uint8)),
+        set_rng_state=_constant(None),
     )
 
 
-def _answer(value: object) -> Callable[..., object]:
+def _constant(value: object) -> Callable[..., object]:
     return lambda *_args, **_kwargs: value
 
 
 def _to(tensor: FakeTensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`Tensor.to`, which gives the tensor itself where nothing changes: C++ would compare CUDA with "meta", and copy."""
+    """`Tensor.to`, which returns the tensor itself where nothing changes: C++ would compare CUDA with "meta", and copy."""
     if not kwargs.get("copy"):
-        asked = {name: value for name, value in kwargs.items() if name != "copy"}
-        device, dtype, _, layout = torch._C._nn._parse_to(*args, **asked)  # pyright: ignore[reportAttributeAccessIssue]
-        here = device is None or (device.type == tensor.device.type and device.index in (None, tensor.device.index))
-        if here and dtype in (None, tensor.dtype) and layout is None:
+        options = {name: value for name, value in kwargs.items() if name != "copy"}
+        device, dtype, _, layout = torch._C._nn._parse_to(*args, **options)  # pyright: ignore[reportAttributeAccessIssue]
+        same_device = device is None or (
+            device.type == tensor.device.type and device.index in (None, tensor.device.index)
+        )
+        if same_device and dtype in (None, tensor.dtype) and layout is None:
             return tensor
     return Tensor.to(tensor, *args, **kwargs)
 
@@ -304,7 +311,7 @@ def replace(owner: object, **members: Any) -> None:
 
 
 def install(target: Target) -> None:
-    """Make this process trace for `target`: global and for good, so a process traces for one target only."""
+    """Make this process trace for `target`. The change is global and permanent: a process traces for one target only."""
     if _installed:
         assert _installed == [target], f"this process traces for {_installed[0]}, not for {target}"
         return

@@ -1,4 +1,4 @@
-"""Build a model on the CPU for real, and move it to a CUDA device that is not there.
+"""Build a model on the CPU, and move it to a CUDA device that does not exist.
 
 Inside `FakeCuda`, everything made on or moved to `cuda` becomes a fake tensor, and everything else stays real: the
 code that builds a model, its optimizer and its EMA copy for training builds them for a trace. As in a real run, a
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from trainfit.tracing.fake_cuda import replace
-from trainfit.tracing.shadow import forget
+from trainfit.tracing.shadow import drop_value
 
 
 class FakeCuda(TorchFunctionMode):
@@ -61,7 +61,7 @@ def patch_modules() -> None:
         if new is tensor:
             return tensor
         if isinstance(tensor, nn.Parameter):
-            forget(new)
+            drop_value(new)
             new = nn.Parameter(new, requires_grad=tensor.requires_grad)
         moved[tensor] = new
         return new

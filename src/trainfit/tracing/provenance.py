@@ -1,9 +1,9 @@
-"""What a stored trace was made with: the code that built and traced the step, and the packages under it. Imports no torch.
+"""Provenance of a stored trace: the code that built and traced the step, and the packages it used. Imports no torch.
 
-A trace is made by the files that its family's `step` module and the tracer import, directly or not; a change of another
+A trace is made by the files that its family's `workload` module and the tracer import, directly or not; a change of another
 file cannot change it. Each file has two digests, of its bytes and of its syntax tree without docstrings: reading the
-bytes of some forty files takes 5 ms, and only a file whose bytes differ is parsed, so that a comment, a docstring or a
-line break makes no trace invalid.
+bytes of about forty files takes 5 ms, and only a file whose bytes differ is parsed, so that a changed comment, docstring or
+line break does not make a trace invalid.
 """
 
 import ast
@@ -20,10 +20,10 @@ import trainfit
 
 SOURCE = Path(trainfit.__file__).parent
 _PARSING = Lock()
-"""One parse at a time: CPython 3.11 counts the depth of a syntax tree for all threads together, and raises SystemError where
-two threads parse at once (traces are made by two)."""
+"""Only one thread parses at a time: CPython 3.11 counts the depth of a syntax tree for all threads together, and raises
+SystemError if two threads parse at once (two threads make traces)."""
 TRACER = ("trainfit.tracing.trace", "trainfit.models.build")
-"""Modules that run in every tracing process, besides the family's own."""
+"""Modules that run in every tracing process, in addition to the family's."""
 DECLARATIONS = ("models/setting.py", "/family.py")
 """Files that declare knobs: their annotated fields are left out of the digest, because a trace is stored with the value
 of every knob."""
@@ -31,7 +31,7 @@ of every knob."""
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What a trace was made with."""
+    """The packages and files that a trace was made with."""
 
     packages: Mapping[str, str]
     """Name -> installed version (of torch without the patch number)."""
@@ -39,7 +39,7 @@ class Provenance:
     """Path under the package's folder -> `file_digest`."""
 
     def changes(self) -> Iterator[str]:
-        """What is different here, in words; nothing where the trace is valid."""
+        """Yield a description of each difference from this installation; nothing if the trace is valid."""
         installed = installed_versions(tuple(self.packages))
         for name, version in self.packages.items():
             if installed[name] != version:
@@ -54,20 +54,20 @@ class Provenance:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Provenance":
-        """What `to_record` gave."""
+        """Read what `to_record` returned."""
         return cls(packages=record["packages"], files=record["files"])
 
 
 @cache
 def provenance(packages: tuple[str, ...], modules: tuple[str, ...]) -> Provenance:
-    """What is made here with `packages` and by the code of `modules`, which are modules of this package."""
+    """The provenance of what this installation makes with `packages` and `modules`, which are modules of this package."""
     files = {path.relative_to(SOURCE).as_posix(): file_digest(path) for path in imported_files(modules)}
     return Provenance(packages=installed_versions(packages), files=files)
 
 
 @cache
 def installed_versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """Installed versions, "" for what is not installed; of torch major and minor, because patches keep its kernels."""
+    """Installed versions, "" if not installed; torch's without the patch number, because patches do not change kernels."""
     versions: dict[str, str] = {}
     for name in packages:
         version = next((dist.version for dist in metadata.distributions(name=name)), "")
@@ -76,7 +76,7 @@ def installed_versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def imported_files(modules: tuple[str, ...]) -> list[Path]:
-    """Files of this package that some of its modules import, directly or not, themselves included; in order of path."""
+    """Files of this package that `modules` import, directly or not, including their own files; sorted by path."""
     files: set[Path] = set()
     waiting = [path for name in modules if (path := module_file(name)) is not None]
     while waiting:
@@ -89,7 +89,7 @@ def imported_files(modules: tuple[str, ...]) -> list[Path]:
 
 
 def _imports(tree: ast.Module) -> Iterator[Path]:
-    """Files of this package that a module imports when it is imported itself: not within functions or for types alone."""
+    """Files of this package that a module imports at its top level, not within functions or for type checking only."""
     for node in tree.body:
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -100,7 +100,7 @@ def _imports(tree: ast.Module) -> Iterator[Path]:
 
 
 def module_file(name: str) -> Path | None:
-    """The file of a module of this package; None for a folder without code and for what is not of this package."""
+    """The file of a module of this package; None for a folder without code and for other packages."""
     first, *parts = name.split(".")
     if first != "trainfit" or not parts:
         return None
@@ -109,12 +109,12 @@ def module_file(name: str) -> Path | None:
 
 
 def is_unchanged(path: str, digest: str) -> bool:
-    """Whether a file of this package does what it did when `file_digest` gave `digest`."""
+    """Whether a file of this package still has the code that `file_digest` gave `digest` for."""
     file = SOURCE / path
     if not file.exists():
         return False
-    of_bytes, _, of_code = digest.partition(" ")
-    return _digest(file.read_bytes()) == of_bytes or code_digest(file) == of_code
+    bytes_digest, _, syntax_digest = digest.partition(" ")
+    return _digest(file.read_bytes()) == bytes_digest or code_digest(file) == syntax_digest
 
 
 def file_digest(file: Path) -> str:
@@ -142,7 +142,7 @@ def _parsed(file: Path) -> ast.Module:
 
 
 def _is_text(node: ast.stmt) -> bool:
-    """Whether a statement is a string alone: a docstring, or the text under a field."""
+    """Whether a statement is only a string: a docstring, or the text under a field."""
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 

@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainfit.tracing.counts import Counter
 from trainfit.tracing.events import Category, TensorInfo, Trace
-from trainfit.tracing.fake_cuda import PRIM_DEVICE, answer_device, laid_out, on_cuda
+from trainfit.tracing.fake_cuda import PRIM_DEVICE, device_for_cpp, with_cuda_device, with_cuda_strides
 from trainfit.tracing.shadow import Shadows, tensors_in
 
 aten = torch.ops.aten
-# In these backward formulas C++ writes out of place, into a second full-size tensor, when a dispatch mode watches; a
-# real run writes into the fresh zeros (pytorch `FunctionsManual.cpp`: index_backward, gather_backward).
+# Under a dispatch mode, C++ computes these backward formulas out of place, into a second full-size tensor; a real run
+# writes into the new zeros (pytorch `FunctionsManual.cpp`: index_backward, gather_backward).
 _IN_PLACE = {
     aten.index_put.default: ("IndexBackward0", aten.index_put_.default),
     aten.scatter_add.default: ("GatherBackward0", aten.scatter_add_.default),
@@ -28,7 +28,7 @@ _IN_PLACE = {
 
 
 class Recorder(TorchDispatchMode):
-    """Watches the operators of a step: an allocation is a storage seen for the first time, a free is its end.
+    """Watches the operators of a step: an allocation is a storage seen for the first time, a free is its deletion.
 
     Phases follow from what runs: "build"; "inputs" (a window has begun, no module has run); "forward" (from the first
     module); "backward" (the autograd engine); "update" (after a backward: clipping, EMA, the next inputs); "optimizer".
@@ -37,9 +37,10 @@ class Recorder(TorchDispatchMode):
     def __init__(self, device_type: str, shadows: Shadows | None) -> None:
         """Record tensors on `device_type`; with `shadows`, these are fake."""
         super().__init__()
-        self._device_type, self._shadows = device_type, shadows
+        self._device_type = device_type
+        self._shadows = shadows
         self._live: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}  # storage -> index of its tensor
-        self._tensors: list[TensorInfo] = []  # category "other": nothing said yet
+        self._tensors: list[TensorInfo] = []  # category "other" until one is set
         self._events: list[int] = []
         self._marks: list[tuple[int, str]] = []
         self._names: dict[nn.Module, str] = {}
@@ -65,8 +66,8 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._shadows is not None:
             if func is PRIM_DEVICE:
-                return answer_device(args[0])
-            kwargs = on_cuda(kwargs)
+                return device_for_cpp(args[0])
+            kwargs = with_cuda_device(kwargs)
         node = _running_node()
         self._follow_engine(node)
         if node is not None and func in _IN_PLACE and node.name() == _IN_PLACE[func][0]:
@@ -76,7 +77,7 @@ class Recorder(TorchDispatchMode):
         except Exception:
             self.failed = func
             raise
-        out = laid_out(func, out) if self._shadows else out
+        out = with_cuda_strides(func, out) if self._shadows else out
         outputs = [t for t in tensors_in(out) if self._on_device(t)]
         inputs = [t for t in tensors_in((args, kwargs)) if self._on_device(t)]
         if inputs or outputs:
@@ -128,21 +129,21 @@ class Recorder(TorchDispatchMode):
         return index
 
     def categorise(self, tensors: Iterable[Tensor | None], category: Category) -> None:
-        """Say what `tensors` are, where nothing else has been said. Those unseen so far are recorded now."""
+        """Set the category of `tensors` that have none. Those not seen before are recorded now."""
         for tensor in tensors:
             if tensor is not None and self._on_device(tensor):
                 index = self._track(tensor, "", "")
                 if index is not None:
-                    self._say(index, category)
+                    self._set_category(index, category)
 
-    def _say(self, index: int, category: Category) -> None:
+    def _set_category(self, index: int, category: Category) -> None:
         if self._tensors[index].category == "other":
             self._tensors[index] = replace(self._tensors[index], category=category)
 
     def _categorise_live(self, phases: tuple[str, ...], category: Category, since: int = 0) -> None:
         for index, _ in self._live.values():
             if index >= since and self._tensors[index].phase in phases:
-                self._say(index, category)
+                self._set_category(index, category)
 
     # ---- phases
     def enter(self, phase: str) -> None:
@@ -166,14 +167,14 @@ class Recorder(TorchDispatchMode):
             self.enter("update")
 
     def begin_window(self, number: int) -> None:
-        """A window starts: operators are counted anew."""
+        """Begin a window: the operator counts start from zero."""
         self.counter = Counter()
         self._module_of_node.clear()
         self._marks.append((len(self._events), f"window {number}"))
         self.enter("inputs")
 
     def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Follow the modules and the optimizer of a step."""
+        """Register hooks on the modules and the optimizer of a step."""
         self._names = {module: name for name, module in model.named_modules(prefix="model")}
         self._hooks = [
             register_module_forward_pre_hook(self._enter_module),
@@ -192,7 +193,8 @@ class Recorder(TorchDispatchMode):
         self._stack.pop()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        self.categorise((p.grad for group in optimizer.param_groups for p in group["params"]), "gradients")
+        for group in optimizer.param_groups:
+            self.categorise([parameter.grad for parameter in group["params"]], "gradients")
         self.enter("optimizer")
 
     def _after_step(self, _optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
@@ -204,7 +206,7 @@ class Recorder(TorchDispatchMode):
         for hook in self._hooks:
             hook.remove()
         for index in range(len(self._tensors)):
-            self._say(index, "temporary")
+            self._set_category(index, "temporary")
         return Trace(tensors=tuple(self._tensors), events=tuple(self._events), marks=tuple(self._marks))
 
 

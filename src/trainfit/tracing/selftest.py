@@ -1,4 +1,4 @@
-"""Two seconds that show whether this torch still behaves as the tracer needs: a step whose bytes are known by hand."""
+"""A self-test of the tracer (two seconds): traces a step whose bytes were counted by hand."""
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,12 @@ class _Net(nn.Module):
 
 
 class _Step:
-    ema, blocks = None, 0
+    ema = None
+    blocks = 0
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.model = device, _Net().to(device)
+        self.device = device
+        self.model = _Net().to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters())
 
     def run(self) -> None:
@@ -44,24 +46,28 @@ class _Step:
 
 
 def selftest(target: Target) -> None:
-    """Trace a tiny step for `target` and compare with its known bytes. Raises TrainfitError if torch has moved on."""
+    """Trace a tiny step for `target` and compare with its known bytes.
+
+    Raises:
+        TrainfitError: the bytes differ, because this version of torch behaves differently.
+    """
     advice = f"this torch ({torch.__version__}) cannot be traced without a GPU; run the step on the CPU instead: --trace-on cpu"
     try:
         result = trace_step(_Step, target=target)
     except Exception as error:
         raise TrainfitError(f"self-test: {advice} ({type(error).__name__}: {error})") from error
-    found = dict.fromkeys(("parameters", "optimizer state", "gradients", "activations"), 0)
+    traced = dict.fromkeys(("parameters", "optimizer state", "gradients", "activations"), 0)
     last = next(index for index, name in result.trace.marks if name == "window 1")
     for index, (allocated, tensor) in enumerate(result.trace):
         each_window = tensor.category in ("gradients", "activations")
-        if allocated and tensor.category in found and (index >= last or not each_window):
-            found[tensor.category] += tensor.nbytes
-    if found != known_bytes(target):
-        raise TrainfitError(f"self-test: {advice} (found {found}, known {known_bytes(target)})")
+        if allocated and tensor.category in traced and (index >= last or not each_window):
+            traced[tensor.category] += tensor.nbytes
+    if traced != known_bytes(target):
+        raise TrainfitError(f"self-test: {advice} (traced {traced}, expected {known_bytes(target)})")
 
 
 def known_bytes(target: Target) -> dict[str, int]:
-    """What the step of the self-test holds, counted by hand."""
+    """Bytes that the step of the self-test allocates by category, counted by hand."""
     parameters = 4 * (16 * 3 * 9 + 2 * 16 + 48 * 16 + 48 + 4 * 16 + 4)
     positions = 2 * 64  # batch x length; a half-precision tensor of them with 16 channels is 4096 bytes
     casts = 2 * (3 * positions + 16 * 3 * 9 + 48 * 16 + 4 * 16)  # of the images and of the weights
@@ -76,5 +82,9 @@ def known_bytes(target: Target) -> dict[str, int]:
         # Copies of query, key and value; softmax in float32, and cast for the product.
         attention = 3 * 2 * 16 * positions + (4 + 2) * heads * 64
     activations = casts + saved + small + attention
-    held = {"parameters": parameters, "optimizer state": 2 * parameters, "gradients": parameters}
-    return {**held, "activations": activations}
+    return {
+        "parameters": parameters,
+        "optimizer state": 2 * parameters,
+        "gradients": parameters,
+        "activations": activations,
+    }

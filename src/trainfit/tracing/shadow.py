@@ -1,9 +1,9 @@
-"""Small real values beside fake tensors, so that code which looks at values runs: matching, sampling, NMS, `.item()`.
+"""Keeps real values for small fake tensors, so that code that reads values runs: matching, sampling, NMS, `.item()`.
 
-A fake tensor whose inputs are all known keeps a real CPU tensor (its shadow); views share memory with their base as
-real ones do. An unknown value that Python asks for is made up: masks all true, NMS keeps every box, floats uniform in
-[0, 1), integers 0. Values made up never matter for memory unless a shape follows from them: then the largest shape is
-taken, and `upper_bounds` names the operator.
+A fake tensor whose inputs are all known has a real CPU tensor (its shadow); views share memory with their base as
+real ones do. An unknown value that Python reads is made up: masks are all true, NMS keeps every box, floats are uniform in
+[0, 1), integers are 0. Made-up values do not change memory unless a shape depends on them: then the largest shape is
+used, and `upper_bounds` names the operator.
 """
 # pyright: reportPrivateUsage=false
 
@@ -45,30 +45,30 @@ def tensors_in(values: object) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
-def forget(tensor: Tensor) -> None:
-    """Drop the known value of `tensor` (a parameter's, which no control flow reads)."""
+def drop_value(tensor: Tensor) -> None:
+    """Drop the known value of `tensor` (a parameter, whose values no control flow reads)."""
     vars(tensor).pop(_NAME, None)
 
 
 class Shadows:
-    """Runs operators on fake tensors and keeps the shadows. Use `call` in the place of `op(*args, **kwargs)`."""
+    """Runs operators on fake tensors and keeps their shadows. Use `call` instead of `op(*args, **kwargs)`."""
 
     def __init__(self) -> None:
         self.made_up: set[str] = set()
-        """Operators that were answered with a made-up value."""
+        """Operators that got a made-up value."""
         self.upper_bounds: set[str] = set()
-        """Those of them whose made-up value decided a shape."""
+        """Those of them whose made-up value determined a shape."""
         self._random = torch.Generator().manual_seed(0)
 
     def value(self, tensor: Tensor) -> Tensor | None:
-        """The real value of `tensor`, or None where it is not known."""
+        """The real value of `tensor`, or None if it is unknown."""
         if not isinstance(tensor, FakeTensor):
             return tensor
         shadow: Tensor | None = vars(tensor).get(_NAME)
         return None if shadow is None or vars(shadow.untyped_storage()).get("stale") else shadow
 
     def value_or_made_up(self, tensor: Tensor, reason: str) -> Tensor:
-        """The real value of `tensor`, made up where it is not known."""
+        """The real value of `tensor`, made up if it is unknown."""
         known = self.value(tensor)
         if known is not None:
             return known
@@ -84,20 +84,20 @@ class Shadows:
         return real
 
     def call(self, op: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What `op` returns for fake tensors; an output whose shape depends on values is decided from the shadows."""
-        undecided = op.overloadpacket.__name__ == "nms"
-        if not undecided:
-            try:
-                out = op(*args, **kwargs)
-            except (DataDependentOutputException, DynamicOutputShapeException):
-                undecided, out = True, None
-            if not undecided:
-                self._follow(op, args, kwargs, out)
-                return out
-        return self._decide(op, args, kwargs)
+        """Run `op` on fake tensors; an output whose shape depends on values is computed from the shadows."""
+        if op.overloadpacket.__name__ == "nms":
+            return self._from_values(op, args, kwargs)
+        try:
+            out = op(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            pass
+        else:
+            self._follow(op, args, kwargs, out)
+            return out
+        return self._from_values(op, args, kwargs)
 
     def _run(self, op: OpOverload, args: object, kwargs: Mapping[str, Any]) -> Any:
-        """`op` on the known values, on the CPU."""
+        """Run `op` on the known values, on the CPU."""
         on_cpu = {name: x for name, x in kwargs.items() if name not in ("device", "pin_memory")}
         if "device" in kwargs:
             on_cpu["device"] = torch.device("cpu")
@@ -106,10 +106,10 @@ class Shadows:
             return op(*real_args, **real_kwargs)
 
     def _follow(self, op: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
-        """Give the outputs their shadows, or mark what `op` wrote as no longer known."""
+        """Set the shadows of the outputs, or mark what `op` wrote to as unknown."""
         packet = op.overloadpacket
         if packet is aten._amp_foreach_non_finite_check_and_unscale_:
-            return  # The gradients are taken as finite: found_inf keeps its zero.
+            return  # The gradients are assumed finite: found_inf stays zero.
         inputs = list(tensors_in((args, kwargs)))
         outputs = [t for t in tensors_in(out) if isinstance(t, FakeTensor)]
         small = all(t.numel() <= _KNOWN_LIMIT for t in outputs)
@@ -134,11 +134,13 @@ class Shadows:
                     shadow = vars(tensor).get(_NAME)
                     if shadow is not None:  # Marked on the storage: every view of it is stale too.
                         vars(shadow.untyped_storage())["stale"] = True
-                        forget(tensor)
+                        drop_value(tensor)
 
-    def _decide(self, op: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _from_values(self, op: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run an operator whose output shape depends on values; unknown values are made up."""
         inputs = list(tensors_in((args, kwargs)))
-        packet, unknown = op.overloadpacket, any(self.value(t) is None for t in inputs)
+        packet = op.overloadpacket
+        unknown = any(self.value(t) is None for t in inputs)
         device = next((t.fake_device for t in inputs if isinstance(t, FakeTensor)), torch.device("cpu"))
         if packet is aten.index:
             return self._boolean_index(args[0], args[1], device)
@@ -160,7 +162,7 @@ class Shadows:
         return fake
 
     def _boolean_index(self, x: Tensor, indices: Sequence[Tensor | None], device: torch.device) -> Tensor:
-        """`x[mask]`: as CUDA does it, by the positions of the mask's true elements; `x` itself may be large."""
+        """`x[mask]`, computed as on CUDA from the positions of the mask's true elements; `x` itself may be large."""
         positions: list[Tensor | None] = []
         for index in indices:
             if index is None or index.dtype not in (torch.bool, torch.uint8):
@@ -170,8 +172,8 @@ class Shadows:
                 self.upper_bounds.add("aten.index")
             mask = self.value_or_made_up(index, "aten.index")
             with no_dispatch():
-                found = mask.nonzero().unbind(1)
-            positions += [self._fake(real, device) for real in found]
+                true_positions = mask.nonzero().unbind(1)
+            positions += [self._fake(real, device) for real in true_positions]
         return self.call(aten.index.Tensor, (x, positions), {})
 
     def patch_numpy(self) -> None:

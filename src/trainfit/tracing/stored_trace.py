@@ -14,11 +14,11 @@ class StoredTrace:
     """What a traced step did (`tracing.trace.trace_step`)."""
 
     trace: Trace
-    """Every allocation and free, from the building of the model on; marks "window 0", "window 1", ..."""
+    """Every allocation and free since the model was built; marks "window 0", "window 1", ..."""
     ops: tuple[OpCount, ...]
     """Operators of the last window."""
     made_up: tuple[str, ...] = ()
-    """Operators that were given a made-up value, because a trace does not know it."""
+    """Operators that got a made-up value, because the real one is unknown in a trace."""
     upper_bounds: tuple[str, ...] = ()
     """Those of them that got the largest possible shape."""
     blocks: int = 0

@@ -1,6 +1,6 @@
-"""Run whole training steps where no GPU is, and return what they did to its memory.
+"""Runs whole training steps without a GPU, and returns every allocation and free that they make.
 
-`trace_step` changes torch for the process that it runs in; everyone but tests goes through `worker.run`.
+`trace_step` changes torch for the process that it runs in; everything but tests calls it through `worker.run`.
 """
 
 import gc
@@ -25,21 +25,21 @@ Device = Literal["cuda", "cpu"]
 
 
 class Step(Protocol):
-    """A training step: the object that trains. Nothing in it knows that it is traced."""
+    """A training step: the same object that trains. Nothing in it depends on being traced."""
 
     @property
     def model(self) -> nn.Module:
-        """What trains."""
+        """The model that is trained."""
         ...
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """Its optimizer."""
+        """The optimizer of its parameters."""
         ...
 
     @property
     def ema(self) -> nn.Module | None:
-        """The averaged copy of the model, if one is kept on the device."""
+        """The model with the EMA weights, if they are on the device."""
         ...
 
     @property
@@ -57,8 +57,11 @@ def trace_step(
 ) -> StoredTrace:
     """Build a step and run `steps` windows of it, recording every allocation on `device`.
 
-    On "cuda" tensors are fake and nothing is computed; this process is changed for good (`fake_cuda.install`). On
-    "cpu" the step runs for real. Raises TrainfitError, naming operator and line, for what cannot be traced.
+    On "cuda" tensors are fake and nothing is computed; this process is changed permanently (`fake_cuda.install`). On
+    "cpu" the step really runs.
+
+    Raises:
+        TrainfitError: an operator cannot be traced; the message names it and the line that called it.
     """
     gc.collect()
     torch.manual_seed(0)
@@ -68,11 +71,15 @@ def trace_step(
             fakeify.patch_modules()
             shadows = Shadows()
             shadows.patch_numpy()
-            fake, recorder = FakeTensorMode(allow_non_fake_inputs=True), Recorder("cuda", shadows)
-            building, modes = fakeify.FakeCuda(fake, recorder), (fake, recorder)
+            fake = FakeTensorMode(allow_non_fake_inputs=True)
+            recorder = Recorder("cuda", shadows)
+            building = fakeify.FakeCuda(fake, recorder)
+            modes = (fake, recorder)
         else:
-            shadows, recorder = None, Recorder("cpu", None)
-            building, modes = recorder, (recorder,)
+            shadows = None
+            recorder = Recorder("cpu", None)
+            building = recorder
+            modes = (recorder,)
         try:
             with building:
                 step = build(torch.device(device))
@@ -105,11 +112,11 @@ def _run(step: Step, recorder: Recorder, steps: int) -> None:
 
 
 def _explained(error: Exception, recorder: Recorder) -> Exception:
-    """A TrainfitError naming the operator and the line of the user's code that called it; others stay as they are."""
+    """A TrainfitError that names the operator and the line of the user's code that called it; other errors unchanged."""
     if recorder.failed is None or isinstance(error, TrainfitError):
         return error
-    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
+    internal = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(internal)]
     where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown"
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     return TrainfitError(

@@ -1,4 +1,4 @@
-"""Traces of settings: from the disk, or from a process that makes one. Imports no torch, so a stored one comes at once.
+"""Traces of settings, read from the disk or made by a tracing process. Imports no torch, so that a stored trace loads fast.
 
 A trace is stored under what differs from the defaults of its setting, and with the value of every knob and its
 `Provenance`. A new knob with a default leaves its name as it is; a changed default or changed code makes it invalid.
@@ -25,7 +25,7 @@ import trainfit
 from trainfit.cache import cache_folder
 from trainfit.errors import TrainfitError
 from trainfit.files import read_bytes
-from trainfit.models.family import registering_modules
+from trainfit.models.family import families, registering_modules
 from trainfit.models.setting import Setting
 from trainfit.process import end_running
 from trainfit.tracing import worker
@@ -34,10 +34,9 @@ from trainfit.tracing.stored_trace import StoredTrace
 
 SCHEMA = 2
 LARGEST_TEXT_BYTES = 1 << 30
-"""Of a stored text, decompressed. The largest trace of a built-in model has some 30 MB; more is damage."""
+"""Limit of a stored text, decompressed. The largest trace of a built-in model has about 30 MB; more means a damaged file."""
 DAMAGE = (EOFError, ValueError, LookupError, TypeError, AttributeError, zlib.error, RecursionError, TrainfitError)
-"""What reading and parsing raise for a file that is not what `store` wrote, besides gzip's OSError without a number."""
-PACKAGES = ("torch", "torchvision", "rfdetr", "timm", "open_clip_torch")
+"""Exceptions of reading and parsing a damaged file, besides gzip's OSError without an errno."""
 T = TypeVar("T")
 _FACTORY = {
     "training": "trainfit.models.build:build_step",
@@ -59,19 +58,18 @@ class TraceRequest:
 
     @property
     def name(self) -> str:
-        """What differs from the defaults, in words; two requests for one model have the same name if they are equal."""
-        own = {"capability": "{}.{}".format(*self.capability)} | (
-            {} if self.device == "cuda" else {"device": self.device}
-        )
-        values = own | {
-            each.name: getattr(self.setting, each.name)
-            for each in fields(self.setting)
-            if each.name != "model" and getattr(self.setting, each.name) != each.default
-        }
+        """The values that differ from the defaults; two requests for one model have the same name if they are equal."""
+        values: dict[str, Any] = {"capability": "{}.{}".format(*self.capability)}
+        if self.device != "cuda":
+            values["device"] = self.device
+        for knob in fields(self.setting):
+            value = getattr(self.setting, knob.name)
+            if knob.name != "model" and value != knob.default:
+                values[knob.name] = value
         return " ".join([self.part, *(f"{key}={values[key]}" for key in sorted(values))])
 
     def to_json(self) -> dict[str, Any]:
-        """As the tracing process reads it (`tracing.worker.run`)."""
+        """The request in the form that the tracing process reads (`tracing.worker.run`)."""
         return {
             "factory": _FACTORY[self.part],
             "kwargs": {"setting": self.setting.to_json()},
@@ -82,40 +80,40 @@ class TraceRequest:
 
 
 def get_trace(request: TraceRequest, *, cache: bool = True) -> StoredTrace:
-    """The trace of a request, from the disk if it is there and `cache` is set, else traced (seconds) and stored.
+    """The trace of a request: from the disk if it is stored and `cache` is set, else traced (seconds) and stored.
 
     Raises:
         TrainfitError: the step cannot be built or traced, or the trace cannot be stored.
     """
-    # The code of a user's own model may have changed, and nothing here would notice.
+    # The code of a user's own model may have changed, and nothing here would detect that.
     if not cache or not request.setting.family.cacheable:
         return StoredTrace.from_json(_traced(request))
     path = cache_path(request)
-    found = stored(path, partial(_valid_trace, request))
-    if found is None:
+    trace = read_stored(path, partial(_valid_trace, request))
+    if trace is None:
         record = json.loads(_traced(request))
-        found = StoredTrace.from_record(record)
-        store(path, with_origin(request, record))
-    return found
+        trace = StoredTrace.from_record(record)
+        store(path, with_provenance(request, record))
+    return trace
 
 
 def _valid_trace(request: TraceRequest, text: str) -> StoredTrace | None:
-    record = if_valid(request, text)
+    record = content_if_valid(request, text)
     return None if record is None else StoredTrace.from_record(record)
 
 
 def get_traces(requests: Iterable[TraceRequest], *, cache: bool = True) -> tuple[StoredTrace, ...]:
-    """`get_trace` of each; those that are missing are traced two at a time."""
+    """`get_trace` of each request; missing traces are made two at a time."""
     with ThreadPoolExecutor(2) as pool:
         try:
             return tuple(pool.map(partial(get_trace, cache=cache), requests))
-        except KeyboardInterrupt:  # the pool waits for its threads, and they for their processes
+        except KeyboardInterrupt:  # the pool waits for its threads, and the threads wait for their processes
             end_running()
             raise
 
 
 def is_stored(request: TraceRequest) -> bool:
-    """Whether its trace need not be made."""
+    """Whether the trace of a request is in the cache."""
     return cache_path(request).exists()
 
 
@@ -128,32 +126,35 @@ def cache_path(request: TraceRequest) -> Path:
     return cache_folder() / "traces" / f"{readable}-{digest}.json.gz"
 
 
-def with_origin(request: TraceRequest, content: object, *modules: str) -> str:
-    """JSON of what was made for a request, with what it was made from; `modules` worked on it after the tracing."""
+def with_provenance(request: TraceRequest, content: object, *modules: str) -> str:
+    """JSON of `content`, which was made for a request, with its setting and provenance.
+
+    `modules` are those that processed it after the tracing.
+    """
     origin = made_with(request.setting, *modules).to_record()
     record = {"setting": request.setting.to_json(), "made_with": origin, "content": content}
     return json.dumps(record, separators=(",", ":"))
 
 
-def if_valid(request: TraceRequest, text: str) -> Any:
-    """The content that `with_origin` took; None where it was made for another value of a knob, or by other code."""
+def content_if_valid(request: TraceRequest, text: str) -> Any:
+    """The content given to `with_provenance`; None if it was made for another value of a knob, or by other code."""
     record = json.loads(text)
-    if not is_of(request.setting, record["setting"]):
+    if not has_values(request.setting, record["setting"]):
         return None
     changed = any(Provenance.from_record(record["made_with"]).changes())
     return None if changed else record["content"]
 
 
-def is_of(setting: Setting, recorded: Mapping[str, Any]) -> bool:
-    """Whether a recorded setting has the values that `setting` has. Knobs that are newer than the record do not count:
-    those that are not at their default are in the request's name.
+def has_values(setting: Setting, recorded: Mapping[str, Any]) -> bool:
+    """Whether a setting has the recorded values. Knobs that are newer than the record are ignored: those that are not at
+    their default are in the request's name.
     """
     values = json.loads(json.dumps(setting.to_json()))
     return all(name in values and values[name] == value for name, value in recorded.items())
 
 
 def made_with(setting: Setting, *modules: str) -> Provenance:
-    """What a trace of this setting is made with here."""
+    """The provenance of a trace of this setting that is made by this installation."""
     family = setting.family
     prepares = (family.prepare_trace.partition(":")[0],) if family.prepare_trace else ()
     return provenance(_packages(setting), (*TRACER, family.workload, *prepares, *modules))
@@ -161,23 +162,28 @@ def made_with(setting: Setting, *modules: str) -> Provenance:
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of what a step is made from; of trainfit, a digest of the code that builds and traces it."""
-    found = {dist.name: dist.version for name in PACKAGES for dist in metadata.distributions(name=name)}
+    """Versions of torch and of every family's packages; for trainfit, a digest of the code that builds and traces steps."""
+    installed: dict[str, str] = {}
+    for name in ("torch", "torchvision", *(each for family in families().values() for each in family.packages)):
+        installed |= {dist.name: dist.version for dist in metadata.distributions(name=name)}
     source = Path(trainfit.__file__).parent
-    files = sorted(file for room in ("models", "step", "tracing", "tasks") for file in (source / room).rglob("*.py"))
+    files: list[Path] = []
+    for folder in ("models", "step", "tracing", "tasks"):
+        files += (source / folder).rglob("*.py")
+    files.sort()
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    return {**found, "trainfit": digest}
+    return {**installed, "trainfit": digest}
 
 
 def _traced(request: TraceRequest) -> str:
-    """The answer of a tracing process, as `StoredTrace.to_json` wrote it."""
+    """The text that `StoredTrace.to_json` wrote in a tracing process."""
     family = request.setting.family
     own = {"prepare": family.prepare_trace, "families": registering_modules()}
     return worker.run(request.to_json() | own, request.setting.model)
 
 
 def packages_of(setting: Setting) -> dict[str, str]:
-    """Installed versions of what a family's steps are made from."""
+    """Installed versions of the packages that a family's steps run."""
     return installed_versions(_packages(setting))
 
 
@@ -185,10 +191,10 @@ def _packages(setting: Setting) -> tuple[str, ...]:
     return ("torch", *setting.family.packages)
 
 
-def stored(path: Path, parse: Callable[[str], T]) -> T | None:
-    """What `store` wrote, parsed; None where there is nothing.
+def read_stored(path: Path, parse: Callable[[str], T]) -> T | None:
+    """Parse what `store` wrote; None if there is no file.
 
-    A damaged file is removed with a warning in the log, so that it is made anew.
+    A damaged file is removed with a warning in the log, so that it is made again.
 
     Raises:
         TrainfitError: the file exists and cannot be read.
@@ -203,7 +209,7 @@ def stored(path: Path, parse: Callable[[str], T]) -> T | None:
         raise TrainfitError(f"{path}: cannot be read ({error.strerror}); remove it or use --no-cache") from error
     except DAMAGE as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-    logging.getLogger(__name__).warning("%s is damaged (%.100s): removed, and made anew", path, reason)
+    logging.getLogger(__name__).warning("%s is damaged (%.100s): removed, and made again", path, reason)
     path.unlink(missing_ok=True)
     return None
 
@@ -217,7 +223,7 @@ def _decompressed(data: bytes) -> str:
 
 
 def store(path: Path, text: str) -> None:
-    """Whole or not at all: several processes may trace the same setting."""
+    """Write the text atomically: several processes may trace the same setting."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent)

@@ -12,12 +12,12 @@ from trainfit.process import ask, end_with_parent
 
 
 def run(request: Mapping[str, Any], name: str) -> str:
-    """The JSON of a StoredTrace for `request` (see `TraceRequest.to_json`), made in a process of its own. Needs no torch.
+    """The JSON of a StoredTrace for `request` (see `TraceRequest.to_json`), made in a separate process. Needs no torch.
 
     Raises:
         TrainfitError: the step cannot be built or traced, or the process died; `name` is what was traced.
     """
-    # One thread: a trace computes next to nothing, and spinning threads slow a busy machine many times over.
+    # One thread: a trace computes almost nothing, and spinning threads slow down a busy machine.
     text, last_words = ask("trainfit.tracing.worker", request, OMP_NUM_THREADS="1")
     if text is None:
         raise TrainfitError(f"tracing {name}: {last_words}")
@@ -57,7 +57,7 @@ def main(request: Path, answer: Path) -> None:
 
 
 def _imported(name: str) -> Any:
-    """What "module:function" names."""
+    """The function named by "module:function"."""
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)
 

@@ -25,15 +25,19 @@ def decode(record: ClassRecord, *, size: int, augment: bool, generator: torch.Ge
     image = read_image(record)
     region = _random(image.width, image.height, generator) if augment else _centre(image.width, image.height)
     pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=region)).copy()
-    found = torch.from_numpy(pixels).permute(2, 0, 1)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
     if augment and torch.rand((), generator=generator).item() < 0.5:
-        found = found.flip(2)
-    return LabelledImage(image=found.contiguous(), label=record.label, record_id=record.id)
+        tensor = tensor.flip(2)
+    return LabelledImage(image=tensor.contiguous(), label=record.label, record_id=record.id)
 
 
 def _centre(width: int, height: int) -> tuple[float, float, float, float]:
-    side = CENTRE * min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
+    return _centred_square(width, height, CENTRE * min(width, height))
+
+
+def _centred_square(width: int, height: int, side: float) -> tuple[float, float, float, float]:
+    left = (width - side) / 2
+    top = (height - side) / 2
     return left, top, left + side, top + side
 
 
@@ -44,10 +48,10 @@ def _random(width: int, height: int, generator: torch.Generator) -> tuple[float,
     for _ in range(TRIES):
         area = width * height * draw(*AREA)
         ratio = math.exp(draw(math.log(RATIO[0]), math.log(RATIO[1])))
-        crop_width, crop_height = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        crop_width = math.sqrt(area * ratio)
+        crop_height = math.sqrt(area / ratio)
         if crop_width <= width and crop_height <= height:
-            left, top = draw(0, width - crop_width), draw(0, height - crop_height)
+            left = draw(0, width - crop_width)
+            top = draw(0, height - crop_height)
             return left, top, left + crop_width, top + crop_height
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
+    return _centred_square(width, height, min(width, height))

@@ -24,7 +24,7 @@ from trainfit.tasks.classes.samples import LabelledImage, Ranking
 from trainfit.weights import load_weights, without_warnings
 
 SIDE = 224
-"""Pixels, for a model that says nothing of its input."""
+"""Side in pixels of the input of a model that does not declare one."""
 
 
 def build_model(name: str, *, classes: int, resolution: int | None = None) -> Any:
@@ -52,16 +52,17 @@ def logits(model: Any, images: Sequence[LabelledImage]) -> torch.Tensor:
     """(n, classes); images are normalised as the model was published, and take the memory format of its weights."""
     like = next(p for p in model.parameters() if p.dim() == 4)
     published: Mapping[str, Any] = model.default_cfg
-    mean, std = published.get("mean", IMAGENET_MEAN), published.get("std", IMAGENET_STD)
+    mean = published.get("mean", IMAGENET_MEAN)
+    std = published.get("std", IMAGENET_STD)
     batch = stack_images([i.image for i in images], like, mean=mean, std=std)
     last = not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
     return model(batch.contiguous(memory_format=torch.channels_last) if last else batch)
 
 
 def _terms(model: torch.nn.Module, images: Sequence[LabelledImage], _canvas: tuple[int, int]) -> Mapping[str, LossTerm]:
-    found = logits(model, images)
-    labels = to_device([torch.tensor([i.label for i in images])], found)
-    return {"class": LossTerm(total=functional.cross_entropy(found, labels, reduction="sum"), kind="images")}
+    scores = logits(model, images)
+    labels = to_device([torch.tensor([i.label for i in images])], scores)
+    return {"class": LossTerm(total=functional.cross_entropy(scores, labels, reduction="sum"), kind="images")}
 
 
 OBJECTIVE = Objective(terms=_terms, counts=lambda images: {"class": float(len(images))})
@@ -73,7 +74,7 @@ class Classifier:
     export_name = "best-timm.safetensors"
 
     def __init__(self, setting: ClassifierSetting, classes: tuple[str, ...]) -> None:
-        """Note what is to be built; no weights yet."""
+        """Store the setting; `build` makes the weights."""
         self.setting = setting
         self.classes = classes
         self.objective = OBJECTIVE
@@ -94,9 +95,7 @@ class Classifier:
             model = build_model(self.name, classes=len(self.classes), resolution=self.setting.resolution)
         if not any(isinstance(module, _BatchNorm) for module in model.modules()):
             return ()
-        return (
-            f"{self.name} has BatchNorm: its statistics are of a micro-batch, so a larger one is not quite the same",
-        )
+        return (f"{self.name} has BatchNorm: its statistics depend on the micro-batch, so accumulation is not exact",)
 
     def build(self) -> torch.nn.Module:
         model = build_model(self.name, classes=len(self.classes), resolution=self.setting.resolution)
@@ -107,20 +106,21 @@ class Classifier:
     def load(self, model: torch.nn.Module, weights: str) -> list[str]:
         """From a file of trainfit or timm (safetensors), or `pretrained`, which timm downloads; the head only if it fits."""
         if weights == "pretrained":
-            given, names = _published(self.name), None
+            state = _published(self.name)
+            names = None
         else:
-            given, metadata = load_weights(Path(weights))
+            state, metadata = load_weights(Path(weights))
             names = json.loads(metadata["classes"]) if "classes" in metadata else None
         own = model.state_dict()
-        if not given.keys() & own.keys():
+        if not state.keys() & own.keys():
             raise TrainfitError(
-                f"{weights} holds no weights of {self.setting.model}: it has {', '.join([*given][:3])} ..."
+                f"{weights} holds no weights of {self.setting.model}: it has {', '.join([*state][:3])} ..."
             )
         other_classes = names is not None and tuple(names) != self.classes
-        head = {f"{name}.{kind}" for name in _heads(model) for kind in ("weight", "bias")}
+        head = {f"{name}.weight" for name in _heads(model)} | {f"{name}.bias" for name in _heads(model)}
         fits = {
             name: value
-            for name, value in given.items()
+            for name, value in state.items()
             if name in own and value.shape == own[name].shape and not (other_classes and name in head)
         }
         wrong = sorted(own.keys() - fits.keys() - head)
@@ -129,8 +129,8 @@ class Classifier:
                 f"{weights} does not fit {self.setting.model}: {wrong[0]} is missing or has another shape"
             )
         model.load_state_dict(own | fits)
-        fresh = sorted(own.keys() - fits.keys())
-        return [f"{weights} is of other classes: the head ({', '.join(fresh)}) starts anew"] if fresh else []
+        random = sorted(own.keys() - fits.keys())
+        return [f"{weights} is of other classes: the head ({', '.join(random)}) starts at random"] if random else []
 
     def parameter_groups(self, model: torch.nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
         return all_parameters(model, settings)
@@ -139,7 +139,7 @@ class Classifier:
         return repeated_blocks(model)
 
     def saturate(self, model: torch.nn.Module) -> None:
-        """Nothing in a classifier depends on the data."""
+        """Do nothing: no part of a classifier grows with the data."""
 
     def worst_window(self, model: torch.nn.Module, images: int) -> Sequence[LabelledImage]:
         return [self.eval_sample(model)] * images
@@ -152,7 +152,7 @@ class Classifier:
     def outputs(self, model: torch.nn.Module, samples: Sequence[LabelledImage]) -> list[Ranking]:
         scores, classes = logits(model, samples).float().softmax(1).topk(min(BEST, len(self.classes)))
         rows = zip(samples, classes.tolist(), scores.tolist(), strict=True)
-        return [Ranking(record_id=s.record_id, classes=tuple(found), scores=tuple(p)) for s, found, p in rows]
+        return [Ranking(record_id=s.record_id, classes=tuple(best), scores=tuple(p)) for s, best, p in rows]
 
     def sizes(self) -> tuple[int, ...]:
         return (self.eval_size,)
@@ -183,12 +183,12 @@ def _published(name: str) -> dict[str, torch.Tensor]:
     except Exception as error:  # the hub's client raises errors of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TrainfitError(
-            f"published weights of timm:{name} cannot be had ({reason:.150}): give --weights FILE"
+            f"published weights of timm:{name} cannot be downloaded ({reason:.150}): give --weights FILE"
         ) from error
 
 
 def _heads(model: Any) -> Sequence[str]:
-    """Names of the layers that end in the classes."""
+    """Names of the layers whose outputs are the classes."""
     named = model.default_cfg.get("classifier") or ()
     return (named,) if isinstance(named, str) else tuple(named)
 

@@ -17,13 +17,15 @@ import torch
 from trainfit.errors import TrainfitError
 from trainfit.models.clip.family import PREFIX, Freeze, Loss, refuse
 
-SIGLIP_SCALE, SIGLIP_BIAS = math.log(10), -10.0
-"""What open_clip 3.3 open_clip_train/main.py starts with for --siglip."""
+SIGLIP_SCALE = math.log(10)
+"""Initial logarithm of the scale for --siglip (open_clip 3.3 open_clip_train/main.py)."""
+SIGLIP_BIAS = -10.0
+"""Initial bias for --siglip (open_clip 3.3 open_clip_train/main.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How images become a model's input."""
+    """How images are resized and normalised for a model."""
 
     size: tuple[int, int]
     """(height, width)."""
@@ -34,7 +36,7 @@ class Preprocessing:
 
 
 def open_clip() -> Any:
-    """The package.
+    """Import open_clip.
 
     Raises:
         TrainfitError: it is not installed.
@@ -47,10 +49,10 @@ def open_clip() -> Any:
 
 
 def architecture_of(model: str) -> str:
-    """The name that open_clip knows of a model: that of a configuration of its own, or of a JSON file, which is made known.
+    """The name under which open_clip has a model's configuration; a JSON file is registered with open_clip first.
 
     Raises:
-        TrainfitError: no such architecture, or a file that is no configuration.
+        TrainfitError: no such architecture, or a file that is not a configuration.
     """
     refuse(model)
     name = model.removeprefix(PREFIX)
@@ -69,8 +71,8 @@ def _register(path: Path) -> str:
         record = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise TrainfitError(f"{path}: not a configuration of open_clip ({error}): give a JSON file") from error
-    wanted = ("embed_dim", "vision_cfg", "text_cfg")
-    missing = [key for key in wanted if not isinstance(record, dict) or key not in record]
+    required = ("embed_dim", "vision_cfg", "text_cfg")
+    missing = [key for key in required if not isinstance(record, dict) or key not in record]
     if missing:
         raise TrainfitError(f"{path}: not a configuration of open_clip: it has no {', '.join(missing)}")
     if open_clip().get_model_config(path.stem) != record:
@@ -90,7 +92,7 @@ def has_caption(architecture: str) -> bool:
 
 @cache
 def preprocessing(architecture: str, resolution: int | None = None) -> Preprocessing:
-    """As the first published weights of an architecture want it; as OpenAI's where there are none."""
+    """The preprocessing of an architecture's first published weights, or OpenAI's if none are published."""
     package = open_clip()
     tags = package.list_pretrained_tags_by_model(architecture)
     published: Mapping[str, Any] = package.get_pretrained_cfg(architecture, tags[0]) if tags else {}
@@ -149,7 +151,7 @@ def build_model(
 
 
 def freeze_parts(model: Any, freeze: Freeze) -> None:
-    """Take what is not trained out of training; BatchNorm that is not trained keeps its statistics for good."""
+    """Freeze parts of the model; frozen BatchNorm keeps its statistics."""
     visual = {id(parameter) for parameter in model.visual.parameters()}
     text = model.text if hasattr(model, "text") else model
     if freeze == "image":
@@ -179,7 +181,7 @@ def batchnorm_layers(model: torch.nn.Module) -> int:
 
 @contextmanager
 def quiet() -> Generator[None]:
-    """Hold back what open_clip logs through the root logger: what matters of it is in trainfit's own remarks."""
+    """Suppress open_clip's messages in the root logger: trainfit's own remarks contain what matters."""
     root = logging.getLogger()
     disabled = root.disabled
     root.disabled = True

@@ -1,4 +1,4 @@
-"""Pairs as open_clip trains on them: a random resized crop and a tokenized text."""
+"""Samples of image-text pairs as in open_clip: a random resized crop and a tokenized text."""
 
 import hashlib
 import math
@@ -23,7 +23,7 @@ CROP_RATIO = (3 / 4, 4 / 3)
 """open_clip 3.3 transform.py `AugmentationCfg.scale`, and torchvision's `RandomResizedCrop` for the ratio."""
 KEY_COLUMNS = 3
 KEY_BITS = 21
-"""A text's key travels as whole numbers in float32, which holds those below 2**24: 63 bits in three columns."""
+"""A text's key is stored as integers in float32, which represents those below 2**24 exactly: 63 bits in three columns."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,7 +60,7 @@ def text_keys(model: torch.nn.Module, pairs: Sequence[Pair]) -> tuple[torch.Tens
 
 
 def key_of(text: str) -> int:
-    """63 bits that are the same for texts that are the same but for case and white space."""
+    """A 63-bit hash; texts that differ only in case and white space have the same."""
     plain = " ".join(text.lower().split())
     return int.from_bytes(hashlib.blake2b(plain.encode(errors="surrogatepass"), digest_size=8).digest()) >> 1
 
@@ -76,7 +76,7 @@ def make_sample(
 ) -> Pair:
     """Decode, crop and resize; of several texts one is drawn. Without `augment` all texts are tokenized.
 
-    `size` is not looked at: the size of a model's input is that of `preprocessing`.
+    `size` is ignored: the input size of the model is that of `preprocessing`.
     """
     del size
     image = torch.zeros(0, dtype=torch.uint8)
@@ -104,14 +104,17 @@ def random_crop(image: Image.Image, used: Preprocessing, generator: torch.Genera
         share, shape = torch.rand(2, generator=generator).tolist()
         area = width * height * (CROP_SCALE[0] + share * (CROP_SCALE[1] - CROP_SCALE[0]))
         ratio = math.exp(low + shape * (high - low))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        w = round(math.sqrt(area * ratio))
+        h = round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             top = int(torch.randint(height - h + 1, (), generator=generator))
             left = int(torch.randint(width - w + 1, (), generator=generator))
             return _resized(image.crop((left, top, left + w, top + h)), used)
     ratio = min(max(width / height, CROP_RATIO[0]), CROP_RATIO[1])
-    w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
-    left, top = (width - w) // 2, (height - h) // 2
+    w = min(width, round(height * ratio))
+    h = min(height, round(width / ratio))
+    left = (width - w) // 2
+    top = (height - h) // 2
     return _resized(image.crop((left, top, left + w, top + h)), used)
 
 
@@ -121,7 +124,7 @@ def _resized(image: Image.Image, used: Preprocessing) -> Image.Image:
 
 
 def centre_crop(image: Image.Image, used: Preprocessing) -> Image.Image:
-    """What open_clip evaluates on: the short side resized and the middle cut out, or the whole image squashed.
+    """Open_clip's transform for evaluation: the short side resized and the centre cropped, or the whole image squashed.
 
     Source: open_clip 3.3 transform.py `image_transform`.
     """
@@ -136,7 +139,8 @@ def centre_crop(image: Image.Image, used: Preprocessing) -> Image.Image:
         scale = max(width / image.width, height / image.height)
         grown = (round(image.width * scale), round(image.height * scale))
     image = image.resize((grown[0], grown[1]), resampling)
-    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    left = round((image.width - width) / 2)
+    top = round((image.height - height) / 2)
     return image.crop((left, top, left + width, top + height))
 
 
@@ -145,7 +149,7 @@ def tokenizer_of(architecture: str) -> Any:
     """open_clip's tokenizer of an architecture, or of a file with the configuration of one.
 
     Raises:
-        TrainfitError: it cannot be had: a package or a download is missing.
+        TrainfitError: it cannot be loaded: a package or a download is missing.
     """
     name = architecture_of(architecture)
     try:
@@ -160,7 +164,7 @@ def tokenizer_of(architecture: str) -> Any:
 
 
 def tokenize(architecture: str, texts: Sequence[str]) -> torch.Tensor:
-    """(texts, context length): token ids; a text that is too long is cut, as open_clip cuts it."""
+    """(texts, context length): token ids; a text that is too long is truncated, as by open_clip."""
     if not texts:
         return torch.zeros((0, 0), dtype=torch.int64)
     return tokenizer_of(architecture)(list(texts)).to(torch.int64)

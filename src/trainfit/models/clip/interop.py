@@ -26,15 +26,15 @@ def load_into(model: torch.nn.Module, architecture: str, weights: str) -> list[s
     """
     path, remarks = _find(architecture, weights)
     try:
-        found = _read(model, path)
+        state = _read(model, path)
     except (AssertionError, AttributeError, LookupError, RuntimeError) as error:  # of open_clip's conversions
         raise TrainfitError(f"{path} is not of {architecture}: {first_line(error)}") from error
-    missing = [name for name in model.state_dict() if name not in found and not name.endswith(COUNTER)]
+    missing = [name for name in model.state_dict() if name not in state and not name.endswith(COUNTER)]
     if missing:
         raise TrainfitError(f"{path} is not of {architecture}: it lacks {missing[0]} and {len(missing) - 1} more")
     try:
         with quiet():
-            model.load_state_dict({name: value for name, value in found.items() if name in model.state_dict()})
+            model.load_state_dict({name: value for name, value in state.items() if name in model.state_dict()})
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:]] or [first_line(error)]
         raise TrainfitError(f"{path} is not of {architecture}: {lines[0]}") from error
@@ -55,13 +55,13 @@ def _find(architecture: str, weights: str) -> tuple[Path, list[str]]:
         )
     try:
         with quiet():
-            found = package.download_pretrained(package.get_pretrained_cfg(architecture, tag))
+            file = package.download_pretrained(package.get_pretrained_cfg(architecture, tag))
     except Exception as error:  # urllib's and huggingface_hub's
         reason = first_line(error)
         raise TrainfitError(
             f"could not download {architecture} {tag} ({reason}); get the file elsewhere and pass --weights FILE"
         ) from error
-    return Path(found), [f"weights: {architecture} {tag}"]
+    return Path(file), [f"weights: {architecture} {tag}"]
 
 
 def _read(model: torch.nn.Module, path: Path) -> dict[str, torch.Tensor]:
@@ -75,7 +75,7 @@ def _read(model: torch.nn.Module, path: Path) -> dict[str, torch.Tensor]:
     state: dict[str, Any] = read_checkpoint(path, load)
     odd = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if odd or not state:
-        raise TrainfitError(f"{path}: not a checkpoint of open_clip: {odd[0] if odd else 'it'} is no tensor")
+        raise TrainfitError(f"{path}: not a checkpoint of open_clip: {odd[0] if odd else 'it'} is not a tensor")
     learned: Any = model
     with quiet():
         state = factory.convert_state_dict(model, state)

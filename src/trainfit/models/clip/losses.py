@@ -1,4 +1,4 @@
-"""The losses of CLIP, SigLIP, distillation and CoCa over some rows of the pairs, and the towers that give their features."""
+"""The losses of CLIP, SigLIP, distillation and CoCa over a slice of the pairs, and the towers that compute their features."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +17,11 @@ from trainfit.step.terms import LossTerm, Objective
 LARGEST_SCALE = math.log(100)
 """open_clip 3.3 open_clip_train/train.py clamps the logarithm of the scale to [0, ln 100] after every step."""
 CAPTION_WEIGHT = 2.0
-"""Of CoCa's caption loss; that of its contrastive loss is 1 (open_clip 3.3 open_clip_train/params.py)."""
+"""Weight of CoCa's caption loss; that of its contrastive loss is 1 (open_clip 3.3 open_clip_train/params.py)."""
 CHUNK_ROWS = 256
-"""Rows of the logits at a time: 32 MiB a matrix at 32,768 pairs."""
+"""Rows of the logits that exist at one time: 32 MiB per matrix at 32,768 pairs."""
 TOKENS_AT_ONCE = 1024
-"""Tokens whose logits over the vocabulary exist at a time: 194 MiB in float32 at 49,408 words."""
+"""Tokens whose logits over the vocabulary exist at one time: 194 MiB in float32 at 49,408 words."""
 
 
 def image_features(model: torch.nn.Module, pairs: Sequence[Pair]) -> Features:
@@ -42,7 +42,7 @@ def features(model: torch.nn.Module, pairs: Sequence[Pair]) -> tuple[torch.Tenso
 
 
 def rows_loss(model: torch.nn.Module, images: torch.Tensor, texts: torch.Tensor, rows: slice) -> torch.Tensor:
-    """These rows' part of the mean loss over all pairs: SigLIP's where the model has a bias, CLIP's otherwise.
+    """The contribution of these rows to the mean loss over all pairs: SigLIP's if the model has a bias, else CLIP's.
 
     Source: open_clip 3.3 loss.py `ClipLoss`, `SigLipLoss`.
     """
@@ -71,90 +71,92 @@ def _siglip(
 
 @dataclass(frozen=True, kw_only=True)
 class RowsLoss:
-    """The loss of some rows as `Contrastive.rows_loss`, of features that have names."""
+    """A `Contrastive.rows_loss` of named features."""
 
     names: tuple[str, ...]
-    """What each feature is: "image", "text", "keys" of texts, "teacher image", "teacher text"."""
+    """Name of each feature: "image", "text", "keys" of texts, "teacher image", "teacher text"."""
     teacher_scale: Callable[[], torch.Tensor] | None = None
-    """The factor of the teacher's logits."""
+    """Returns the scale of the teacher's logits."""
 
-    def __call__(self, model: torch.nn.Module, *given: Any) -> Mapping[str, torch.Tensor]:
-        """(each feature of all pairs, rows) -> the parts of the loss by name."""
-        every: dict[str, torch.Tensor] = dict(zip(self.names, given[:-1], strict=True))
-        rows: slice = given[-1]
-        images, texts = every["image"], every["text"]
-        keys = every.get("keys")
+    def __call__(self, model: torch.nn.Module, *features_and_rows: Any) -> Mapping[str, torch.Tensor]:
+        """(each feature of all pairs, rows) -> the losses of these rows by name."""
+        named: dict[str, torch.Tensor] = dict(zip(self.names, features_and_rows[:-1], strict=True))
+        rows: slice = features_and_rows[-1]
+        images = named["image"]
+        texts = named["text"]
+        keys = named.get("keys")
         if keys is None and self.teacher_scale is None:
             return {"contrastive": rows_loss(model, images, texts, rows)}
         same = None if keys is None else _same(keys, rows)
         learned: Any = model
         if learned.logit_bias is not None:
             return {"contrastive": _siglip(learned, images, texts, rows, same)}
-        return self._with_more(learned, every, rows, same)
+        return self._extended_loss(learned, named, rows, same)
 
-    def _with_more(
-        self, model: Any, every: Mapping[str, torch.Tensor], rows: slice, same: torch.Tensor | None
+    def _extended_loss(
+        self, model: Any, named: Mapping[str, torch.Tensor], rows: slice, same: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
         """CLIP's loss with several positives in a row, and distillation (open_clip 3.3 loss.py `DistillClipLoss`)."""
-        pairs = len(every["image"])
-        truth = torch.arange(rows.start, rows.stop, device=every["image"].device)
+        pairs = len(named["image"])
+        truth = torch.arange(rows.start, rows.stop, device=named["image"].device)
         totals: dict[str, list[torch.Tensor]] = {"contrastive": [], "distillation": []}
         for one, other in (("image", "text"), ("text", "image")):
-            logits = (model.logit_scale.exp() * every[one][rows] @ every[other].T).log_softmax(dim=1)
+            logits = (model.logit_scale.exp() * named[one][rows] @ named[other].T).log_softmax(dim=1)
             if same is None:
                 totals["contrastive"].append(-logits.gather(1, truth[:, None]).sum())
             else:
-                wanted = torch.where(same, logits, torch.zeros_like(logits)).sum(1) / same.sum(1)
-                totals["contrastive"].append(-wanted.sum())
+                positives = torch.where(same, logits, torch.zeros_like(logits)).sum(1) / same.sum(1)
+                totals["contrastive"].append(-positives.sum())
             if self.teacher_scale is not None:
-                theirs = self.teacher_scale() * every[f"teacher {one}"][rows] @ every[f"teacher {other}"].T
-                totals["distillation"].append(-(theirs.softmax(dim=1) * logits).sum())
+                teacher_logits = self.teacher_scale() * named[f"teacher {one}"][rows] @ named[f"teacher {other}"].T
+                totals["distillation"].append(-(teacher_logits.softmax(dim=1) * logits).sum())
         return {name: torch.stack(parts).sum() / (2 * pairs) for name, parts in totals.items() if parts}
 
 
 def _same(keys: torch.Tensor, rows: slice) -> torch.Tensor:
     """(rows, N): whether two texts are the same, by all columns of their keys."""
     columns = keys.unbind(1)
-    found = columns[0][rows, None] == columns[0]
+    same = columns[0][rows, None] == columns[0]
     for column in columns[1:]:
-        found &= column[rows, None] == column
-    return found
+        same &= column[rows, None] == column
+    return same
 
 
 def with_caption(model: torch.nn.Module, pairs: Sequence[Pair]) -> tuple[Features, Mapping[str, LossTerm]]:
-    """CoCa's features and its caption loss: the sum over all tokens that are not padding, each predicted from those before.
+    """CoCa's features and its caption loss: the sum over all tokens except padding, each predicted from the preceding ones.
 
-    The logits over the vocabulary exist for `TOKENS_AT_ONCE` tokens at a time, in the forward and again in the backward.
+    The logits over the vocabulary exist for `TOKENS_AT_ONCE` tokens at a time, in forward and again in backward.
     Source: open_clip 3.3 coca_model.py `CoCa.forward`, loss.py `CoCaLoss`, transformer.py `MultimodalTransformer.forward`.
     """
     coca: Any = model
     texts = stacked_texts(model, pairs)
     images, image_tokens = coca._encode_image(stacked_images(model, pairs))
     of_texts, tokens = coca._encode_text(texts)
-    labels, tokens = texts[:, 1:], tokens[:, :-1]
+    labels = texts[:, 1:]
+    tokens = tokens[:, :-1]
     decoder = coca.text_decoder
     mask = decoder.attn_mask[: tokens.shape[1], : tokens.shape[1]]
     for block, cross_attention in zip(decoder.resblocks, decoder.cross_attn, strict=True):
         tokens = cross_attention(block(tokens, attn_mask=mask), k_x=image_tokens, v_x=image_tokens)
     hidden = decoder.ln_final(tokens).flatten(0, 1)
     total = torch.zeros((), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
-    for some, wanted in zip(hidden.split(TOKENS_AT_ONCE), labels.flatten().split(TOKENS_AT_ONCE), strict=True):
+    for some, targets in zip(hidden.split(TOKENS_AT_ONCE), labels.flatten().split(TOKENS_AT_ONCE), strict=True):
         part = partial(_token_loss, coca.pad_id)
-        total = total + checkpoint(part, some, decoder.text_projection, wanted, use_reentrant=False)
+        total = total + checkpoint(part, some, decoder.text_projection, targets, use_reentrant=False)
     return (images, of_texts), {"caption": LossTerm(total=CAPTION_WEIGHT * total, kind="targets")}
 
 
-def _token_loss(pad_id: int, hidden: torch.Tensor, projection: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(hidden @ projection, wanted, ignore_index=pad_id, reduction="sum")
+def _token_loss(pad_id: int, hidden: torch.Tensor, projection: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(hidden @ projection, targets, ignore_index=pad_id, reduction="sum")
 
 
 def caption_counts(pairs: Sequence[Pair], pad_id: int = 0) -> Mapping[str, float]:
-    """Tokens that the caption loss predicts."""
+    """Number of tokens that the caption loss predicts."""
     return {"caption": float(sum(int((pair.text[1:] != pad_id).sum()) for pair in pairs))}
 
 
 def clamp_scale(model: torch.nn.Module) -> None:
-    """Bring the scale back to [1, 100], as open_clip does after every optimizer step."""
+    """Clamp the scale to [1, 100], as open_clip does after every optimizer step."""
     learned: Any = model
     with torch.no_grad():
         learned.logit_scale.clamp_(0, LARGEST_SCALE)
@@ -162,7 +164,7 @@ def clamp_scale(model: torch.nn.Module) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """What the objective depends on."""
+    """The options of the objective."""
 
     caption: bool = False
     """Whether the model is a CoCa."""
@@ -184,23 +186,24 @@ def make_objective(choices: Choices) -> Contrastive:
     if choices.teacher is not None:
         tower = Tower(features=choices.teacher.features, learns=False)
         parts.append((("teacher image", "teacher text"), tower))
-    both, text, image = ("image", "text"), ("text",), ("image",)
     if choices.caption:
-        parts.append((both, Tower(features=features, with_terms=with_caption)))
+        parts.append((("image", "text"), Tower(features=features, with_terms=with_caption)))
     elif choices.text_ratio is None and choices.frozen not in ("image", "text"):
-        parts.append((both, Tower(features=features)))
+        parts.append((("image", "text"), Tower(features=features)))
     else:
         ratio = choices.text_ratio or 1.0
-        towers = [
-            (text, Tower(features=text_features, learns=choices.frozen != "text", ratio=ratio)),
-            (image, Tower(features=image_features, learns=choices.frozen != "image")),
-        ]
+        text_tower = Tower(features=text_features, learns=choices.frozen != "text", ratio=ratio)
+        image_tower = Tower(features=image_features, learns=choices.frozen != "image")
+        towers = [(("text",), text_tower), (("image",), image_tower)]
         parts += sorted(towers, key=lambda part: part[1].learns)
     teacher = choices.teacher
+    names: list[str] = []
+    for names_of_tower, _ in parts:
+        names += names_of_tower
     return Contrastive(
         features=tuple(tower for _, tower in parts),
         rows_loss=RowsLoss(
-            names=tuple(name for names, _ in parts for name in names),
+            names=tuple(names),
             teacher_scale=None if teacher is None else teacher.scale,
         ),
         chunk_rows=choices.chunk_rows,
@@ -233,4 +236,4 @@ PLAIN = Objective(
     canvas=_no_canvas,
     constrain=clamp_scale,
 )
-"""Each micro-batch contrasted with itself alone: a mean of means."""
+"""The loss of each micro-batch by itself: a mean of means."""

@@ -1,4 +1,4 @@
-"""The teacher of a distillation: a second model that gives features and is not trained."""
+"""The teacher of a distillation: a second model that computes features and is not trained."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,17 +15,18 @@ from trainfit.weights import load_weights
 
 
 class Teacher:
-    """Built with the student's step, filled before training, and moved to the device by its first micro-batch."""
+    """Built with the student's step, loaded before training, and moved to the device by its first micro-batch."""
 
-    def __init__(self, wanted: str, student: str, resolution: int | None) -> None:
-        """Find the teacher's architecture; `student` is the student's.
+    def __init__(self, model: str, student: str, resolution: int | None) -> None:
+        """Find the teacher's architecture from `model` (ARCH, ARCH=FILE or FILE); `student` is the student's.
 
         Raises:
             TrainfitError: no such architecture, or one with another input than the student's.
         """
-        name, _, self.weights = wanted.partition("=")
+        name, _, self.weights = model.partition("=")
         if name.endswith(".safetensors") and not self.weights:
-            name, self.weights = _architecture_in(Path(name)), name
+            self.weights = name
+            name = _architecture_in(Path(name))
         self.name = architecture_of(name if name.startswith(PREFIX) else f"{PREFIX}{name}")
         self.model: torch.nn.Module | None = None
         _require_alike(self.name, student, preprocessing(student, resolution))
@@ -57,7 +58,7 @@ class Teacher:
         return images, teacher.encode_text(stacked_texts(teacher, pairs), normalize=True)
 
     def scale(self) -> torch.Tensor:
-        """The factor of the teacher's logits."""
+        """The scale of the teacher's logits."""
         teacher: Any = self.model
         return teacher.logit_scale.exp()
 
@@ -71,13 +72,14 @@ def _architecture_in(path: Path) -> str:
 
 
 def _require_alike(teacher: str, student: str, used: Preprocessing) -> None:
-    """Teacher and student see the same pixels and tokens (open_clip 3.3 main.py takes that for granted)."""
-    theirs, ours = (config_of(each).get("text_cfg", {}) for each in (teacher, student))
+    """Require that teacher and student take the same pixels and tokens, which open_clip 3.3 main.py assumes."""
+    of_teacher = config_of(teacher).get("text_cfg", {})
+    of_student = config_of(student).get("text_cfg", {})
     for key, default in (("context_length", 77), ("vocab_size", 49408), ("hf_tokenizer_name", None)):
-        if theirs.get(key, default) != ours.get(key, default):
+        if of_teacher.get(key, default) != of_student.get(key, default):
             raise TrainfitError(
-                f"--distill-model {teacher}: its {key} is {theirs.get(key, default)}, the student's is "
-                f"{ours.get(key, default)}: teacher and student read the same tokens"
+                f"--distill-model {teacher}: its {key} is {of_teacher.get(key, default)}, the student's is "
+                f"{of_student.get(key, default)}: teacher and student must use the same tokenizer"
             )
     own = preprocessing(teacher)
     if own.size != used.size and config_of(teacher).get("vision_cfg", {}).get("timm_model_name"):

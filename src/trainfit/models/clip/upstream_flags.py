@@ -39,25 +39,26 @@ def translate(arguments: Sequence[str]) -> list[str]:
     """
     from trainfit.models.clip.family import PREFIX, architectures, match
 
-    given = list(arguments)
-    of_upstream = any(before == "--model" and word in architectures() for before, word in pairwise(given))
-    if not given or given[0] != "train" or not (of_upstream or any(match(word) for word in given)):
-        return given
-    rest = flag_words(given[1:])
-    result, teacher = ["train"], dict[str, str]()
-    while rest:
-        word = rest.pop(0)
-        value = rest[0] if rest else ""
+    words = list(arguments)
+    of_upstream = any(before == "--model" and word in architectures() for before, word in pairwise(words))
+    if not words or words[0] != "train" or not (of_upstream or any(match(word) for word in words)):
+        return words
+    remaining = flag_words(words[1:])
+    result = ["train"]
+    teacher: dict[str, str] = {}
+    while remaining:
+        word = remaining.pop(0)
+        value = remaining[0] if remaining else ""
         if word == "--model":
-            result.append(f"{PREFIX}{rest.pop(0)}" if rest else word)
-        elif word in ("--distill-model", "--distill-pretrained") and rest:
-            teacher[word] = rest.pop(0)
-        elif word in DROPPED and rest:
-            rest.pop(0)
+            result.append(f"{PREFIX}{remaining.pop(0)}" if remaining else word)
+        elif word in ("--distill-model", "--distill-pretrained") and remaining:
+            teacher[word] = remaining.pop(0)
+        elif word in DROPPED and remaining:
+            remaining.pop(0)
         elif word in SWITCHES:
             result += SWITCHES[word]
-        elif word in ("--precision", "--lr-scheduler") and rest:
-            rest.pop(0)
+        elif word in ("--precision", "--lr-scheduler") and remaining:
+            remaining.pop(0)
             result += [RENAMED.get(word, word), {**PRECISIONS, **SCHEDULES}.get(value, value)]
         else:
             result.append(RENAMED.get(word, word))

@@ -88,7 +88,7 @@ class Clip:
         return build_model(setting.model, resolution=setting.resolution, loss=setting.loss, freeze=setting.freeze)
 
     def require_trainable(self) -> None:
-        """Refuse what the cached loss cannot train exactly; read the teacher's weights.
+        """Reject models that the cached loss cannot train exactly; read the teacher's weights.
 
         Raises:
             TrainfitError: a tower with BatchNorm in training, or a teacher without weights.
@@ -109,7 +109,7 @@ class Clip:
                 )
 
     def parameter_groups(self, model: torch.nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
-        """Upstream's: no decay of gains, biases and the scale; AdamW's numbers by the kind of tower.
+        """Upstream's groups: no weight decay of gains, biases and the scale; AdamW's betas and eps by the kind of tower.
 
         Source: open_clip 3.3 open_clip_train/main.py, and params.py `get_default_params`.
         """
@@ -124,7 +124,7 @@ class Clip:
             if parameter.requires_grad:
                 plain = parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
                 groups[0.0 if plain else settings.weight_decay].append(parameter)
-        return [{**shared, "params": found, "weight_decay": decay} for decay, found in groups.items() if found]
+        return [{**shared, "params": members, "weight_decay": decay} for decay, members in groups.items() if members]
 
     def blocks(self, model: torch.nn.Module) -> Sequence[torch.nn.Module]:
         tower: Any = model
@@ -135,10 +135,10 @@ class Clip:
         return (of_images if chosen != "text" else []) + (of_texts if chosen != "image" else [])
 
     def saturate(self, model: torch.nn.Module) -> None:
-        """Nothing in a CLIP model depends on the data."""
+        """Do nothing: no part of a CLIP model grows with the data."""
 
     def worst_window(self, model: torch.nn.Module, images: int) -> Sequence[Pair]:
-        """Two pairs alternating: of equal pairs the loss has no gradient."""
+        """Two alternating pairs: the loss of equal pairs has no gradient."""
         pairs = [_pair(model, seed=0), _pair(model, seed=1)]
         return [pairs[number % 2] for number in range(images)]
 
@@ -159,18 +159,18 @@ class Clip:
         parts = () if tokens is None else tokens.split(len(samples))
         encoded = [tower.encode_text(part.to(like.device), normalize=True).float().cpu() for part in parts]
         texts = iter(torch.cat(encoded)) if encoded else iter(())
-        found: list[PairFeatures] = []
+        results: list[PairFeatures] = []
         for sample in samples:
             count = sample.text.numel() // max(1, sample.text.shape[-1])
             own = [next(texts) for _ in range(count)]
-            found.append(
+            results.append(
                 PairFeatures(
                     record_id=sample.record_id,
                     image=next(images) if sample.image.dim() == 3 else None,
                     texts=torch.stack(own) if own else None,
                 )
             )
-        return found
+        return results
 
     def load(self, model: torch.nn.Module, weights: str) -> list[str]:
         return load_into(model, self.architecture, weights)
@@ -185,8 +185,8 @@ class Clip:
 
     def metadata(self) -> dict[str, str]:
         knobs = asdict(self.setting)
-        kept = {key: knobs[key] for key in ("resolution", "loss", "freeze")}
-        return {"model": self.setting.model, "classes": json.dumps(self.classes), "knobs": json.dumps(kept)}
+        shaping = {key: knobs[key] for key in ("resolution", "loss", "freeze")}
+        return {"model": self.setting.model, "classes": json.dumps(self.classes), "knobs": json.dumps(shaping)}
 
     def export(self, weights: Any, path: Path) -> None:
         export_upstream(weights, path)
@@ -207,7 +207,7 @@ def from_upstream(name: str, weights: str) -> tuple[Clip, torch.nn.Module, list[
 
 
 def _pair(model: Any, *, seed: int) -> Pair:
-    """Noise, and a text that fills the context; its last token is the largest id, which CLIP pools at."""
+    """Noise, and a text of the full context length; its last token is the largest id, where CLIP pools."""
     height, width = model.trainfit_preprocessing.size
     vocabulary, length = _text_shape(model)
     g = torch.Generator().manual_seed(seed)

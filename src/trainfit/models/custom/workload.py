@@ -1,4 +1,4 @@
-"""A user's own model and loss as a workload: predicted, planned and accumulated like the built-in families."""
+"""A user's own model and loss as a workload, which is predicted, planned and accumulated like the built-in families."""
 
 import importlib
 import sys
@@ -26,7 +26,7 @@ class CustomTask:
     build_model: Callable[[], torch.nn.Module]
     """Makes the model on the CPU."""
     make_sample: Callable[[int], Any]
-    """Number -> one item as the user's `Dataset` gives it, on the CPU; the largest that the data set has."""
+    """Index -> one item in the form that the user's `Dataset` returns, on the CPU, as large as the largest of the data set."""
     loss: Callable[[torch.nn.Module, Any], torch.Tensor]
     """(model, batch on the device) -> the batch's mean loss, a scalar."""
     make_batch: Callable[[list[Any]], Any] = default_collate
@@ -34,17 +34,18 @@ class CustomTask:
     blocks: Callable[[torch.nn.Module], Sequence[torch.nn.Module]] = repeated_blocks
     """Model -> the modules that `--checkpointing` may recompute, in order."""
     counts: Callable[[Any], float | torch.Tensor] | None = None
-    """Batch -> what its loss is a mean over (valid pixels, boxes), so that accumulation is exact; its items unless given."""
+    """Batch -> the count that its loss is a mean over (valid pixels, boxes), so that accumulation is exact; the number of items
+    unless given."""
     optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None
     """Parameter groups with an "lr" -> any optimizer, for instance `partial(torch.optim.RMSprop, momentum=0.9)`; that of
     `--optimizer` unless given."""
 
 
 def objective_of(task: CustomTask) -> Objective:
-    """The loss as one term: of kind `targets` where the task counts, else of kind `mean`, named "mean of means".
+    """The loss as one term: of kind `targets` if the task has `counts`, else of kind `mean`, named "mean of means".
 
-    Without `counts` micro-batches are weighted by their items. That is the big batch's gradient where the loss is a mean
-    over items.
+    Without `counts`, micro-batches are weighted by their number of items. This gives the big batch's gradient if the loss is
+    a mean over items.
     """
 
     def means(model: torch.nn.Module, items: Sequence[Any], _canvas: tuple[int, int]) -> Mapping[str, LossTerm]:
@@ -74,7 +75,7 @@ class Custom:
     """A `Workload` of a user's task. See that protocol for what the methods do."""
 
     def __init__(self, setting: Setting, classes: tuple[str, ...], task: CustomTask) -> None:
-        """Note what is to be built; no weights yet."""
+        """Store the task; `build` makes the weights."""
         self.setting = setting
         self.classes = classes
         self.task = task
@@ -94,7 +95,7 @@ class Custom:
         return self.task.blocks(model)
 
     def saturate(self, model: torch.nn.Module) -> None:
-        """The user's `make_sample` gives the largest sample already."""
+        """Do nothing: the user's `make_sample` returns the largest sample."""
 
     def worst_window(self, model: torch.nn.Module, images: int) -> Sequence[Any]:
         return [self.task.make_sample(number) for number in range(images)]

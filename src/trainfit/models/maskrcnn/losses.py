@@ -13,7 +13,7 @@ from trainfit.models.maskrcnn.family import Reference
 from trainfit.models.maskrcnn.lean import mask_targets
 from trainfit.models.maskrcnn.picks import Forwarded, Picks, forward, pick
 from trainfit.step.terms import LossTerm, Objective, TermsFunction
-from trainfit.step.window import buffers_kept
+from trainfit.step.window import buffers_restored
 from trainfit.tasks.detection.samples import Sample
 
 TERMS = ("objectness", "rpn_box", "class", "box", "mask")
@@ -56,7 +56,8 @@ def terms(
     scores = made.objectness.flatten()[picks.anchors]
     truth = picks.anchor_labels.to(scores.dtype)
     entropy = functional.binary_cross_entropy_with_logits(scores, truth, reduction="sum")
-    counts, numbers = picks.counts(), picks.numbers()
+    counts = picks.counts()
+    numbers = picks.numbers()
     totals = {"objectness": entropy, "rpn_box": box} | _region_totals(rcnn.roi_heads, made, picks, samples)
     return {
         name: LossTerm(
@@ -111,7 +112,7 @@ def _region_totals(heads: Any, made: Forwarded, picks: Picks, samples: Sequence[
     regions = _pick(picks.regions, picks.positive)
     if any(map(len, regions)):
         return totals | {"mask": _mask_total(heads, made, picks, regions, samples)}
-    with buffers_kept(heads):  # the statistics of no region are not a number
+    with buffers_restored(heads):  # the statistics of no region are not a number
         return totals | {"mask": _mask_total(heads, made, picks, regions, samples)}
 
 
@@ -121,13 +122,14 @@ def _mask_total(
     """Torchvision's `maskrcnn_loss` times the number of positive regions."""
     logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(made.features, regions, made.sizes)))
     side = logits.shape[-1]
-    labels, matched = _pick(picks.labels, picks.positive), _pick(picks.matched, picks.positive)
-    wanted: list[torch.Tensor] = []
+    labels = _pick(picks.labels, picks.positive)
+    matched = _pick(picks.matched, picks.positive)
+    targets: list[torch.Tensor] = []
     for sample, size, region, match in zip(samples, made.sizes, regions, matched, strict=True):
         assert sample.masks is not None
-        wanted.append(mask_targets(sample.masks, size, region.detach(), match, side))
+        targets.append(mask_targets(sample.masks, size, region.detach(), match, side))
     own = logits[torch.arange(len(logits), device=logits.device), torch.cat(labels)]
-    return functional.binary_cross_entropy_with_logits(own, torch.cat(wanted), reduction="sum") / side**2
+    return functional.binary_cross_entropy_with_logits(own, torch.cat(targets), reduction="sum") / side**2
 
 
 def _pick(rows: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -> list[torch.Tensor]:

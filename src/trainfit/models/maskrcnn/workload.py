@@ -65,7 +65,8 @@ class MaskRcnn:
 
     def worst_window(self, model: torch.nn.Module, images: int) -> Sequence[Sample]:
         """Images of the longest allowed side, landscape and portrait alternating."""
-        landscape, portrait = self._sample(*self.setting.sides), self._sample(*reversed(self.setting.sides))
+        landscape = self._sample(*self.setting.sides)
+        portrait = self._sample(*reversed(self.setting.sides))
         return [landscape, portrait] * (images // 2) + [landscape] * (images % 2)
 
     def eval_sample(self, model: torch.nn.Module) -> Sample:

@@ -1,4 +1,4 @@
-"""Images and objects as RF-DETR trains on them: square resize, crop and flip, normalised targets."""
+"""Samples and targets of RF-DETR: square resize, crop and flip, normalised boxes."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,8 +25,8 @@ def make_sample(record: ImageRecord, *, size: int, augment: bool, masks: bool, g
 
     The crop's distribution is upstream's (short side to 400, 500 or 600, a square of 384 px or more out of it, then the
     target size); the pixels are resampled once, not twice. Without `augment`: the resize alone, as for evaluation.
-    Boxes are clipped to the crop; objects whose box is left without area are dropped, as upstream drops them; crowds are
-    left out. Masks are drawn only where `masks` wants them.
+    Boxes are clipped to the crop; objects whose clipped box has no area are dropped, as upstream does; crowds are left out.
+    Masks are drawn only if `masks` is set.
     """
     image = read_image(record)
     region = (0.0, 0.0, float(record.width), float(record.height))
@@ -42,8 +42,8 @@ def make_sample(record: ImageRecord, *, size: int, augment: bool, masks: bool, g
     boxes = boxes[keep]
     drawn = None
     if masks:
-        kept = [segmentation for segmentation, k in zip(record.segmentations, keep, strict=True) if k]
-        drawn = draw_masks(kept, boxes, region=region, size=(size, size), image=(record.height, record.width))
+        segmentations = [each for each, is_kept in zip(record.segmentations, keep, strict=True) if is_kept]
+        drawn = draw_masks(segmentations, boxes, region=region, size=(size, size), image=(record.height, record.width))
     pixels = torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1).contiguous()
     if flip:
         pixels = pixels.flip(2)
@@ -71,7 +71,8 @@ def _random_crop(width: int, height: int, generator: torch.Generator) -> Region:
     left = draw(0, max(0, round(width * zoom) - side)) / zoom
     top = draw(0, max(0, round(height * zoom) - side)) / zoom
     side = min(side / zoom, width, height)
-    left, top = min(left, width - side), min(top, height - side)
+    left = min(left, width - side)
+    top = min(top, height - side)
     return left, top, left + side, top + side
 
 

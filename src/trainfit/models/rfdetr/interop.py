@@ -178,7 +178,8 @@ def _fit_queries(state: dict[str, torch.Tensor], config: ModelConfig, file: Weig
 
     Where the file does not say how its queries are grouped the first rows are taken, as upstream does.
     """
-    groups, queries = config.group_detr, config.num_queries
+    groups = config.group_detr
+    queries = config.num_queries
     layout = file.query_layout
     if layout is not None and (groups > layout[0] or queries > layout[1]):
         raise TrainfitError(
@@ -230,13 +231,14 @@ def _follow_class_names(model: LWDETR, file: WeightsFile, classes: tuple[str, ..
     Where no name is the file's, the heads stay as upstream's loader leaves them: the file's rows in order, cut or
     repeated to the number of classes.
     """
-    outputs, name = len(classes) + 1, file.path.name
+    outputs = len(classes) + 1
+    name = file.path.name
     matched = positions(classes, file.class_names)
     if not any(row is not None for row in matched):
         if not file.class_names and file.class_rows == outputs:
             return []
-        why = "names none of these classes" if file.class_names else f"has {file.class_rows - 1} classes without names"
-        return [f"{name} {why}: the class heads start from its rows in order, cut or repeated to {outputs}"]
+        reason = "names none of these classes" if file.class_names else f"has {file.class_rows - 1} unnamed classes"
+        return [f"{name} {reason}: the class heads start from its rows in order, cut or repeated to {outputs}"]
     rows = starting_rows(matched, file.class_names)
     if rows == list(range(file.class_rows)) and None not in matched:
         return []
@@ -261,15 +263,15 @@ def starting_rows(matched: Sequence[int | None], names: Sequence[str]) -> list[i
     its name takes the one at its own position, where upstream's loader would start it, unless that row is another
     class's by name: then the next that is not. The last output takes a row that is no class in the file.
     """
-    taken = {row for row in matched if row is not None}
-    free = [row for row in range(len(names)) if row not in taken] or list(range(len(names)))
+    rows_by_name = {row for row in matched if row is not None}
+    free = [row for row in range(len(names)) if row not in rows_by_name] or list(range(len(names)))
     nameless = [row for row, name in enumerate(names) if not name]
     rows: list[int] = []
     passed_over = 0
     for position, row in enumerate([*matched, nameless[-1] if nameless else None]):
         if row is not None:
             rows.append(row)
-        elif position % len(names) not in taken:
+        elif position % len(names) not in rows_by_name:
             rows.append(position % len(names))
         else:
             rows.append(free[passed_over % len(free)])

@@ -1,4 +1,4 @@
-"""RF-DETR's mask losses in pieces of bounded size: upstream's values at its random points, in a fraction of the memory.
+"""RF-DETR's mask losses in pieces of bounded size: the same values as upstream's, in a fraction of the memory.
 
 Upstream (rfdetr 1.11.2 models/criterion.py `loss_masks`) holds the logits of every matched query at full size until
 backward, and a float copy of each target mask for each query group. Here a piece of the logits exists at a time; for
@@ -19,13 +19,17 @@ from trainfit.models.rfdetr.packed_masks import PackedMasks
 
 PIECE = 2**21
 """Mask logits in one piece: 8 MiB in float32."""
-OVERSAMPLING, UNCERTAIN = 3, 0.75
-"""Upstream's candidates for each point, and the share of the points that are the most uncertain of them (`loss_masks`)."""
-BILINEAR, BORDER = 0, 1
-"""`interpolation_mode` and `padding_mode` of torch's grid sampler."""
+OVERSAMPLING = 3
+"""Upstream's candidates per point (`loss_masks`)."""
+UNCERTAIN = 0.75
+"""Share of the points that are the most uncertain candidates (`loss_masks`)."""
+BILINEAR = 0
+"""`interpolation_mode` of torch's grid sampler."""
+BORDER = 1
+"""`padding_mode` of torch's grid sampler."""
 
 Indices = Sequence[tuple[torch.Tensor, torch.Tensor]]
-"""Of each image: the matched queries, and their targets."""
+"""The matched queries and their targets, for each image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +41,14 @@ class Piece:
 
 
 def pieces_of(counts: Sequence[int], pixels: int) -> Iterator[list[Piece]]:
-    """For each image that has matched pairs its pieces, at most `PIECE` logits (but at least one mask) in each.
+    """Yield the pieces of each image that has matched pairs, of at most `PIECE` logits (but at least one mask) each.
 
     Args:
-        counts: Matched pairs of each image.
+        counts: Number of matched pairs of each image.
         pixels: Logits of one mask.
     """
-    first, most = 0, max(1, PIECE // pixels)
+    first = 0
+    most = max(1, PIECE // pixels)
     for image, count in enumerate(counts):
         starts = range(first, first + count, most)
         first += count
@@ -77,24 +82,25 @@ class LeanCriterion(SetCriterion):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Kept:
-    """What is kept of all pairs, filled piece by piece."""
+class SavedForBackward:
+    """Values of all pairs that backward needs, and the losses; filled piece by piece."""
 
     points: torch.Tensor
     """float32 (pairs, points, 2) in 0..1."""
     values: torch.Tensor
-    """(pairs, points): logits there."""
+    """(pairs, points): logits at the points."""
     labels: torch.Tensor
-    """bool (pairs, points): the target mask there."""
+    """bool (pairs, points): the target mask at the points."""
     entropy: torch.Tensor
     """(pairs,)."""
     dice: torch.Tensor
     """(pairs,)."""
 
     @classmethod
-    def empty(cls, spatial: torch.Tensor, candidates: torch.Tensor, others: torch.Tensor) -> "Kept":
-        """Room for the pairs and points of `PairLosses.forward`."""
-        pairs, points = len(candidates), candidates.shape[1] // OVERSAMPLING
+    def empty(cls, spatial: torch.Tensor, candidates: torch.Tensor, others: torch.Tensor) -> "SavedForBackward":
+        """Allocate the tensors for the pairs and points of `PairLosses.forward`."""
+        pairs = len(candidates)
+        points = candidates.shape[1] // OVERSAMPLING
         dtype = torch.promote_types(spatial.dtype, torch.float32)
         return cls(
             points=others.new_empty(pairs, points, 2),
@@ -128,28 +134,29 @@ class PairLosses(torch.autograd.Function):
             queries: (images, queries, channels). A mask's logits are the products of its query with `spatial`, plus `bias`.
             bias: (1,).
             pairs: (2, pairs): query and target of each, both counted within their image.
-            candidates: (pairs, 3 points, 2) in 0..1: of these the most uncertain are taken.
-            others: (pairs, points, 2): the points that are taken anyway.
+            candidates: (pairs, 3 points, 2) in 0..1: the most uncertain of these are used.
+            others: (pairs, points, 2): points that are always used.
             masks: The targets of each image.
             counts: Pairs of each image.
         """
-        kept = Kept.empty(spatial, candidates, others)
+        saved = SavedForBackward.empty(spatial, candidates, others)
         for pieces in pieces_of(counts, spatial[0, 0].numel()):
             for piece in pieces:
-                chosen, own = pairs[:, piece.pairs], piece.pairs
+                own = piece.pairs
+                chosen = pairs[:, own]
                 product = queries[piece.image][chosen[0]] @ spatial[piece.image].flatten(1)
                 ctx.product_dtype = product.dtype
                 logits = product.add_(bias) if product.dtype == bias.dtype else product + bias
                 del product
                 logits = logits.view(-1, 1, *spatial.shape[2:])
-                kept.points[own] = choose_points(logits, candidates[own], others[own])
-                kept.values[own] = at_points(logits, kept.points[own])
+                saved.points[own] = choose_points(logits, candidates[own], others[own])
+                saved.values[own] = at_points(logits, saved.points[own])
                 del logits
-                kept.labels[own] = masks[piece.image].at(chosen[1], kept.points[own])
-                kept.entropy[own], kept.dice[own] = losses_of(kept.values[own], kept.labels[own])
-        ctx.save_for_backward(spatial, queries, bias, pairs, kept.points, kept.values, kept.labels)
+                saved.labels[own] = masks[piece.image].at(chosen[1], saved.points[own])
+                saved.entropy[own], saved.dice[own] = losses_of(saved.values[own], saved.labels[own])
+        ctx.save_for_backward(spatial, queries, bias, pairs, saved.points, saved.values, saved.labels)
         ctx.counts = counts
-        return kept.entropy, kept.dice
+        return saved.entropy, saved.dice
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -226,7 +233,7 @@ def gradient_of_losses(
 def spread(of_values: torch.Tensor, points: torch.Tensor, size: torch.Size) -> torch.Tensor:
     """Gradient of bilinear sampling by what was sampled: (n, points) at `points` (n, points, 2) -> (n, height x width)."""
     grid = 2.0 * points.to(of_values.dtype)[:, :, None] - 1.0
-    # The sampled values matter for the gradient by the points alone, which nobody needs: a single zero stands for all.
+    # The sampled values affect only the gradient by the points, which is not needed: a single zero stands for all.
     sampled = of_values.new_zeros(()).expand(len(points), 1, *size)
     mask = [True, False]
     gradient, _ = torch.ops.aten.grid_sampler_2d_backward(

@@ -68,7 +68,8 @@ class LeanMatcher(HungarianMatcher):
     def _mask_costs(self, outputs: dict[str, Any], image: int, masks: PackedMasks) -> tuple[torch.Tensor, torch.Tensor]:
         """The costs of an image's queries with some masks, each (queries, masks)."""
         head = outputs["pred_masks"]
-        spatial, queries = head["spatial_features"][image, None], head["query_features"][image, None]
+        spatial = head["spatial_features"][image, None]
+        queries = head["query_features"][image, None]
         points = self._points.to(torch.promote_types(spatial.dtype, self._points.dtype))
         features = point_sample(spatial, points, align_corners=False)
         numbers = torch.arange(len(masks), device=spatial.device)

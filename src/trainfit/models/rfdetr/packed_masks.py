@@ -1,4 +1,4 @@
-"""Target masks at one bit a pixel, and their values at points."""
+"""Target masks with one bit per pixel, and their values at points."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +34,8 @@ class PackedMasks:
         mode "nearest", ties included.
         """
         height, width = self.size
-        columns, rows = _nearest(points, width, axis=0), _nearest(points, height, axis=1)
+        columns = _nearest(points, width, axis=0)
+        rows = _nearest(points, height, axis=1)
         pixels = rows.mul_(width).add_(columns)
         values = self.bits[masks[:, None], pixels >> 3]
         return (values >> (pixels & 7).to(torch.uint8)).bitwise_and_(1).bool()

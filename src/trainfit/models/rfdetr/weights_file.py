@@ -60,13 +60,15 @@ def read_weights(path: Path) -> WeightsFile:
     Raises:
         TrainfitError: the file cannot be read safely, or holds no RF-DETR.
     """
-    return _ours(path) if path.suffix == ".safetensors" else _upstream(path)
+    return _read_trainfit(path) if path.suffix == ".safetensors" else _read_upstream(path)
 
 
-def _ours(path: Path) -> WeightsFile:
+def _read_trainfit(path: Path) -> WeightsFile:
     state, metadata = load_weights(path)
     try:
-        name, classes, knobs = metadata["model"], json.loads(metadata["classes"]), json.loads(metadata["knobs"])
+        name = metadata["model"]
+        classes = json.loads(metadata["classes"])
+        knobs = json.loads(metadata["knobs"])
         published = PUBLISHED.get(name)
         queries = knobs["num_queries"] or (published and published.queries)
     except (KeyError, TypeError, ValueError) as error:
@@ -77,7 +79,7 @@ def _ours(path: Path) -> WeightsFile:
     return WeightsFile(path=path, state=state, config=config, class_names=names, made_for=name)
 
 
-def _upstream(path: Path) -> WeightsFile:
+def _read_upstream(path: Path) -> WeightsFile:
     checkpoint = read_checkpoint(path, _safe_torch_load)
     if not isinstance(checkpoint, dict):
         raise TrainfitError(f"{path}: not a checkpoint of RF-DETR (no dictionary)")
@@ -104,7 +106,8 @@ def _require_model(state: Any, path: Path) -> dict[str, torch.Tensor]:
     for key, value in tensors.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise TrainfitError(f"{path}: not a checkpoint of RF-DETR ({key!r} is no name of a tensor)")
-    weight, bias = tensors.get("class_embed.weight"), tensors["class_embed.bias"]
+    weight = tensors.get("class_embed.weight")
+    bias = tensors["class_embed.bias"]
     if weight is None or weight.ndim != 2 or not len(weight) or bias.shape != weight.shape[:1]:
         raise TrainfitError(f"{path}: not a checkpoint of RF-DETR (its `class_embed` is no linear layer)")
     require_sound(cast(dict[str, torch.Tensor], tensors), path)
@@ -122,13 +125,15 @@ def _count(value: Any) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
-def _row_names(given: Any, rows: int) -> tuple[str, ...]:
+def _row_names(class_names: Any, rows: int) -> tuple[str, ...]:
     """The class name of each row; see `WeightsFile.class_names`.
 
     A head of 91 rows without names of its own, or with COCO's 80 in order, has COCO's ids as rows, as upstream reads
     it too (rfdetr 1.11.2 detr.py `predict`).
     """
-    listed = [given] if isinstance(given, str) else given if isinstance(given, list | tuple) else []
+    if isinstance(class_names, str):
+        class_names = [class_names]
+    listed = class_names if isinstance(class_names, list | tuple) else []
     names = [name if isinstance(name, str) else "" for name in cast(list[Any], listed)]
     if rows == COCO_ROWS and names in ([], list(COCO_CLASS_NAMES)):
         return tuple(COCO_CLASSES.get(row, "") for row in range(rows))

@@ -57,7 +57,7 @@ WITH_MASKS: Mapping[str, type[upstream.ModelConfig]] = {
 """Detection sizes with upstream's mask head added, by the names of the RT-DETR-Seg guide; see docs/segmentation.md."""
 
 LARGEST_RESOLUTION = 4096
-"""Pixels; a file that says more is not believed."""
+"""Pixels; a larger resolution in a file is ignored."""
 LAYER_DECAY = 0.8
 """Each encoder layer's rate is this times the next layer's (rfdetr 1.11.2 config.py `lr_vit_layer_decay`)."""
 COMPONENT_DECAY = 0.7
@@ -89,9 +89,9 @@ class RfDetr:
         self.config = make_config(name, outputs - 1, knobs)
         self.resolution = self.eval_size = self.config.resolution
         self.export_name = "best-rfdetr.pth"
-        wanted, used = knobs.resolution, self.resolution
-        legal = wanted is None or wanted == used
-        self.remarks = () if legal else (f"resolution {wanted} is not legal for {name}: using {used}",)
+        legal = knobs.resolution in (None, self.resolution)
+        remark = f"resolution {knobs.resolution} is not legal for {name}: using {self.resolution}"
+        self.remarks = () if legal else (remark,)
         self.masks = self.config.segmentation_head
         train_config = upstream.SegmentationTrainConfig if self.masks else upstream.TrainConfig
         train = train_config(dataset_dir=".", output_dir=".")
@@ -136,7 +136,8 @@ class RfDetr:
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            lr, decay = settings.lr, settings.weight_decay
+            lr = settings.lr
+            decay = settings.weight_decay
             if name in encoder:
                 lr, decay = encoder[name]
             elif "transformer.decoder" in name:
@@ -145,7 +146,7 @@ class RfDetr:
         return [{"params": params, "lr": lr, "weight_decay": wd} for (lr, wd), params in merged.items()]
 
     def blocks(self, model: torch.nn.Module) -> list[torch.nn.Module]:
-        """The mask head's, which free most for their time; then the encoder's, the projector and the decoder's."""
+        """The mask head's blocks, which free the most memory for their time; then the encoder's, projector and decoder's."""
         encoder, decoder = (model.get_submodule(name).children() for name in (ENCODER_LAYERS, DECODER_LAYERS))
         blocks = [*encoder, model.get_submodule(PROJECTOR), *decoder]
         if self.masks:
@@ -155,12 +156,12 @@ class RfDetr:
         return [block for block in blocks if any(parameter.requires_grad for parameter in block.parameters())]
 
     def saturate(self, model: torch.nn.Module) -> None:
-        """Nothing in an RF-DETR depends on the data but its targets."""
+        """Do nothing: no part of an RF-DETR grows with the data."""
 
     def worst_window(self, model: torch.nn.Module, images: int) -> Sequence[Sample]:
-        """Images of the largest size, each with the most objects."""
-        side, setting = max(self.sizes()), self.setting
-        objects = setting.objects_per_image
+        """Images of the largest size, each with the largest number of objects."""
+        side = max(self.sizes())
+        objects = self.setting.objects_per_image
         return [crowded_sample(side, side, objects=objects, classes=len(self.classes), masks=self.masks)] * images
 
     def eval_sample(self, model: torch.nn.Module) -> Sample:
@@ -182,14 +183,14 @@ class RfDetr:
         like = next(model.parameters())
         outputs = model(to_batch(samples, (self.resolution, self.resolution), like))
         sizes = torch.tensor([s.original_size for s in samples], device=like.device)
-        # Upstream would make all masks of all images at image size at once.
+        # Upstream would compute all masks of all images at image size at once.
         masks: Masks | None = outputs.pop("pred_masks", None)
         _, _, queries = self.postprocess._select_topk(outputs["pred_logits"])  # pyright: ignore[reportPrivateUsage]
         is_class = self.is_class.to(like.device)
-        found: list[ImageDetections] = []
+        detections: list[ImageDetections] = []
         for i, (sample, result) in enumerate(zip(samples, self.postprocess(outputs, sizes), strict=True)):
             known = is_class[result["labels"]]
-            found.append(
+            detections.append(
                 ImageDetections(
                     image_id=sample.image_id,
                     boxes=result["boxes"][known].float().cpu(),
@@ -198,7 +199,7 @@ class RfDetr:
                     masks=None if masks is None else masks_of(masks, i, queries[i][known], sample.original_size),
                 )
             )
-        return found
+        return detections
 
     def metadata(self) -> dict[str, str]:
         own = {field.name: getattr(self.knobs, field.name) for field in dataclasses.fields(RfDetrKnobs)}
@@ -221,7 +222,8 @@ def from_upstream(name: str, weights: str) -> tuple[RfDetr, torch.nn.Module, lis
     with _quiet():
         file = read_weights(find_weights(make_config(name, 1, RfDetrKnobs()), weights))
         names = file.class_names or tuple(f"class {row}" for row in range(file.class_rows - 1))
-        layout, resolution = file.query_layout, file.config.get("resolution")
+        layout = file.query_layout
+        resolution = file.config.get("resolution")
         knobs = RfDetrKnobs(
             resolution=resolution if isinstance(resolution, int) and 0 < resolution <= LARGEST_RESOLUTION else None,
             num_queries=layout[1] if layout else None,
@@ -262,7 +264,7 @@ def make_config(name: str, classes: int, knobs: RfDetrKnobs) -> upstream.ModelCo
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    """Hold back upstream's log lines below errors: what matters of them is in trainfit's own remarks."""
+    """Suppress upstream's log messages below errors: trainfit's own remarks contain what matters."""
     logger = logging.getLogger("rf-detr")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -272,12 +274,13 @@ def _quiet() -> Generator[None]:
         logger.setLevel(level)
 
 
-def legal_resolution(wanted: int, block: int, *, snap: bool) -> int:
+def legal_resolution(resolution: int, block: int, *, snap: bool) -> int:
     """The nearest multiple of `block` (at least one block); ties go up."""
-    nearest = max(block, (wanted + block // 2) // block * block)
-    if nearest != wanted and not snap:
+    nearest = max(block, (resolution + block // 2) // block * block)
+    if nearest != resolution and not snap:
         raise TrainfitError(
-            f"--resolution {wanted} is not a multiple of {block} (patch size x windows): use {nearest}, or drop --no-snap"
+            f"--resolution {resolution} is not a multiple of {block} (patch size x windows): "
+            f"use {nearest}, or leave --no-snap out"
         )
     return nearest
 
