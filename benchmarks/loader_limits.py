@@ -34,12 +34,13 @@ LOAD = """
 import sys
 from functools import partial
 from trainfit.models.rfdetr.data import make_sample
+from trainfit.tasks.augment import parse
 from trainfit.tasks.detection.read import read_dataset
 from trainfit.training.loader import WindowPlan, training_loader
 records = read_dataset(sys.argv[1]).splits["train"]
 plan = WindowPlan(images=len(records), effective_batch=int(sys.argv[2]), sizes=(312,), seed=0)
 decode, note = partial(make_sample, masks=True), partial(print, flush=True)
-for window in training_loader(records, decode, plan, steps=range(2), augment=True, workers=4, note=note):
+for window in training_loader(records, decode, plan, steps=range(2), augment=parse("default"), workers=4, note=note):
     masks = sum(len(sample.masks) for sample in window)
     print(f"a window of {len(window)} images with {masks} masks", flush=True)
 """

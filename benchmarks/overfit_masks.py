@@ -38,7 +38,7 @@ def main() -> None:
             lr=arguments.lr,
             lr_encoder=arguments.lr,
             multi_scale=False,
-            augment=False,
+            augment="none",
             ema=False,
             workers=0,
             out=Path(folder) / "run",

@@ -9,6 +9,7 @@ training process loading, what a window waits is its images' delays.
 import argparse
 import tempfile
 import time
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,9 @@ class Delayed:
     def __init__(self, decode: Decoder, delay_s: float) -> None:
         self.decode, self.delay_s = decode, delay_s
 
-    def __call__(self, record: ImageRecord, *, size: int, augment: bool, generator: torch.Generator) -> Sample:
+    def __call__(
+        self, record: ImageRecord, *, size: int, augment: AbstractSet[str], generator: torch.Generator
+    ) -> Sample:
         """Sleep, then decode."""
         time.sleep(self.delay_s)
         return self.decode(record, size=size, augment=augment, generator=generator)

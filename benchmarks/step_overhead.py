@@ -40,7 +40,9 @@ def make(resolution: int, groups: int) -> tuple[RfDetr, torch.nn.Module, torch.o
     model = workload.build()
     optimizer = torch.optim.AdamW(workload.parameter_groups(model, OptimizerSettings()), fused=True)
     decode = workload.decoder()
-    window = [decode(r, size=resolution, augment=False, generator=torch.Generator()) for r in data.splits["train"][4:8]]
+    window = [
+        decode(r, size=resolution, augment=frozenset(), generator=torch.Generator()) for r in data.splits["train"][4:8]
+    ]
     return workload, model, optimizer, window
 
 

@@ -69,7 +69,7 @@ def main() -> None:
     step = TrainingStep(model=model, objective=workload.objective, optimizer=optimizer, device=CPU)
     decode, generator = workload.decoder(), torch.Generator()
     records = data.splits["train"][:4]
-    window = [decode(r, size=given.resolution, augment=False, generator=generator) for r in records]
+    window = [decode(r, size=given.resolution, augment=frozenset(), generator=generator) for r in records]
     watch = NoiseWatch(step)
     result = step.run(window, micro_batch=2, step=0)
     seconds: dict[int, list[float]] = {0: [], EVERY - 1: []}

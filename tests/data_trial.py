@@ -23,6 +23,7 @@ from data_corpus import CANARY, Case, write_outside
 from trainfit.errors import TrainfitError
 from trainfit.models.rfdetr.data import make_sample
 from trainfit.reports.check_data import check_data_json, check_data_text
+from trainfit.tasks.augment import OWN
 from trainfit.tasks.detection.check import check_dataset, check_of
 from trainfit.tasks.detection.masks import require_masks
 from trainfit.tasks.detection.read import read_dataset, require_no_errors
@@ -148,7 +149,7 @@ def _decode_all(dataset: Dataset) -> None:
         for record in records[:SAMPLES]:
             for with_masks in (False, True) if masks else (False,):
                 generator = torch.Generator().manual_seed(record.id % 1000)
-                for augment in (False, True):
+                for augment in (frozenset[str](), OWN):
                     _require_sound(
                         make_sample(record, size=SIDE, augment=augment, masks=with_masks, generator=generator), dataset
                     )

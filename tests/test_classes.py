@@ -18,6 +18,7 @@ from trainfit.errors import TrainfitError
 from trainfit.models.build import build_trainable
 from trainfit.models.classifier.data import decode
 from trainfit.models.setting import make_setting
+from trainfit.tasks.augment import OWN
 from trainfit.tasks.classes import task
 from trainfit.tasks.classes.samples import ClassRecord, Ranking
 from trainfit.weights import load_weights
@@ -66,7 +67,7 @@ def test_a_model_learns_colours_and_its_files_are_timms(
     records = task.read(str(data)).splits["val"]
     mean, std = (torch.tensor(model.default_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     for record in records:
-        image = decode(record, size=32, augment=False, generator=torch.Generator()).image
+        image = decode(record, size=32, augment=frozenset(), generator=torch.Generator()).image
         with torch.no_grad():
             assert int(model((image / 255 - mean)[None] / std).argmax()) == record.label
     assert (
@@ -194,9 +195,9 @@ def test_weights_of_other_classes_leave_the_head_alone(tmp_path: Path) -> None:
 def test_crops_are_reproducible_and_evaluation_takes_the_centre(tmp_path: Path) -> None:
     write(tmp_path / "a", 1, 0)
     record = ClassRecord(id=7, path=tmp_path / "a" / "0.png", width=48, height=40, label=2)
-    one, other = (decode(record, size=16, augment=True, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    one, other = (decode(record, size=16, augment=OWN, generator=torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(one.image, other.image)
-    centre = decode(record, size=16, augment=False, generator=torch.Generator())
+    centre = decode(record, size=16, augment=frozenset(), generator=torch.Generator())
     assert (centre.image.shape, centre.label, centre.record_id) == ((3, 16, 16), 2, 7)
     with Image.open(record.path) as image:
         wanted = image.resize((16, 16), Image.Resampling.BICUBIC, box=(6.5, 2.5, 41.5, 37.5))

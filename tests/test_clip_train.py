@@ -67,7 +67,7 @@ def test_coco_captions_train_and_are_found_again(
 ) -> None:
     """Five captions an image: one is drawn each epoch; evaluation counts all five. Trained on, they are found."""
     out, data = tmp_path / "run", shared_data("coco_mini_cc")
-    words = ["--epochs", 20, "--lr", 1e-3, "--eval-every", 0, "--no-augment", "--out", out, *FAST]
+    words = ["--epochs", 20, "--lr", 1e-3, "--eval-every", 0, "--augment", "none", "--out", out, *FAST]
     assert run("train", small, "--data", data, *words) == 0
     told = capsys.readouterr()
     assert "26, 'val': 25} images, 130 texts" in told.err
@@ -206,7 +206,7 @@ def test_groups_and_schedule_are_upstreams() -> None:
     assert (groups[0]["betas"], groups[0]["eps"]) == ((0.9, 0.98), 1e-6)
     optimizer: Any = SimpleNamespace(param_groups=[{"lr": 0.0}])
     theirs = cosine_lr(optimizer, 1.0, 7, 40)
-    recipe = SimpleNamespace(warmup_steps=7, schedule="cosine")
+    recipe = SimpleNamespace(warmup_steps=7, schedule="cosine", lr_min_factor=0.0)
     for step in range(40):
         assert lr_factor(step, recipe, steps_per_epoch=1, total_steps=40) == pytest.approx(theirs(step))
 

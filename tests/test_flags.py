@@ -67,6 +67,26 @@ def test_help_is_short_and_readable(
 
 
 @pytest.mark.parametrize("model", MODELS.values())
+def test_rare_flags_are_in_the_long_help_and_work(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every field that is a flag is in `--help-all`, and `--help` leaves out the rare ones alone."""
+    short = set(flags(shown(capsys, "train", model, monkeypatch)))
+    assert run("train", model, "--help-all") == 0
+    long = set(flags(capsys.readouterr().out))
+    kind = recipe_type(family_of(model)[0].setting)
+    rare = {
+        name.replace("_", "-")
+        for name, hint in get_type_hints(kind, include_extras=True).items()
+        if any(isinstance(extra, In) and extra.rare for extra in get_args(hint)[1:])
+    }
+    assert "save-minutes" in rare
+    assert long - short == rare & long
+    assert run("train", model, "--save-minutes", "soon") == 2
+    assert "--save-minutes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", MODELS.values())
 def test_flags_of_training_are_in_groups(
     model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,13 +143,20 @@ def test_flags_of_version_0_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == "trainfit: error: --from is what --weights RUN was called: give one of the two\n"
 
 
+def test_switches_of_augmentation_of_version_0_1() -> None:
+    words = ["train", "rfdetr-nano", "--no-augment", "--data", "x", "--augment"]
+    assert todays_flags(words) == ["train", "rfdetr-nano", "--augment", "none", "--data", "x", "--augment", "default"]
+    assert todays_flags(["train", "--augment", "none,flip"]) == ["train", "--augment", "none,flip"]
+
+
 def test_recipes_of_version_0_1(tmp_path: Path) -> None:
     """`from_run` was the run that `weights` may name now."""
     (tmp_path / "recipe.json").write_text(
-        '{"model": "rtdetr-seg-nano", "data": "sample", "recipe": "masks", "from_run": "runs/a", "weights": null}'
+        '{"model": "rtdetr-seg-nano", "data": "sample", "recipe": "masks", "from_run": "runs/a", "weights": null, '
+        '"augment": false}'
     )
     recipe: Any = resume_recipe(make_recipe("rtdetr-seg-nano", resume=tmp_path))
-    assert (recipe.weights, recipe.stage) == ("runs/a", "masks")
+    assert (recipe.weights, recipe.stage, recipe.augment) == ("runs/a", "masks", "none")
 
 
 def test_commands_are_those_of_the_page() -> None:

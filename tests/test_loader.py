@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from functools import partial
 from multiprocessing import Pipe, active_children
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 import torch
 
 from trainfit.models.images import crowded_sample
+from trainfit.tasks.augment import Augmentation
 from trainfit.tasks.detection.samples import ImageRecord, Sample
 from trainfit.training import loader, packets, workers
 from trainfit.training.evaluation import evaluate_model
@@ -45,7 +47,10 @@ def record(number: int, objects: int = 1) -> ImageRecord:
     )
 
 
-def draw(record: ImageRecord, *, size: int, augment: bool, generator: torch.Generator) -> Sample:
+DEFAULT = Augmentation(own=frozenset({"crop", "flip"}))
+
+
+def draw(record: ImageRecord, *, size: int, augment: AbstractSet[str], generator: torch.Generator) -> Sample:
     """Random pixels, and masks that hold the record's id."""
     del augment
     for polygons in record.segmentations:
@@ -72,7 +77,7 @@ def windows(
 ) -> Iterator[Loaded]:
     records = records or [record(n) for n in range(IMAGES)]
     plan = WindowPlan(images=len(records), effective_batch=batch, sizes=(32, 48), seed=3)
-    return training_loader(records, decode, plan, steps=range(2, steps), augment=True, workers=processes, **options)
+    return training_loader(records, decode, plan, steps=range(2, steps), augment=DEFAULT, workers=processes, **options)
 
 
 @pytest.mark.parametrize("processes", [1, 3])
@@ -295,12 +300,13 @@ import resource, sys
 from functools import partial
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 from trainfit.models.rfdetr.data import make_sample
+from trainfit.tasks.augment import parse
 from trainfit.tasks.detection.read import read_dataset
 from trainfit.training.loader import WindowPlan, training_loader
 records = read_dataset(sys.argv[1]).splits["train"] * 40
 plan = WindowPlan(images=len(records), effective_batch=256, sizes=(96,), seed=0)
 decode = partial(make_sample, masks=True)
-for window in training_loader(records, decode, plan, steps=range(2), augment=True, workers=4):
+for window in training_loader(records, decode, plan, steps=range(2), augment=parse("default"), workers=4):
     print(len(window), sum(len(sample.masks) for sample in window) > 256)
 """
 

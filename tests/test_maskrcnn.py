@@ -31,6 +31,7 @@ from trainfit.models.setting import make_setting
 from trainfit.step.exchange import sum_gradients
 from trainfit.step.terms import largest_image
 from trainfit.step.window import accumulate, cut
+from trainfit.tasks.augment import OWN
 from trainfit.tasks.detection.masks import decode_rle
 from trainfit.tasks.detection.samples import ImageRecord, Sample
 from trainfit.training import run_folder
@@ -204,7 +205,7 @@ def record(tmp_path: Path) -> ImageRecord:
 
 
 def test_the_loaders_resize_is_torchvisions(record: ImageRecord) -> None:
-    sample = make_sample(record, size=64, augment=False, generator=torch.Generator(), max_size=96, masks=True)
+    sample = make_sample(record, size=64, augment=frozenset(), generator=torch.Generator(), max_size=96, masks=True)
     model: Any = build_model(MaskRcnnSetting(model="maskrcnn-r50-v1", resolution=64, max_size=96), classes=2)
     with Image.open(record.path) as image:
         pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
@@ -218,7 +219,7 @@ def test_the_loaders_resize_is_torchvisions(record: ImageRecord) -> None:
     assert sample.masks.shape == (2, 64, 80)
     assert abs(int(sample.masks[0].sum()) - 2000 * 0.64) < 60
     flipped = make_sample(
-        record, size=64, augment=True, generator=torch.Generator().manual_seed(0), max_size=96, masks=True
+        record, size=64, augment=OWN, generator=torch.Generator().manual_seed(0), max_size=96, masks=True
     )
     assert torch.equal(flipped.image, sample.image.flip(2))
     assert flipped.masks is not None

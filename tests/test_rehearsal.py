@@ -1,6 +1,7 @@
 """The worst window before training: it finds what does not fit, and leaves no trace."""
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,7 +68,7 @@ class ToyWorkload:
         self.most_detected = most_detected
 
     def decoder(self) -> Any:
-        def decode(record: ImageRecord, *, size: int, augment: bool, generator: torch.Generator) -> Sample:
+        def decode(record: ImageRecord, *, size: int, augment: AbstractSet[str], generator: torch.Generator) -> Sample:
             assert not augment
             torch.rand((), generator=generator)
             if record.id == 5:

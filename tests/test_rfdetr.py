@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from trainfit.models.rfdetr.family import RfDetrKnobs
 from trainfit.models.rfdetr.workload import CONFIGS, RfDetr, legal_resolution
 from trainfit.models.workload import OptimizerSettings
 from trainfit.step.ema import ema_decay, update_ema
+from trainfit.tasks.augment import OWN
 from trainfit.tasks.detection.samples import ImageRecord
 from trainfit.tasks.images import read_image
 from trainfit.training.run_folder import save_weights
@@ -149,7 +151,7 @@ def make_record(tmp_path: Path, *, width: int = 90, height: int = 60) -> ImageRe
 def test_crops_and_flips_keep_boxes_and_masks_on_the_object(tmp_path: Path, seed: int) -> None:
     record = make_record(tmp_path)
     generator = torch.Generator().manual_seed(seed)
-    sample = make_sample(record, size=96, augment=True, masks=True, generator=generator)
+    sample = make_sample(record, size=96, augment=OWN, masks=True, generator=generator)
     white = sample.image.float().mean(0) > 127
     assert sample.masks is not None
     assert (sample.masks[0] ^ white).float().mean() < 0.03
@@ -158,9 +160,9 @@ def test_crops_and_flips_keep_boxes_and_masks_on_the_object(tmp_path: Path, seed
     assert (sample.boxes[0] - seen).abs().max() <= 2
 
 
-@pytest.mark.parametrize("augment", [True, False])
+@pytest.mark.parametrize("augment", [OWN, frozenset[str]()])
 def test_boxes_draw_no_mask_and_are_the_same_as_with_masks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, augment: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, augment: AbstractSet[str]
 ) -> None:
     record = make_record(tmp_path)
     seeds = [torch.Generator().manual_seed(seed) for seed in range(8) for _ in range(2)]
@@ -182,7 +184,7 @@ def test_without_augmentation_the_sample_is_upstreams_resize(tmp_path: Path) -> 
     from torchvision.transforms.v2 import functional as F
 
     record = make_record(tmp_path)
-    sample = make_sample(record, size=64, augment=False, masks=False, generator=torch.Generator())
+    sample = make_sample(record, size=64, augment=frozenset(), masks=False, generator=torch.Generator())
     expected = F.pil_to_tensor(F.resize(read_image(record), [64, 64], antialias=True))  # pyright: ignore[reportArgumentType]
     assert torch.equal(sample.image, expected)
     torch.testing.assert_close(sample.boxes, torch.tensor([[30 * 64 / 90, 20 * 64 / 60, 70 * 64 / 90, 50 * 64 / 60]]))
@@ -208,7 +210,7 @@ def test_weights_of_a_run_load_upstream_and_predict_the_same(
         group_detr=2,
         device="cpu",
     )
-    sample = make_sample(record, size=64, augment=False, masks=False, generator=torch.Generator())
+    sample = make_sample(record, size=64, augment=frozenset(), masks=False, generator=torch.Generator())
     ours = workload.detect(model.eval(), [sample])[0]
     model.train()
     # Upstream resizes a picture by another filter than its training does: give it one that needs no resizing.

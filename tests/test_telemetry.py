@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from trainfit.gpus.usage import GpuUsage, UsageNvml, usage_meter
 from trainfit.step.contrastive import Contrastive
 from trainfit.step.terms import LossTerm, Objective
 from trainfit.step.training_step import TrainingStep
+from trainfit.tasks.augment import Augmentation
 from trainfit.tasks.detection.samples import ImageRecord, Sample
 from trainfit.training import window_progress
 from trainfit.training.headroom import LoaderFacts, available_host_bytes, judge, verdict_line, worker_host_bytes
@@ -114,7 +116,7 @@ def test_the_suggestion_keeps_to_the_machine_and_leaves_no_wait_that_more_worker
         assert verdict.limit or load_s / verdict.suggested_workers <= compute_s * (1 + 1e-9)
 
 
-def slow_decode(record: ImageRecord, *, size: int, augment: bool, generator: torch.Generator) -> Sample:
+def slow_decode(record: ImageRecord, *, size: int, augment: AbstractSet[str], generator: torch.Generator) -> Sample:
     """Takes 100 ms."""
     del augment, generator
     time.sleep(0.1)
@@ -139,7 +141,7 @@ def slow_loader(workers: int, windows: int = 25) -> Iterator[Loaded]:
     )
     records = [record] * 160
     plan = WindowPlan(images=160, effective_batch=1, sizes=(8,), seed=0)
-    return training_loader(records, slow_decode, plan, steps=range(windows), augment=False, workers=workers)
+    return training_loader(records, slow_decode, plan, steps=range(windows), augment=Augmentation(), workers=workers)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -79,7 +79,7 @@ def test_a_stop_while_a_window_is_waited_for_saves_what_a_resume_needs(
     arguments = ["--workers", 1, "--max-steps", 1]
     began = time.monotonic()
     with monkeypatch.context() as patched:
-        patched.setattr(loader._Making, "__call__", hanging)  # pyright: ignore[reportPrivateUsage]
+        patched.setattr(loader.Making, "__call__", hanging)
         patched.setattr(StopAfterStep, "requested", requested)
         assert run("train", "rfdetr-nano", "--data", sample_set, "--out", out, *FAST, *arguments) == 130
     assert time.monotonic() - began < 50

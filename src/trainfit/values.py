@@ -48,6 +48,8 @@ class In:
     None: the field is no flag."""
     positional: bool = False
     """Whether it is given without a flag."""
+    rare: bool = False
+    """Whether `--help` leaves it out: it is in `--help-all`, and configuration files take it like any other."""
 
 
 def flag(name: str) -> str:

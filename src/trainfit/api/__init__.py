@@ -7,12 +7,14 @@ from trainfit.api.measuring import make_bench, measure, planned_setting
 from trainfit.api.planning import plan, predict
 from trainfit.api.results import as_html, as_json, as_text, emit, report, save_plan
 from trainfit.api.running import check_data, detect, evaluate, require_options, train
+from trainfit.api.samples import default_model, samples_page
 
 __all__ = [
     "as_html",
     "as_json",
     "as_text",
     "check_data",
+    "default_model",
     "detect",
     "emit",
     "evaluate",
@@ -23,6 +25,7 @@ __all__ = [
     "predict",
     "report",
     "require_options",
+    "samples_page",
     "save_plan",
     "train",
 ]

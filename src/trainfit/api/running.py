@@ -192,5 +192,5 @@ def check_data(
     """
     from trainfit.tasks.task import recognised_task, task_of
 
-    chosen = recognised_task(str(data)) if task is None else task_of(task)
+    chosen = task_of(recognised_task(str(data)) if task is None else task)
     return chosen.check(str(data), file_format=format, decode=decode, allow_outside=allow_outside, progress=progress)

@@ -10,6 +10,9 @@ from trainfit.cli import signals, streams
 from trainfit.errors import TrainfitError
 from trainfit.reports.words import printable
 
+HELP_ALL = "--help-all"
+"""The help with the flags that `--help` leaves out."""
+
 
 def commands(words: Sequence[str]) -> Mapping[str, Callable[..., int]]:
     """Command name -> function; the parameters are the flags, the result is the exit code.
@@ -94,7 +97,11 @@ def _command(arguments: Sequence[str], handlers: signals.Signals) -> int:
     words = todays_flags(words)
     known = dict(commands(words))
     handlers.ready = True
-    about = "Plan, predict, measure and run training that fits a GPU; --version for the version."
+    about = (
+        "Plan, predict, measure and run training that fits a GPU. COMMAND --help has the flags that most runs need, "
+        "--help-all all of them; --version the version."
+    )
+    words = ["--help" if word == HELP_ALL else word for word in words]
     return tyro.extras.subcommand_cli_from_dict(known, prog="trainfit", description=about, args=words)
 
 

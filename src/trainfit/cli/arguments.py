@@ -56,14 +56,18 @@ def given_flags(words: Sequence[str]) -> frozenset[str]:
 def todays_flags(words: Sequence[str]) -> list[str]:
     """A command line of version 0.1 with the flags of today.
 
-    `train --from RUN` is `--weights RUN`, and `--ema True` or `--ema False` is `--ema` or `--no-ema`.
+    `train --from RUN` is `--weights RUN`, `--ema True` or `--ema False` is `--ema` or `--no-ema`, and `--augment` and
+    `--no-augment` without a value are `--augment default` and `--augment none`.
 
     Raises:
         TrainfitError: `--from` and `--weights` are both given.
     """
     result: list[str] = []
-    for word in words:
+    for word, after in zip(words, (*words[1:], "--"), strict=True):
         name, equals, value = word.partition("=")
+        if word == "--no-augment" or (word == "--augment" and after.startswith("-")):
+            result += ["--augment", "none" if word == "--no-augment" else "default"]
+            continue
         if name == "--from" and words[0] == "train":
             if any(each.partition("=")[0] == "--weights" for each in words):
                 raise TrainfitError("--from is what --weights RUN was called: give one of the two")
@@ -83,7 +87,7 @@ def typed(
     `arguments` is the dataclass of its flags; `chosen` are those that it chooses where they are not given.
     """
     given = given_flags(words)
-    made, build = flags_of(arguments, chosen)
+    made, build = flags_of(arguments, chosen, rare=not {"-h", "--help"} & set(words))
 
     def run(flags: Any) -> int:
         return command(build(flags, given), given)

@@ -5,9 +5,11 @@ import sys
 import time
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
-from trainfit.values import In
+from trainfit.tasks.augment import parse
+from trainfit.values import In, Range, require_valid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,16 +28,34 @@ class CheckData:
     """Decode every record; without it, only what the files' heads and ends tell."""
     allow_outside: bool = False
     """Read files that the data set names but does not hold: absolute paths, `..`, links."""
+    show: Annotated[Path | None, In("output")] = None
+    """Write an HTML page of samples as training makes them."""
+    model: Annotated[str | None, In("output")] = None
+    """Model that sees the samples of --show; one of the task's unless given."""
+    augment: Annotated[str, In("output")] = "default"
+    """Augmentation of --show, as `trainfit train --augment`."""
+    samples: Annotated[int, Range(1, 1000), In("output")] = 12
+    """Records that --show shows."""
+    force: Annotated[bool, In("output")] = False
+    """Overwrite the page."""
 
 
 def check_data(arguments: CheckData, _given: AbstractSet[str] = frozenset()) -> int:
     """List what a data set holds and its defects; exit code 1 if training refuses it."""
     from trainfit import api
+    from trainfit.cli.files import require_writable, write
     from trainfit.reports.check_data import check_data_json, check_data_text
+    from trainfit.tasks.task import recognised_task
 
+    require_valid(arguments)
+    parse(arguments.augment)
+    require_writable([arguments.show], force=arguments.force)
+    task = arguments.task or recognised_task(arguments.data)
+    if arguments.show is not None and arguments.model is None:
+        api.default_model(task)
     check = api.check_data(
         arguments.data,
-        task=arguments.task,
+        task=task,
         format=arguments.format,
         decode=arguments.decode,
         allow_outside=arguments.allow_outside,
@@ -45,6 +65,11 @@ def check_data(arguments: CheckData, _given: AbstractSet[str] = frozenset()) -> 
         print(json.dumps(check_data_json(check), indent=2))
     else:
         print(check_data_text(check, ascii_only=not _prints_blocks()))
+    if arguments.show is not None:
+        page = api.samples_page(
+            check, task=task, model=arguments.model, augment=arguments.augment, count=arguments.samples
+        )
+        write(arguments.show, page)
     return 0 if check.usable else 1
 
 

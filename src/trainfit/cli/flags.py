@@ -56,17 +56,21 @@ class _Leaf:
         return _is_union(self.hint) and NoneType in get_args(self.hint)
 
 
-def flags_of(arguments: Any, chosen: Container[str] = ()) -> tuple[type, Callable[[Any, AbstractSet[str]], Any]]:
+def flags_of(
+    arguments: Any, chosen: Container[str] = (), *, rare: bool = True
+) -> tuple[type, Callable[[Any, AbstractSet[str]], Any]]:
     """A class for tyro, and a function from its object and the names of the given flags to what the command takes.
 
     Args:
         arguments: A dataclass, or a generic dataclass with the type of its `setting`, for instance `Plan[RfDetrSetting]`.
         chosen: Fields that the command chooses where they are not given, whatever their defaults.
+        rare: Whether the class has the fields that `--help` leaves out; without them the function cannot be used.
     """
     leaves = list(_leaves(arguments, chosen))
-    members: list[Any] = [_member(leaf) for leaf in leaves if leaf.where.positional]
+    shown = [leaf for leaf in leaves if rare or not leaf.where.rare]
+    members: list[Any] = [_member(leaf) for leaf in shown if leaf.where.positional]
     for group in GROUPS:
-        inside = [_member(leaf) for leaf in leaves if leaf.where.group == group and not leaf.where.positional]
+        inside = [_member(leaf) for leaf in shown if leaf.where.group == group and not leaf.where.positional]
         if group and inside:
             kind = make_dataclass(group.title(), inside, frozen=True, kw_only=True)
             kind.__doc__ = ""

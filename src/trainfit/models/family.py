@@ -67,6 +67,8 @@ class Family:
     task: str | None = None
     """What reads its data and measures it: a room in `tasks/`, or the path of a module with the functions of `tasks.task.Task`.
     None: it is predicted, and not trained."""
+    augments: frozenset[str] = frozenset({"crop", "flip"})
+    """What of `crop` and `flip` its decoder draws by itself where `--augment` is `default`."""
     extra: str | None = None
     """The optional dependency of trainfit that it needs."""
     packages: tuple[str, ...] = ()

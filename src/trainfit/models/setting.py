@@ -27,7 +27,7 @@ class Setting:
     """Images (or pairs) in one forward and backward on one GPU; changes memory and speed, not the result."""
     accumulation: Annotated[int, Range(1, 1_000_000), In("batch")] = 1
     """Micro-batches per optimizer step and GPU."""
-    eval_micro_batch: Annotated[int | None, Range(1, 100_000), In("batch")] = None
+    eval_micro_batch: Annotated[int | None, Range(1, 100_000), In("batch", rare=True)] = None
     """Images in one forward of evaluation; the micro-batch unless given."""
     checkpointing: Annotated[Checkpointing, Range(0), In("memory")] = "none"
     """Activation checkpointing: how many of the model's blocks, from the first, are recomputed in backward; offload: all, and
@@ -38,7 +38,7 @@ class Setting:
     """sgd has momentum 0.9, sgd-plain none; adamw-8bit is that of bitsandbytes (extra `8bit`)."""
     ema: Annotated[bool | None, In("memory")] = None
     """Keep EMA weights, for evaluation and the best checkpoint; as upstream trains the model unless given."""
-    ema_on_host: Annotated[bool, In("memory")] = False
+    ema_on_host: Annotated[bool, In("memory", rare=True)] = False
     """Keep the EMA weights in host memory: less on the GPU, more time."""
     classes: Annotated[int, Range(1, 100_000)] = 80
     """Classes of the data set, background not counted."""

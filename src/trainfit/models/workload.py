@@ -1,6 +1,7 @@
 """The contract between a family and the step: what a model is to those who predict, measure and train it."""
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -81,8 +82,11 @@ class OwnOptimizer(Protocol):
 class Decoder(Protocol):
     """Makes one sample of a record in a loader process; it can be pickled and holds no model."""
 
-    def __call__(self, record: Any, *, size: int, augment: bool, generator: torch.Generator) -> Any:
-        """Random choices come from `generator` alone. `size` is one of the workload's `sizes`, or its `eval_size`."""
+    def __call__(self, record: Any, *, size: int, augment: AbstractSet[str], generator: torch.Generator) -> Any:
+        """Random choices come from `generator` alone; `augment` says which are made: `crop`, `flip` or none.
+
+        `size` is one of the workload's `sizes`, or its `eval_size`.
+        """
         ...
 
 

@@ -79,6 +79,6 @@ def _decoder_seconds(setting: Setting, dataset: Dataset, records: Sequence[Any])
     for record in records:
         started = time.perf_counter()
         with contextlib.suppress(TrainfitError):
-            decode(record, size=size, augment=True, generator=torch.Generator().manual_seed(0))
+            decode(record, size=size, augment=setting.family.augments, generator=torch.Generator().manual_seed(0))
             times.append(time.perf_counter() - started)
     return statistics.median(times) if times else None

@@ -5,6 +5,7 @@ from trainfit.reports.progress import GIB
 from trainfit.reports.tables import table_text
 from trainfit.reports.words import duration
 from trainfit.tasks.task import Inference, percent, task_of
+from trainfit.training.lines import counted
 from trainfit.training.oom import survival_line
 from trainfit.training.run_files import PICTURES
 from trainfit.training.run_folder import BEST, TELEMETRY
@@ -26,8 +27,13 @@ def summary_text(summary: RunSummary) -> str:
         if summary.best_score is not None
         else f"no {name}"
     )
+    if not summary.steps_here:
+        done = f"{folder} is finished: {counted(summary.steps, 'step')}, {best}."
+        return "\n".join(
+            [done, f"Go on:      trainfit train --resume {folder} --epochs N", f"Next:       {_next(summary)}"]
+        )
     lines = [
-        f"Trained {summary.model} for {summary.steps} steps in {duration(summary.train_s)}: {best}.",
+        f"Trained {summary.model} for {counted(summary.steps_here, 'step')} in {duration(summary.train_s)}: {best}.",
         f"speed       {summary.images_per_s:.3g} images/s; {summary.loader}",
         f"memory      {summary.memory_bytes / GIB:.2f} GiB",
     ]

@@ -297,10 +297,9 @@ def task_of(name: str) -> Task:
     return module
 
 
-def recognised_task(data: str) -> Task:
+def recognised_task(data: str) -> str:
     """The first task of this package that recognises a data set; `DEFAULT_TASK`, whose error says more, where none does."""
-    tasks = [task_of(name) for name in task_names()]
-    return next((task for task in tasks if task.recognises(data)), tasks[0])
+    return next((name for name in task_names() if task_of(name).recognises(data)), DEFAULT_TASK)
 
 
 def inference_of(name: str) -> Inference:

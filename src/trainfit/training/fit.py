@@ -16,21 +16,24 @@ from trainfit.step import ranks
 from trainfit.step.names import Precision
 from trainfit.step.precision import resolve_precision
 from trainfit.step.training_step import StepResult
-from trainfit.tasks.task import Evaluation, percent, task_of
+from trainfit.tasks.task import Evaluation, task_of
 from trainfit.training import run_folder
+from trainfit.training.best import Best
 from trainfit.training.distributed import process_group
 from trainfit.training.earlier_run import on_earlier_run
 from trainfit.training.evaluation import evaluate_model
 from trainfit.training.journal import Journal
+from trainfit.training.lines import counted, diverged, evaluated_line, opening_lines, other_ranks
 from trainfit.training.loader import STEP, Unreadable, WindowPlan, default_workers, training_loader
 from trainfit.training.noise_watch import NoiseWatch
 from trainfit.training.oom import HalfUpdated, Halving, Survivor, survival_line, survivals
-from trainfit.training.recipe import Batching, Recipe, resolve_batching, resume_recipe
+from trainfit.training.recipe import Recipe, resolve_batching, resume_recipe
 from trainfit.training.rehearsal import rehearse
 from trainfit.training.saved_state import require_state
 from trainfit.training.schedule import lr_factor, mix, set_lr
 from trainfit.training.setup import (
     Choose,
+    augmentation_of,
     load_data,
     make_step,
     require_task,
@@ -87,6 +90,7 @@ class _Run:
         recipe = with_choice(recipe, self.dataset, device, choose, show)
         self.recipe, self.folder, self.device, self.show = recipe, folder, device, show
         self.batching = resolve_batching(recipe, ranks.world_size())
+        self.augmentation = augmentation_of(recipe)
         self.workload = workload_of(recipe, self.dataset.classes)
         self.task.require(self.dataset, self.workload)
         self.precision: Precision = resolve_precision(recipe.precision, device)
@@ -103,12 +107,12 @@ class _Run:
         self.total_steps = min(recipe.epochs * self.steps_per_epoch, recipe.max_steps or 10**12)
         self.skipped: list[str] = []
         self.evaluation: Evaluation | None = None
-        self.best: dict[str, Any] = {"score": None, "step": None}
+        self.best = Best()
         self.step, self.done = make_step(self.workload, recipe, device, show), 0
         self.survivor = Survivor(self.batching.micro_batch, blocks=self.workload.blocks(self.step.model))
         self.eval_micro_batch = recipe.eval_micro_batch or self.batching.micro_batch
         self.in_parts = Halving(self.eval_micro_batch, device, self.survivor.survived)
-        self.reported = 0
+        self.began_at = self.reported = 0
         self.pending_evaluation = False
         self.saved_step: int | None = None
         if recipe.resume:
@@ -133,17 +137,12 @@ class _Run:
         )
         self.noise = NoiseWatch(self.step)
         self.window_progress = WindowProgress(self.step, show.note)
-        self._announce(self.batching)
-
-    def _announce(self, batching: Batching) -> None:
-        sizes = self.plan.sizes
-        scale = f"{sizes[-1]} px" if len(sizes) == 1 else f"{min(sizes)}-{max(sizes)} px, one size a window"
-        for line in (*self.workload.remarks, self.task.summary(self.dataset)):
-            self.show.note(line)
-        self.show.note(
-            f"{self.workload.setting.model} at {scale}, {self.precision} on {self.device}; {batching.reason}"
+        how = f"{self.precision} on {device}; {self.batching.reason}"
+        for line in opening_lines(self.task.summary(self.dataset), self.workload, how):
+            show.note(line)
+        show.note(
+            f"{counted(self.steps_per_epoch, 'step')} an epoch, {self.total_steps} in all; run folder {self.folder}"
         )
-        self.show.note(f"{self.steps_per_epoch} steps an epoch, {self.total_steps} in all; run folder {self.folder}")
 
     def train(self, stop: Callable[[], bool]) -> RunSummary:
         """The worst window, all windows, the summary; where memory ends, a saved state and how to go on."""
@@ -191,12 +190,14 @@ class _Run:
         if self.pending_evaluation:
             self._evaluate()
             self._save_state()
+        if self._ends_early():
+            return False
         loader = training_loader(
             train,
             self.workload.decoder(),
             self.plan,
             steps=steps,
-            augment=self.recipe.augment,
+            augment=self.augmentation,
             workers=self.workers,
             note=self.show.note,
             stop=stop if ranks.world_size() == 1 else lambda: False,  # one rank alone must not leave its window out
@@ -224,7 +225,7 @@ class _Run:
             if save:
                 self.saved_at = time.monotonic()
                 self.journal.event("pause", self.done, paused_s=self.journal.clock.pause())
-            if last:
+            if last or (due and self._ends_early()):
                 return interrupted
         if self.done == self.total_steps:  # a finished run was resumed: no window was left
             return False
@@ -237,21 +238,12 @@ class _Run:
         return {"stop": float(stop()), "save": float(unsaved_s > 60 * self.recipe.save_minutes)}
 
     def _check_finite(self) -> None:
-        if self.precision == "fp16":  # the loss scaler skips a window that is not finite, and tries a smaller scale
-            if self.step.skipped_windows < MOST_SKIPPED:
-                return
-            what = f"was not finite in {MOST_SKIPPED} windows in a row, which fp16 skipped, the last of them step {self.done}"
-        elif self.journal.finite:
+        skips = self.precision == "fp16"  # the loss scaler skips a window that is not finite, and tries a smaller scale
+        if self.step.skipped_windows < MOST_SKIPPED if skips else self.journal.finite:
             return
-        else:
-            what = f"is no longer finite at step {self.done}"
         self.journal.flush()
         self.journal.close(self.done, interrupted=True, unseen=self.noise.reason)
-        last = self.folder / run_folder.LAST
-        weights = f"; --weights {last} starts from the last saved weights" if last.exists() else ""
-        raise TrainfitError(
-            f"the loss or its gradient {what}: start a new run with a lower --lr, or with --precision fp32{weights}"
-        )
+        raise TrainfitError(diverged(self.done, MOST_SKIPPED if skips else 0, self.folder / run_folder.LAST))
 
     def _window(self, window: Sequence[Any]) -> StepResult:
         factor = lr_factor(self.done, self.recipe, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
@@ -308,17 +300,25 @@ class _Run:
         self._report_survived()
         epoch = (self.done - 1) // self.steps_per_epoch
         self.journal.evaluation(evaluation, step=self.done, epoch=epoch)
-        score, best = evaluation.score, self.best["score"]
-        better = score is not None and (best is None or score > best)
-        figures = ", ".join(f"{name} {percent(value)}" for name, value in evaluation.figures.items())
-        self.show.note(f"epoch {epoch + 1} step {self.done}: {figures}{' (best so far)' if better else ''}")
-        if better or score is None or self.best["step"] is None:  # without a score the last weights are the best
-            self.best = {"score": score, "step": self.done}
+        better, chosen = self.best.take(evaluation.score, self.done)
+        self.show.note(evaluated_line(evaluation, epoch=epoch + 1, step=self.done, better=better))
+        if chosen:
             self._save_weights(run_folder.BEST)
             self.journal.graphics(evaluation)
 
+    def _ends_early(self) -> bool:
+        """Whether the epochs of `--early-stopping` have passed without a better evaluation."""
+        patience = self.recipe.early_stopping
+        if patience is None or self.best.stale_epochs(self.done, self.steps_per_epoch) < patience:
+            return False
+        self.show.note(
+            f"stopped early: no better evaluation for {patience} epochs (the best is of step {self.best.step}); "
+            "--resume RUN --early-stopping N goes on"
+        )
+        return True
+
     def _save_weights(self, name: str) -> None:
-        metadata = self.workload.metadata() | {"step": str(self.done), "score": json.dumps(self.best["score"])}
+        metadata = self.workload.metadata() | {"step": str(self.done), "score": json.dumps(self.best.score)}
         weights = (self.step.ema or self.step.model).state_dict()
         ranks.on_first_rank(lambda: run_folder.save_weights(self.folder / name, weights, metadata))
 
@@ -334,7 +334,7 @@ class _Run:
             "ema": self.step.ema.state_dict() if self.step.ema else None,
             "optimizer": self.step.optimizer.state_dict(),
             "scaler": self.step.scaler.state_dict(),
-            "best": self.best,
+            "best": self.best.state(),
             "skipped": self.skipped,
             "survivor": self.survivor.state(),
             "skipped_windows": self.step.skipped_windows,
@@ -360,16 +360,15 @@ class _Run:
         path = self.folder / name
         state = run_folder.load_state(path, require_state)
         restore(self.step, state, path)
-        self.done, self.best, self.skipped = state["step"], state["best"], state["skipped"]
+        self.done, self.skipped = state["step"], state["skipped"]
+        self.best.load(state["best"])
         self.survivor.load(state["survivor"])
         self.pending_evaluation = state["pending_evaluation"]
-        self.saved_step = self.done
+        self.saved_step = self.began_at = self.done
         self.show.note(f"going on after step {self.done}")
         if state["world_size"] != ranks.world_size():
-            self.show.note(
-                f"the run goes on with {ranks.world_size()} process(es) after {state['world_size']}: the effective batch "
-                f"stays {self.batching.effective_batch}; dropout draws other random numbers"
-            )
+            now, batch = ranks.world_size(), self.batching.effective_batch
+            self.show.note(other_ranks(now, state["world_size"], batch))
 
     def _finish(self, interrupted: bool) -> RunSummary:
         if not interrupted and ranks.rank() == 0:
@@ -383,6 +382,7 @@ class _Run:
             folder=self.folder,
             model=self.workload.setting.model,
             steps=self.done,
+            steps_here=self.done - self.began_at,
             total_steps=self.total_steps,
             images_per_s=spent.images * ranks.world_size() / seconds,
             train_s=spent.elapsed_s,
@@ -390,8 +390,8 @@ class _Run:
             noise=noise,
             memory_bytes=memory_bytes(self.device),
             evaluation=self.evaluation,
-            best_score=self.best["score"],
-            best_step=self.best["step"],
+            best_score=self.best.score,
+            best_step=self.best.step,
             exported=self.folder / self.workload.export_name,
             skipped_images=tuple(self.skipped),
             survived=tuple(self.survivor.survived),

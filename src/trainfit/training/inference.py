@@ -84,6 +84,6 @@ def infer(loaded: LoadedModel, files: Sequence[Path], *, micro_batch: int = 4) -
     size = loaded.workload.eval_size
     for first in range(0, len(files), micro_batch):
         records = [task.file_record(first + i, path) for i, path in enumerate(files[first : first + micro_batch])]
-        batch = [decode(record, size=size, augment=False, generator=torch.Generator()) for record in records]
+        batch = [decode(record, size=size, augment=frozenset(), generator=torch.Generator()) for record in records]
         with autocast(loaded.precision, loaded.device.type):
             yield from loaded.workload.outputs(loaded.model, batch)

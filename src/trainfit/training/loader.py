@@ -12,6 +12,7 @@ import torch
 from trainfit.errors import TrainfitError
 from trainfit.models.workload import Decoder, TrainableWorkload
 from trainfit.step import ranks
+from trainfit.tasks.augment import Augmentation
 from trainfit.training.schedule import mix
 from trainfit.training.workers import NOTE_S, run_workers
 
@@ -55,7 +56,7 @@ class WindowPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Key:
+class SampleKey:
     """What a loader process needs to make one sample."""
 
     record: Any
@@ -63,12 +64,12 @@ class _Key:
     seed: int
 
 
-def _windows(plan: WindowPlan, steps: range, records: Sequence[Any]) -> Iterator[list[_Key]]:
+def _windows(plan: WindowPlan, steps: range, records: Sequence[Any]) -> Iterator[list[SampleKey]]:
     for step in steps:
         size = plan.size(step)
         epoch = step // plan.windows_per_epoch
         seeds = {i: mix(plan.seed, SAMPLE, epoch, i) for i in plan.indices(step)}
-        yield [_Key(record=records[i], size=size, seed=seed) for i, seed in seeds.items()]
+        yield [SampleKey(record=records[i], size=size, seed=seed) for i, seed in seeds.items()]
 
 
 class Loaded(list[Any]):
@@ -79,13 +80,13 @@ class Loaded(list[Any]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Making:
+class Making:
     """Makes the samples of a window. An image that cannot be decoded becomes `Unreadable`, not an exception."""
 
     decode: Decoder
-    augment: bool
+    augment: Augmentation
 
-    def __call__(self, keys: Sequence[_Key], report: Callable[[str], None] = lambda _: None) -> Loaded:
+    def __call__(self, keys: Sequence[SampleKey], report: Callable[[str], None] = lambda _: None) -> Loaded:
         """Decode one image after the other; `report` is called with the path of each before it is read."""
         started = time.perf_counter()
         loaded = Loaded()
@@ -95,12 +96,17 @@ class _Making:
         loaded.load_s = time.perf_counter() - started
         return loaded
 
-    def _sample(self, key: _Key) -> Any:
+    def _sample(self, key: SampleKey) -> Any:
         generator = torch.Generator().manual_seed(key.seed)
         try:
-            return self.decode(key.record, size=key.size, augment=self.augment, generator=generator)
+            sample = self.decode(key.record, size=key.size, augment=self.augment.own, generator=generator)
         except TrainfitError as error:
             return Unreadable(error)
+        if not self.augment.after_decoding:
+            return sample
+        from trainfit.tasks.transforms import augmented  # torchvision's transforms take a second to import
+
+        return augmented(sample, self.augment, generator)
 
 
 def usable_cores() -> int:
@@ -114,7 +120,7 @@ def default_workers() -> int:
     return min(8, usable_cores() - 1)
 
 
-def _loaded_here(make: _Making, batches: Iterable[list[_Key]], note: Callable[[str], None]) -> Iterator[Loaded]:
+def _loaded_here(make: Making, batches: Iterable[list[SampleKey]], note: Callable[[str], None]) -> Iterator[Loaded]:
     """The samples of each batch, made in this process; a line every `NOTE_S` while one takes long."""
     for batch in batches:
         began = noted = time.monotonic()
@@ -134,7 +140,7 @@ def training_loader(
     plan: WindowPlan,
     *,
     steps: range,
-    augment: bool,
+    augment: Augmentation,
     workers: int,
     note: Callable[[str], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
@@ -147,7 +153,7 @@ def training_loader(
     Raises:
         LoaderDiedError: a loader process died, is stopped or stuck; while iterating.
     """
-    make = _Making(decode=decode, augment=augment)
+    make = Making(decode=decode, augment=augment)
     windows = _windows(plan, steps, records)
     if workers == 0:
         return _loaded_here(make, windows, note)
@@ -167,7 +173,7 @@ def evaluation_loader(
     The samples hold inputs alone: evaluation reads the truth from the records. `note` is that of `training_loader`.
     """
     mine = records[ranks.rank() :: ranks.world_size()]
-    keys = (_Key(record=record.without_truth(), size=workload.eval_size, seed=0) for record in mine)
+    keys = (SampleKey(record=record.without_truth(), size=workload.eval_size, seed=0) for record in mine)
     batches = iter(lambda: list(islice(keys, micro_batch)), [])
-    make = _Making(decode=workload.decoder(), augment=False)
+    make = Making(decode=workload.decoder(), augment=Augmentation())
     return run_workers(make, batches, workers, note=note) if workers else _loaded_here(make, batches, note)

@@ -12,12 +12,15 @@ from trainfit.errors import TrainfitError
 from trainfit.files import read_json
 from trainfit.models.family import family_of, find
 from trainfit.models.setting import Setting
+from trainfit.tasks.augment import parse
 from trainfit.training.run_files import RECIPE
 from trainfit.values import In, Range, changed, flag, from_record, given, keeps_given, require_known, require_valid
 
 DEFAULT_EFFECTIVE_BATCH = 16
 """Why this many: docs/training.md."""
 DEFAULT_MICRO_BATCH = 4
+RANDOM = "random"
+"""The value of --weights for a model with random weights."""
 
 
 @keeps_given
@@ -34,12 +37,13 @@ class Recipe(Setting):
     """Data set: a folder or file that the model's task reads, or `sample`."""
     format: Annotated[str, In("data")] = "auto"
     """Format of the data set, for instance coco, yolo or voc; detected unless given."""
-    allow_outside: Annotated[bool, In("data")] = False
+    allow_outside: Annotated[bool, In("data", rare=True)] = False
     """Read files that the data set names but does not hold: absolute paths, `..`, links."""
     val_fraction: Annotated[float, Range(0, 1, inside=True), In("data")] = 0.1
     """Share of the training data held out where the data set has no validation split."""
-    augment: Annotated[bool, In("data")] = True
-    """Random crops and flips."""
+    augment: Annotated[str, In("data")] = "default"
+    """What is drawn at random: none, light, default (as upstream), aerial or medical; then crop, flip, colour, scale, each
+    with no- before it to leave it out; then module:name of your own. For instance default,no-flip,colour."""
     workers: Annotated[int | None, Range(0, 256), In("data")] = None
     """Loader processes per GPU; by the machine's cores unless given."""
     plan: Annotated[Path | None, In("run")] = None
@@ -60,7 +64,11 @@ class Recipe(Setting):
     weight_decay: Annotated[float, Range(0), In("schedule")] = 1e-4
     """AdamW's decay."""
     schedule: Annotated[Literal["step", "cosine"], In("schedule")] = "step"
-    """step: a tenth of the rate from epoch 100 on; cosine: to zero at the end."""
+    """step: a tenth of the rate from epoch 100 on; cosine: to --lr-min-factor of it at the end."""
+    lr_min_factor: Annotated[float, Range(0, 1), In("schedule", rare=True)] = 0.0
+    """Floor of the cosine schedule, as a share of the rate."""
+    early_stopping: Annotated[int | None, Range(1, 1_000_000), In("schedule")] = None
+    """Stop after this many epochs without a better evaluation; all epochs unless given."""
     lr_drop: Annotated[int, Range(0), In(None)] = 100
     """Epoch of the step schedule's drop; not a flag."""
     warmup_epochs: Annotated[float, Range(0), In("schedule")] = 0.0
@@ -79,7 +87,7 @@ class Recipe(Setting):
     """Where to train."""
     eval_every: Annotated[int, Range(0), In("run")] = 1
     """Evaluate every so many epochs, and at the end; 0: at the end alone."""
-    save_minutes: Annotated[float, Range(0), In("run")] = 10.0
+    save_minutes: Annotated[float, Range(0), In("run", rare=True)] = 10.0
     """Save the state this often besides after every evaluation."""
     tensorboard: Annotated[bool, In("run")] = False
     """Write TensorBoard logs too (needs trainfit[tensorboard])."""
@@ -93,6 +101,7 @@ class Recipe(Setting):
     def __post_init__(self) -> None:
         """Refuse values that cannot be used, alone or together."""
         require_valid(self)
+        parse(self.augment)
         if self.resume is None and not self.model and self.earlier_run is None and self.plan is None:
             raise TrainfitError("name a model, for instance: trainfit train rfdetr-nano --data DIR")
         if self.resume is None and not self.data:
@@ -210,7 +219,10 @@ def resolve_batching(recipe: Recipe, world_size: int) -> Batching:
 
 
 RESUMABLE = frozenset(
-    {"epochs", "max_steps", "micro_batch", "accumulation", "workers", "tensorboard", "eval_every", "eval_micro_batch"}
+    {
+        *("epochs", "max_steps", "early_stopping", "eval_every", "micro_batch", "accumulation", "eval_micro_batch"),
+        *("workers", "tensorboard"),
+    }
 )
 """What may change when a run goes on: none of it changes what a step computes."""
 
@@ -264,12 +276,15 @@ def _read(folder: Path) -> Recipe:
 def _renamed(record: dict[str, Any]) -> dict[str, Any]:
     """A recipe as it is written today.
 
-    Until version 0.1 `stage` was called `recipe`, the run that `weights` may name was `from_run`, and null meant "not given".
+    Until version 0.1 `stage` was called `recipe`, the run that `weights` may name was `from_run`, null meant "not given", and
+    `augment` was yes or no.
     """
     values = {"stage" if key == "recipe" else key: value for key, value in record.items()}
     earlier_run = values.pop("from_run", None)
     if earlier_run is not None:
         values["weights"] = earlier_run
+    if isinstance(values.get("augment"), bool):
+        values["augment"] = "default" if values["augment"] else "none"
     return {key: value for key, value in values.items() if value is not None or key not in BATCH}
 
 

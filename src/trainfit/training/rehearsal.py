@@ -58,7 +58,7 @@ def rehearse(
         for record in records:
             if len(samples) < count:
                 with suppress(TrainfitError):  # an image that cannot be decoded is reported when its own window comes
-                    samples.append(decode(record, size=side, augment=False, generator=torch.Generator()))
+                    samples.append(decode(record, size=side, augment=frozenset(), generator=torch.Generator()))
         return (samples * count)[:count]
 
     def evaluate() -> None:

@@ -11,7 +11,7 @@ from trainfit.training.recipe import Recipe
 def lr_factor(step: int, recipe: Recipe, *, steps_per_epoch: int, total_steps: int) -> float:
     """What every group's rate is multiplied by in optimizer step `step` (0 for the first).
 
-    Source: rfdetr 1.11.2 training/module_model.py `_build_managed_scheduler`'s `lr_lambda` (min_factor 0).
+    Source: rfdetr 1.11.2 training/module_model.py `_build_managed_scheduler`'s `lr_lambda`.
     """
     if type(recipe) is not Recipe and recipe.family.lr_factor is not None:
         return recipe.family.lr_factor(step, recipe, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
@@ -20,7 +20,7 @@ def lr_factor(step: int, recipe: Recipe, *, steps_per_epoch: int, total_steps: i
         return step / max(1, warmup)
     if recipe.schedule == "cosine":
         progress = (step - warmup) / max(1, total_steps - warmup)
-        return 0.5 * (1 + math.cos(math.pi * progress))
+        return recipe.lr_min_factor + (1 - recipe.lr_min_factor) * 0.5 * (1 + math.cos(math.pi * progress))
     return 1.0 if step < recipe.lr_drop * steps_per_epoch else 0.1
 
 

@@ -15,11 +15,12 @@ from trainfit.models.workload import OptimizerSettings, TrainableWorkload
 from trainfit.step import ranks
 from trainfit.step.attempt import is_out_of_memory
 from trainfit.step.training_step import TrainingStep
+from trainfit.tasks.augment import Augmentation, parse
 from trainfit.tasks.task import Task
 from trainfit.training import run_folder
 from trainfit.training.earlier_run import evaluated_weights
 from trainfit.training.loader import usable_cores
-from trainfit.training.recipe import Batching, Recipe, encode, setting_of
+from trainfit.training.recipe import RANDOM, Batching, Recipe, encode, setting_of
 from trainfit.training.run_files import PLAN
 from trainfit.training.saved_state import require_like
 from trainfit.training.telemetry import Progress
@@ -81,6 +82,20 @@ def load_data(recipe: Recipe, task: Task, show: Progress) -> Any:
     return dataset
 
 
+def augmentation_of(recipe: Recipe) -> Augmentation:
+    """What the recipe draws at random.
+
+    Raises:
+        TrainfitError: there is no such augmentation, or the user's transform cannot be imported.
+    """
+    chosen = parse(recipe.augment, family_of(recipe.model)[0].augments)
+    if chosen.function:
+        from trainfit.tasks.transforms import user_transform
+
+        user_transform(chosen.function)
+    return chosen
+
+
 def workload_of(recipe: Recipe, classes: tuple[str, ...]) -> TrainableWorkload:
     """The recipe's model for these classes."""
     return build_trainable(setting_of(recipe, len(classes)), classes)
@@ -96,7 +111,7 @@ def make_step(workload: TrainableWorkload, recipe: Recipe, device: torch.device,
     weights = recipe.weights
     if recipe.earlier_run is not None:
         weights = str(evaluated_weights(recipe.earlier_run))
-    if weights:
+    if weights not in (None, RANDOM):
         for remark in _load(workload, model, weights):
             show.note(remark)
     else:

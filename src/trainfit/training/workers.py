@@ -65,6 +65,8 @@ class _Failure:
     """What a worker could not do."""
 
     reason: str
+    known: bool = False
+    """Whether the reason says all, how it is repaired included."""
 
 
 def run_workers(
@@ -246,6 +248,8 @@ class _Worker:
         except (EOFError, ConnectionResetError):
             raise self._died() from None
         if isinstance(report, _Failure):
+            if report.known:
+                raise LoaderDiedError(report.reason)
             raise LoaderDiedError(f"loader process {self._process.pid} failed ({report.reason}): {_REPAIR}")
         self._item = report
 
@@ -301,7 +305,9 @@ def _serve(make: Make, packets: Connection, reports: Connection, trainer: int) -
         return
     except BaseException as error:
         os.set_blocking(reports.fileno(), True)
-        reports.send(_Failure(reason=_reason(error)[:LONGEST_REPORT]))
+        known = isinstance(error, TrainfitError)
+        reason = str(error) if known else _reason(error)
+        reports.send(_Failure(reason=reason[:LONGEST_REPORT], known=known))
 
 
 def _is_asked(packets: Connection, trainer: int) -> bool:

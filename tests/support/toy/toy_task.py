@@ -1,6 +1,7 @@
 """A task that is no part of trainfit: images in folders by class, SPLIT/CLASS/*.png, measured by their accuracy."""
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,14 +54,14 @@ class ClassFolders:
     classes: tuple[str, ...]
 
 
-def decode(record: ClassRecord, *, size: int, augment: bool, generator: torch.Generator) -> LabelledImage:
+def decode(record: ClassRecord, *, size: int, augment: AbstractSet[str], generator: torch.Generator) -> LabelledImage:
     """The image at `size` x `size`, mirrored at random in training."""
     try:
         with Image.open(record.path) as image:
             pixels = torch.from_numpy(np.array(image.convert("RGB").resize((size, size)))).permute(2, 0, 1)
     except OSError as error:
         raise TrainfitError(f"{record.path}: {error}") from error
-    if augment and torch.rand((), generator=generator) < 0.5:
+    if "flip" in augment and torch.rand((), generator=generator) < 0.5:
         pixels = pixels.flip(2)
     return LabelledImage(image=pixels.contiguous(), label=record.label, record_id=record.id)
 

@@ -1,6 +1,7 @@
 """An image file as a sample of a classifier."""
 
 import math
+from collections.abc import Set as AbstractSet
 
 import numpy as np
 import torch
@@ -17,16 +18,16 @@ CENTRE = 0.875
 """Side of the centre crop over the short side of the image, in evaluation (timm's default `crop_pct`)."""
 
 
-def decode(record: ClassRecord, *, size: int, augment: bool, generator: torch.Generator) -> LabelledImage:
-    """A random crop, mirrored half of the time, at `size` x `size`; without `augment` the centre of the image.
+def decode(record: ClassRecord, *, size: int, augment: AbstractSet[str], generator: torch.Generator) -> LabelledImage:
+    """A random crop (`crop` in `augment`; else the centre), mirrored half of the time (`flip`), at `size` x `size`.
 
     Crops are drawn as torchvision's RandomResizedCrop draws them, and resampled once.
     """
     image = read_image(record)
-    region = _random(image.width, image.height, generator) if augment else _centre(image.width, image.height)
+    region = _random(image.width, image.height, generator) if "crop" in augment else _centre(image.width, image.height)
     pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=region)).copy()
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)
-    if augment and torch.rand((), generator=generator).item() < 0.5:
+    if "flip" in augment and torch.rand((), generator=generator).item() < 0.5:
         tensor = tensor.flip(2)
     return LabelledImage(image=tensor.contiguous(), label=record.label, record_id=record.id)
 

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -69,12 +70,12 @@ def make_sample(
     record: PairRecord,
     *,
     size: int,
-    augment: bool,
+    augment: AbstractSet[str],
     generator: torch.Generator,
     architecture: str,
     preprocessing: Preprocessing,
 ) -> Pair:
-    """Decode, crop and resize; of several texts one is drawn. Without `augment` all texts are tokenized.
+    """Decode, crop at random where `augment` has `crop`, and resize; of several texts one is drawn in training.
 
     `size` is ignored: the input size of the model is that of `preprocessing`.
     """
@@ -82,7 +83,9 @@ def make_sample(
     image = torch.zeros(0, dtype=torch.uint8)
     if not record.text_only:
         pixels = read_pixels(record)
-        resized = random_crop(pixels, preprocessing, generator) if augment else centre_crop(pixels, preprocessing)
+        resized = (
+            random_crop(pixels, preprocessing, generator) if "crop" in augment else centre_crop(pixels, preprocessing)
+        )
         image = torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1).contiguous()
     texts = record.texts
     if not record.for_evaluation and texts:

@@ -125,6 +125,7 @@ def family() -> Family:
         workload="trainfit.models.clip.workload",
         checkpoint="trainfit.models.clip.workload:from_upstream",
         task="pairs",
+        augments=frozenset({"crop"}),
         extra="clip",
         packages=("open_clip_torch",),
         coupled=lambda setting: setting.contrastive == "cached",

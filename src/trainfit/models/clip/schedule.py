@@ -14,5 +14,6 @@ def lr_factor(step: int, recipe: Any, *, steps_per_epoch: int, total_steps: int)
     if step < warmup:
         return (step + 1) / warmup
     if recipe.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
+        floor = recipe.lr_min_factor
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
     return 1.0

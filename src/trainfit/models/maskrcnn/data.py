@@ -1,6 +1,7 @@
 """Images and objects as Mask R-CNN trains on them: resized by the loader, so that the canvas of a window is known."""
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 import numpy as np
 import torch
@@ -18,9 +19,16 @@ STRIDE = 32
 
 
 def make_sample(
-    record: ImageRecord, *, size: int, augment: bool, generator: torch.Generator, max_size: int, masks: bool
+    record: ImageRecord,
+    *,
+    size: int,
+    augment: AbstractSet[str],
+    generator: torch.Generator,
+    max_size: int,
+    masks: bool,
 ) -> Sample:
-    """Decode, resize so that the short side is `size` and the long one at most `max_size`, and flip half of the time.
+    """Decode, resize so that the short side is `size` and the long one at most `max_size`, and flip half of the time where
+    `augment` has `flip`.
 
     The resize is torchvision's (bilinear, without antialiasing), rounded to whole numbers. Objects without area and
     crowds are left out. Masks are drawn at the size after the resize, and only where `masks` wants them.
@@ -39,7 +47,7 @@ def make_sample(
         kept = [segmentation for segmentation, k in zip(record.segmentations, keep, strict=True) if k]
         whole = (0.0, 0.0, float(record.width), float(record.height))
         drawn = draw_masks(kept, boxes, region=whole, size=(height, width), image=(record.height, record.width))
-    if augment and torch.rand((), generator=generator).item() < 0.5:
+    if "flip" in augment and torch.rand((), generator=generator).item() < 0.5:
         pixels = pixels.flip(2)
         boxes = boxes[:, [2, 1, 0, 3]] * [-1, 1, -1, 1] + [width, 0, width, 0]
         drawn = drawn[:, :, ::-1] if drawn is not None else None

@@ -228,6 +228,7 @@ def family() -> Family:
         match=match,
         workload="trainfit.models.maskrcnn.workload",
         checkpoint="trainfit.models.maskrcnn.interop:from_upstream",
+        augments=frozenset({"flip"}),
         not_flags=("lr_encoder",),
         task="detection",
         packages=("torchvision",),

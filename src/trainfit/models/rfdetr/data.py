@@ -1,6 +1,7 @@
 """Samples and targets of RF-DETR: square resize, crop and flip, normalised boxes."""
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any
 
@@ -20,20 +21,23 @@ SHORT_SIDES = (400, 500, 600)
 SMALLEST_CROP = 384
 
 
-def make_sample(record: ImageRecord, *, size: int, augment: bool, masks: bool, generator: torch.Generator) -> Sample:
+def make_sample(
+    record: ImageRecord, *, size: int, augment: AbstractSet[str], masks: bool, generator: torch.Generator
+) -> Sample:
     """Decode, crop (half of the time), resize to `size` x `size` and flip (half of the time).
 
     The crop's distribution is upstream's (short side to 400, 500 or 600, a square of 384 px or more out of it, then the
-    target size); the pixels are resampled once, not twice. Without `augment`: the resize alone, as for evaluation.
+    target size); the pixels are resampled once, not twice. `augment` says whether it may `crop` and `flip`: with nothing in
+    it there is the resize alone, as for evaluation.
     Boxes are clipped to the crop; objects whose clipped box has no area are dropped, as upstream does; crowds are left out.
     Masks are drawn only if `masks` is set.
     """
     image = read_image(record)
     region = (0.0, 0.0, float(record.width), float(record.height))
     flip = False
-    if augment:
-        if torch.rand((), generator=generator).item() < 0.5:
-            region = _random_crop(record.width, record.height, generator)
+    if "crop" in augment and torch.rand((), generator=generator).item() < 0.5:
+        region = _random_crop(record.width, record.height, generator)
+    if "flip" in augment:
         flip = torch.rand((), generator=generator).item() < 0.5
     resized = image.resize((size, size), Image.Resampling.BILINEAR, box=region)
     scale = np.array([size / (region[2] - region[0]), size / (region[3] - region[1])] * 2)

@@ -10,7 +10,7 @@ from trainfit.models.rfdetr.guide import translate
 from trainfit.models.rfdetr.matching import matching_seconds
 from trainfit.models.rfdetr.sizes import drawn
 from trainfit.models.setting import DetectionSetting
-from trainfit.values import Range, require_valid
+from trainfit.values import In, Range, require_valid
 
 Stage = Literal["single", "detector", "masks"]
 
@@ -66,7 +66,7 @@ class RfDetrKnobs:
 
     resolution: Annotated[int | None, Range(1, 8192)] = None
     """Side of the square input in pixels; as published unless given."""
-    snap: bool = True
+    snap: Annotated[bool, In("model", rare=True)] = True
     """Take the nearest legal resolution where the wanted one is not legal."""
     multi_scale: bool = True
     """Draw the training size anew for every window; the largest is up to 1.4 times the resolution, and is the one priced."""
@@ -89,7 +89,7 @@ class RfDetrKnobs:
 class RfDetrSetting(RfDetrKnobs, DetectionSetting):
     """A setting of an RF-DETR."""
 
-    lean: Literal["on", "off"] = "on"
+    lean: Annotated[Literal["on", "off"], In("model", rare=True)] = "on"
     """Mask losses and mask matching in pieces on packed masks (same numbers, less memory); off: upstream's own, to compare."""
 
     def __post_init__(self) -> None:
@@ -168,7 +168,7 @@ def host_seconds(setting: RfDetrSetting, images: int, capability: Capability | N
 
 def check_recipe(recipe: Any) -> None:
     """The mask stage starts from the run of a detector."""
-    if recipe.stage == "masks" and recipe.weights in (None, "pretrained"):
+    if recipe.stage == "masks" and recipe.weights in (None, "pretrained", "random"):
         raise TrainfitError("--stage masks trains on a frozen detector: give its run folder with --weights RUN")
 
 

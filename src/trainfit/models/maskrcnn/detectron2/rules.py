@@ -70,7 +70,7 @@ def _seed(value: Any) -> list[str]:
 
 
 def _flip(value: Any) -> list[str]:
-    return {"horizontal": ["--augment"], "none": ["--no-augment"]}[value]
+    return {"horizontal": ["--augment", "default"], "none": ["--augment", "none"]}[value]
 
 
 def _sampling(value: Any) -> list[str]:

@@ -1,0 +1,35 @@
+"""The best evaluation of a run, and whether it is worth while to go on."""
+
+from typing import Any
+
+
+class Best:
+    """The score of the best weights and the step that they are of. Both are None before the first evaluation."""
+
+    def __init__(self) -> None:
+        """Nothing was evaluated yet."""
+        self.score: float | None = None
+        self.step: int | None = None
+
+    def take(self, score: float | None, step: int) -> tuple[bool, bool]:
+        """Take an evaluation: (whether its score is the best so far, whether its weights are now the best).
+
+        Without a score the last weights are the best.
+        """
+        better = score is not None and (self.score is None or score > self.score)
+        chosen = better or score is None or self.step is None
+        if chosen:
+            self.score, self.step = score, step
+        return better, chosen
+
+    def stale_epochs(self, step: int, steps_per_epoch: int) -> float:
+        """Epochs since the best evaluation; 0 before the first, and where the data define no score."""
+        return 0.0 if self.step is None or self.score is None else (step - self.step) / steps_per_epoch
+
+    def state(self) -> dict[str, Any]:
+        """What a saved state keeps."""
+        return {"score": self.score, "step": self.step}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take what `state` gave."""
+        self.score, self.step = state["score"], state["step"]

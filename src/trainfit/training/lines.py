@@ -1,0 +1,48 @@
+"""Lines of a training for people. Imports no torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trainfit.tasks.task import Evaluation, percent
+
+
+def counted(number: int, noun: str) -> str:
+    """1 step, 2 steps."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def opening_lines(data: str, workload: Any, how: str) -> Sequence[str]:
+    """What is trained, on what, and how; `data` is the task's summary."""
+    sizes = workload.sizes()
+    scale = f"{sizes[-1]} px" if len(sizes) == 1 else f"{min(sizes)}-{max(sizes)} px, one size a window"
+    return (*workload.remarks, data, f"{workload.setting.model} at {scale}, {how}")
+
+
+def evaluated_line(evaluation: Evaluation, *, epoch: int, step: int, better: bool) -> str:
+    """An evaluation's figures; `epoch` counts from 1."""
+    figures = ", ".join(f"{name} {percent(value)}" for name, value in evaluation.figures.items())
+    return f"epoch {epoch} step {step}: {figures}{' (best so far)' if better else ''}"
+
+
+def diverged(step: int, skipped: int, last: Path) -> str:
+    """Why training cannot go on where numbers are no longer finite, and how to begin again.
+
+    Args:
+        step: Optimizer steps done.
+        skipped: Windows in a row that fp16 skipped; 0 where nothing was skipped.
+        last: The file of the last saved weights, which may not exist.
+    """
+    what = f"is no longer finite at step {step}"
+    if skipped:
+        what = f"was not finite in {skipped} windows in a row, which fp16 skipped, the last of them step {step}"
+    weights = f"; --weights {last} starts from the last saved weights" if last.exists() else ""
+    return f"the loss or its gradient {what}: start a new run with a lower --lr, or with --precision fp32{weights}"
+
+
+def other_ranks(now: int, before: int, effective_batch: int) -> str:
+    """What a resume with another number of processes changes."""
+    return (
+        f"the run goes on with {now} process(es) after {before}: the effective batch stays {effective_batch}; "
+        "dropout draws other random numbers"
+    )
