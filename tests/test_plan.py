@@ -108,6 +108,19 @@ def test_average_on_the_host_frees_its_bytes_and_takes_time() -> None:
     )
 
 
+def test_moments_on_the_host_free_their_bytes_and_take_time() -> None:
+    pricer, here = Pricer(gpu=GPU), replace(NETWORK, micro_batch=4, accumulation=2)
+    there = replace(here, optimizer="adamw-host")
+    moments = 8 * 11_217_552  # of ResNet-18 for 80 classes
+    held = [pricer.needs(each).high_bytes for each in (here, there)]
+    assert held[0] - held[1] == pytest.approx(moments, rel=0.15)  # at least the buffer of one part stays
+    added_s = pricer.seconds(there, (4, 4)).seconds - pricer.seconds(here, (4, 4)).seconds
+    assert added_s == pytest.approx(2 * moments / 10e9, rel=0.01)
+    assert pricer.known(there)
+    assert pricer.offloaded_bytes(there) == pytest.approx(2 * moments, rel=0.01)  # page-locked memory: powers of two
+    assert pricer.offloaded_bytes(here) == 0
+
+
 def test_evaluation_of_ema_weights_on_the_host_pays_for_bringing_them() -> None:
     """Against the trace of that very setting: training without them, evaluation with them."""
     setting = replace(NETWORK, micro_batch=4, accumulation=2, ema=True, ema_on_host=True)

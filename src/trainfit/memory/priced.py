@@ -14,6 +14,7 @@ from trainfit.gpus.catalogue import FLOPS_RATES, Gpu, find_gpu
 from trainfit.gpus.context import ByteRange, cublas_workspace_bytes
 from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.host_ema import ema_for_evaluation, without_ema
+from trainfit.memory.host_state import moments_bytes, with_state_on_host
 from trainfit.memory.laws import moved
 from trainfit.memory.predict import Prediction, needed, predict_traced, with_context
 from trainfit.memory.profile import last_window
@@ -23,6 +24,7 @@ from trainfit.models.setting import Setting
 from trainfit.timing.counts import TO_HOST, OpCount
 from trainfit.timing.roofline import (
     HOST_BYTES_PER_S,
+    PINNED_BYTES_PER_S,
     TimeEstimate,
     later,
     line_seconds,
@@ -53,7 +55,7 @@ RATES_LIKE = "RTX 3060"
 """Whose rates rank settings for a card of which only the memory is known."""
 Part = Literal["training", "evaluation"]
 Needs = dict[str, tuple[int, int]]
-"""By micro-batch, EMA, workspace and allocator: (low, high) bytes."""
+"""By micro-batch, EMA, workspace, place of the optimizer's state and allocator: (low, high) bytes."""
 
 
 def scalable(setting: Setting) -> bool:
@@ -82,6 +84,8 @@ class Pricer:
         """What the allocator of one process needs to reserve for training; see `predict.needed`."""
         request = self.request(setting, "training")
         key = f"{setting.micro_batch}:{setting.ema_on_host}:{cublas_workspace_bytes(self.gpu)}"
+        if _state_on_host(setting):
+            key += ":state on host"
         if self.config != AllocatorConfig():
             key += f":{self.config}"
         known = self.known_needs(request) if scalable(setting) else {}
@@ -131,6 +135,8 @@ class Pricer:
             base = scaled or self.trace(replace(setting, ema_on_host=False), part)
             nbytes = sum(tensor.nbytes for tensor in base.trace.tensors if tensor.category == "EMA")
             found = later(found, nbytes / HOST_BYTES_PER_S)
+        if _state_on_host(setting) and part == "training":
+            found = later(found, 2 * self._moments_bytes(setting) / PINNED_BYTES_PER_S)
         return found
 
     def predict(self, setting: Setting, cuts: Sequence[int]) -> Prediction:
@@ -168,13 +174,19 @@ class Pricer:
         scaled = self._scaled(setting, "training")
         return self.trace(setting, "training").blocks if scaled is None else scaled.blocks
 
+    def _moments_bytes(self, setting: Setting) -> int:
+        scaled = self._scaled(setting, "training")
+        base = scaled.trace if scaled is not None else self.trace(_on_gpu(setting), "training").trace
+        return moments_bytes(base)
+
     def offloaded_bytes(self, setting: Setting) -> int:
-        """Page-locked host memory of a micro-batch whose saved activations wait there; 0 without --checkpointing offload.
+        """Page-locked host memory: of a micro-batch's saved activations with --checkpointing offload, of an optimizer's state.
 
         torch's allocator of such memory rounds up to powers of two: twice the bytes at most.
         """
+        state_bytes = 2 * self._moments_bytes(setting) if _state_on_host(setting) else 0
         if setting.checkpointing != "offload":
-            return 0
+            return state_bytes
         scaled = self._scaled(setting, "training")
         if scaled is None:
             copied = _copied_bytes(self.trace(setting, "training").ops)
@@ -184,7 +196,7 @@ class Pricer:
             at = setting.micro_batch if scalable(setting) else setting.accumulation
             copied = low + (high - low) * (at - small) / (large - small)
         parts = TRACED_ACCUMULATION if scalable(setting) else 1
-        return int(2 * copied / parts)
+        return int(2 * copied / parts) + state_bytes
 
     def known(self, setting: Setting) -> bool:
         """Whether the need of training is known without tracing."""
@@ -205,7 +217,7 @@ class Pricer:
 
     def request(self, setting: Setting, part: Part) -> TraceRequest:
         """The setting without what a scaled trace serves all values of."""
-        setting = replace(setting, ema_on_host=False)
+        setting = _on_gpu(replace(setting, ema_on_host=False))
         if part == "evaluation":
             setting = replace(setting, accumulation=min(TRACED_ACCUMULATION, setting.accumulation))
         if scalable(setting):
@@ -238,6 +250,8 @@ class Pricer:
             since = last_window(scaled.trace) if part == "evaluation" else None
             made = scaled.at(setting.micro_batch, eval_micro_batch=evaluated, evaluated_from=since)
             found = scaled.stored(made)
+        if _state_on_host(setting):
+            found = replace(found, trace=with_state_on_host(found.trace))
         if not setting.ema_on_host:
             return found
         moved = without_ema(found.trace) if part == "training" else ema_for_evaluation(found.trace)
@@ -265,6 +279,15 @@ def packaged_alone(request: TraceRequest) -> StoredTrace | None:
         return traced
     made = moved(ScaledTrace.of_one(traced, 1), found.laws, found.values)
     return made.stored(made.trace)
+
+
+def _state_on_host(setting: Setting) -> bool:
+    return setting.optimizer == "adamw-host"
+
+
+def _on_gpu(setting: Setting) -> Setting:
+    """The same with the optimizer's state on the GPU: what is traced."""
+    return replace(setting, optimizer="adamw-fused") if _state_on_host(setting) else setting
 
 
 def _copied_bytes(ops: Sequence[OpCount]) -> float:

@@ -35,7 +35,8 @@ class Setting:
     precision: Annotated[Precision, In("memory")] = "auto"
     """auto: bf16 on CUDA capability 8.0 and later, fp16 on older GPUs, fp32 on the CPU."""
     optimizer: Annotated[Optimizer, In("memory")] = "adamw-fused"
-    """sgd has momentum 0.9, sgd-plain none; adamw-8bit is that of bitsandbytes (extra `8bit`)."""
+    """adamw-host is adamw-fused with its moments in host memory: less on the GPU, more time; sgd has momentum 0.9, sgd-plain
+    none; adamw-8bit is that of bitsandbytes (extra `8bit`)."""
     ema: Annotated[bool | None, In("memory")] = None
     """Keep EMA weights, for evaluation and the best checkpoint; as upstream trains the model unless given."""
     ema_on_host: Annotated[bool, In("memory", rare=True)] = False

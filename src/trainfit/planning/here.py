@@ -17,7 +17,7 @@ from trainfit.values import given
 if TYPE_CHECKING:
     import torch
 
-CHOSEN = ("micro_batch", "checkpointing", "ema_on_host")
+CHOSEN = ("micro_batch", "checkpointing", "ema_on_host", "optimizer")
 """Knobs that training takes from the plan: they change memory and time, and not what is learned."""
 BY_HAND = frozenset({"micro_batch", "accumulation", "plan"})
 """Where one of these is given, nothing is planned."""
@@ -75,6 +75,8 @@ def line(plan: Plan, chosen: Candidate) -> str:
         cut += f" on each of {plan.gpus} GPUs"
     if setting.checkpointing not in ("none", 0):
         cut += f", checkpointing {setting.checkpointing}"
+    if setting.optimizer == "adamw-host":
+        cut += ", optimizer adamw-host"
     low, high, usable = (
         f"{size / GIB:.1f}" for size in (chosen.needs.low_bytes, chosen.needs.high_bytes, plan.budget.low_bytes)
     )

@@ -7,7 +7,9 @@ from trainfit.models.setting import Setting
 
 FREE = ("ema-on-host",)
 """Knobs that change memory and time alone and go with any checkpointing: the plan turns them by itself."""
-MEMORY = (*FREE, "checkpointing")
+STATE = "state-on-host"
+"""AdamW's moments in host memory: the same values, bit for bit."""
+MEMORY = (*FREE, STATE, "checkpointing")
 """All knobs that change memory and time alone."""
 
 
@@ -32,6 +34,8 @@ def turned(setting: Setting, knob: str) -> Iterator[tuple[str, Setting]]:
     """(flag, setting) for each turn of one knob that frees memory, the gentlest first; nothing where it has no effect."""
     if knob == "ema-on-host" and setting.keeps_ema and not setting.ema_on_host:
         yield "--ema-on-host", replace(setting, ema_on_host=True)
+    if knob == STATE and setting.optimizer == "adamw-fused":
+        yield "--optimizer adamw-host", replace(setting, optimizer="adamw-host")
     if knob == "checkpointing" and setting.checkpointing != "offload":
         if setting.checkpointing != "all":
             yield "--checkpointing all", replace(setting, checkpointing="all")

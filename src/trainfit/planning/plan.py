@@ -49,6 +49,8 @@ class Saving:
     """Of the need of the chosen setting's training; of the smallest setting's where nothing fits."""
     learns_differently: bool
     """Whether it changes what is learned, so that only the user may choose it."""
+    slower: float | None = None
+    """By which share of its time a window takes longer; less than 0 where it is faster; None: not known."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 from trainfit.gpus.context import ByteRange
 from trainfit.memory.predict import RESERVE, Prediction, has_reserve
 from trainfit.models.setting import Setting
-from trainfit.planning.knobs import FREE, MEMORY, batches, coupled_batches, cuts, turned
+from trainfit.planning.knobs import FREE, MEMORY, STATE, batches, coupled_batches, cuts, turned
 from trainfit.planning.plan import Candidate, Saving, Verdict
 from trainfit.step.names import Checkpointing
 from trainfit.timing.roofline import TimeEstimate
@@ -187,25 +187,38 @@ class _Search:
             found = _faster(found, self.fastest(base))
             if found is not None and _seconds(found) <= (1 + KNEE) * ideal:
                 return found
-        if self.wish.checkpointing is None:
-            if found is not None:
-                return _faster(found, self.partial(found))
+        if found is None:
             return None if self.wish.reserve else self.last_resort()
-        return found
+        return found if self.wish.checkpointing is not None else _faster(found, self.partial(found))
 
     def last_resort(self) -> Candidate | None:
-        """Where nothing else fits: saved activations in host memory, everything else that frees memory, the least micro-batch.
+        """Where nothing else fits: the optimizer's state in host memory, then saved activations, at the least micro-batch.
 
-        It is no faster than what more memory would allow, so that the law holds that more memory is never slower; and it is a
-        trace of its own, so that it is not tried for a gain. To compute a block again takes less time than to copy what it keeps
+        The order is that of what they cost: state is copied once a window, activations once an image. Neither is faster than
+        what more memory would allow, so that the law holds that more memory is never slower; and activations are a trace of
+        their own, so that they are not tried for a gain. To compute a block again takes less time than to copy what it keeps
         to the host and back: what waits there is what recomputation leaves.
         """
-        base = replace(self.wish.setting, checkpointing="offload")
+        for setting in self.resorts():
+            if setting.checkpointing == "offload" and self.wish.checkpointing is None:
+                self.note("nothing fits: pricing saved activations in host memory")
+            found = self.price(setting, self.batches()[0])
+            if self.fits(found.needs):
+                return found
+        return None
+
+    def resorts(self) -> Iterator[Setting]:
+        """Settings that are tried last, the cheapest first."""
+        least = self.wish.setting
         for knob in FREE:
-            base = next((setting for _, setting in turned(base, knob)), base)
-        self.note("nothing fits: pricing saved activations in host memory")
-        found = self.price(base, self.batches()[0])
-        return found if self.fits(found.needs) else None
+            least = next((setting for _, setting in turned(least, knob)), least)
+        on_host = [setting for _, setting in turned(least, STATE)]
+        if self.wish.checkpointing is not None:
+            yield from (replace(setting, checkpointing=self.wish.checkpointing) for setting in on_host)
+            return
+        recomputed: Checkpointing = "all" if self.prices.blocks(least) else "none"
+        yield from (replace(setting, checkpointing=recomputed) for setting in on_host)
+        yield from (replace(setting, checkpointing="offload") for setting in (least, *on_host))
 
     def partial(self, other: Candidate) -> Candidate | None:
         """Computing only some blocks again, where that is faster than `other`.
@@ -263,8 +276,7 @@ class _Search:
         """What knobs that change memory and time alone would free of the chosen setting, where that takes no trace."""
         for flag, setting in (turn for knob in MEMORY for turn in turned(chosen.setting, knob)):
             if self.prices.known(setting):
-                freed = self.prices.needs(chosen.setting).high_bytes - self.prices.needs(setting).high_bytes
-                yield Saving(knob=flag, saved_bytes=freed, learns_differently=False)
+                yield self.saving(chosen, flag, setting)
 
     def savings(self, smallest: Candidate) -> Iterator[Saving]:
         """What each knob would free of the smallest setting, where nothing fits."""
@@ -272,8 +284,12 @@ class _Search:
         for knob in (*MEMORY, *learns):
             for flag, setting in turned(smallest.setting, knob):
                 self.note(f"pricing {flag}")
-                freed = smallest.needs.high_bytes - self.prices.needs(setting).high_bytes
-                yield Saving(knob=flag, saved_bytes=freed, learns_differently=knob in learns)
+                yield replace(self.saving(smallest, flag, setting), learns_differently=knob in learns)
+
+    def saving(self, base: Candidate, flag: str, setting: Setting) -> Saving:
+        freed = self.prices.needs(base.setting).high_bytes - self.prices.needs(setting).high_bytes
+        seconds = self.speed(setting, setting.micro_batch) / self.speed(base.setting, base.setting.micro_batch)
+        return Saving(knob=flag, saved_bytes=freed, learns_differently=False, slower=seconds - 1)
 
 
 def search(wish: Wish, prices: Prices, *, note: Callable[[str], None] = lambda _: None) -> Found:
@@ -313,8 +329,13 @@ def search(wish: Wish, prices: Prices, *, note: Callable[[str], None] = lambda _
         prediction=prediction,
         candidates=candidates,
         knee=next(b for b in found.worth(wish.share) if found.speed(base, b) <= (1 + KNEE) * ideal),
-        savings=tuple(sorted(savings, key=lambda each: -each.saved_bytes)),
+        savings=tuple(sorted(savings, key=_cost)),
     )
+
+
+def _cost(saving: Saving) -> tuple[bool, float, int]:
+    """What changes memory and time alone comes first, and of that what costs least time."""
+    return saving.learns_differently, saving.slower or 0.0, -saving.saved_bytes
 
 
 def frontier(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:

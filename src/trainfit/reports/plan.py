@@ -11,7 +11,7 @@ from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.predict import RESERVE, has_reserve, process_budget
 from trainfit.models.family import family_of
 from trainfit.models.setting import Setting
-from trainfit.planning.plan import Candidate, Plan, knobs
+from trainfit.planning.plan import Candidate, Plan, Saving, knobs
 from trainfit.reports.profile import doubts, gib, interval
 from trainfit.step.names import Checkpointing, Precision
 from trainfit.tracing.events import CATEGORIES
@@ -95,6 +95,7 @@ def _how_fast(plan: Plan, chosen: Candidate) -> str:
 def choice(candidate: Candidate) -> str:
     """`micro-batch 4 x 2, no checkpointing`: what mostly tells candidates apart, in words."""
     host = ", EMA weights on the host" * candidate.setting.ema_on_host
+    host += ", optimizer state on the host" * (candidate.setting.optimizer == "adamw-host")
     return f"{division(candidate.cuts)}, {blocks_text(candidate.setting.checkpointing)}{host}"
 
 
@@ -224,8 +225,15 @@ def _rescue(plan: Plan) -> list[str]:
 
 
 def frees_lines(plan: Plan) -> list[str]:
-    """What knobs would free of the chosen setting's training."""
-    return columns([("", saving.knob, f"frees {gib(saving.saved_bytes)} GiB") for saving in plan.savings])
+    """What knobs would free of the chosen setting's training, and what they would cost in time, the least first."""
+    return columns([("", saving.knob, _frees(saving)) for saving in plan.savings])
+
+
+def _frees(saving: Saving) -> str:
+    freed = f"frees {gib(saving.saved_bytes)} GiB"
+    if saving.slower is None:
+        return freed
+    return f"{freed}, {abs(saving.slower):.1%} {'slower' if saving.slower >= 0 else 'faster'}"
 
 
 def savings_lines(plan: Plan, missing_bytes: int) -> list[str]:
@@ -234,7 +242,7 @@ def savings_lines(plan: Plan, missing_bytes: int) -> list[str]:
         (
             "",
             saving.knob,
-            f"frees {gib(saving.saved_bytes)} GiB",
+            _frees(saving),
             "enough" if saving.saved_bytes >= missing_bytes else "",
             "changes what is learned" if saving.learns_differently else "",
         )

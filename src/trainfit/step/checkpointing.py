@@ -1,8 +1,9 @@
 """Activation checkpointing of a model's blocks, turned on and off in place."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -11,9 +12,43 @@ from torch.utils.checkpoint import checkpoint
 from trainfit.errors import TrainfitError
 from trainfit.step.names import Checkpointing
 
+_several_times: WeakSet[nn.Module] = WeakSet()
+
 
 class _Recomputed:
     """Base class that marks the classes made by `_checkpointed`."""
+
+
+def is_recomputed(block: nn.Module) -> bool:
+    """Whether `checkpoint_first` switched it on for a block."""
+    return isinstance(block, _Recomputed)
+
+
+def runs_several_times(block: nn.Module) -> None:
+    """Say that a block runs several times in one forward.
+
+    Under autocast its parameters' gradients are then summed in half precision, as they are where nothing is recomputed.
+    """
+    _several_times.add(block)
+
+
+def _with_own_casts(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a block, with which autocast's half-precision copies of its parameters end.
+
+    Autocast keeps a copy of each parameter until it is left, at the end of the whole forward, although a block that is
+    recomputed makes its own again. Known limit: a parameter that is used twice in one forward gets the float32 sum of its
+    gradients.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        was_enabled = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            torch.set_autocast_cache_enabled(was_enabled)
+
+    return run
 
 
 @cache
@@ -21,7 +56,7 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
     """A subclass of `kind` whose forward is recomputed in backward. A class, so that copies (EMA) run with their own weights."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        run = partial(kind.forward, self)
+        run = partial(kind.forward if self in _several_times else _with_own_casts(kind.forward), self)
         if self.training and torch.is_grad_enabled():
             return checkpoint(run, *args, use_reentrant=False, **kwargs)
         return run(*args, **kwargs)

@@ -10,5 +10,11 @@ MATMUL_PRECISION: Literal["highest", "high"] = "high"
 Checkpointing = int | Literal["none", "all", "offload"]
 """Blocks of the model, from the first, whose forward is recomputed in backward; offload: all of them, and what is still
 kept for backward is in host memory (`step.offload`)."""
-Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-8bit", "sgd", "sgd-plain", "adam", "adagrad", "rmsprop"]
-"""adamw-8bit is bitsandbytes' (extra `8bit`); sgd has momentum 0.9, sgd-plain none. The others are torch's at their defaults."""
+Optimizer = Literal[
+    "adamw-fused", "adamw-host", "adamw-foreach", "adamw-8bit", "sgd", "sgd-plain", "adam", "adagrad", "rmsprop"
+]
+"""adamw-host is adamw-fused with its moments in host memory (`step.host_adamw`): the same values, less memory, more time;
+adamw-8bit is bitsandbytes' (extra `8bit`); sgd has momentum 0.9, sgd-plain none. The others are torch's at their defaults."""
+UNIT_BYTES = 8 * 2**20
+"""Parameters that an optimizer updates together where it does so part by part (`step.units`). It bounds copies of them, with
+gradients and state for AdamW four times this. A larger parameter is a part of its own."""

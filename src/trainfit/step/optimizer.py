@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 import torch
 
 from trainfit.errors import TrainfitError
+from trainfit.step.host_adamw import HostAdamW
 from trainfit.step.names import Optimizer
 
 Adam = TypeVar("Adam", torch.optim.Adam, torch.optim.AdamW)
@@ -24,6 +25,8 @@ def make_optimizer(kind: Optimizer, groups: list[dict[str, Any]]) -> torch.optim
         return torch.optim.Adagrad(groups, foreach=True)  # its constructor allocates the state
     if kind == "rmsprop":
         return make_rmsprop(groups)
+    if kind == "adamw-host":
+        return HostAdamW(groups)
     if kind == "adamw-8bit":
         return make_adamw_8bit(groups)
     if kind == "adam":

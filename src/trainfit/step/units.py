@@ -1,17 +1,14 @@
 """An optimizer's step in units, each of which happens completely or not at all."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from trainfit.errors import HalfUpdated
 from trainfit.step.attempt import attempt
-
-UNIT_BYTES = 8 * 2**20
-"""Bytes of a unit's parameters if the unit is copied before its step. It bounds the copies of parameters, gradients and state
-(for AdamW four times this). A larger parameter is a unit of its own."""
+from trainfit.step.names import UNIT_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +18,15 @@ class Unit:
     group: dict[str, Any]
     """The parameter group that they belong to."""
     parameters: list[torch.Tensor]
+
+
+@runtime_checkable
+class InParts(Protocol):
+    """An optimizer that updates a group part by part: the last operator of each part is the one that changes the state."""
+
+    def parts(self, group: Mapping[str, Any]) -> list[list[torch.Tensor]]:
+        """The group's parameters, part by part; each part is of one device and dtype."""
+        ...
 
 
 def by_device_and_dtype(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
@@ -39,10 +45,19 @@ def units_of(optimizer: torch.optim.Optimizer) -> list[Unit]:
     """
     units: list[Unit] = []
     for group in optimizer.param_groups:
-        for kind in by_device_and_dtype(group["params"]):
-            parts = [kind] if group.get("fused") else _bounded(kind)
-            units += [Unit(group=group, parameters=part) for part in parts]
+        if isinstance(optimizer, InParts):
+            parts = optimizer.parts(group)
+        elif group.get("fused"):
+            parts = by_device_and_dtype(group["params"])
+        else:
+            parts = bounded_parts(group["params"])
+        units += [Unit(group=group, parameters=part) for part in parts]
     return units
+
+
+def bounded_parts(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Cut parameters into lists of one device and dtype and of at most `UNIT_BYTES`."""
+    return [part for kind in by_device_and_dtype(parameters) for part in _bounded(kind)]
 
 
 def step_unit(optimizer: torch.optim.Optimizer, unit: Unit) -> None:
@@ -84,12 +99,15 @@ def _snapshot(optimizer: torch.optim.Optimizer, unit: Unit) -> Callable[[], None
     """Copy what a step of this unit may change before it fails; returns the function that restores it.
 
     A fused kernel changes all or nothing, but torch increments the step count before it: for a fused optimizer only the
-    counts are copied. Restoring also deletes state that the step created.
+    counts are copied; for one that works in parts also the parameters, since it changes its state after them. Restoring also
+    deletes state that the step created.
     """
     used = [parameter for parameter in unit.parameters if parameter.grad is not None]
     slots = {parameter: dict(optimizer.state.get(parameter, {})) for parameter in used}
     if unit.group.get("fused"):
         values = [own["step"] for own in slots.values() if "step" in own]
+        if isinstance(optimizer, InParts):
+            values += used
     else:
         values = list[Any]()
         for own in slots.values():

@@ -89,8 +89,9 @@ class RfDetrKnobs:
 class RfDetrSetting(RfDetrKnobs, DetectionSetting):
     """A setting of an RF-DETR."""
 
-    lean: Annotated[Literal["on", "off"], In("model", rare=True)] = "on"
-    """Mask losses and mask matching in pieces on packed masks (same numbers, less memory); off: upstream's own, to compare."""
+    lean: Literal["on", "off"] = "on"
+    """Mask losses, mask matching and the choice of queries in pieces (same numbers, less memory); off: upstream's own, to
+    compare."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be used."""

@@ -1,8 +1,12 @@
 """What stands in for parts of RF-DETR that a trace cannot run."""
 
+from typing import Any
+
 import torch
 from rfdetr.models import _assignment  # pyright: ignore[reportPrivateUsage]
+from rfdetr.models.transformer import Transformer
 from scipy.optimize import linear_sum_assignment
+from torch.nn.modules import module
 
 from trainfit.models.rfdetr.matching import solves_on_device
 
@@ -11,6 +15,25 @@ def prepare(capability: tuple[int, int]) -> None:
     """Replace upstream's matching kernel in this process, which traces for a card of this capability."""
     solve = solve_on_device if solves_on_device(capability) else solve_on_host
     _assignment._solve_to_indices = solve  # pyright: ignore[reportPrivateUsage]
+    upstream: Any = Transformer
+    upstream._two_stage_batching_eligible = _as_without_hooks
+
+
+HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
+"""Where torch keeps hooks for the modules of the process, as the recorder of a trace has them."""
+_two_stage_batching_eligible = Transformer._two_stage_batching_eligible  # pyright: ignore[reportPrivateUsage]
+
+
+def _as_without_hooks(transformer: Any) -> bool:
+    """Whether all query groups' proposals are made at once: upstream does it one by one while modules are watched."""
+    hooks = {name: getattr(module, name) for name in HOOKS}
+    for name in HOOKS:
+        setattr(module, name, {})
+    try:
+        return _two_stage_batching_eligible(transformer)
+    finally:
+        for name, registered in hooks.items():
+            setattr(module, name, registered)
 
 
 def solve_on_device(costs: torch.Tensor, matches: int) -> tuple[torch.Tensor, torch.Tensor]:

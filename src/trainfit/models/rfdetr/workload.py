@@ -14,6 +14,7 @@ import torch
 from rfdetr import config as upstream
 from rfdetr.datasets.coco import compute_multi_scale_scales
 from rfdetr.models import build_criterion_from_config, build_model_from_config
+from rfdetr.models.heads.segmentation import SegmentationHead
 from rfdetr.models.lwdetr import LWDETR
 
 from trainfit.errors import TrainfitError
@@ -29,9 +30,11 @@ from trainfit.models.rfdetr.interop import (
     load_weights,
 )
 from trainfit.models.rfdetr.lean_head import LeanHead, Masks, masks_of
+from trainfit.models.rfdetr.lean_selection import LeanTransformer, selection_of
 from trainfit.models.rfdetr.losses import make_lean, make_objective
 from trainfit.models.rfdetr.weights_file import read_weights
 from trainfit.models.workload import Decoder, OptimizerSettings
+from trainfit.step.checkpointing import runs_several_times
 from trainfit.tasks.detection.samples import ImageDetections, Sample
 
 CONFIGS: Mapping[str, type[upstream.ModelConfig]] = {
@@ -116,8 +119,12 @@ class RfDetr:
             # Upstream never uses the encoder's mask token: without this it would be a parameter that gets no gradient.
             if name.endswith("mask_token") or (self.knobs.stage == "masks" and not name.startswith(MASK_HEAD)):
                 parameter.requires_grad_(False)
-        if self.masks and self.setting.lean == "on":
-            model.get_submodule(MASK_HEAD.removesuffix(".")).__class__ = LeanHead
+        if self.setting.lean == "on":
+            model.transformer.__class__ = LeanTransformer
+        if self.masks:
+            runs_several_times(_head(model).query_features_block)
+            if self.setting.lean == "on":
+                _head(model).__class__ = LeanHead
         return model.train()
 
     def load(self, model: torch.nn.Module, weights: str) -> list[str]:
@@ -146,12 +153,12 @@ class RfDetr:
         return [{"params": params, "lr": lr, "weight_decay": wd} for (lr, wd), params in merged.items()]
 
     def blocks(self, model: torch.nn.Module) -> list[torch.nn.Module]:
-        """The mask head's blocks, which free the most memory for their time; then the encoder's, projector and decoder's."""
+        """The mask head's and the choice of queries (they free most for their time); then encoder, projector, decoder."""
         encoder, decoder = (model.get_submodule(name).children() for name in (ENCODER_LAYERS, DECODER_LAYERS))
-        blocks = [*encoder, model.get_submodule(PROJECTOR), *decoder]
+        selection = [selection_of(model)] if self.setting.lean == "on" else []
+        blocks = [*selection, *encoder, model.get_submodule(PROJECTOR), *decoder]
         if self.masks:
-            head = cast(LWDETR, model).segmentation_head
-            assert head is not None
+            head = _head(model)
             blocks = [*head.blocks, head.query_features_block, *blocks]
         return [block for block in blocks if any(parameter.requires_grad for parameter in block.parameters())]
 
@@ -301,6 +308,12 @@ def _encoder_groups(
     backbone: Any = model.get_submodule("backbone.0")
     pairs = backbone.get_named_param_lr_pairs(arguments, prefix="backbone.0")
     return {name: (group["lr"], group["weight_decay"]) for name, group in pairs.items()}
+
+
+def _head(model: torch.nn.Module) -> SegmentationHead:
+    head = cast(LWDETR, model).segmentation_head
+    assert head is not None
+    return head
 
 
 def make_workload(setting: RfDetrSetting, classes: tuple[str, ...]) -> RfDetr:

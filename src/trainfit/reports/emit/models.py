@@ -52,7 +52,7 @@ def _rfdetr(job: Job) -> tuple[str, list[str]]:
         model |= {"num_queries": setting.num_queries, "num_select": setting.num_queries}
     model |= {"group_detr": setting.groups} if setting.groups else {}
     model |= {"freeze_encoder": True} if setting.freeze_encoder else {}
-    model |= {"fused_optimizer": False} if setting.optimizer != "adamw-fused" else {}
+    model |= {"fused_optimizer": False} if setting.optimizer not in ("adamw-fused", "adamw-host") else {}
     training: dict[str, object] = {
         "dataset_dir": "DIR",
         "batch_size": setting.micro_batch,
@@ -80,6 +80,7 @@ def _rfdetr(job: Job) -> tuple[str, list[str]]:
 
 def _rfdetr_notes(job: Job) -> list[str]:
     setting = job.setting
+    assert isinstance(setting, RfDetrSetting)
     notes = ["It starts from the model's published weights; pretrain_weights=None starts from random ones."]
     if job.checkpoints and setting.checkpointing != ENCODER_BLOCKS:
         notes.append(
@@ -95,6 +96,12 @@ def _rfdetr_notes(job: Job) -> list[str]:
                 "with --no-ema"
             )
         notes.append(f"rfdetr keeps the averaged weights on the GPU: {gib(copy)} GiB more than planned.")
+    if setting.optimizer == "adamw-host":
+        raise TrainfitError(
+            "--emit rfdetr: rfdetr keeps the optimizer's state on the GPU: plan with --optimizer adamw-fused or adamw-8bit"
+        )
+    if setting.lean == "on":
+        notes.append("rfdetr's own losses and choice of queries need more than trainfit's: --lean off plans with them.")
     if setting.optimizer == "adamw-8bit":
         notes.append(
             "rfdetr gives an optimizer by its import path the layers' learning rates; its other arguments are yours."
@@ -228,6 +235,8 @@ def _open_clip(job: Job) -> tuple[str, list[str]]:
             notes.append("open_clip contrasts the whole window, the plan each micro-batch alone.")
     if isinstance(setting.checkpointing, int) and job.checkpoints:
         notes.append("open_clip checkpoints all blocks: less memory and more time than planned.")
+    if setting.optimizer == "adamw-host":
+        raise TrainfitError("--emit open_clip: open_clip keeps the optimizer's state on the GPU: plan with adamw-fused")
     if setting.optimizer not in ("adamw-fused", "adamw-foreach"):
         notes.append(f"open_clip trains with AdamW, not {setting.optimizer}: its state may need more than planned.")
     if setting.ema:
