@@ -20,6 +20,7 @@ from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import GIB, MIB, find_gpu
 from trainfit.models.family import family_of
 from trainfit.planning.plan import Plan, knobs
+from trainfit.reports import plan_svg as picture
 from trainfit.reports.plan import (
     CARDS_GIB,
     ROWS,
@@ -219,6 +220,25 @@ def test_html_stands_alone(chosen: tuple[int, Checkpointing] | None) -> None:
         assert f"<td class='name'>{size} GB: micro-batch" in page
     assert ("head&lt;0&gt;" in page) == (chosen is not None)
     assert ("frees 1.00 GiB  enough  changes what is learned" in page) == (chosen is None)
+
+
+@pytest.mark.parametrize("chosen", [(6, "none"), None])
+def test_picture_stands_alone(chosen: tuple[int, Checkpointing] | None) -> None:
+    """A bar up to what each shown candidate needs, beyond the budget's line where it does not fit; two palettes."""
+    plan = make_plan(chosen, budget_gib=3.5 if chosen else 0.7)
+    text = picture.plan_svg(plan)
+    assert not re.search(r"href|url\(|<script", text)
+    assert "prefers-color-scheme: dark" in text
+    name = "{http://www.w3.org/2000/svg}"
+    root = ET.fromstring(text)
+    budget = next(line for line in root.iter(f"{name}line") if line.get("stroke") == "var(--limit)")
+    ends = [r for r in root.iter(f"{name}rect") if r.get("opacity")]
+    assert 1 < len(ends) <= picture.ROWS
+    for rect in ends:
+        beyond = float(rect.get("x", 0)) + float(rect.get("width", 0)) > float(budget.get("x1", 0)) + 0.2
+        assert beyond == (rect.get("fill") == picture.COLORS["does not fit"])
+    words = [element.text or "" for element in root.iter(f"{name}text")]
+    assert any("Fastest that fits" in each for each in words) == (chosen is not None)
 
 
 def test_reports_need_no_torch() -> None:

@@ -15,6 +15,7 @@ from trainfit.gpus.choice import chosen_gpu, gpu_here
 from trainfit.models.setting import Setting
 from trainfit.reports.plan import plan_json, plan_text
 from trainfit.reports.plan_html import plan_html
+from trainfit.reports.plan_svg import plan_svg
 from trainfit.training.recipe import DEFAULT_EFFECTIVE_BATCH
 from trainfit.values import In
 
@@ -49,6 +50,8 @@ class Plan(Generic[AnySetting]):
     """Print JSON (schema 1) instead of text."""
     html: Annotated[Path | None, In("output")] = None
     """Write the report as one HTML page."""
+    svg: Annotated[Path | None, In("output")] = None
+    """Write a picture of the plan, for light and dark pages."""
     out: Annotated[Path | None, In("output")] = None
     """Write the plan file that train, measure and report take."""
     force: Annotated[bool, In("output")] = False
@@ -59,7 +62,7 @@ class Plan(Generic[AnySetting]):
 
 def plan(arguments: Plan[Setting], given: AbstractSet[str]) -> int:
     """Plan the fastest training that fits a GPU; the exit code is 1 if nothing fits."""
-    require_writable((arguments.html, arguments.out), force=arguments.force)
+    require_writable((arguments.html, arguments.svg, arguments.out), force=arguments.force)
     setting = arguments.setting
     result = api.plan(
         setting,
@@ -77,6 +80,8 @@ def plan(arguments: Plan[Setting], given: AbstractSet[str]) -> int:
     )
     if arguments.html is not None:
         write(arguments.html, plan_html(result))
+    if arguments.svg is not None:
+        write(arguments.svg, plan_svg(result))
     if arguments.out is not None and result.chosen is not None:
         print(f"wrote {api.save_plan(result, arguments.out)}", file=sys.stderr)
     if arguments.emit is not None:

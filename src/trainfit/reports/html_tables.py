@@ -35,7 +35,7 @@ def table(
     strong = "style='font-weight:600'"
     lines = [f"<tr>{cells('th', head)}</tr>"]
     lines += [f"<tr {strong * (i == marked)}>{cells('td', row)}</tr>" for i, row in enumerate(rows)]
-    return f"<div style='overflow-x:auto'><table style='white-space:nowrap'>{''.join(lines)}</table></div>"
+    return f"<div style='overflow-x:auto'><table class='grid'>{''.join(lines)}</table></div>"
 
 
 def bullets(lines: Iterable[str]) -> str:

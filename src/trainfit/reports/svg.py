@@ -22,7 +22,8 @@ svg .strong { fill: var(--ink); } svg .limit { fill: var(--limit); }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 td, th { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 .number { text-align: right; white-space: nowrap; } .soft { color: var(--soft); }
-.label { white-space: nowrap; }
+.label { white-space: nowrap; } .grid { white-space: nowrap; }
+.grid td:last-child { white-space: normal; min-width: 13em; }
 .wide { width: 55%; } summary { margin: .6rem 0; cursor: pointer; } .name { overflow-wrap: anywhere; }
 .bar { display: block; height: .8em; margin-top: .35em; border-radius: 2px; min-width: 1px; }
 .key { display: inline-block; margin-right: 1.1em; } .key i { display: inline-block; width: .8em; height: .8em;
