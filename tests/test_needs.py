@@ -12,6 +12,7 @@ from trainfit.memory.allocator import replay
 from trainfit.memory.errors import DENSE, DEPTHWISE, HYBRID, MATRIX_PRODUCTS, NEEDS_ERROR, class_of
 from trainfit.memory.least import least_capacity_bytes
 from trainfit.memory.predict import assess, needed
+from trainfit.memory.quick_replay import QuickReplay
 from trainfit.timing.counts import OpCount
 from trainfit.tracing.events import Category
 from trainfit.tracing.stored_trace import StoredTrace
@@ -56,7 +57,7 @@ def test_the_least_capacity_survives(sizes: list[int], life: int) -> None:
     trace = stored(sizes, tuple(events)).trace
     free = replay(trace, capacity_bytes=None)
     low, high = free.peak_requested_bytes, free.peak_reserved_bytes
-    least = least_capacity_bytes(trace, CONFIG, low_bytes=low, high_bytes=high)
+    least = least_capacity_bytes(QuickReplay(trace, CONFIG), low_bytes=low, high_bytes=high)
     assert low <= least <= high
     assert replay(trace, capacity_bytes=least).oom is None
 

@@ -1,5 +1,6 @@
 """The command line: one small file a command."""
 
+import gc
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -55,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Upstream's imports meet torch's deprecations; a user can do nothing about them.
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged images, which are reported by name
+    if arguments is None and sys.argv[1:2] in (["plan"], ["predict"]):
+        gc.disable()  # a trace is a million objects without cycles, and the process ends with its answer
     with signals.Signals() as handlers:
         code = _run(arguments, handlers)
     if arguments is None:

@@ -6,7 +6,7 @@ read from pytorch's; the others are limits that follow from the algorithm. None 
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from trainfit.gpus.catalogue import Gpu
@@ -115,24 +115,36 @@ def complete(trace: Trace, gpu: Gpu, *, bound: Bound, half_precision: bool) -> C
     begins: list[int] = []
     largest_bytes = 0
     searched: set[tuple[str, str, int]] = set()
+    ops = [tensor.op for tensor in trace.tensors]
+    known = {*MATMULS, *_CONVOLUTIONS, *TEMPORARIES}.intersection(ops)
 
-    def add(tensor: TensorInfo, nbytes: int, name: str) -> int:
-        tensors.append(replace(tensor, id=len(tensors), nbytes=nbytes, category="workspace", op=name))
+    def add(tensor: TensorInfo, nbytes: int, name: str, module: str) -> int:
+        tensors.append(
+            TensorInfo(
+                id=len(tensors),
+                nbytes=nbytes,
+                category="workspace",
+                op=name,
+                module=module,
+                phase=tensor.phase,
+                stream=tensor.stream,
+            )
+        )
         return len(tensors)
 
     for event in trace.events:
         begins.append(len(events))
         events.append(event)
-        if event < 0:
+        if event < 0 or ops[event - 1] not in known:
             continue
         tensor = trace.tensors[event - 1]
         if tensor.op in MATMULS and (tensor.phase == "backward") not in threads:
             threads.add(tensor.phase == "backward")
-            events.append(add(replace(tensor, module=""), workspace_bytes, "cuBLAS workspace"))
+            events.append(add(tensor, workspace_bytes, "cuBLAS workspace", ""))
         if tensor.op in _CONVOLUTIONS:
             if (key := (tensor.op, tensor.module, tensor.nbytes)) not in searched:
                 searched.add(key)
-                events.append(add(tensor, 0, EMPTY_CACHE))
+                events.append(add(tensor, 0, EMPTY_CACHE, tensor.module))
             other = partners.get((tensor.op, tensor.module), tensor.nbytes)
             nbytes = (bound == "most") * layout_factor * (tensor.nbytes + other)
         elif kernel := TEMPORARIES.get(tensor.op):
@@ -142,7 +154,7 @@ def complete(trace: Trace, gpu: Gpu, *, bound: Bound, half_precision: bool) -> C
         if nbytes:
             kernels[tensor.op.removeprefix("aten.")] = None
             largest_bytes = max(largest_bytes, int(nbytes))
-            number = add(tensor, int(nbytes), f"within {tensor.op}")
+            number = add(tensor, int(nbytes), f"within {tensor.op}", tensor.module)
             events += (number, -number)
     begins.append(len(events))
     marks = tuple((begins[index], name) for index, name in trace.marks)

@@ -17,7 +17,7 @@ from itertools import combinations_with_replacement
 from math import prod
 from typing import Any
 
-from trainfit.memory.scaling import TOLERANCE, ScaledTrace, matched, peak_bytes
+from trainfit.memory.scaling import TOLERANCE, ScaledTrace, matched, peak_bytes, resized
 from trainfit.timing.counts import OpCount
 from trainfit.tracing.events import TensorInfo
 from trainfit.tracing.stored_trace import StoredTrace
@@ -210,7 +210,7 @@ def moved(scaled: ScaledTrace, laws: Laws, values: Mapping[str, int]) -> ScaledT
     for number, tensor in enumerate(tensors):
         ratio = ratios.get(kind_of(tensor))
         if ratio is not None:
-            tensors[number] = replace(tensor, nbytes=_times(tensor.nbytes, ratio))
+            tensors[number] = resized(tensor, _times(tensor.nbytes, ratio))
             small[number] = _times(small[number], ratio)
     few, many = (tuple(laws.counted(row, values) for row in rows) for rows in scaled.ops)
     trace = replace(scaled.trace, tensors=tuple(tensors))

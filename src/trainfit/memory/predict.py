@@ -11,6 +11,7 @@ from trainfit.memory.errors import ALLOCATED_ERROR, NEEDS_ERROR, ErrorClass, cla
 from trainfit.memory.hidden import KERNEL_TEMPORARIES, Bound, Completed, HiddenRow, complete, hidden_rows, reserved_rows
 from trainfit.memory.least import least_capacity_bytes
 from trainfit.memory.profile import Profile, last_window, make_profile
+from trainfit.memory.quick_replay import QuickReplay
 from trainfit.models.setting import Setting
 from trainfit.timing.roofline import TimeEstimate, step_seconds, with_host_work
 from trainfit.tracing.events import Trace
@@ -169,20 +170,16 @@ def needed(stored: StoredTrace, gpu: Gpu, config: AllocatorConfig, *, at_least: 
     `at_least`: what a part of the same process needs; where that is enough for the trace too, it is the answer.
     """
     low, high = completed(stored, gpu, bound="least"), completed(stored, gpu, bound="needed")
-    if at_least is not None and replay(high.trace, capacity_bytes=at_least.high_bytes, config=config).oom is None:
+    most = QuickReplay(high.trace, config)
+    if at_least is not None and most.survives(at_least.high_bytes):
         return at_least
-    free = replay(low.trace, capacity_bytes=None, config=config)
-    most = free.peak_reserved_bytes
-    least = least_capacity_bytes(low.trace, config, low_bytes=free.peak_requested_bytes, high_bytes=most)
-    top = least
-    if (
-        high.largest_bytes > low.largest_bytes
-        and replay(high.trace, capacity_bytes=least, config=config).oom is not None
-    ):
-        most = replay(high.trace, capacity_bytes=None, config=config).peak_reserved_bytes
-        top = least_capacity_bytes(high.trace, config, low_bytes=least, high_bytes=max(least, most))
+    step = QuickReplay(low.trace, config)
+    peak = step.peak_requested_bytes
+    least = top = least_capacity_bytes(step, low_bytes=peak, high_bytes=step.peak_reserved_bytes)
+    if high.largest_bytes > low.largest_bytes and not most.survives(least):
+        top = least_capacity_bytes(most, low_bytes=least, high_bytes=max(least, most.peak_reserved_bytes))
     return ByteRange(
-        low_bytes=max(free.peak_requested_bytes, int((1 - NEEDS_ERROR) * least)),
+        low_bytes=max(peak, int((1 - NEEDS_ERROR) * least)),
         high_bytes=int((1 + NEEDS_ERROR) * top),
     )
 

@@ -11,8 +11,9 @@ from typing import Literal
 
 from trainfit.gpus.capability import kernel_class
 from trainfit.gpus.catalogue import FLOPS_RATES, Gpu, find_gpu
-from trainfit.gpus.context import ByteRange, cublas_workspace_bytes
+from trainfit.gpus.context import ByteRange, cublas_workspace_bytes, cuda_context_bytes
 from trainfit.memory.allocator import AllocatorConfig
+from trainfit.memory.errors import NEEDS_ERROR
 from trainfit.memory.host_ema import ema_for_evaluation, without_ema
 from trainfit.memory.host_state import moments_bytes, with_state_on_host
 from trainfit.memory.laws import moved
@@ -100,6 +101,16 @@ class Pricer:
     def needs(self, setting: Setting) -> ByteRange:
         """The least that one process trains in, its CUDA context included."""
         return with_context(self.reserved(setting), self.gpu)
+
+    def least(self, setting: Setting) -> int:
+        """What the top of `needs` is not below: the peak of the tensors alone. 0 where that would take another trace."""
+        scaled = self._scaled(setting, "training") if scalable(setting) else None
+        if scaled is None or _state_on_host(setting) or setting.micro_batch < scaled.micro_batches[0]:
+            return 0
+        peak = scaled.peak_bytes(setting.micro_batch)
+        if setting.ema_on_host:
+            peak -= sum(tensor.nbytes for tensor in scaled.trace.tensors if tensor.category == "EMA")
+        return int((1 + NEEDS_ERROR) * peak) + cuda_context_bytes(self.gpu).high_bytes
 
     def known_needs(self, request: TraceRequest) -> Needs:
         """Needs that were computed before, by this pricer, for the package or for the disk. It grows."""

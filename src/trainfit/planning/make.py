@@ -16,8 +16,9 @@ from trainfit.memory.predict import Prediction, process_budget
 from trainfit.memory.priced import RATES_LIKE, Pricer, rated
 from trainfit.memory.shipped import why_unused
 from trainfit.models.setting import Setting
+from trainfit.planning.comparing import frontier, least_of
 from trainfit.planning.plan import Loading, Plan
-from trainfit.planning.search import Found, Wish, frontier, search
+from trainfit.planning.search import Found, Wish, search
 from trainfit.step.names import Checkpointing
 from trainfit.timing.roofline import TimeEstimate, later
 from trainfit.training.recipe import DEFAULT_EFFECTIVE_BATCH
@@ -43,6 +44,10 @@ class Calibrated:
         needs = self.pricer.needs(setting)
         factor = self.found.reserved_factors[1] if self.found else 1.0
         return replace(needs, high_bytes=max(needs.high_bytes, ceil(factor * needs.low_bytes)))
+
+    def least(self, setting: Setting) -> int:
+        """As the pricer says."""
+        return self.pricer.least(setting)
 
     def seconds(
         self, setting: Setting, cuts: Sequence[int], part: Literal["training", "evaluation"] = "training"
@@ -171,7 +176,7 @@ def _plan(
         knee=found.knee,
         frontier=frontier(found.candidates),
         candidates=found.candidates,
-        smallest=min(found.candidates, key=lambda each: each.needs.high_bytes),
+        smallest=least_of(found.candidates),
         savings=found.savings,
         loading=load_for(images_per_s=speed),
         learning_rate=learning_rate(setting, wish.effective_batch),

@@ -37,6 +37,8 @@ class Candidate:
     """fits: the most that it may need is there, and `memory.predict.RESERVE` of it beside."""
     reason: str
     """Why it was not chosen, with its number; of the chosen one, why it was."""
+    needs_more: bool = False
+    """`needs` is what its tensors alone hold at their peak, already too much: it was not searched for more exactly."""
 
 
 @dataclass(frozen=True, kw_only=True)

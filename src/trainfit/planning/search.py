@@ -1,6 +1,6 @@
 """Of all settings that fit, the fastest. Pure: whoever calls gives the prices."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Literal, Protocol
@@ -8,13 +8,12 @@ from typing import Literal, Protocol
 from trainfit.gpus.context import ByteRange
 from trainfit.memory.predict import RESERVE, Prediction, has_reserve
 from trainfit.models.setting import Setting
+from trainfit.planning.comparing import KNEE, explained, faster, least_of, seconds_of
 from trainfit.planning.knobs import FREE, MEMORY, STATE, batches, coupled_batches, cuts, turned
 from trainfit.planning.plan import Candidate, Saving, Verdict
 from trainfit.step.names import Checkpointing
 from trainfit.timing.roofline import TimeEstimate
 
-KNEE = 0.03
-"""Speed that is not worth more memory, or a trace."""
 EVAL_MICRO_BATCHES = (2, 4, 8, 16, 32)
 PARTIAL_TRIES = 3
 
@@ -24,6 +23,10 @@ class Prices(Protocol):
 
     def needs(self, setting: Setting) -> ByteRange:
         """The least that training of one process runs in, its CUDA context included."""
+        ...
+
+    def least(self, setting: Setting) -> int:
+        """What the top of `needs` is not below, found in a fraction of its time; 0 where that is not possible."""
         ...
 
     def seconds(
@@ -92,22 +95,44 @@ class _Search:
     prices: Prices
     note: Callable[[str], None]
     seen: dict[Setting, Candidate] = field(default_factory=dict[Setting, Candidate])
+    times: dict[Setting, float] = field(default_factory=dict[Setting, float])
 
     def price(self, base: Setting, micro_batch: int) -> Candidate:
-        share = self.wish.share
-        setting = replace(base, micro_batch=micro_batch, accumulation=len(cuts(share, micro_batch)))
-        if setting not in self.seen:
-            needs, seconds = self.prices.needs(setting), self.speed(base, micro_batch)
-            self.seen[setting] = Candidate(
-                setting=setting,
-                cuts=cuts(share, micro_batch),
-                needs=needs,
-                seconds=seconds,
-                images_per_s=self.wish.effective_batch / seconds,
-                verdict=self.verdict(needs),
-                reason="",
-            )
+        setting = self.at(base, micro_batch)
+        known = self.seen.get(setting)
+        if known is None or known.needs_more:
+            self.seen[setting] = self.candidate(base, micro_batch, self.prices.needs(setting))
         return self.seen[setting]
+
+    def could_fit(self, base: Setting, micro_batch: int) -> bool:
+        """Not, if already the least that it may need is too much: then that is its price, found without replays."""
+        setting = self.at(base, micro_batch)
+        if setting not in self.seen:
+            least = self.prices.least(setting)
+            if least <= self.wish.budget_bytes:
+                return True
+            needs = ByteRange(low_bytes=least, high_bytes=least)
+            self.seen[setting] = replace(self.candidate(base, micro_batch, needs), needs_more=True)
+        return not self.seen[setting].needs_more
+
+    def does_fit(self, base: Setting, micro_batch: int) -> bool:
+        """With the reserve that is wished for; priced only where it could."""
+        return self.could_fit(base, micro_batch) and self.fits(self.price(base, micro_batch).needs)
+
+    def at(self, base: Setting, micro_batch: int) -> Setting:
+        return replace(base, micro_batch=micro_batch, accumulation=len(cuts(self.wish.share, micro_batch)))
+
+    def candidate(self, base: Setting, micro_batch: int, needs: ByteRange) -> Candidate:
+        seconds = self.speed(base, micro_batch)
+        return Candidate(
+            setting=self.at(base, micro_batch),
+            cuts=cuts(self.wish.share, micro_batch),
+            needs=needs,
+            seconds=seconds,
+            images_per_s=self.wish.effective_batch / seconds,
+            verdict=self.verdict(needs),
+            reason="",
+        )
 
     def verdict(self, needs: ByteRange) -> Verdict:
         budget_bytes = self.wish.budget_bytes
@@ -121,9 +146,11 @@ class _Search:
 
     def speed(self, base: Setting, micro_batch: int) -> float:
         """Seconds of a window."""
-        parts = cuts(self.wish.share, micro_batch)
-        setting = replace(base, micro_batch=micro_batch, accumulation=len(parts))
-        return self.prices.seconds(setting, parts).seconds + self.wish.exchange_s
+        setting = self.at(base, micro_batch)
+        if setting not in self.times:
+            found = self.prices.seconds(setting, cuts(self.wish.share, micro_batch))
+            self.times[setting] = found.seconds + self.wish.exchange_s
+        return self.times[setting]
 
     def batches(self) -> tuple[int, ...]:
         if self.wish.micro_batch is not None:
@@ -131,15 +158,19 @@ class _Search:
         return (coupled_batches if self.wish.setting.family.coupled(self.wish.setting) else batches)(self.wish.share)
 
     def largest(self, base: Setting) -> int | None:
-        """The largest micro-batch that fits, by bisection; prices the next larger one too."""
+        """The largest micro-batch that fits, by bisection; tries the next larger one too. The smallest of all is priced
+        where none fits.
+        """
         sizes = self.batches()
         low, high = -1, len(sizes)
         while high - low > 1:
             middle = (low + high) // 2
-            if self.fits(self.price(base, sizes[middle]).needs):
+            if self.does_fit(base, sizes[middle]):
                 low = middle
             else:
                 high = middle
+        if low < 0:
+            self.price(base, sizes[0])
         return sizes[low] if low >= 0 else None
 
     def fastest(self, base: Setting) -> Candidate | None:
@@ -149,12 +180,12 @@ class _Search:
             return None
         sizes = self.worth(largest)
         best = min(sizes, key=lambda b: (self.speed(base, b), b))
-        while not self.fits(self.price(base, best).needs):  # memory that does not grow with the micro-batch
+        while not self.does_fit(base, best):  # memory that does not grow with the micro-batch
             sizes.remove(best)
             best = min(sizes, key=lambda b: (self.speed(base, b), b))
         slowest = (1 + KNEE) * self.speed(base, best)
         within = [b for b in sizes if b <= best and self.speed(base, b) <= slowest]
-        best = next(b for b in within if self.fits(self.price(base, b).needs))
+        best = next(b for b in within if self.does_fit(base, b))
         smaller = [b for b in self.batches() if b < best]
         if smaller:
             self.price(base, smaller[-1])
@@ -180,16 +211,22 @@ class _Search:
             yield from (setting for knob in FREE for _, setting in turned(base, knob))
 
     def best(self) -> Candidate | None:
-        """Goes on to what costs more as long as it may gain."""
+        """Goes on to what costs more as long as it may gain; what cannot be faster than what is found is not priced."""
         found: Candidate | None = None
         ideal = self.ideal(replace(self.wish.setting, checkpointing=self.wish.checkpointing or "none"))
         for base in self.means():
-            found = _faster(found, self.fastest(base))
-            if found is not None and _seconds(found) <= (1 + KNEE) * ideal:
+            if found is None or self.may_gain(base, found):
+                found = faster(found, self.fastest(base))
+            if found is not None and seconds_of(found) <= (1 + KNEE) * ideal:
                 return found
         if found is None:
             return None if self.wish.reserve else self.last_resort()
-        return found if self.wish.checkpointing is not None else _faster(found, self.partial(found))
+        return found if self.wish.checkpointing is not None else faster(found, self.partial(found))
+
+    def may_gain(self, base: Setting, found: Candidate) -> bool:
+        """Whether a micro-batch is faster than what is found, and could fit."""
+        sizes = [b for b in self.worth(self.wish.share) if self.speed(base, b) < seconds_of(found)]
+        return any(self.could_fit(base, b) for b in sizes)
 
     def last_resort(self) -> Candidate | None:
         """Where nothing else fits: the optimizer's state in host memory, then saved activations, at the least micro-batch.
@@ -229,21 +266,24 @@ class _Search:
         tries: list[tuple[float, int, int, Setting]] = []
         for none in (base for base in self.means() if base.checkpointing == "none"):
             for b in self.batches():
-                if (1 + KNEE) * self.speed(none, b) > _seconds(other):
+                if (1 + KNEE) * self.speed(none, b) > seconds_of(other):
                     continue  # recomputing some blocks is no faster than recomputing none
-                most, least = (self.price(each, b) for each in (none, replace(none, checkpointing="all")))
-                if self.fits(most.needs) or not self.fits(least.needs):
+                every = replace(none, checkpointing="all")
+                if self.gain_at_most(none, every, b) * (1 + KNEE) > seconds_of(other):
                     continue
+                if self.does_fit(none, b) or not self.does_fit(every, b):
+                    continue
+                most, least = self.price(none, b), self.price(every, b)
                 freed = most.needs.high_bytes - least.needs.high_bytes
                 over = most.needs.high_bytes - (1 - self.wish.reserve) * self.wish.budget_bytes
                 count = ceil(blocks * over / max(1, freed))
                 if 0 < count < blocks:
-                    seconds = _seconds(most) + (_seconds(least) - _seconds(most)) * count / blocks
+                    seconds = seconds_of(most) + (seconds_of(least) - seconds_of(most)) * count / blocks
                     tries.append((seconds, b, count, none))
         if not tries:
             return None
         seconds, b, count, base = min(tries, key=lambda each: each[:3])
-        if seconds * (1 + KNEE) > _seconds(other):
+        if seconds * (1 + KNEE) > seconds_of(other):
             return None
         for _ in range(PARTIAL_TRIES):
             self.note(f"pricing {count} of {blocks} blocks recomputed at micro-batch {b}")
@@ -254,6 +294,16 @@ class _Search:
             if count >= blocks:
                 break
         return None
+
+    def gain_at_most(self, none: Setting, every: Setting, micro_batch: int) -> float:
+        """Seconds that a window takes at least where so many blocks are computed again that it could fit: of blocks as `partial`
+        counts them, from the least that the two may need.
+        """
+        most, least = (self.prices.least(self.at(each, micro_batch)) for each in (none, every))
+        over = most - (1 - self.wish.reserve) * self.wish.budget_bytes
+        share = min(1.0, over / (most - least)) if over > 0 and most > least else 0.0
+        slowest, fastest = self.speed(every, micro_batch), self.speed(none, micro_batch)
+        return fastest + (slowest - fastest) * share
 
     def evaluation(self, chosen: Candidate) -> tuple[Candidate, Prediction] | None:
         """With the evaluation micro-batch that is fastest by `KNEE` and fits; None: not even one image fits."""
@@ -271,6 +321,13 @@ class _Search:
             if spare and prediction.evaluation.verdict == "fits":
                 return replace(chosen, setting=setting, needs=prediction.needs), prediction
         return None
+
+    def price_neighbours(self, settings: Iterable[Setting]) -> None:
+        """Those with another micro-batch, a power of two or the whole share, and all else equal; to be shown beside them."""
+        for base in dict.fromkeys(replace(each, micro_batch=1, accumulation=1) for each in settings):
+            for b in self.batches():
+                if b > 1 and (b & (b - 1) == 0 or b == self.wish.share) and self.could_fit(base, b):
+                    self.price(base, b)
 
     def frees(self, chosen: Candidate) -> Iterator[Saving]:
         """What knobs that change memory and time alone would free of the chosen setting, where that takes no trace."""
@@ -302,25 +359,24 @@ def search(wish: Wish, prices: Prices, *, note: Callable[[str], None] = lambda _
     best = found.best()
     if best is None and wish.reserve:
         wish = replace(wish, reserve=0.0)
-        found = _Search(wish, prices, note, found.seen)
+        found = _Search(wish, prices, note, found.seen, found.times)
         best = found.best()
     knobs = [knob for knob in wish.setting.family.learns if knob in wish.allow]
     while best is None and knobs:
         for flag, setting in turned(wish.setting, knobs.pop(0)):
             note(f"nothing fits: trying {flag}")
             wish = replace(wish, setting=setting)
-            found = _Search(wish, prices, note, found.seen)
+            found = _Search(wish, prices, note, found.seen, found.times)
             best = found.best()
             if best is not None:
                 break
-    for base in dict.fromkeys(replace(setting, micro_batch=1, accumulation=1) for setting in found.seen):
-        for b in found.batches():
-            if b > 1 and (b & (b - 1) == 0 or b == wish.share):
-                found.price(base, b)
+    found.price_neighbours([best.setting] if best is not None else list(found.seen))
     evaluated = found.evaluation(best) if best is not None else None
     chosen, prediction = evaluated or (None, None)
-    candidates = tuple(_explained(each, best if evaluated else None, chosen, wish) for each in found.seen.values())
-    smallest = min(candidates, key=lambda each: each.needs.high_bytes)
+    candidates = tuple(
+        explained(each, best if evaluated else None, chosen, wish.budget_bytes) for each in found.seen.values()
+    )
+    smallest = least_of(candidates)
     base = replace(wish.setting, checkpointing=wish.checkpointing or "none")
     ideal = found.ideal(base)
     savings = found.frees(chosen) if chosen is not None else found.savings(smallest)
@@ -336,42 +392,3 @@ def search(wish: Wish, prices: Prices, *, note: Callable[[str], None] = lambda _
 def _cost(saving: Saving) -> tuple[bool, float, int]:
     """What changes memory and time alone comes first, and of that what costs least time."""
     return saving.learns_differently, saving.slower or 0.0, -saving.saved_bytes
-
-
-def frontier(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """Those that fit and that nothing at least as fast needs less than; fastest first."""
-    best: list[Candidate] = []
-    for each in sorted(
-        (c for c in candidates if c.verdict != "does not fit"), key=lambda c: (_seconds(c), c.needs.high_bytes)
-    ):
-        if not best or each.needs.high_bytes < best[-1].needs.high_bytes:
-            best.append(each)
-    return tuple(best)
-
-
-def _explained(each: Candidate, best: Candidate | None, chosen: Candidate | None, wish: Wish) -> Candidate:
-    """With the reason, in words and numbers."""
-    if best is not None and chosen is not None and each.setting == best.setting:
-        return replace(chosen, verdict="chosen", reason=f"smallest within {KNEE:.0%} of the fastest that fits")
-    if each.verdict == "does not fit":
-        over = (each.needs.high_bytes - wish.budget_bytes) / 2**30
-        return replace(each, reason=f"may need {over:.2f} GiB more than there is")
-    if best is None:
-        return replace(each, reason="training fits, evaluation does not")
-    slower = _seconds(each) / _seconds(best) - 1
-    if abs(slower) <= 0.0005:
-        return replace(each, reason="as fast, and needs more")
-    if slower < 0:
-        return replace(each, reason=f"{-slower:.1%} faster, and needs more")
-    return replace(each, reason=f"{slower:.0%} slower")
-
-
-def _seconds(candidate: Candidate) -> float:
-    assert candidate.seconds is not None
-    return candidate.seconds
-
-
-def _faster(one: Candidate | None, other: Candidate | None) -> Candidate | None:
-    if one is None or other is None:
-        return one or other
-    return one if _seconds(one) <= _seconds(other) else other

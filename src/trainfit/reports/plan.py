@@ -185,7 +185,8 @@ def table_cells(plan: Plan, candidate: Candidate) -> tuple[str, ...]:
     blocks = str(candidate.setting.checkpointing)
     knee = " (knee)" if candidate.setting.micro_batch == plan.knee else ""
     size = division(candidate.cuts).removeprefix("micro-batch ") + knee
-    needs = _interval(candidate.needs).removesuffix(" GiB")
+    needs = f"{gib(candidate.needs.low_bytes)} or more" if candidate.needs_more else _interval(candidate.needs)
+    needs = needs.removesuffix(" GiB")
     others = [str(getattr(candidate.setting, name)) for name in varied(plan)]
     return mark, size, blocks, *others, needs, speed_text(plan, candidate), candidate.verdict, candidate.reason
 
@@ -277,7 +278,7 @@ def budget_bars(candidates: Sequence[Candidate], sizes_gib: Sequence[int] = CARD
     bars: list[BudgetBar] = []
     for size in sizes_gib:
         room = card_room_bytes(size)
-        held = [c for c in candidates if c.needs.high_bytes <= room]
+        held = [c for c in candidates if c.needs.high_bytes <= room and not c.needs_more]
         bars.append(BudgetBar(card_gib=size, candidate=min(held, key=_fastest_first, default=None)))
     return tuple(bars)
 

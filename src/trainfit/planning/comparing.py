@@ -1,0 +1,56 @@
+"""Comparing candidates, and saying why one was chosen. Pure functions."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from trainfit.planning.plan import Candidate
+
+KNEE = 0.03
+"""Speed that is not worth more memory, or a trace."""
+
+
+def least_of(candidates: Iterable[Candidate]) -> Candidate:
+    """The one that needs least."""
+    return min(candidates, key=lambda each: (each.needs_more, each.needs.high_bytes))
+
+
+def frontier(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """Those that fit and that nothing at least as fast needs less than; fastest first."""
+    best: list[Candidate] = []
+    for each in sorted(
+        (c for c in candidates if c.verdict != "does not fit"), key=lambda c: (seconds_of(c), c.needs.high_bytes)
+    ):
+        if not best or each.needs.high_bytes < best[-1].needs.high_bytes:
+            best.append(each)
+    return tuple(best)
+
+
+def explained(each: Candidate, best: Candidate | None, chosen: Candidate | None, budget_bytes: int) -> Candidate:
+    """With the reason, in words and numbers."""
+    if best is not None and chosen is not None and each.setting == best.setting:
+        return replace(chosen, verdict="chosen", reason=f"smallest within {KNEE:.0%} of the fastest that fits")
+    if each.verdict == "does not fit":
+        over = (each.needs.high_bytes - budget_bytes) / 2**30
+        may = "needs at least" if each.needs_more else "may need"
+        return replace(each, reason=f"{may} {over:.2f} GiB more than there is")
+    if best is None:
+        return replace(each, reason="training fits, evaluation does not")
+    slower = seconds_of(each) / seconds_of(best) - 1
+    if abs(slower) <= 0.0005:
+        return replace(each, reason="as fast, and needs more")
+    if slower < 0:
+        return replace(each, reason=f"{-slower:.1%} faster, and needs more")
+    return replace(each, reason=f"{slower:.0%} slower")
+
+
+def seconds_of(candidate: Candidate) -> float:
+    """Of a window, on a card with rates."""
+    assert candidate.seconds is not None
+    return candidate.seconds
+
+
+def faster(one: Candidate | None, other: Candidate | None) -> Candidate | None:
+    """The faster of two, either of which may not be there."""
+    if one is None or other is None:
+        return one or other
+    return one if seconds_of(one) <= seconds_of(other) else other

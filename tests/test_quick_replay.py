@@ -1,0 +1,75 @@
+"""The quick replay against the allocator's: what it reserves, and at which capacities a trace survives, to the byte."""
+
+import json
+import random
+
+import hypothesis
+from hypothesis import strategies as st
+
+from trainfit.memory.alloc_conf import AllocatorConfig
+from trainfit.memory.allocator import replay
+from trainfit.memory.least import least_capacity_bytes
+from trainfit.memory.quick_replay import QuickReplay
+from trainfit.memory.scaling import ScaledTrace, peak_bytes
+from trainfit.memory.shipped import archive_path, read_archive
+from trainfit.tracing.events import TensorInfo, Trace
+
+MIB = 2**20
+CONFIGS = [
+    AllocatorConfig(),
+    AllocatorConfig(roundup_power2_divisions=4),
+    AllocatorConfig(expandable_segments=True),
+    AllocatorConfig(large_segment_size_bytes=30 * MIB),
+    AllocatorConfig(per_process_memory_fraction=0.7),
+]
+
+
+def random_trace(seed: int) -> Trace:
+    """Small and large tensors on one or two streams, empty ones too; some freed at once, some never."""
+    draw = random.Random(seed)
+    sizes = [draw.choice([1, 700, 512 * 900, MIB, MIB + 1, 3 * MIB, 10 * MIB, 33 * MIB]) for _ in range(12)]
+    tensors: list[TensorInfo] = []
+    events: list[int] = []
+    live: list[int] = []
+    streams = draw.choice([1, 2])
+    for _ in range(draw.randint(1, 300)):
+        if live and draw.random() < 0.45:
+            events.append(-live.pop(draw.randrange(len(live))))
+            continue
+        nbytes = 0 if draw.random() < 0.05 else draw.choice(sizes) + draw.choice([0, 0, 512, 5000])
+        tensors.append(TensorInfo(id=len(tensors), nbytes=nbytes, stream=draw.randrange(streams)))
+        events.append(len(tensors))
+        if draw.random() < 0.1:
+            events.append(-len(tensors))
+        else:
+            live.append(len(tensors))
+    return Trace(tensors=tuple(tensors), events=tuple(events))
+
+
+@hypothesis.settings(deadline=None, max_examples=150)
+@hypothesis.given(seed=st.integers(0, 10**9), config=st.sampled_from(CONFIGS), shares=st.lists(st.floats(0.3, 1.1)))
+def test_it_survives_what_the_allocator_survives(seed: int, config: AllocatorConfig, shares: list[float]) -> None:
+    trace = random_trace(seed)
+    free, quick = replay(trace, capacity_bytes=None, config=config), QuickReplay(trace, config)
+    assert quick.peak_requested_bytes == free.peak_requested_bytes == peak_bytes(trace)
+    assert quick.peak_reserved_bytes == free.peak_reserved_bytes
+    for share in shares:
+        capacity = int(share * free.peak_reserved_bytes) + 1
+        survives = replay(trace, capacity_bytes=capacity, config=config).oom is None
+        assert quick.survives(capacity) == survives
+        assert QuickReplay(trace, config).survives(capacity) == survives  # without what the free replay left
+
+
+def test_a_models_training_survives_where_the_allocator_does() -> None:
+    """25,000 tensors, from the archive whatever its validity; capacities between what is asked for and what is reserved."""
+    entries = read_archive(archive_path("rfdetr-nano"))
+    text = next(text for name, text in entries.items() if "training" in name and "any" in name and "laws" not in name)
+    trace = ScaledTrace.from_record(json.loads(text)).at(3)
+    free, quick = replay(trace, capacity_bytes=None), QuickReplay(trace, AllocatorConfig())
+    low, high = free.peak_requested_bytes, free.peak_reserved_bytes
+    assert (quick.peak_requested_bytes, quick.peak_reserved_bytes) == (low, high)
+    draw = random.Random(0)
+    for capacity in (draw.randint(low, high) for _ in range(12)):
+        assert quick.survives(capacity) == (replay(trace, capacity_bytes=capacity).oom is None)
+    least = least_capacity_bytes(quick, low_bytes=low, high_bytes=high)
+    assert replay(trace, capacity_bytes=least).oom is None
