@@ -119,17 +119,7 @@ def complete(trace: Trace, gpu: Gpu, *, bound: Bound, half_precision: bool) -> C
     known = {*MATMULS, *_CONVOLUTIONS, *TEMPORARIES}.intersection(ops)
 
     def add(tensor: TensorInfo, nbytes: int, name: str, module: str) -> int:
-        tensors.append(
-            TensorInfo(
-                id=len(tensors),
-                nbytes=nbytes,
-                category="workspace",
-                op=name,
-                module=module,
-                phase=tensor.phase,
-                stream=tensor.stream,
-            )
-        )
+        tensors.append(_held_within(tensor, len(tensors), nbytes, name, module))
         return len(tensors)
 
     for event in trace.events:
@@ -165,6 +155,19 @@ def complete(trace: Trace, gpu: Gpu, *, bound: Bound, half_precision: bool) -> C
         cublas_bytes=len(threads) * workspace_bytes,
         kernels=tuple(sorted(kernels)),
         largest_bytes=largest_bytes,
+    )
+
+
+def _held_within(tensor: TensorInfo, number: int, nbytes: int, name: str, module: str) -> TensorInfo:
+    """What the operator that makes `tensor` takes beside it."""
+    return TensorInfo(
+        id=number,
+        nbytes=nbytes,
+        category="workspace",
+        op=name,
+        module=module,
+        phase=tensor.phase,
+        stream=tensor.stream,
     )
 
 
