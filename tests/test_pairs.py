@@ -120,7 +120,7 @@ def test_defects_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         ("b.csv", "filepath,what\nx.png,text\n", "no column for texts"),
         ("c.jsonl", '{"image": 1\n', "line 1: broken JSON"),
         ("d.csv", "filepath,title\nnone.png,text\n", "no usable pair: 1 left out"),
-        ("captions_x.json", "{}", "no COCO captions"),
+        ("captions_x.json", "{}", "not a COCO captions file"),
         ("e.tar", "no tar file at all", "not a complete tar file"),
         ("f.txt", "text", "no pairs recognised"),
     ],

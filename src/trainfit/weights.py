@@ -1,4 +1,4 @@
-"""Weights files: written whole or not at all, and read without trusting them."""
+"""Weights files: written atomically, and read safely."""
 
 import os
 import pickle
@@ -22,14 +22,14 @@ UNREADABLE = (
     *(OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError),
     *(pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError, MemoryError),
 )
-"""What torch, zipfile and safetensors raise for a file that is damaged or of another kind."""
+"""Exceptions of torch, zipfile and safetensors for a file that is damaged or of another format."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], *, keep: Path | None = None) -> None:
-    """Write beside the file, flush it to the disk, then take its name; the former file becomes `keep`, if given.
+    """Write a temporary file, flush it to the disk, then rename it; the previous file is renamed to `keep`, if given.
 
     Raises:
-        TrainfitError: the disk is full or cannot be written; the previous file is as it was.
+        TrainfitError: the disk is full or cannot be written; the previous file is unchanged.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -45,13 +45,15 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, keep: Path 
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
         # torch and safetensors wrap the operating system's error
         temporary.unlink(missing_ok=True)
-        kept = "the previous one is intact" if path.exists() else "there is no previous one"
+        previous = "the previous one is intact" if path.exists() else "there is no previous one"
         reason = _system_reason(error)
-        raise TrainfitError(f"could not save {path} ({reason}); {kept}: free space and go on with --resume") from error
+        raise TrainfitError(
+            f"could not save {path} ({reason}); {previous}: free space and continue with --resume"
+        ) from error
 
 
 def _system_reason(error: BaseException) -> str:
-    """The operating system's words, which torch and safetensors bury under their own; else the first line of theirs."""
+    """The operating system's message, which torch and safetensors wrap in their own; else the first line of theirs."""
     inner: BaseException | None = error
     if is_out_of_memory(error):
         return "host memory is full"
@@ -63,13 +65,13 @@ def _system_reason(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, at most 150 characters; its type where it has no text."""
+    """The first line of an exception's text, at most 150 characters; its type if it has no text."""
     text = str(error).strip().partition("\n")[0]
     return text[:150] or type(error).__name__
 
 
 def save_weights(path: Path, weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file with what `models.build.workload_from_metadata` needs."""
+    """Write a safetensors file with the metadata that `models.build.workload_from_metadata` needs."""
 
     def write(target: Path) -> None:
         tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
@@ -95,10 +97,10 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def read_checkpoint(path: Path, load: Callable[[Path], Any]) -> Any:
-    """What `load` reads of a checkpoint that torch pickled; `load` must allow tensors and plain values only.
+    """Read a pickled checkpoint with `load`, which must allow tensors and plain values only.
 
     Raises:
-        TrainfitError: the file is damaged, of another kind, or asks for code to be run.
+        TrainfitError: the file is damaged, of another format, or would run code.
     """
     try:
         with without_warnings():
@@ -109,21 +111,21 @@ def read_checkpoint(path: Path, load: Callable[[Path], Any]) -> Any:
 
 @contextmanager
 def without_warnings() -> Generator[None]:
-    """Keep torch from warning of what a foreign file holds, where an error follows anyway."""
+    """Suppress torch's warnings about the contents of a file, since an error follows anyway."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield
 
 
 def require_sound(weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Refuse NaN, infinite and complex values, which no training recovers from.
+    """Reject NaN, infinite and complex values, from which no training recovers.
 
     Raises:
         TrainfitError: with the number of such tensors and the name of the first.
     """
     odd = [key for key, value in weights.items() if value.is_complex() or value.is_quantized]
     if odd:
-        raise TrainfitError(f"{path}: {odd[0]} is {weights[odd[0]].dtype}, which is no weight")
+        raise TrainfitError(f"{path}: {odd[0]} is {weights[odd[0]].dtype}, which cannot be a weight")
     broken = [key for key, value in weights.items() if value.is_floating_point() and not _is_finite(value)]
     if broken:
         raise TrainfitError(
@@ -138,19 +140,19 @@ def _is_finite(value: torch.Tensor) -> bool:
 
 
 def require_kinds(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Refuse whole numbers where the model has floating-point ones, and the other way round.
+    """Reject integers where the model has floating-point numbers, and the reverse.
 
     Raises:
         TrainfitError: with the first such tensor.
     """
-    for name, ours in model.state_dict().items():
-        theirs = weights.get(name, ours)
-        if ours.is_floating_point() != theirs.is_floating_point():
-            raise TrainfitError(f"{path}: {name} is {theirs.dtype}, not {ours.dtype}; the file is damaged")
+    for name, expected in model.state_dict().items():
+        value = weights.get(name, expected)
+        if expected.is_floating_point() != value.is_floating_point():
+            raise TrainfitError(f"{path}: {name} is {value.dtype}, not {expected.dtype}; the file is damaged")
 
 
 def require_fit(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Refuse weights whose names, shapes or kinds of numbers are not those of the model.
+    """Reject weights whose names, shapes or types are not those of the model.
 
     Raises:
         TrainfitError: with the first tensor that does not fit.

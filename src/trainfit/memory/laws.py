@@ -119,33 +119,33 @@ def find_laws(
         for one, nbytes in zip(base.trace.tensors, _like(base, other, growth), strict=True):
             if nbytes is not None:
                 likes[kind_of(one)] = max(nbytes, likes.get(kind_of(one), 0))
-    products = [
-        factors
-        for count in range(1, MOST_FACTORS + 1)
-        for factors in combinations_with_replacement(range(len(variables)), count)
-    ]
+    products: list[tuple[int, ...]] = []
+    for count in range(1, MOST_FACTORS + 1):
+        products += combinations_with_replacement(range(len(variables)), count)
     sizes = {
         kind: factors
         for kind, nbytes in likes.items()
         if nbytes != kind[3] and (factors := _factors(kind[3], nbytes, variables, products)) is not None
     }
-    found: list[Laws] = []
+    all_laws: list[Laws] = []
     for base, other in pairs:
         laws = Laws(variables=tuple(variables), sizes=sizes, counts=_changes(base, other, sizes, len(variables)))
         values = {each.knob: each.other for each in variables}
-        made, true = peak_bytes(moved(ScaledTrace.of_one(base, 1), laws, values).trace), peak_bytes(other.trace)
-        if not (1 - TOLERANCE) * true <= made <= (1 + TOLERANCE_ABOVE) * true:
+        predicted = peak_bytes(moved(ScaledTrace.of_one(base, 1), laws, values).trace)
+        true = peak_bytes(other.trace)
+        if not (1 - TOLERANCE) * true <= predicted <= (1 + TOLERANCE_ABOVE) * true:
             return None
-        found.append(laws)
-    return tuple(found)
+        all_laws.append(laws)
+    return tuple(all_laws)
 
 
 def _like(base: StoredTrace, other: StoredTrace, growth: float) -> list[int | None]:
-    """For each tensor of `base` the bytes of its like in `other`; None where there is none."""
-    ours, theirs = base.trace.tensors, other.trace.tensors
-    if len(ours) == len(theirs) and all(kind_of(a)[:3] == kind_of(b)[:3] for a, b in zip(ours, theirs, strict=True)):
-        return [tensor.nbytes for tensor in theirs]
-    return [None if match is None else theirs[match].nbytes for match in matched(theirs, ours, growth=growth)]
+    """For each tensor of `base` the bytes of the matching tensor of `other`; None if there is none."""
+    old = base.trace.tensors
+    new = other.trace.tensors
+    if len(old) == len(new) and all(kind_of(a)[:3] == kind_of(b)[:3] for a, b in zip(old, new, strict=True)):
+        return [tensor.nbytes for tensor in new]
+    return [None if match is None else new[match].nbytes for match in matched(new, old, growth=growth)]
 
 
 def _factors(
@@ -180,15 +180,16 @@ def _changes(
         for index in sizes.get(kind_of(tensor), ()):
             for key in ((tensor.op, tensor.phase), ("", "")):
                 weights[key][index] += tensor.nbytes
-    at_base, at_other = _sums(base.ops), _sums(other.ops)
-    found: dict[Row, tuple[Change, ...]] = {}
+    at_base = _sums(base.ops)
+    at_other = _sums(other.ops)
+    changes: dict[Row, tuple[Change, ...]] = {}
     for row, sums in at_base.items():
         change = [b / a - 1 if a else 0.0 for a, b in zip(sums, at_other.get(row, sums), strict=True)]
         if any(change):
             of_row = weights.get((row[0], row[1])) or weights["", ""]
-            whole = sum(of_row) or 1
-            found[row] = tuple((change[0] * w / whole, change[1] * w / whole, change[2] * w / whole) for w in of_row)
-    return found
+            total = sum(of_row) or 1
+            changes[row] = tuple((change[0] * w / total, change[1] * w / total, change[2] * w / total) for w in of_row)
+    return changes
 
 
 def _sums(rows: Iterable[OpCount]) -> dict[Row, list[float]]:
@@ -205,7 +206,8 @@ def moved(scaled: ScaledTrace, laws: Laws, values: Mapping[str, int]) -> ScaledT
 
     At the smaller micro-batch a size follows them as at the larger.
     """
-    tensors, small = list(scaled.trace.tensors), list(scaled.small_bytes)
+    tensors = list(scaled.trace.tensors)
+    small = list(scaled.small_bytes)
     ratios = {kind: _ratio(laws.variables, factors, values) for kind, factors in laws.sizes.items()}
     for number, tensor in enumerate(tensors):
         ratio = ratios.get(kind_of(tensor))

@@ -187,9 +187,9 @@ def family_of(typed: str) -> tuple[Family, str]:
     Raises:
         TrainfitError: no family has such a model; the message names the nearest.
     """
-    found = find(typed)
-    if found is not None:
-        return found
+    family_and_name = find(typed)
+    if family_and_name is not None:
+        return family_and_name
     models = model_names()
     near = get_close_matches(dashed(typed), models, n=1, cutoff=0.6)
     hint = f" Perhaps you meant {near[0]}." if near else ""
@@ -198,7 +198,9 @@ def family_of(typed: str) -> tuple[Family, str]:
 
 def model_names() -> tuple[str, ...]:
     """The models of all families; names first, patterns last."""
-    names = [name for family in families().values() for name in family.models]
+    names: list[str] = []
+    for family in families().values():
+        names += family.models
     return tuple(sorted(names, key=lambda name: ":" in name))
 
 

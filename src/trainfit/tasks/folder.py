@@ -1,4 +1,4 @@
-"""The one way to a data set's files: what is read lies in the data set, is a regular file, and is parsed within limits."""
+"""Reads the files of a data set safely: only regular files inside the data set, parsed within limits."""
 
 import json
 import os
@@ -55,7 +55,7 @@ class Outside(Malformed):
 class DataFolder:
     """A data set's folder. Files outside of it, by `..`, an absolute path or a link, are read only where that is allowed.
 
-    Known limit: hard links and mounted folders are not told from the data set's own files.
+    Known limit: hard links and mounted folders are treated as the data set's own files.
     """
 
     def __init__(self, root: Path, *, allow_outside: bool = False) -> None:
@@ -117,9 +117,9 @@ class DataFolder:
     def headers(self, paths: Sequence[Path]) -> list[ImageHeader | ImageDefect]:
         """`read_header` of each path, in order; those outside of the data set are not opened."""
         inside = [self.holds(path) for path in paths]
-        read = iter(read_headers([path for path, held in zip(paths, inside, strict=True) if held]))
+        read = iter(read_headers([path for path, is_inside in zip(paths, inside, strict=True) if is_inside]))
         outside = ImageDefect(kind=OUTSIDE, message=OUTSIDE_REPAIR)
-        return [next(read) if held else outside for held in inside]
+        return [next(read) if is_inside else outside for is_inside in inside]
 
 
 def read_regular(path: Path, limit: int, *, first: int | None = None) -> bytes:

@@ -24,9 +24,9 @@ Item = TypeVar("Item", bound=Numbered)
 def hold_out(
     train: Sequence[Item], fraction: float, seed: int, *, root: Path, key: Callable[[Item], bytes], remark: str = ""
 ) -> tuple[tuple[Item, ...], tuple[Item, ...], Finding]:
-    """(train, val, the finding that says so): max(1, round(fraction * n)) records are held out, chosen by `seed` and name.
+    """Hold out max(1, round(fraction * n)) records, chosen by `seed` and name; returns (train, val, a finding for the user).
 
-    They are ranked by a hash: the same ones, whatever order they are listed in or whatever is added to them.
+    They are ranked by a hash, so that the choice does not depend on the order of the records or on added ones.
 
     Args:
         train: The training records.
@@ -45,10 +45,10 @@ def hold_out(
             "give a val split, or at least two images and a fraction between 0 and 1"
         )
     ranked = sorted(train, key=lambda record: hashlib.sha256(f"{seed} ".encode() + key(record)).digest())
-    held = {record.id for record in ranked[: min(len(train) - 1, max(1, round(fraction * len(train))))]}
-    what = (
-        f"no usable val split: {len(held)} of the {len(train)} train images are held out for it (seed {seed}){remark}"
-    )
-    finding = Finding(severity="note", kind="val held out", where="train", message=what)
-    kept = tuple(record for record in train if record.id not in held)
-    return kept, tuple(record for record in train if record.id in held), finding
+    count = min(len(train) - 1, max(1, round(fraction * len(train))))
+    val_ids = {record.id for record in ranked[:count]}
+    message = f"no usable val split: {len(val_ids)} of the {len(train)} train images are held out for it (seed {seed}){remark}"
+    finding = Finding(severity="note", kind="val held out", where="train", message=message)
+    remaining = tuple(record for record in train if record.id not in val_ids)
+    val = tuple(record for record in train if record.id in val_ids)
+    return remaining, val, finding

@@ -1,4 +1,4 @@
-"""The record that a trace hands to the timing model: what a step asks of a GPU besides memory."""
+"""Operator counts: the input of the timing model that a trace records."""
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
@@ -8,8 +8,10 @@ MATMULS = frozenset(
     f"aten.{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "_scaled_mm", "_int_mm")
 )
 """Operators that cuBLAS runs."""
-TO_HOST, FROM_HOST = ".to_pinned", ".from_pinned"
-"""Ends of the names of copies to page-locked host memory and back."""
+TO_HOST = ".to_pinned"
+"""Suffix of copies to page-locked host memory."""
+FROM_HOST = ".from_pinned"
+"""Suffix of copies from page-locked host memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,7 @@ class OpCount:
     phase: str
     """"inputs", "forward", "backward", "update" or "optimizer"."""
     dtype: str
-    """Of its first floating point tensor (else of its first tensor), e.g. "bfloat16"."""
+    """Data type of its first floating point tensor (else of its first tensor), e.g. "bfloat16"."""
     count: int
     """Kernels launched."""
     flops: float
@@ -36,6 +38,6 @@ class OpCount:
 
     @classmethod
     def from_row(cls, row: Sequence[Any]) -> "OpCount":
-        """What `to_row` gave."""
+        """Read what `to_row` returned."""
         op, phase, dtype, count, flops, nbytes = row
         return cls(op=op, phase=phase, dtype=dtype, count=count, flops=flops, bytes=nbytes)

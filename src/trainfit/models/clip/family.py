@@ -81,20 +81,20 @@ def _spelt(name: str) -> str | None:
     """An architecture as open_clip spells it; None where it has none, or several."""
     if name in architectures():
         return name
-    found = [each for each in architectures() if dashed(each) == dashed(name)]
-    return found[0] if len(found) == 1 else None
+    same = [each for each in architectures() if dashed(each) == dashed(name)]
+    return same[0] if len(same) == 1 else None
 
 
 def refuse(model: str) -> None:
-    """Refuse models of open_clip's later versions whose training is another.
+    """Reject models of open_clip's later versions that are trained in another way.
 
     Raises:
-        TrainfitError: why.
+        TrainfitError: the model is not supported; the message gives the reason.
     """
     words = re.split(r"[^a-z0-9]+", Path(model.removeprefix(PREFIX)).stem.lower())
-    for part, why in REFUSED.items():
+    for part, reason in REFUSED.items():
         if any(word.startswith(part) for word in words):
-            raise TrainfitError(f"{model} is not supported: {why}. Take a CLIP, SigLIP or CoCa architecture")
+            raise TrainfitError(f"{model} is not supported: {reason}. Use a CLIP, SigLIP or CoCa architecture")
 
 
 def check_recipe(recipe: Any) -> None:

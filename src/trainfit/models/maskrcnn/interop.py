@@ -94,7 +94,8 @@ def read_weights(path: Path) -> WeightsFile:
     if path.suffix == ".safetensors":
         state, metadata = load_weights(path)
         try:
-            names, made_for = tuple(map(str, json.loads(metadata["classes"]))), metadata["model"]
+            names = tuple(map(str, json.loads(metadata["classes"])))
+            made_for = metadata["model"]
         except (KeyError, TypeError, ValueError) as error:
             raise TrainfitError(f"{path}: not a weights file of trainfit (its metadata: {error!r})") from error
         return WeightsFile(path=path, state=_require_rcnn(state, path), class_names=names, made_for=made_for)
@@ -145,15 +146,15 @@ def _find(setting: MaskRcnnSetting, weights: str) -> Path:
 
 
 def _require_rcnn(content: Any, path: Path) -> dict[str, torch.Tensor]:
-    what = f"{path}: not a checkpoint of torchvision's Mask R-CNN or Faster R-CNN"
+    defect = f"{path}: not a checkpoint of torchvision's Mask R-CNN or Faster R-CNN"
     if not isinstance(content, dict) or not isinstance(cast(dict[Any, Any], content).get(ROWS), torch.Tensor):
-        raise TrainfitError(f"{what} (it has no {ROWS})")
+        raise TrainfitError(f"{defect} (it has no {ROWS})")
     state = cast(dict[Any, Any], content)
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise TrainfitError(f"{what} ({key!r} is no name of a tensor)")
+            raise TrainfitError(f"{defect} ({key!r} is no name of a tensor)")
     if state[ROWS].ndim != 1 or not len(state[ROWS]):
-        raise TrainfitError(f"{what} (its class head has no rows)")
+        raise TrainfitError(f"{defect} (its class head has no rows)")
     require_sound(state, path)
     return dict(state)
 
@@ -172,20 +173,21 @@ def _fill(model: torch.nn.Module, setting: MaskRcnnSetting, file: WeightsFile, c
             f"{file.path} holds weights of {file.made_for}, not {setting.model}: train {file.made_for}, or pass other "
             "--weights"
         )
-    own, state = model.state_dict(), dict(file.state)
+    own = model.state_dict()
+    state = dict(file.state)
     remarks = _fit_classes(own, state, file, classes)
     require_kinds(model, state, file.path)
     other = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
     counted = {name for name in own.keys() ^ state.keys() if name.endswith("num_batches_tracked")}
-    lacks, besides = own.keys() - state.keys() - counted, state.keys() - own.keys() - counted
-    for what, names in (("has other shapes for", other), ("lacks", lacks), ("has besides", besides)):
+    missing = own.keys() - state.keys() - counted
+    unexpected = state.keys() - own.keys() - counted
+    for defect, names in (("has other shapes for", other), ("lacks", missing), ("has in addition", unexpected)):
         if names:
             raise TrainfitError(
-                f"{file.path} is a checkpoint of another model than {setting.model} with --norm {setting.norm}: it {what} "
+                f"{file.path} is a checkpoint of another model than {setting.model} with --norm {setting.norm}: it {defect} "
                 f"{len(names)} tensors, first {min(names)}"
             )
-    kept = {name: value for name, value in state.items() if name in own}
-    model.load_state_dict(own | kept)
+    model.load_state_dict(own | {name: value for name, value in state.items() if name in own})
     return remarks
 
 

@@ -16,9 +16,9 @@ MASK_PIECE = 2**23
 
 
 def match(matcher: Matcher, boxes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
-    """What `matcher` answers for the overlaps of `boxes` (n, 4) with `anchors` (m, 4): (m,).
+    """The result of `matcher` for the overlaps of `boxes` (n, 4) with `anchors` (m, 4): (m,).
 
-    Overlaps are computed twice where low-quality matches are allowed: which anchors are a box's best is known after all
+    Overlaps are computed twice if low-quality matches are allowed: the best anchors of a box are known only at the end
     (torchvision 0.29 models/detection/_utils.py `Matcher`).
     """
     pieces = anchors.split(max(1, IOU_PIECE // max(1, len(boxes))))
@@ -31,7 +31,8 @@ def match(matcher: Matcher, boxes: torch.Tensor, anchors: torch.Tensor) -> torch
         values.append(value)
         nearest.append(index)
         best = torch.maximum(best, overlaps.amax(1))
-    value, index = torch.cat(values), torch.cat(nearest)
+    value = torch.cat(values)
+    index = torch.cat(nearest)
     matches = index.clone()
     matches[value < matcher.low_threshold] = matcher.BELOW_LOW_THRESHOLD
     matches[(value >= matcher.low_threshold) & (value < matcher.high_threshold)] = matcher.BETWEEN_THRESHOLDS
@@ -64,7 +65,7 @@ def assign_to_anchors(
 def mask_targets(
     masks: torch.Tensor, size: tuple[int, int], regions: torch.Tensor, matched: torch.Tensor, side: int
 ) -> torch.Tensor:
-    """What torchvision's `project_masks_on_boxes` gives for masks that were resized with their image: (n, side, side).
+    """The result of torchvision's `project_masks_on_boxes` for masks that were resized with their image: (n, side, side).
 
     Args:
         masks: bool (m, height, width) on the CPU, of the image before the resize; some are copied to the device at a time.
@@ -73,7 +74,7 @@ def mask_targets(
         matched: (n,), which mask belongs to a region.
         side: Pixels of a target.
     """
-    found = regions.new_zeros((len(regions), side, side))
+    targets = regions.new_zeros((len(regions), side, side))
     pixels = max(masks.shape[1] * masks.shape[2], size[0] * size[1])
     count = max(1, MASK_PIECE // pixels)
     for first in range(0, len(masks), count):
@@ -84,5 +85,5 @@ def mask_targets(
         if size != tuple(masks.shape[1:]):
             piece = functional.interpolate(piece, size=size)
         rois = torch.cat(((matched[rows] - first).to(regions.dtype)[:, None], regions[rows]), 1)
-        found[rows] = roi_align(piece, rois, (side, side), 1.0)[:, 0]
-    return found
+        targets[rows] = roi_align(piece, rois, (side, side), 1.0)[:, 0]
+    return targets

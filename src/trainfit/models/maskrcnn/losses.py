@@ -47,18 +47,18 @@ def terms(
     With `picks` the anchors and regions are those that were picked before.
     """
     rcnn = cast(FasterRCNN, model)
-    made = forward(rcnn, samples, canvas)
+    outputs = forward(rcnn, samples, canvas)
     if picks is None:
-        picks = pick(rcnn, samples, made)
+        picks = pick(rcnn, samples, outputs)
     box = functional.smooth_l1_loss(
-        made.deltas[picks.positive_anchors], picks.wanted_deltas, beta=1 / 9, reduction="sum"
+        outputs.deltas[picks.positive_anchors], picks.target_deltas, beta=1 / 9, reduction="sum"
     )
-    scores = made.objectness.flatten()[picks.anchors]
+    scores = outputs.objectness.flatten()[picks.anchors]
     truth = picks.anchor_labels.to(scores.dtype)
     entropy = functional.binary_cross_entropy_with_logits(scores, truth, reduction="sum")
     counts = picks.counts()
     numbers = picks.numbers()
-    totals = {"objectness": entropy, "rpn_box": box} | _region_totals(rcnn.roi_heads, made, picks, samples)
+    totals = {"objectness": entropy, "rpn_box": box} | _region_totals(rcnn.roi_heads, outputs, picks, samples)
     return {
         name: LossTerm(
             total=total,
@@ -100,32 +100,32 @@ def _has_masks(heads: Any) -> bool:
     return heads.has_mask()
 
 
-def _region_totals(heads: Any, made: Forwarded, picks: Picks, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    """`RoIHeads.forward` in training (torchvision 0.29 roi_heads.py), its means times their counts."""
-    pooled = heads.box_head(heads.box_roi_pool(made.features, picks.regions, made.sizes))
+def _region_totals(heads: Any, outputs: Forwarded, picks: Picks, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    """`RoIHeads.forward` in training (torchvision 0.29 roi_heads.py), with its means multiplied by their counts."""
+    pooled = heads.box_head(heads.box_roi_pool(outputs.features, picks.regions, outputs.sizes))
     class_logits, deltas = heads.box_predictor(pooled)
-    of_class, of_box = fastrcnn_loss(class_logits, deltas, picks.labels, picks.wanted)
+    of_class, of_box = fastrcnn_loss(class_logits, deltas, picks.labels, picks.region_deltas)
     count = len(class_logits)
     totals = {"class": of_class * count, "box": of_box * count}
     if not _has_masks(heads):
         return totals
     regions = _pick(picks.regions, picks.positive)
     if any(map(len, regions)):
-        return totals | {"mask": _mask_total(heads, made, picks, regions, samples)}
+        return totals | {"mask": _mask_total(heads, outputs, picks, regions, samples)}
     with buffers_restored(heads):  # the statistics of no region are not a number
-        return totals | {"mask": _mask_total(heads, made, picks, regions, samples)}
+        return totals | {"mask": _mask_total(heads, outputs, picks, regions, samples)}
 
 
 def _mask_total(
-    heads: Any, made: Forwarded, picks: Picks, regions: list[torch.Tensor], samples: Sequence[Sample]
+    heads: Any, outputs: Forwarded, picks: Picks, regions: list[torch.Tensor], samples: Sequence[Sample]
 ) -> torch.Tensor:
     """Torchvision's `maskrcnn_loss` times the number of positive regions."""
-    logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(made.features, regions, made.sizes)))
+    logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(outputs.features, regions, outputs.sizes)))
     side = logits.shape[-1]
     labels = _pick(picks.labels, picks.positive)
     matched = _pick(picks.matched, picks.positive)
     targets: list[torch.Tensor] = []
-    for sample, size, region, match in zip(samples, made.sizes, regions, matched, strict=True):
+    for sample, size, region, match in zip(samples, outputs.sizes, regions, matched, strict=True):
         assert sample.masks is not None
         targets.append(mask_targets(sample.masks, size, region.detach(), match, side))
     own = logits[torch.arange(len(logits), device=logits.device), torch.cat(labels)]

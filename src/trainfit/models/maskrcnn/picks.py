@@ -1,4 +1,4 @@
-"""What Mask R-CNN trains on in an image: the anchors and regions that the two samplers pick, by the image's own random numbers."""
+"""The anchors and regions that Mask R-CNN's two samplers select in an image, by the image's own random numbers."""
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from trainfit.tasks.detection.samples import Sample
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Forwarded:
-    """Trunk and RPN of a micro-batch."""
+    """Outputs of the backbone and the RPN's head for a micro-batch."""
 
     images: ImageList
     features: Mapping[str, torch.Tensor]
@@ -38,14 +38,14 @@ class Forwarded:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Picks:
-    """What a micro-batch trains on, once both samplers have picked: some 30 KiB an image."""
+    """The anchors and regions selected by both samplers: about 30 KiB per image."""
 
     anchors: torch.Tensor
     """Numbers of the sampled anchors, positive ones first."""
     anchor_labels: torch.Tensor
     """1 or 0 for each of them."""
     positive_anchors: torch.Tensor
-    wanted_deltas: torch.Tensor
+    target_deltas: torch.Tensor
     """(positive anchors, 4)."""
     proposed: int
     """Proposals of all images, as NMS left them."""
@@ -55,25 +55,26 @@ class Picks:
     """(n,) of each image: the object that belongs to each region."""
     labels: list[torch.Tensor]
     """(n,) of each image: classes, 0 for the background."""
-    wanted: list[torch.Tensor]
-    """(n, 4) of each image: the deltas that the box head should give."""
+    region_deltas: list[torch.Tensor]
+    """(n, 4) of each image: the target deltas of the box head."""
     positive: list[torch.Tensor]
     """Of each image, the numbers of its regions that show an object."""
 
     def counts(self) -> dict[str, float]:
-        """What normalises each term."""
-        anchors, regions = float(len(self.anchors)), float(sum(map(len, self.regions)))
+        """The count that normalises each term."""
+        anchors = float(len(self.anchors))
+        regions = float(sum(map(len, self.regions)))
         masks = float(sum(map(len, self.positive)))
         return {"objectness": anchors, "rpn_box": anchors, "class": regions, "box": regions, "mask": masks}
 
     def numbers(self) -> dict[str, float]:
-        """What memory follows from."""
+        """Figures that determine the memory."""
         counts = self.counts()
         return {"proposals": float(self.proposed), "rois": counts["class"], "positives": counts["mask"]}
 
 
 def forward(rcnn: FasterRCNN, samples: Sequence[Sample], canvas: tuple[int, int]) -> Forwarded:
-    """Trunk and the RPN's head: objectness and deltas of all anchors."""
+    """Run the backbone and the RPN's head: objectness and deltas of all anchors."""
     images = to_images(samples, canvas, next(rcnn.parameters()))
     features: Mapping[str, torch.Tensor] = rcnn.backbone(images.tensors)
     rpn: Any = rcnn.rpn
@@ -83,31 +84,31 @@ def forward(rcnn: FasterRCNN, samples: Sequence[Sample], canvas: tuple[int, int]
     return Forwarded(images=images, features=features, levels=levels, objectness=objectness, deltas=deltas)
 
 
-def pick(rcnn: FasterRCNN, samples: Sequence[Sample], made: Forwarded) -> Picks:
+def pick(rcnn: FasterRCNN, samples: Sequence[Sample], outputs: Forwarded) -> Picks:
     """What both samplers pick: `RegionProposalNetwork.forward` and `compute_loss` (torchvision 0.29 rpn.py) up to the losses,
     and `RoIHeads.select_training_samples` (roi_heads.py).
     """
     targets = to_targets(samples, next(rcnn.parameters()))
     rpn: Any = rcnn.rpn
-    anchors = rpn.anchor_generator(made.images, list(made.features.values()))
-    proposals = rpn.box_coder.decode(made.deltas.detach(), anchors).view(len(anchors), -1, 4)
-    proposals, _ = rpn.filter_proposals(proposals, made.objectness, made.sizes, made.levels)
+    anchors = rpn.anchor_generator(outputs.images, list(outputs.features.values()))
+    proposals = rpn.box_coder.decode(outputs.deltas.detach(), anchors).view(len(anchors), -1, 4)
+    proposals, _ = rpn.filter_proposals(proposals, outputs.objectness, outputs.sizes, outputs.levels)
     labels, matched = assign_to_anchors(rpn, anchors, targets)
-    wanted = torch.cat(list(rpn.box_coder.encode(matched, anchors)))
+    target_deltas = torch.cat(list(rpn.box_coder.encode(matched, anchors)))
     picked, chosen = _pick_of_each(rcnn, samples, labels, proposals, targets)
     positive, negative = (torch.where(torch.cat(side))[0] for side in picked)
     sampled = torch.cat((positive, negative))
-    regions, objects, classes, wanted_boxes = chosen
+    regions, objects, classes, region_deltas = chosen
     return Picks(
         anchors=sampled,
         anchor_labels=torch.cat(labels)[sampled],
         positive_anchors=positive,
-        wanted_deltas=wanted[positive],
+        target_deltas=target_deltas[positive],
         proposed=sum(map(len, proposals)),
         regions=regions,
         matched=objects,
         labels=classes,
-        wanted=wanted_boxes,
+        region_deltas=region_deltas,
         positive=[torch.where(label > 0)[0] for label in classes],
     )
 
@@ -119,22 +120,22 @@ def _pick_of_each(
     proposals: Sequence[torch.Tensor],
     targets: Sequence[dict[str, torch.Tensor]],
 ) -> tuple[list[list[torch.Tensor]], list[list[torch.Tensor]]]:
-    """What both samplers pick, image by image, each with its own stream of random numbers.
+    """Run both samplers image by image, each image with its own stream of random numbers.
 
     Returns:
-        Positive and negative anchors, as the RPN's sampler gives them; regions, objects, classes and wanted deltas, as
-        `RoIHeads.select_training_samples` does.
+        Positive and negative anchors, in the form of the RPN's sampler; regions, objects, classes and target deltas, in the
+        form of `RoIHeads.select_training_samples`.
     """
     rpn: Any = rcnn.rpn
     heads: Any = rcnn.roi_heads
     anchors: list[list[torch.Tensor]] = [[], []]
     chosen: list[list[torch.Tensor]] = [[], [], [], []]
     for sample, label, proposal, target in zip(samples, labels, proposals, targets, strict=True):
-        asked_for = {**target, "masks": target["labels"]}  # it checks that there is such a key
+        with_masks = {**target, "masks": target["labels"]}  # torchvision requires the key
         with own_stream(sample.image_id, label.device):
             for column, own in zip(anchors, rpn.fg_bg_sampler([label]), strict=True):
                 column += own
-            for column, own in zip(chosen, heads.select_training_samples([proposal], [asked_for]), strict=True):
+            for column, own in zip(chosen, heads.select_training_samples([proposal], [with_masks]), strict=True):
                 column += own
     return anchors, chosen
 

@@ -10,23 +10,24 @@ BEST = 5
 
 
 class Accuracy:
-    """Counts by class: bounded memory, whatever the number of images."""
+    """Counts by class: memory does not grow with the number of images."""
 
     def __init__(self, records: Sequence[ClassRecord], classes: Sequence[str], rows: Sequence[int | None]) -> None:
         """`rows` has for each class of the model the class of the records, or None where they have none of that name."""
         self.truth = {record.id: record.label for record in records}
-        self.classes, self.rows = classes, rows
+        self.classes = classes
+        self.rows = rows
         self.counts = [0.0] * (3 * len(classes))
-        """Images, right, among the first five: of each class."""
+        """For each class: images, images right at rank 1, images right within the first five."""
 
     def add(self, outputs: Sequence[Ranking]) -> None:
         """Count the images of a micro-batch."""
         for output in outputs:
             label = self.truth[output.record_id]
-            found = [self.rows[row] for row in output.classes]
+            ranked = [self.rows[row] for row in output.classes]
             self.counts[3 * label] += 1
-            self.counts[3 * label + 1] += bool(found) and found[0] == label
-            self.counts[3 * label + 2] += label in found[:BEST]
+            self.counts[3 * label + 1] += bool(ranked) and ranked[0] == label
+            self.counts[3 * label + 2] += label in ranked[:BEST]
 
     def result(self) -> Evaluation:
         """The shares over all ranks."""

@@ -1,18 +1,18 @@
-"""Class names of weights and of data sets: which of one list are which of another."""
+"""Matches class names of weights with those of data sets."""
 
 from collections.abc import Sequence
 
 
 def plain(name: str) -> str:
-    """A class name without what people spell differently: case, `_` and `-` ("Traffic_Light" is "traffic light")."""
+    """A class name in lower case with spaces for `_` and `-` ("Traffic_Light" becomes "traffic light")."""
     return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
 
-def positions(wanted: Sequence[str], names: Sequence[str]) -> list[int | None]:
-    """For each wanted class its index in `names`, or None where that name is not there.
+def positions(classes: Sequence[str], names: Sequence[str]) -> list[int | None]:
+    """For each class its index in `names`, or None if the name is not there.
 
-    The exact name is preferred to one that only differs in case, `_` or `-`. An empty name is nobody's.
+    An exact match is preferred to one that differs only in case, `_` or `-`. Empty names are ignored.
     """
     exact = {name: index for index, name in reversed(list(enumerate(names))) if name}
     alike = {plain(name): index for index, name in reversed(list(enumerate(names))) if name}
-    return [exact.get(name, alike.get(plain(name))) for name in wanted]
+    return [exact.get(name, alike.get(plain(name))) for name in classes]

@@ -13,19 +13,19 @@ HEAD_BYTES = 1 << 20
 
 
 def caption_files(root: Path) -> dict[str, Path]:
-    """captions_train2017.json and the like by split, in a folder or its `annotations`."""
-    for place in (root / "annotations", root):
-        found = {split: sorted(place.glob(f"{PREFIX}{split}*.json")) for split in ("train", "val", "test")}
-        if any(found.values()):
-            return {split: files[0] for split, files in found.items() if files}
+    """Files like captions_train2017.json by split, in a folder or its `annotations`."""
+    for folder in (root / "annotations", root):
+        by_split = {split: sorted(folder.glob(f"{PREFIX}{split}*.json")) for split in ("train", "val", "test")}
+        if any(by_split.values()):
+            return {split: files[0] for split, files in by_split.items() if files}
     return {}
 
 
-def read_captions(path: Path, folder: DataFolder, found: Grouped) -> None:
+def read_captions(path: Path, folder: DataFolder, grouped: Grouped) -> None:
     """Add every captioned image.
 
     Raises:
-        TrainfitError: the file cannot be read or is no COCO captions file.
+        TrainfitError: the file cannot be read or is not a COCO captions file.
     """
     try:
         record = parse_json(folder.read_text(path, JSON_BYTES))
@@ -39,15 +39,15 @@ def read_captions(path: Path, folder: DataFolder, found: Grouped) -> None:
         if isinstance(text, str) and caption.get("image_id") in files:
             texts.setdefault(caption["image_id"], []).append(text)
         else:
-            found.skip("caption without image", f"{path.name} {shown(caption.get('id'))}", "left out")
+            grouped.skip("caption without image", f"{path.name} {shown(caption.get('id'))}", "left out")
     names = [name for name in files.values() if isinstance(name, str)]
-    place = _image_folder(path, names[0]) if names else path.parent
+    images_folder = _image_folder(path, names[0]) if names else path.parent
     for image_id, name in files.items():
         where = f"{path.name} image {shown(image_id)}"
         if isinstance(name, str):
-            found.add(place / name, texts.get(image_id, []), where)
+            grouped.add(images_folder / name, texts.get(image_id, []), where)
         else:
-            found.skip("no image", where, "it has no file name; left out")
+            grouped.skip("no image", where, "it has no file name; left out")
 
 
 def _lists(path: Path, record: Any) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
@@ -55,7 +55,7 @@ def _lists(path: Path, record: Any) -> tuple[list[Mapping[str, Any]], list[Mappi
     for key in ("images", "annotations"):
         value: Any = cast("dict[str, Any]", record).get(key) if isinstance(record, dict) else None
         if not isinstance(value, list) or not all(isinstance(each, dict) for each in cast("list[Any]", value)):
-            raise TrainfitError(f"{path}: no COCO captions: it has no list {key!r} of objects")
+            raise TrainfitError(f"{path}: not a COCO captions file: it has no list {key!r} of objects")
         parts.append(cast("list[Mapping[str, Any]]", value))
     if parts[1] and "caption" not in parts[1][0]:
         raise TrainfitError(f"{path}: its annotations have no caption; give captions_*.json")
@@ -63,7 +63,7 @@ def _lists(path: Path, record: Any) -> tuple[list[Mapping[str, Any]], list[Mappi
 
 
 def _image_folder(path: Path, name: str) -> Path:
-    """Where the images of an annotation file are: COCO's folder (train2017), `images`, or beside the file."""
+    """The folder with the images of an annotation file: COCO's (train2017), `images`, or the file's own."""
     root = path.parent.parent if path.parent.name == "annotations" else path.parent
     own = path.stem.removeprefix(PREFIX)
     split = own.rstrip("0123456789")

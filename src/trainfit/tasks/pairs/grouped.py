@@ -1,4 +1,4 @@
-"""Rows of images and texts, brought together by image: an image is one record, however many texts it has."""
+"""Groups rows of images and texts by image: an image is one record, however many texts it has."""
 
 import os
 from collections import Counter
@@ -14,24 +14,24 @@ class Grouped:
     """Collects the pairs of one split."""
 
     def __init__(self, split: str, folder: DataFolder) -> None:
-        """`folder` says which files may be read."""
+        """Start without records; `folder` decides which files may be read."""
         self.split = split
         self.folder = folder
         self.findings = Findings(split)
         self._texts: dict[str, list[str]] = {}
-        self._places: dict[str, tuple[str, int, int]] = {}
+        self._locations: dict[str, tuple[str, int, int]] = {}
         self._refused: set[str] = set()
 
     def skip(self, kind: str, where: str, message: str) -> None:
-        """Note what is left out."""
+        """Add a finding about a row that is left out."""
         self.findings.append(Finding(severity="skipped", kind=kind, where=where, message=message))
 
     def add(self, path: Path, texts: Sequence[str], where: str) -> None:
-        """Take an image file with texts; refused with a finding where the file or every text is missing."""
+        """Add an image file with texts; if the file or every text is missing, it is left out with a finding."""
         key = os.path.normpath(path)
         if key in self._refused:
             return
-        if key not in self._places:
+        if key not in self._locations:
             if not is_file_name(key) or not is_file(Path(key)):
                 self._refused.add(key)
                 self.skip("missing image", where, f"{shown(str(path))}: no such file; left out")
@@ -41,40 +41,42 @@ class Grouped:
                 error = Finding(severity="error", kind=OUTSIDE, where=where, message=f"{shown(key)} {OUTSIDE_REPAIR}")
                 self.findings.append(error)
                 return
-        self._take(key, (key, -1, 0), texts, where)
+        self._add(key, (key, -1, 0), texts, where)
 
-    def add_in_shard(self, shard: Path, name: str, place: tuple[int, int], texts: Sequence[str]) -> None:
-        """Take an image that is part of a shard, by its offset and length."""
-        self._take(f"{shard}/{name}", (str(shard), *place), texts, f"{shard.name} {name}")
+    def add_in_shard(self, shard: Path, name: str, extent: tuple[int, int], texts: Sequence[str]) -> None:
+        """Add an image in a shard; `extent` is its offset and length in bytes."""
+        self._add(f"{shard}/{name}", (str(shard), *extent), texts, f"{shard.name} {name}")
 
-    def _take(self, key: str, place: tuple[str, int, int], texts: Sequence[str], where: str) -> None:
+    def _add(self, key: str, location: tuple[str, int, int], texts: Sequence[str], where: str) -> None:
         full = [text for text in (each.strip() for each in texts) if text]
         if not full:
             self.skip("empty text", where, "the image has no text; left out")
             return
-        self._places.setdefault(key, place)
+        self._locations.setdefault(key, location)
         own = self._texts.setdefault(key, [])
         for text in full:
             if text in own:
-                what = f"{shown(text)} is there already for this image; counted once"
-                self.findings.append(Finding(severity="mended", kind="pair twice", where=where, message=what))
+                message = f"this image has {shown(text)} already; counted once"
+                self.findings.append(Finding(severity="mended", kind="pair twice", where=where, message=message))
             else:
                 own.append(text)
 
     def records(self) -> tuple[PairRecord, ...]:
-        """The images in the order in which they came."""
+        """The images in the order in which they were added."""
         return tuple(
             PairRecord(id=number, file=file, texts=tuple(self._texts[key]), offset=offset, length=length)
-            for number, (key, (file, offset, length)) in enumerate(self._places.items())
+            for number, (key, (file, offset, length)) in enumerate(self._locations.items())
         )
 
     def all_findings(self) -> list[Finding]:
-        """What was found, and texts that several images share."""
-        images = Counter(text for texts in self._texts.values() for text in texts)
+        """All findings, including those of texts that several images share."""
+        images: Counter[str] = Counter()
+        for texts in self._texts.values():
+            images.update(texts)
         shared = [(text, count) for text, count in images.items() if count > 1]
         for text, count in shared:
-            what = (
+            message = (
                 f"{shown(text)} belongs to {count} images, which are negatives of each other without --positives texts"
             )
-            self.findings.append(Finding(severity="note", kind="duplicate text", where=self.split, message=what))
+            self.findings.append(Finding(severity="note", kind="duplicate text", where=self.split, message=message))
         return self.findings.all()

@@ -1,4 +1,4 @@
-"""The one way in: a path to pairs of whichever format, as a `PairDataset` that training can use."""
+"""Reads image-text pairs of any supported format into a `PairDataset`."""
 
 import io
 import os
@@ -23,7 +23,7 @@ from trainfit.tasks.pairs.tables import SUFFIXES, read_table
 READERS = {"table": read_table, "folder": read_folder, "coco": read_captions, "webdataset": read_shard}
 FORMATS = (*READERS, "classes")
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
-"""Split -> what its files and folders are called."""
+"""Split -> names of its files and folders."""
 
 
 def read_dataset(
@@ -34,7 +34,7 @@ def read_dataset(
     seed: int = 0,
     allow_outside: bool = False,
 ) -> PairDataset:
-    """Read pairs; the format is recognised by looking, unless it is given.
+    """Read pairs; the format is detected unless it is given.
 
     Without a val split, max(1, round(val_fraction * n)) images of train are held out, chosen by their names and `seed`.
 
@@ -50,11 +50,11 @@ def read_dataset(
     splits: dict[str, tuple[PairRecord, ...]] = {}
     findings: list[Finding] = []
     for split, files in parts.items():
-        found = Grouped(split, folder)
+        grouped = Grouped(split, folder)
         for file in files:
-            READERS[name](file, folder, found)
-        splits[split] = found.records()
-        findings += found.all_findings()
+            READERS[name](file, folder, grouped)
+        splits[split] = grouped.records()
+        findings += grouped.all_findings()
     dataset = PairDataset(root=root, format=name, splits=splits, findings=tuple(findings))
     if not splits.get("train"):
         raise TrainfitError(_why_empty(dataset, path))
@@ -70,83 +70,91 @@ def find(path: str, file_format: str | None = None) -> tuple[str, Mapping[str, l
     """
     if file_format is not None and file_format not in FORMATS:
         raise TrainfitError(f"--format {file_format}: unknown; of pairs it is one of {', '.join(FORMATS)}")
-    found = look(path, file_format)
-    if found is None:
-        here = Path(path)
-        if not os.path.exists(here) and not path.endswith("}.tar"):  # noqa: PTH110 - Path.exists raises for long names
+    detected = look(path, file_format)
+    if detected is None:
+        if not os.path.exists(path) and not path.endswith("}.tar"):  # noqa: PTH110 - Path.exists raises for long names
             raise TrainfitError(f"{path}: no such file or folder; give a table, a folder, or shards of pairs")
         raise TrainfitError(
             f"{path}: no pairs recognised; looked for tables (*.csv, *.tsv, *.jsonl; train.csv and val.csv in a folder), "
             "COCO captions (annotations/captions_*.json), shards (*.tar), and images with a .txt beside them"
         )
-    return found
+    return detected
 
 
-def look(path: str, wanted: str | None = None) -> tuple[str, Mapping[str, list[Path]]] | None:
-    """What `find` gives; None where nothing is recognised."""
+def look(path: str, file_format: str | None = None) -> tuple[str, Mapping[str, list[Path]]] | None:
+    """The result of `find`, or None if no format is recognised."""
     finders = {"table": _tables, "coco": _captions, "webdataset": _shards, "folder": _folders, "classes": _classes}
     for name, finder in finders.items():
-        if wanted in (None, name):
+        if file_format in (None, name):
             try:
-                found = finder(path)
+                by_split = finder(path)
             except (OSError, ValueError):  # no such folder, or a name that no file can have
                 continue
-            if found:
-                return name, found
+            if by_split:
+                return name, by_split
     return None
 
 
 def _tables(path: str) -> dict[str, list[Path]]:
-    here = Path(path)
-    if here.suffix in SUFFIXES:
-        return {"train": [here]} if here.is_file() else {}
-    return _by_split([each for each in sorted(here.iterdir()) if each.suffix in SUFFIXES])
+    root = Path(path)
+    if root.suffix in SUFFIXES:
+        return {"train": [root]} if root.is_file() else {}
+    return _by_split([each for each in sorted(root.iterdir()) if each.suffix in SUFFIXES])
 
 
 def _captions(path: str) -> dict[str, list[Path]]:
-    here = Path(path)
-    if here.suffix == ".json":
-        return {"train": [here]} if here.is_file() and here.name.startswith("captions") else {}
-    return {split: [file] for split, file in caption_files(here).items()}
+    root = Path(path)
+    if root.suffix == ".json":
+        return {"train": [root]} if root.is_file() and root.name.startswith("captions") else {}
+    return {split: [file] for split, file in caption_files(root).items()}
 
 
 def _shards(path: str) -> dict[str, list[Path]]:
     if path.endswith(".tar"):
         files = expand(path)
         return {"train": files} if files[0].is_file() else {}
-    here = Path(path)
-    found = {
-        split: [tar for name in names for tar in sorted((here / name).glob("*.tar"))] for split, names in SPLITS.items()
-    }
-    found = {split: files for split, files in found.items() if files}
-    return found or _by_split(sorted(here.glob("*.tar")))
+    root = Path(path)
+    by_split: dict[str, list[Path]] = {}
+    for split, names in SPLITS.items():
+        for name in names:
+            shards = sorted((root / name).glob("*.tar"))
+            if shards:
+                by_split.setdefault(split, []).extend(shards)
+    return by_split or _by_split(sorted(root.glob("*.tar")))
 
 
 def _folders(path: str) -> dict[str, list[Path]]:
-    here = Path(path)
-    found = {split: [here / name for name in names if has_texts(here / name)] for split, names in SPLITS.items()}
-    found = {split: folders for split, folders in found.items() if folders}
-    return found or ({"train": [here]} if here.is_dir() and has_texts(here) else {})
+    root = Path(path)
+    by_split = {split: [root / name for name in names if has_texts(root / name)] for split, names in SPLITS.items()}
+    by_split = {split: folders for split, folders in by_split.items() if folders}
+    if by_split:
+        return by_split
+    return {"train": [root]} if root.is_dir() and has_texts(root) else {}
 
 
 def _classes(path: str) -> dict[str, list[Path]]:
-    for place in (Path(path) / "val", Path(path)):
-        if place.is_dir() and class_folders(place):
-            return {"val": [place]}
+    for root in (Path(path) / "val", Path(path)):
+        if root.is_dir() and class_folders(root):
+            return {"val": [root]}
     return {}
 
 
 def _by_split(files: list[Path]) -> dict[str, list[Path]]:
-    """Files by the split that their names begin with; all of them are train where none says so."""
-    found = {split: [file for file in files if file.stem.lower().startswith(names)] for split, names in SPLITS.items()}
-    found = {split: own for split, own in found.items() if own}
-    return found or ({"train": files} if files else {})
+    """Files by the split that their names begin with; if none names a split, all are train."""
+    by_split: dict[str, list[Path]] = {}
+    for split, names in SPLITS.items():
+        own = [file for file in files if file.stem.lower().startswith(names)]
+        if own:
+            by_split[split] = own
+    if by_split:
+        return by_split
+    return {"train": files} if files else {}
 
 
 def _root(path: str, parts: Mapping[str, list[Path]]) -> Path:
-    here = Path(path)
-    if here.is_dir():
-        return here
+    root = Path(path)
+    if root.is_dir():
+        return root
     first = next(iter(parts.values()))[0]
     return first.parent.parent if first.parent.name == "annotations" else first.parent
 
@@ -171,20 +179,21 @@ def _held_out(dataset: PairDataset, fraction: float, seed: int) -> PairDataset:
 
 
 def _between_splits(splits: Mapping[str, tuple[PairRecord, ...]]) -> tuple[Finding, ...]:
-    """One image in two splits: evaluation would see what was trained on."""
-    home: dict[tuple[str, int], str] = {}
+    """Find images that are in two splits: evaluation would use images of the training."""
+    split_of: dict[tuple[str, int], str] = {}
     findings: list[Finding] = []
     for split, records in splits.items():
         for record in records:
-            first = home.setdefault((record.file, record.offset), split)
+            first = split_of.setdefault((record.file, record.offset), split)
             if first != split:
-                what = f"is in {first} and in {split}"
-                findings.append(Finding(severity="note", kind="image in two splits", where=record.file, message=what))
+                message = f"is in {first} and in {split}"
+                finding = Finding(severity="note", kind="image in two splits", where=record.file, message=message)
+                findings.append(finding)
     return tuple(findings)
 
 
 def read_pixels(record: PairRecord) -> Image.Image:
-    """The record's image in RGB, upright as its EXIF orientation says.
+    """The record's image in RGB, with its EXIF orientation applied.
 
     Raises:
         TrainfitError: the file is missing or damaged; it names the file.

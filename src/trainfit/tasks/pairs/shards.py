@@ -1,8 +1,8 @@
-"""WebDataset shards: tar files whose members belong together by name. They are indexed once and then read at any place.
+"""WebDataset shards: tar files whose members belong together by name. They are indexed once, then read in any order.
 
-So the order of data, a resumed run and the number of ranks are the same as with files: every image is seen once an epoch, and
-a run that goes on continues with the very next window. Known limits: shards lie on a disk (no URL, no pipe), are not
-compressed, and are indexed at every start, which reads their headers and texts.
+The order of data, resuming and the number of ranks therefore work as with files: every image is used once per epoch, and a
+resumed run continues with the next window. Known limits: shards must be on a disk (no URL, no pipe) and not compressed, and
+they are indexed at every start, which reads their headers and texts.
 """
 
 import json
@@ -24,24 +24,25 @@ MOST_SHARDS = 1_000_000
 
 
 def expand(pattern: str) -> list[Path]:
-    """`shard-{0000..0012}.tar` as its files; one path where there are no braces.
+    """The files of `shard-{0000..0012}.tar`; a single path if there are no braces.
 
     Raises:
-        TrainfitError: more files than anyone has.
+        TrainfitError: more than `MOST_SHARDS` files.
     """
     match = BRACES.search(pattern)
     if match is None:
         return [Path(pattern)]
-    first, last = int(match[1]), int(match[2])
+    first = int(match[1])
+    last = int(match[2])
     if not 0 <= last - first < MOST_SHARDS:
         raise TrainfitError(f"{pattern} names {last - first + 1} shards: give from 1 to {MOST_SHARDS}")
-    numbers = [f"{number:0{len(match[1])}}" for number in range(first, last + 1)]
-    return [
-        file for number in numbers for file in expand(f"{pattern[: match.start()]}{number}{pattern[match.end() :]}")
-    ]
+    files: list[Path] = []
+    for number in range(first, last + 1):
+        files += expand(f"{pattern[: match.start()]}{number:0{len(match[1])}}{pattern[match.end() :]}")
+    return files
 
 
-def read_shard(path: Path, folder: DataFolder, found: Grouped) -> None:
+def read_shard(path: Path, folder: DataFolder, grouped: Grouped) -> None:
     """Add the samples of one shard that have an image and a text (`.txt`, or `.json` with `caption` or `text`).
 
     Raises:
@@ -52,7 +53,7 @@ def read_shard(path: Path, folder: DataFolder, found: Grouped) -> None:
     try:
         with tarfile.open(path, "r:") as shard:
             for key, members in _samples(shard):
-                _add(path, shard, key, members, found)
+                _add(path, shard, key, members, grouped)
     except FileNotFoundError as error:
         raise TrainfitError(f"{path}: no such file") from error
     except (tarfile.TarError, OSError, EOFError) as error:
@@ -60,8 +61,9 @@ def read_shard(path: Path, folder: DataFolder, found: Grouped) -> None:
 
 
 def _samples(shard: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Members that follow each other and have the same name up to the first dot of its last part."""
-    key, members = "", dict[str, tarfile.TarInfo]()
+    """Group consecutive members whose file names are the same up to the first dot."""
+    key = ""
+    members: dict[str, tarfile.TarInfo] = {}
     for member in shard:
         if not member.isfile():
             continue
@@ -77,17 +79,17 @@ def _samples(shard: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.Ta
         yield key, members
 
 
-def _add(path: Path, shard: tarfile.TarFile, key: str, members: dict[str, tarfile.TarInfo], found: Grouped) -> None:
+def _add(path: Path, shard: tarfile.TarFile, key: str, members: dict[str, tarfile.TarInfo], grouped: Grouped) -> None:
     where = f"{path.name} {key.removeprefix('/')}"
     image = next((member for suffix, member in members.items() if suffix in IMAGE_SUFFIXES), None)
     if image is None:
-        found.skip("no image", where, f"it has only {', '.join(members)}; left out")
+        grouped.skip("no image", where, f"it has only {', '.join(members)}; left out")
         return
     text = _text(shard, members)
     if text is None:
-        found.skip("no text", where, "no .txt, and no .json with a caption; left out")
+        grouped.skip("no text", where, "no .txt, and no .json with a caption; left out")
         return
-    found.add_in_shard(path, key.removeprefix("/"), (image.offset_data, image.size), [text])
+    grouped.add_in_shard(path, key.removeprefix("/"), (image.offset_data, image.size), [text])
 
 
 def _text(shard: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> str | None:

@@ -20,7 +20,7 @@ SEPARATORS = ("\t", ",", ";", "|")
 """The one that the header line has most of is taken."""
 
 
-def read_table(path: Path, folder: DataFolder, found: Grouped) -> None:
+def read_table(path: Path, folder: DataFolder, grouped: Grouped) -> None:
     """Add every row of a table; image files are relative to the table's folder.
 
     Raises:
@@ -38,11 +38,11 @@ def read_table(path: Path, folder: DataFolder, found: Grouped) -> None:
         where = f"{path.name} line {number}"
         image = row.get(columns[0])
         if not isinstance(image, str) or not image.strip():
-            found.skip("no image", where, f"{columns[0]} is {shown(image)}; left out")
+            grouped.skip("no image", where, f"{columns[0]} is {shown(image)}; left out")
             continue
         value: Any = row.get(columns[1])
         texts = cast("list[Any]", value) if isinstance(value, list) else [value]
-        found.add(path.parent / image.strip(), [each for each in texts if isinstance(each, str)], where)
+        grouped.add(path.parent / image.strip(), [each for each in texts if isinstance(each, str)], where)
 
 
 def _rows(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
