@@ -209,3 +209,14 @@ def test_the_library_trains_them_too(data: Path, tmp_path: Path) -> None:
     summary = trainfit.train(MODEL, data=str(data), max_steps=1, out=str(tmp_path / "run"), **sizes)
     assert summary.evaluation is not None
     assert summary.evaluation.score_name == "top-1"
+
+
+def test_only_the_head_trains(data: Path, tmp_path: Path) -> None:
+    """`--freeze body`: all tensors but the classifier's stay as they began, statistics of BatchNorm included."""
+    words = ("--freeze", "body", "--weights", "random", "--epochs", 2, "--out", tmp_path / "run")
+    assert run("train", MODEL, "--data", data, *WORDS, *words) == 0
+    weights, _ = load_weights(tmp_path / "run" / "last.safetensors")
+    torch.manual_seed(0)
+    began = build_trainable(make_setting(MODEL, resolution=32), tuple(sorted(COLOURS))).build().state_dict()
+    moved = {name for name, value in weights.items() if not torch.equal(value, began[name])}
+    assert moved == {"fc.weight", "fc.bias"}

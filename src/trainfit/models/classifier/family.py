@@ -1,9 +1,11 @@
 """The classifiers of timm as a family. Imports no torch."""
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from trainfit.models.family import Family, register
 from trainfit.models.setting import Setting
+from trainfit.values import In
 
 PREFIX = "timm:"
 PIXELS_OF_A_SAMPLE = 640**2
@@ -15,6 +17,8 @@ class ClassifierSetting(Setting):
 
     resolution: int | None = None
     """Side of the square input in pixels; as published unless given."""
+    freeze: Annotated[Literal["none", "body"], In("model")] = "none"
+    """body: only the layer that ends in the classes is trained, and BatchNorm keeps its statistics."""
     channels_last: bool = False
     """Store images and convolution weights as NHWC."""
 

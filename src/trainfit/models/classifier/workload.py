@@ -93,7 +93,7 @@ class Classifier:
         """Where accumulation cannot be exact."""
         with torch.device("meta"):
             model = build_model(self.name, classes=len(self.classes), resolution=self.setting.resolution)
-        if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        if self.setting.freeze == "body" or not any(isinstance(module, _BatchNorm) for module in model.modules()):
             return ()
         return (f"{self.name} has BatchNorm: its statistics depend on the micro-batch, so accumulation is not exact",)
 
@@ -101,7 +101,7 @@ class Classifier:
         model = build_model(self.name, classes=len(self.classes), resolution=self.setting.resolution)
         if self.setting.channels_last:
             model.to(memory_format=torch.channels_last)
-        return model
+        return _only_heads_train(model) if self.setting.freeze == "body" else model
 
     def load(self, model: torch.nn.Module, weights: str) -> list[str]:
         """From a file of trainfit or timm (safetensors), or `pretrained`, which timm downloads; the head only if it fits."""
@@ -185,6 +185,25 @@ def _published(name: str) -> dict[str, torch.Tensor]:
         raise TrainfitError(
             f"published weights of timm:{name} cannot be downloaded ({reason:.150}): give --weights FILE"
         ) from error
+
+
+def _only_heads_train(model: Any) -> Any:
+    """The model with the layers that end in the classes as all that trains.
+
+    BatchNorm of the body becomes timm's frozen one, whose statistics do not move in train mode.
+
+    Raises:
+        TrainfitError: timm does not say which layers these are.
+    """
+    from timm.utils.model import freeze_batch_norm_2d
+
+    heads = _heads(model)
+    if not heads:
+        raise TrainfitError("--freeze body: timm does not name this model's classifier layer: leave it out")
+    model = freeze_batch_norm_2d(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(tuple(f"{head}." for head in heads)))
+    return model
 
 
 def _heads(model: Any) -> Sequence[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from trainfit.errors import TrainfitError
@@ -13,6 +14,8 @@ from trainfit.models.setting import DetectionSetting
 from trainfit.values import In, Range, require_valid
 
 Stage = Literal["single", "detector", "masks"]
+PARTS = ("encoder", "projector", "decoder")
+"""What `--freeze` may name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +77,15 @@ class RfDetrKnobs:
     """Object queries; as published unless given."""
     groups: Annotated[int | None, Range(1, 100)] = None
     """Query groups in training (upstream's group_detr); 13 unless given."""
-    freeze_encoder: bool = False
-    """Train all but the encoder."""
+    freeze: Annotated[str, In("model")] = "none"
+    """Parts that are not trained: encoder, projector, decoder, or several with commas between."""
+    freeze_encoder: Annotated[bool, In("model", rare=True)] = False
+    """As --freeze encoder."""
+    lora: Annotated[int | None, Range(1, 1024), In("model")] = None
+    """Train the encoder by low-rank adapters of its queries, keys and values, of this rank (16 is upstream's); whole unless
+    given."""
+    drop_path: Annotated[float, Range(0, 0.9), In("model", rare=True)] = 0.0
+    """Stochastic depth in the encoder: the last layer is left out for this share of images, earlier ones for less."""
     stage: Stage = "single"
     """For models with masks. single: everything trains at once; detector: without the mask head; masks: the mask head alone,
     on a frozen detector."""
@@ -83,6 +93,28 @@ class RfDetrKnobs:
     def __post_init__(self) -> None:
         """Refuse values that cannot be used."""
         require_valid(self)
+        require_parts(self.freeze)
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """The parts that are not trained, of `PARTS`; with adapters the encoder's own weights are not."""
+        encoder = {"encoder"} if self.freeze_encoder else set[str]()
+        return frozenset(encoder | set(require_parts(self.freeze)))
+
+
+def require_parts(freeze: str) -> tuple[str, ...]:
+    """The parts that `--freeze` names.
+
+    Raises:
+        TrainfitError: there is no such part.
+    """
+    parts = tuple(part.strip() for part in freeze.split(",") if part.strip() not in ("", "none"))
+    for part in parts:
+        if part not in PARTS:
+            near = get_close_matches(part, PARTS, n=1)
+            hint = f" Perhaps you meant {near[0]}." if near else ""
+            raise TrainfitError(f"--freeze {freeze}: {part!r} is no part.{hint} Parts are {', '.join(PARTS)}")
+    return parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +128,11 @@ class RfDetrSetting(RfDetrKnobs, DetectionSetting):
     def __post_init__(self) -> None:
         """Refuse values that cannot be used."""
         DetectionSetting.__post_init__(self)
+        RfDetrKnobs.__post_init__(self)
+        if self.lora and "encoder" in self.frozen:
+            raise TrainfitError(
+                "--lora trains the encoder by adapters, and --freeze encoder not at all: leave one of the two out"
+            )
 
     @property
     def has_masks(self) -> bool:
@@ -133,7 +170,7 @@ def turns(setting: RfDetrSetting, knob: str) -> Iterator[tuple[str, RfDetrSettin
         half = (setting.num_queries or published.queries) // 2
         if half:
             yield f"--num-queries {half}", replace(setting, num_queries=half)
-    if knob == "encoder" and not setting.freeze_encoder and setting.stage != "masks":
+    if knob == "encoder" and "encoder" not in setting.frozen and not setting.lora and setting.stage != "masks":
         yield "--freeze-encoder", replace(setting, freeze_encoder=True)
 
 
@@ -227,7 +264,7 @@ def family() -> Family:
         not_flags=("warmup_steps",),
         needed_flags=lambda setting: ("--weights RUN",) if setting.stage == "masks" else (),
         translate=translate,
-        shapes_weights=("resolution", "num_queries", "groups"),
+        shapes_weights=("resolution", "num_queries", "groups", "lora"),
         sample_bytes=sample_bytes,
         loads=loads,
         drawn_sizes=drawn_sizes,

@@ -17,6 +17,7 @@ from rfdetr.utilities.state_dict import validate_checkpoint_compatibility
 
 from trainfit.errors import TrainfitError
 from trainfit.models.rfdetr.weights_file import WeightsFile, read_weights
+from trainfit.step.lora import has_adapters, is_adapter, merged
 from trainfit.tasks.detection.class_names import positions
 from trainfit.weights import load_weights as read_tensors
 from trainfit.weights import require_kinds
@@ -69,7 +70,8 @@ def fill(
         TrainfitError: the file is of another model, or has fewer queries or groups than `model`.
     """
     _require_made_for(config, file, name)
-    state = dict(file.state)
+    adapted = has_adapters(model)
+    state = dict(file.state) if adapted else merged(file.state)
     require_kinds(model, state, file.path)
     _require_shapes(model, state, file, name, ranks_only=True)
     _fit_queries(state, config, file)
@@ -82,7 +84,8 @@ def fill(
         keys = _load_model_state(model, state, backbone_lora=False)
     except ImportError as error:  # a checkpoint with LoRA adapters, which upstream merges with peft
         raise TrainfitError(f"{file.path} was saved by a LoRA run: install peft to load it") from error
-    remarks = _incomplete(keys.missing_keys, keys.unexpected_keys, config, file, name)
+    missing = [key for key in keys.missing_keys if not is_adapter(key)]
+    remarks = _incomplete(missing, keys.unexpected_keys, config, file, name)
     if file.class_rows != outputs:
         model.reinitialize_detection_head(outputs)
     return remarks if classes is None else remarks + _follow_class_names(model, file, classes)
@@ -115,6 +118,7 @@ def attach_mask_head(model: LWDETR, path: Path, *, classes: tuple[str, ...]) -> 
         TrainfitError: what the file lacks is not exactly the mask head (the keys are listed), or other classes.
     """
     state, metadata = read_tensors(path)
+    state = merged(state)
     trained = tuple(json.loads(metadata.get("classes", "[]")))
     if trained != classes:
         raise TrainfitError(

@@ -14,6 +14,7 @@ import torch
 from rfdetr import config as upstream
 from rfdetr.datasets.coco import compute_multi_scale_scales
 from rfdetr.models import build_criterion_from_config, build_model_from_config
+from rfdetr.models.backbone.dinov2_with_windowed_attn import Dinov2WithRegistersDropPath
 from rfdetr.models.heads.segmentation import SegmentationHead
 from rfdetr.models.lwdetr import LWDETR
 
@@ -35,6 +36,7 @@ from trainfit.models.rfdetr.losses import make_lean, make_objective
 from trainfit.models.rfdetr.weights_file import read_weights
 from trainfit.models.workload import Decoder, OptimizerSettings
 from trainfit.step.checkpointing import runs_several_times
+from trainfit.step.lora import adapt, merged
 from trainfit.tasks.detection.samples import ImageDetections, Sample
 
 CONFIGS: Mapping[str, type[upstream.ModelConfig]] = {
@@ -68,6 +70,10 @@ COMPONENT_DECAY = 0.7
 ENCODER_LAYERS = "backbone.0.encoder.encoder.encoder.layer"
 DECODER_LAYERS = "transformer.decoder.layers"
 PROJECTOR = "backbone.0.projector"
+FROZEN_PARTS = {"projector": PROJECTOR, "decoder": "transformer.decoder"}
+"""Part of `--freeze` -> what the names of its parameters begin with; upstream's builder freezes the encoder."""
+ADAPTED = ("query", "key", "value")
+"""Linear layers of the encoder's attention that `--lora` adapts (rfdetr 1.11.2 models/weights.py `apply_lora`)."""
 
 
 class RfDetr:
@@ -119,6 +125,9 @@ class RfDetr:
             # Upstream never uses the encoder's mask token: without this it would be a parameter that gets no gradient.
             if name.endswith("mask_token") or (self.knobs.stage == "masks" and not name.startswith(MASK_HEAD)):
                 parameter.requires_grad_(False)
+        freeze(model, self.knobs)
+        if self.knobs.drop_path:
+            drop_layers(model, self.knobs.drop_path)
         if self.setting.lean == "on":
             model.transformer.__class__ = LeanTransformer
         if self.masks:
@@ -214,7 +223,31 @@ class RfDetr:
         return {"model": self.name, "classes": json.dumps(self.classes), "knobs": json.dumps(knobs)}
 
     def export(self, weights: Mapping[str, torch.Tensor], path: Path) -> None:
-        export_upstream(self.config, weights, self.classes, path)
+        export_upstream(self.config, merged(weights), self.classes, path)
+
+
+def freeze(model: torch.nn.Module, knobs: RfDetrKnobs) -> None:
+    """Leave out of training what `--freeze` names, and with `--lora` the encoder but its adapters, which are added."""
+    prefixes = tuple(FROZEN_PARTS[part] for part in knobs.frozen if part in FROZEN_PARTS)
+    for name, parameter in model.named_parameters():
+        if prefixes and name.startswith(prefixes):
+            parameter.requires_grad_(False)
+    if knobs.lora and knobs.stage != "masks":
+        model.get_submodule("backbone.0.encoder").requires_grad_(False)
+        layers = model.get_submodule(ENCODER_LAYERS)
+        named = [(name, module) for name, module in layers.named_modules() if isinstance(module, torch.nn.Linear)]
+        adapt([module for name, module in named if name.rpartition(".")[2] in ADAPTED], knobs.lora)
+
+
+def drop_layers(model: torch.nn.Module, rate: float) -> None:
+    """Upstream's stochastic depth in the encoder, from 0 in the first layer to `rate` in the last.
+
+    Upstream's `update_drop_path` sets rates where its builder has put the modules, which it does not for rfdetr's models.
+    """
+    layers: Any = model.get_submodule(ENCODER_LAYERS)
+    for layer in layers:
+        layer.drop_path = Dinov2WithRegistersDropPath(0.0)
+    cast(LWDETR, model).update_drop_path(rate, len(layers))
 
 
 def from_upstream(name: str, weights: str) -> tuple[RfDetr, torch.nn.Module, list[str]]:
@@ -252,7 +285,7 @@ def make_config(name: str, classes: int, knobs: RfDetrKnobs) -> upstream.ModelCo
         TrainfitError: a resolution that is not legal, with snapping off.
     """
     kind = {**CONFIGS, **WITH_MASKS}[name]
-    changes: dict[str, Any] = {"num_classes": classes, "freeze_encoder": knobs.freeze_encoder}
+    changes: dict[str, Any] = {"num_classes": classes, "freeze_encoder": "encoder" in knobs.frozen}
     if knobs.num_queries is not None:
         changes |= {"num_queries": knobs.num_queries, "num_select": knobs.num_queries}
     if knobs.groups is not None:
