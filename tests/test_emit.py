@@ -15,13 +15,13 @@ from rfdetr import variants
 from emitted_cases import call_arguments, effective_batch, open_clip_flags
 from plan_cases import MICRO_BATCHES, make_plan
 from trainfit.errors import TrainfitError
+from trainfit.models.emit import MEANS, register
 from trainfit.models.maskrcnn.detectron2.read import read_configuration
 from trainfit.models.maskrcnn.detectron2.translate import translated
+from trainfit.models.rfdetr.emit import RFDETR_CLASSES
 from trainfit.models.rfdetr.workload import CONFIGS
 from trainfit.models.workload import OptimizerSettings
 from trainfit.reports.emit import TOOLS, emit
-from trainfit.reports.emit.models import RFDETR_CLASSES
-from trainfit.reports.emit.tool import MEANS, register
 from trainfit.step.names import Checkpointing
 
 MODELS = {"detectron2": "maskrcnn-r50-v1", "open_clip": "clip:ViT-B-32"}
@@ -143,7 +143,7 @@ def test_rfdetr_checkpoints_the_encoder_alone() -> None:
 def test_averaged_weights_on_the_host() -> None:
     """Upstream keeps them on the GPU: 64 MiB of parameters more, said or refused."""
     made = emit(make_plan((4, "none"), ema_on_host=True), "rfdetr")
-    assert "rfdetr keeps the averaged weights on the GPU: 0.06 GiB more than planned." in made.notes
+    assert "rfdetr keeps the EMA weights on the GPU: 0.06 GiB more than planned." in made.notes
     with pytest.raises(TrainfitError, match="--no-ema"):
         emit(make_plan((1, "none"), budget_gib=1.4, ema_on_host=True), "rfdetr")  # 1.39 GiB are needed already
 
@@ -273,11 +273,11 @@ def test_what_does_not_go_together() -> None:
 
 
 def test_notes_say_what_the_tool_does_otherwise() -> None:
-    accumulated, whole = (emit(make_plan((b, "none"), budget_gib=9), "rfdetr").notes for b in (4, 16))
+    accumulated, undivided = (emit(make_plan((b, "none"), budget_gib=9), "rfdetr").notes for b in (4, 16))
     assert MEANS in accumulated
-    assert MEANS not in whole
+    assert MEANS not in undivided
     notes = emit(make_plan((4, "none"), model="clip:ViT-B-32"), "lightning").notes
-    assert "A pair is contrasted with the 4 of its micro-batch alone: another loss than the plan's." in notes
+    assert "A pair is contrasted only with the 4 of its micro-batch: another loss than the plan's." in notes
     assert MEANS not in notes
 
 

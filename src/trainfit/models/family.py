@@ -64,6 +64,10 @@ class Family:
     checkpoint: str | None = None
     """"module:function" of (model name, file of upstream's or `pretrained`) -> (`Workload`, the model with the file's
     weights and classes, remarks for the user); None: such files cannot be evaluated."""
+    emit: str | None = None
+    """Module that registers the tool which trains its models upstream (`models.emit.register`), for `plan --emit`."""
+    refuses_checkpointing: tuple[str, ...] = ()
+    """Tools of `plan --emit` that refuse activation checkpointing of its models."""
     task: str | None = None
     """What reads its data and measures it: a room in `tasks/`, or the path of a module with the functions of `tasks.task.Task`.
     None: it is predicted, and not trained."""

@@ -124,6 +124,7 @@ def family() -> Family:
         match=match,
         workload="trainfit.models.clip.workload",
         checkpoint="trainfit.models.clip.workload:from_upstream",
+        emit="trainfit.models.clip.emit",
         task="pairs",
         augments=frozenset({"crop"}),
         extra="clip",

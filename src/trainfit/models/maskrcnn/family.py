@@ -228,6 +228,7 @@ def family() -> Family:
         match=match,
         workload="trainfit.models.maskrcnn.workload",
         checkpoint="trainfit.models.maskrcnn.interop:from_upstream",
+        emit="trainfit.models.maskrcnn.emit",
         augments=frozenset({"flip"}),
         not_flags=("lr_encoder",),
         task="detection",

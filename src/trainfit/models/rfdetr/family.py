@@ -251,6 +251,8 @@ def family() -> Family:
         workload="trainfit.models.rfdetr.workload",
         prepare_trace="trainfit.models.rfdetr.tracing:prepare",
         checkpoint="trainfit.models.rfdetr.workload:from_upstream",
+        emit="trainfit.models.rfdetr.emit",
+        refuses_checkpointing=("transformers",),  # transformers 5.23
         task="detection",
         packages=("rfdetr",),
         ema=True,

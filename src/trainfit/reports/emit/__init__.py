@@ -1,19 +1,28 @@
-"""A plan as configuration of another tool: what the tool can express, and notes on what it cannot.
+"""Writes a plan as configuration of another tool, with notes on what the tool cannot express.
 
-The emitted effective batch equals the plan's. Another tool is one function with `@register` in `models` or `trainers`.
+The emitted effective batch equals the plan's. Another tool is one function with `@register` (`models.emit`), in a family's
+`emit.py` if it trains that family's models only, else in `trainers`.
 """
 
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from importlib import import_module
 
 from trainfit.errors import TrainfitError
-from trainfit.models.family import family_of
+from trainfit.models.emit import TOOLS, Job, Tool
+from trainfit.models.family import families, family_of
+from trainfit.models.setting import Setting
+from trainfit.planning.make import rate_factor
 from trainfit.planning.plan import Candidate, Plan
-from trainfit.reports.emit import models, trainers
-from trainfit.reports.emit.tool import TOOLS, Job, Tool
 from trainfit.reports.plan import choice
+from trainfit.tracing.events import CATEGORIES
 
-__all__ = ["TOOLS", "Emitted", "emit", "models", "trainers"]
+__all__ = ["TOOLS", "Emitted", "emit"]
+
+for _family in families().values():
+    if _family.emit is not None:
+        import_module(_family.emit)
+import_module("trainfit.reports.emit.trainers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +31,9 @@ class Emitted:
 
     tool: str
     text: str
-    """A file or a command; YAML carries its launch line as a comment."""
+    """A file or a command; YAML has its launch command in a comment."""
     notes: tuple[str, ...]
-    """What the tool does otherwise than the plan."""
+    """Differences between the tool and the plan."""
 
 
 def emit(plan: Plan, tool: str) -> Emitted:
@@ -47,9 +56,9 @@ def emit(plan: Plan, tool: str) -> Emitted:
     job, notes = _nearest(plan, plan.chosen, writer)
     text, more = writer.write(job)
     if job.setting.checkpointing == "offload":
-        kept = f"{tool} keeps saved activations on the GPU, unless your code moves them: more memory than planned."
-        more = [*more, kept]
-    own = f"Memory and speed are those of trainfit's own training step; what {tool} takes besides is not in them."
+        offload = f"{tool} keeps saved activations on the GPU, unless your code moves them: more memory than planned."
+        more = [*more, offload]
+    own = f"Memory and speed are those of trainfit's own training step; they do not include what {tool} itself adds."
     return Emitted(tool=tool, text=text, notes=(*notes, *more, plan.learning_rate, own))
 
 
@@ -66,11 +75,11 @@ def _nearest(plan: Plan, chosen: Candidate, tool: Tool) -> tuple[Job, list[str]]
         even = len(set(c.cuts)) == 1 and sum(c.cuts) == share
         return even and (tool.accumulates or len(c.cuts) == 1) and tool.checkpoints(c.setting)
 
-    held = [c for c in plan.candidates if c.verdict != "does not fit" and legal(c)]
+    expressible = [c for c in plan.candidates if c.verdict != "does not fit" and legal(c)]
     if legal(chosen):
-        return Job(plan=plan, setting=replace(chosen.setting, accumulation=len(chosen.cuts))), []
-    if held:
-        best = max(held, key=lambda c: (c.images_per_s or 0.0, c.setting.micro_batch))
+        return _job(plan, replace(chosen.setting, accumulation=len(chosen.cuts))), []
+    if expressible:
+        best = max(expressible, key=lambda c: (c.images_per_s or 0.0, c.setting.micro_batch))
     elif tool.accumulates and tool.checkpoints(chosen.setting):
         micro = max(n for n in range(1, chosen.cuts[0] + 1) if share % n == 0)
         best = replace(chosen, cuts=(micro,) * (share // micro))
@@ -84,4 +93,20 @@ def _nearest(plan: Plan, chosen: Candidate, tool: Tool) -> tuple[Job, list[str]]
     setting = replace(best.setting, eval_micro_batch=chosen.setting.eval_micro_batch, **batching)
     assert setting.micro_batch * setting.accumulation * plan.gpus == plan.effective_batch
     note = f"{tool.name} cannot express the plan's {choice(chosen)}; this is {choice(best)}, with the same effective batch."
-    return Job(plan=plan, setting=setting), [note]
+    return _job(plan, setting), [note]
+
+
+def _job(plan: Plan, setting: Setting) -> Job:
+    parameter_bytes = spare_bytes = 0
+    if plan.prediction is not None:
+        parameter_bytes = plan.prediction.training.profile.peak.category_bytes[CATEGORIES.index("parameters")]
+        spare_bytes = plan.budget.low_bytes - plan.prediction.needs.high_bytes
+    return Job(
+        setting=setting,
+        gpus=plan.gpus,
+        effective_batch=plan.effective_batch,
+        workers=plan.loading.workers,
+        rate_factor=rate_factor(setting, plan.effective_batch),
+        parameter_bytes=parameter_bytes,
+        spare_bytes=spare_bytes,
+    )

@@ -1,36 +1,35 @@
-"""Tools that train the user's own model: lightning, transformers, accelerate."""
+"""Writes a plan for tools that train the user's own model: lightning, transformers, accelerate."""
 
 from dataclasses import fields
 
+from trainfit.models.emit import RATE, Job, call, means, register, rounded
 from trainfit.models.setting import Setting, make_setting
-from trainfit.planning.make import rate_factor
-from trainfit.reports.emit.tool import RATE, Job, call, means, register, rounded
 from trainfit.reports.plan import blocks_text
 
 EXPRESSED = {
     *("model", "micro_batch", "accumulation", "eval_micro_batch", "precision", "checkpointing", "optimizer"),
     *("classes", "objects_per_image", "canvas", "contrastive"),
 }
-"""Knobs that these tools are given, and what the data set determines."""
+"""Knobs that these tools take, and those that the data set determines."""
 
 
 def _own_code(setting: Setting) -> list[str]:
-    """What is neither batch nor precision, and stands in the user's own code with tools that bring no model."""
+    """A note with the knobs that the user's own code has to set."""
     published = make_setting(setting.model)
     chosen = [
         f"{each.name} {getattr(setting, each.name)}"
         for each in fields(setting)
         if each.name not in EXPRESSED and getattr(setting, each.name) != getattr(published, each.name)
     ]
-    return [f"Yours to set in the model's code: {', '.join(chosen)}."] if chosen else []
+    return [f"Set in your model's code: {', '.join(chosen)}."] if chosen else []
 
 
 def _contrast(setting: Setting) -> list[str]:
-    """Of tools that know no contrastive window."""
+    """The note of a tool without an exact contrastive window."""
     if not setting.family.coupled(setting) or setting.accumulation == 1:
         return means(setting)
     return [
-        f"A pair is contrasted with the {setting.micro_batch} of its micro-batch alone: another loss than the plan's."
+        f"A pair is contrasted only with the {setting.micro_batch} of its micro-batch: another loss than the plan's."
     ]
 
 
@@ -40,29 +39,28 @@ _MIXED = {"fp32": "32-true", "fp16": "16-mixed", "bf16": "bf16-mixed"}
 @register("lightning")
 def _lightning(job: Job) -> tuple[str, list[str]]:
     setting = job.setting
-    gpus = job.plan.gpus
+    gpus = job.gpus
     trainer: dict[str, object] = {"accelerator": "gpu", "devices": gpus}
     trainer |= {"strategy": "ddp"} if gpus > 1 else {}
     trainer |= {"precision": _MIXED[setting.precision], "accumulate_grad_batches": setting.accumulation}
     trainer |= {"benchmark": False}
-    loader = f"loader = DataLoader(dataset, batch_size={setting.micro_batch}, num_workers={job.plan.loading.workers})\n"
+    loader = f"loader = DataLoader(dataset, batch_size={setting.micro_batch}, num_workers={job.workers})\n"
     imports = "from lightning import Trainer\nfrom torch.utils.data import DataLoader\n\n"
     text = f"{imports}{loader}trainer = {call('Trainer', trainer)}"
     return text, [*_contrast(setting), *_blocks_are_yours(job), *_optimizer_is_yours(setting), *_own_code(setting)]
 
 
 def _blocks_are_yours(job: Job) -> list[str]:
-    words = f"Activation checkpointing is the model's own code: {blocks_text(job.setting.checkpointing)}."
+    words = f"Activation checkpointing is up to your model's code: {blocks_text(job.setting.checkpointing)}."
     return [words] if job.checkpoints else []
 
 
 def _optimizer_is_yours(setting: Setting) -> list[str]:
-    return [f"The optimizer is your code: the plan has {setting.optimizer}."]
+    return [f"The optimizer is up to your code: the plan has {setting.optimizer}."]
 
 
 def _transformers_blocks(setting: Setting) -> bool:
-    """False for RF-DETR: transformers 5.23 refuses checkpointing for it."""
-    return setting.family.name != "rfdetr" or setting.checkpointing == "none"
+    return "transformers" not in setting.family.refuses_checkpointing or setting.checkpointing == "none"
 
 
 @register("transformers", checkpoints=_transformers_blocks)
@@ -86,24 +84,22 @@ def _transformers(job: Job) -> tuple[str, list[str]]:
         "bf16": setting.precision == "bf16",
         "fp16": setting.precision == "fp16",
         "optim": optimizers.get(setting.optimizer, "adamw_torch_fused"),
-        "dataloader_num_workers": job.plan.loading.workers,
+        "dataloader_num_workers": job.workers,
     }
     arguments |= {"activation_checkpointing": True} if job.checkpoints else {}
     arguments |= {"optim_args": "momentum=0.9"} if setting.optimizer == "sgd" else {}
-    start = f"{job.torchrun} train.py" if job.plan.gpus > 1 else "CUDA_VISIBLE_DEVICES=0 python train.py"
-    factor = rate_factor(setting, job.plan.effective_batch)
-    arguments |= {} if factor is None else {"learning_rate": rounded(RATE * factor)}
+    start = f"{job.torchrun} train.py" if job.gpus > 1 else "CUDA_VISIBLE_DEVICES=0 python train.py"
+    if job.rate_factor is not None:
+        arguments["learning_rate"] = rounded(RATE * job.rate_factor)
     imports = "import torch\nfrom transformers import TrainingArguments\n\ntorch.backends.cudnn.benchmark = False\n"
     head = f"# Start it with: {start}\n{imports}"
     notes = [*_contrast(setting), *_own_code(setting)]
     if setting.optimizer not in optimizers:
         notes.append(
-            f"TrainingArguments has no {setting.optimizer}: AdamW, of the same state; or give Trainer your own."
+            f"TrainingArguments has no {setting.optimizer}: AdamW, with state of the same size; or pass your own to Trainer."
         )
-    if job.plan.gpus == 1:
-        notes.append(
-            "With several GPUs in sight Trainer uses them all, and the effective batch grows with them: show it one."
-        )
+    if job.gpus == 1:
+        notes.append("Trainer uses all visible GPUs, and the effective batch grows with them: make only one visible.")
     if isinstance(setting.checkpointing, int) and job.checkpoints:
         notes.append("transformers checkpoints all blocks: less memory and more time than planned.")
     return head + f"arguments = {call('TrainingArguments', arguments)}", notes
@@ -115,7 +111,7 @@ def _accelerate(job: Job) -> tuple[str, list[str]]:
     import yaml
 
     setting = job.setting
-    gpus = job.plan.gpus
+    gpus = job.gpus
     record = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": "MULTI_GPU" if gpus > 1 else "NO",
@@ -126,7 +122,7 @@ def _accelerate(job: Job) -> tuple[str, list[str]]:
     }
     head = (
         f"# ACCELERATE_GRADIENT_ACCUMULATION_STEPS={setting.accumulation} accelerate launch --config_file THIS_FILE train.py\n"
-        f"# train.py: DataLoader(batch_size={setting.micro_batch}, num_workers={job.plan.loading.workers}), and each "
+        f"# train.py: DataLoader(batch_size={setting.micro_batch}, num_workers={job.workers}), and each "
         "micro-batch in `with accelerator.accumulate(model):`; torch.backends.cudnn.benchmark = False\n"
     )
     notes = [*_contrast(setting), *_blocks_are_yours(job), *_optimizer_is_yours(setting), *_own_code(setting)]
