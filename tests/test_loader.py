@@ -155,7 +155,7 @@ def test_a_window_that_cannot_be_handed_over_is_one_line(monkeypatch: pytest.Mon
     """In the worker's own hand-over: torch's DataLoader drops such a window, and waits for it for ever."""
     trainer, anonymous_file = os.getpid(), packets._anonymous_file  # pyright: ignore[reportPrivateUsage]
 
-    def full() -> Any:
+    def full(_folder: Path | None = None) -> Any:
         if os.getpid() != trainer:
             raise OSError(errno.ENOSPC, "No space left on device")
         return anonymous_file()
@@ -320,3 +320,58 @@ def test_a_large_window_with_masks_under_docker_s_limits() -> None:
     done = subprocess.run(command, capture_output=True, check=False, timeout=120, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["256 True"] * 2
+
+
+def resident_bytes() -> dict[str, int]:
+    """Memory of this process and its children by kind, in bytes."""
+    found = {"RssAnon": 0, "RssFile": 0, "RssShmem": 0}
+    for pid in (os.getpid(), *(child.pid for child in active_children())):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name in found:
+                found[name] += int(value.split()[0]) * 1024
+    return found
+
+
+def large(record: ImageRecord, *, size: int, augment: bool, generator: torch.Generator) -> Sample:
+    del record, augment, size
+    image = torch.randint(0, 256, (3, 256, 256), generator=generator, dtype=torch.uint8)
+    none = torch.zeros(0)
+    return Sample(image=image, boxes=none, classes=none, masks=None, image_id=0, original_size=(64, 64))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize("processes", [0, 1])
+def test_host_memory_does_not_follow_the_window(processes: int, tmp_path: Path) -> None:
+    """Windows of 150 MiB wait in a file where there is a folder for it, and are the same as in memory."""
+    records = [record(n, objects=0) for n in range(800)]
+    sums: dict[bool, list[int]] = {}
+    for folder in (tmp_path, None):
+        before = resident_bytes()
+        plan = WindowPlan(images=len(records), effective_batch=800, sizes=(32,), seed=3)
+        most = dict.fromkeys(before, 0)
+        for window in training_loader(
+            records, large, plan, steps=range(2), augment=True, workers=processes, folder=folder
+        ):
+            assert len(window) == 800
+            assert bool(window.maps) == (folder is not None)
+            for start in range(0, 800, 100):  # what a micro-batch does
+                sums.setdefault(folder is None, []).append(sum(int(s.image.sum()) for s in window[start : start + 100]))
+                most = {kind: max(most[kind], now - before[kind]) for kind, now in resident_bytes().items()}
+                window.release()
+        if folder is not None:
+            assert most["RssShmem"] < 16 * 2**20
+            assert most["RssFile"] < 64 * 2**20
+            assert most["RssAnon"] < 110 * 2**20 or processes  # a process starts with what it imports
+    assert not list(tmp_path.iterdir())
+    assert sums[False] == sums[True]
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_folder: Path | None = None) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(packets, "_anonymous_file", full)
+    monkeypatch.setattr(loader, "IN_MEMORY_BYTES", 1000)
+    with pytest.raises(LoaderDiedError, match=r"a window cannot wait in .* \(No space left on device\): make room"):
+        next(windows(processes=0, folder=tmp_path))

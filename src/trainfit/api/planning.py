@@ -19,7 +19,7 @@ from trainfit.planning.make import make_plan
 from trainfit.planning.plan import Plan
 from trainfit.planning.predict import predict_with_trace
 from trainfit.step.names import Checkpointing
-from trainfit.training.recipe import DEFAULT_EFFECTIVE_BATCH
+from trainfit.training.recipe import batch_of
 
 
 def plan(
@@ -30,7 +30,7 @@ def plan(
     gpus: int = 1,
     data: str | Path | None = None,
     allow_outside: bool = False,
-    effective_batch: int = DEFAULT_EFFECTIVE_BATCH,
+    effective_batch: int | None = None,
     micro_batch: int | None = None,
     checkpointing: Checkpointing | None = None,
     allow: tuple[str, ...] = (),
@@ -48,7 +48,7 @@ def plan(
         gpus: Cards of this kind, one process each.
         data: Data set; its classes, its fullest image, its largest image and its decoding time are used.
         allow_outside: Read files that the data set names but does not hold.
-        effective_batch: Images per optimizer step over all GPUs; held exactly.
+        effective_batch: Images per optimizer step over all GPUs; held exactly. 16 unless given; CLIP has no default.
         micro_batch: Plan with this one alone.
         checkpointing: Plan with this alone.
         allow: Knobs that change what is learned and may be turned where nothing fits otherwise.
@@ -63,8 +63,10 @@ def plan(
     Raises:
         TrainfitError: no such model, knob, card or data set, or a step that cannot be traced.
     """
+    wanted = setting_of(model, knobs)
+    batch_of(wanted.model, effective_batch)  # refused before anything is read
     card = card_of(gpu, memory, note)
-    setting, dataset = on_data(setting_of(model, knobs), data, allow_outside=allow_outside)
+    setting, dataset = on_data(wanted, data, allow_outside=allow_outside)
     decode_s = None if dataset is None else decode_seconds(setting, dataset)
     return make_plan(
         setting,

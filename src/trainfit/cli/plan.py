@@ -16,7 +16,6 @@ from trainfit.models.setting import Setting
 from trainfit.reports.plan import plan_json, plan_text
 from trainfit.reports.plan_html import plan_html
 from trainfit.reports.plan_svg import plan_svg
-from trainfit.training.recipe import DEFAULT_EFFECTIVE_BATCH
 from trainfit.values import In
 
 
@@ -36,8 +35,8 @@ class Plan(Generic[AnySetting]):
     """Data set: its classes, fullest image, canvas and decoding time are used."""
     allow_outside: Annotated[bool, In("data")] = False
     """Read files that the data set names but does not hold."""
-    effective_batch: Annotated[int, In("batch")] = DEFAULT_EFFECTIVE_BATCH
-    """Images per optimizer step over all GPUs; held exactly."""
+    effective_batch: Annotated[int | None, In("batch")] = None
+    """Images (or pairs) per optimizer step over all GPUs; held exactly (default 16; CLIP has none)."""
     allow: Annotated[tuple[str, ...], In("model")] = ()
     """Knobs that change what is learned and may be turned where nothing fits otherwise."""
     alloc_conf: Annotated[str, In("card")] = ""

@@ -85,6 +85,8 @@ class Family:
     """Whether EMA weights are kept where the setting leaves it open."""
     reference_batches: tuple[int, int] | None = None
     """Least and largest effective batch that upstream itself trains with at the default learning rates."""
+    asks_batch: str = ""
+    """Why an effective batch must be given, in a sentence; empty: there is a default for all families that say nothing."""
     coupled: Callable[[Any], bool] = lambda _: False
     """Setting -> whether all samples of a window meet in one loss, so that micro-batches know of each other."""
     kernels: Callable[[Capability], Capability] = lambda capability: capability

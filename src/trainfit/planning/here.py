@@ -11,7 +11,7 @@ from trainfit.planning.dataset import for_data
 from trainfit.planning.make import make_plan
 from trainfit.planning.plan import Candidate, Plan
 from trainfit.tasks.task import Dataset
-from trainfit.training.recipe import DEFAULT_EFFECTIVE_BATCH, Recipe, setting_of
+from trainfit.training.recipe import Recipe, batch_of, setting_of
 from trainfit.values import given
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def planned_here(
     try:
         card = smallest_card(gpus)
         setting = for_data(setting_of(recipe, len(dataset.classes)), dataset)
-        batch = recipe.effective_batch or DEFAULT_EFFECTIVE_BATCH
+        batch = batch_of(recipe.model, recipe.effective_batch)
         only = recipe.checkpointing if "checkpointing" in given(recipe) else None
         plan = make_plan(setting, card, effective_batch=batch, gpus=gpus, checkpointing=only, note=note)
     except TrainfitError as error:

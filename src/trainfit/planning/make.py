@@ -21,7 +21,7 @@ from trainfit.planning.plan import Loading, Plan
 from trainfit.planning.search import Found, Wish, search
 from trainfit.step.names import Checkpointing
 from trainfit.timing.roofline import TimeEstimate, later
-from trainfit.training.recipe import DEFAULT_EFFECTIVE_BATCH
+from trainfit.training.recipe import batch_of
 
 LINK_BYTES_PER_S = 10e9
 """Between GPUs, each way: what PCIe 4.0 x8 to x16 leaves in practice. Not measured; NVLink is faster."""
@@ -75,7 +75,7 @@ def make_plan(
     setting: Setting,
     gpu: Gpu,
     *,
-    effective_batch: int = DEFAULT_EFFECTIVE_BATCH,
+    effective_batch: int | None = None,
     gpus: int = 1,
     micro_batch: int | None = None,
     checkpointing: Checkpointing | None = None,
@@ -91,7 +91,7 @@ def make_plan(
     Args:
         setting: Knobs as wanted; its micro-batch, accumulation and checkpointing do not count.
         gpu: The card; `memory_bytes` is what may be used of it.
-        effective_batch: Images per optimizer step over all GPUs; held exactly.
+        effective_batch: Images per optimizer step over all GPUs; held exactly. 16 unless given, where the family has a default.
         gpus: Cards of this kind, one process each.
         micro_batch: Plan with this one alone.
         checkpointing: Plan with this alone.
@@ -105,6 +105,7 @@ def make_plan(
     Raises:
         TrainfitError: what is wanted cannot be, or a step cannot be traced.
     """
+    effective_batch = batch_of(setting.model, effective_batch)
     _refuse_impossible(setting, effective_batch, gpus=gpus, micro_batch=micro_batch, allow=allow)
     config = config or AllocatorConfig()
     setting = replace(setting, precision=precision_for(setting, gpu))

@@ -296,7 +296,10 @@ def train_command(plan: Plan) -> str:
     chosen = knobs(plan)
     family = family_of(plan.model)[0]
     defaults = {field.name: field.default for field in fields(recipe_type(family.setting))}
-    defaults |= {"effective_batch": DEFAULT_EFFECTIVE_BATCH, "eval_micro_batch": chosen["micro_batch"]}
+    defaults |= {
+        "effective_batch": None if family.asks_batch else DEFAULT_EFFECTIVE_BATCH,
+        "eval_micro_batch": chosen["micro_batch"],
+    }
     defaults["micro_batch"] = None  # training chooses one where none is given
     flags = [_flag(name, value) for name, value in chosen.items() if value != defaults[name]]
     assert plan.chosen is not None

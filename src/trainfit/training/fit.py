@@ -199,12 +199,14 @@ class _Run:
             steps=steps,
             augment=self.augmentation,
             workers=self.workers,
+            folder=self.folder,
             note=self.show.note,
             stop=stop if ranks.world_size() == 1 else lambda: False,  # one rank alone must not leave its window out
         )
         self.saved_at = time.monotonic()
         self.step.requests = partial(self._requests, stop)
         for items in self.journal.clock.fetch(loader):
+            self.window_progress.begin(self.done + 1, items)
             result = self._window(self._readable(items))
             self.done += 1
             lr = max(group["lr"] for group in self.step.optimizer.param_groups)
@@ -250,7 +252,6 @@ class _Run:
         set_lr(self.step.optimizer, factor)
         torch.manual_seed(mix(self.recipe.seed, STEP, self.done, ranks.rank()))
         survived = len(self.survivor.survived)
-        self.window_progress.begin(self.done + 1, len(window))
         with self.noise.window(self.done):
             result = self.survivor.run(self.step, window, number=self.done)
         self._report_survived()

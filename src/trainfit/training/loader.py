@@ -3,8 +3,9 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +14,18 @@ from trainfit.errors import TrainfitError
 from trainfit.models.workload import Decoder, TrainableWorkload
 from trainfit.step import ranks
 from trainfit.tasks.augment import Augmentation
+from trainfit.training.packets import Spooled, spooled
 from trainfit.training.schedule import mix
-from trainfit.training.workers import NOTE_S, run_workers
+from trainfit.training.workers import NOTE_S, LoaderDiedError, run_workers
 
 ORDER, SIZE, SAMPLE, STEP = range(4)
 """Purposes of `mix`."""
+
+
+PART = 128
+"""Samples that a loader process makes at a time: a larger window is made in parts, by several."""
+IN_MEMORY_BYTES = 64 * 2**20
+"""A window that takes more waits in a file of the run folder, so that host memory does not follow the effective batch."""
 
 
 class Unreadable(str):
@@ -72,11 +80,35 @@ def _windows(plan: WindowPlan, steps: range, records: Sequence[Any]) -> Iterator
         yield [SampleKey(record=records[i], size=size, seed=seed) for i, seed in seeds.items()]
 
 
-class Loaded(list[Any]):
-    """The samples of a window or micro-batch."""
+class Loaded(Spooled):
+    """The samples of a window, a part of one, or a micro-batch."""
 
     load_s: float
     """Seconds that reading and decoding took, in the process that did."""
+    ends_window: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some samples of a window."""
+
+    keys: Sequence[SampleKey]
+    window: int = 0
+    """Samples of the whole window."""
+    ends_window: bool = True
+
+
+def _parts(window: Sequence[SampleKey]) -> Iterator[Part]:
+    """A window in parts of `PART` samples; an empty one is one part."""
+    for start in range(0, max(len(window), 1), PART):
+        keys = window[start : start + PART]
+        yield Part(keys=keys, window=len(window), ends_window=start + PART >= len(window))
+
+
+def _bytes_of(sample: Any) -> int:
+    """Bytes of a sample's tensors."""
+    values = [getattr(sample, each.name) for each in fields(sample)] if hasattr(sample, "__dataclass_fields__") else []
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +117,20 @@ class Making:
 
     decode: Decoder
     augment: Augmentation
+    folder: Path | None = None
+    """Where windows of more than `IN_MEMORY_BYTES` wait; None: in memory, too."""
 
-    def __call__(self, keys: Sequence[SampleKey], report: Callable[[str], None] = lambda _: None) -> Loaded:
+    def __call__(self, part: Part, report: Callable[[str], None] = lambda _: None) -> Loaded:
         """Decode one image after the other; `report` is called with the path of each before it is read."""
         started = time.perf_counter()
         loaded = Loaded()
-        for key in keys:
+        loaded.ends_window = part.ends_window
+        for key in part.keys:
             report(str(key.record.path))
             loaded.append(self._sample(key))
+        largest = max(map(_bytes_of, loaded), default=0)
+        if part.window * largest > IN_MEMORY_BYTES:
+            loaded.folder = self.folder
         loaded.load_s = time.perf_counter() - started
         return loaded
 
@@ -120,9 +158,13 @@ def default_workers() -> int:
     return min(8, usable_cores() - 1)
 
 
-def _loaded_here(make: Making, batches: Iterable[list[SampleKey]], note: Callable[[str], None]) -> Iterator[Loaded]:
-    """The samples of each batch, made in this process; a line every `NOTE_S` while one takes long."""
-    for batch in batches:
+def _loaded_here(make: Making, parts: Iterable[Part], note: Callable[[str], None]) -> Iterator[Loaded]:
+    """The samples of each part, made in this process; a line every `NOTE_S` while one takes long.
+
+    Raises:
+        LoaderDiedError: no room on the disk for a window that is too large to wait in memory.
+    """
+    for part in parts:
         began = noted = time.monotonic()
 
         def report(item: str, began: float = began) -> None:
@@ -131,7 +173,37 @@ def _loaded_here(make: Making, batches: Iterable[list[SampleKey]], note: Callabl
                 noted = now
                 note(f"waiting for data for {now - began:.0f} s; reading {item}")
 
-        yield make(batch, report)
+        yield _waiting(make(part, report))
+
+
+def _waiting(loaded: Loaded) -> Loaded:
+    """The samples where they wait for the trainer, in memory or in a file."""
+    try:
+        found = spooled(loaded)
+    except OSError as error:
+        raise LoaderDiedError(
+            f"a window cannot wait in {loaded.folder} ({error.strerror}): make room there, or give another --out"
+        ) from error
+    assert isinstance(found, Loaded)
+    return found
+
+
+def _whole(parts: Sequence[Loaded]) -> Loaded:
+    """The parts of a window, or a batch, in one."""
+    whole = Loaded(sample for part in parts for sample in part)
+    whole.maps = tuple(each for part in parts for each in part.maps)
+    whole.load_s = sum(part.load_s for part in parts)
+    return whole
+
+
+def _joined(parts: Iterable[Loaded]) -> Iterator[Loaded]:
+    """Whole windows; what ends in the middle of one is no window."""
+    taken: list[Loaded] = []
+    for part in parts:
+        taken.append(part)
+        if part.ends_window:
+            yield _whole(taken)
+            taken = []
 
 
 def training_loader(
@@ -142,22 +214,27 @@ def training_loader(
     steps: range,
     augment: Augmentation,
     workers: int,
+    folder: Path | None = None,
     note: Callable[[str], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Loaded]:
     """A loader whose items are whole windows (lists of samples) of the given steps, in order.
 
-    `note` receives a line for the user while a window takes long. Where `stop` returns True while loader processes are
-    waited for, the windows end early.
+    A window of more than `PART` samples is made in parts; one of more than `IN_MEMORY_BYTES` waits in a file without a name
+    in `folder`, where one is given. `note` receives a line for the user while a window takes long. Where `stop` returns True
+    while loader processes are waited for, the windows end early.
 
     Raises:
         LoaderDiedError: a loader process died, is stopped or stuck; while iterating.
     """
-    make = Making(decode=decode, augment=augment)
-    windows = _windows(plan, steps, records)
+    make = Making(decode=decode, augment=augment, folder=folder)
+    parts = (part for window in _windows(plan, steps, records) for part in _parts(window))
     if workers == 0:
-        return _loaded_here(make, windows, note)
-    return run_workers(make, windows, workers, note=note, stop=stop)
+        return _joined(_loaded_here(make, parts, note))
+    share = -(-plan.effective_batch // plan.world_size)
+    ahead = -(-share // PART) + workers
+    what = "windows" if share <= PART else f"parts of {PART} images"
+    return _joined(run_workers(make, parts, workers, least_ahead=ahead, what=what, note=note, stop=stop))
 
 
 def evaluation_loader(
@@ -174,6 +251,6 @@ def evaluation_loader(
     """
     mine = records[ranks.rank() :: ranks.world_size()]
     keys = (SampleKey(record=record.without_truth(), size=workload.eval_size, seed=0) for record in mine)
-    batches = iter(lambda: list(islice(keys, micro_batch)), [])
+    batches = (Part(keys=batch) for batch in iter(lambda: list(islice(keys, micro_batch)), []))
     make = Making(decode=workload.decoder(), augment=Augmentation())
     return run_workers(make, batches, workers, note=note) if workers else _loaded_here(make, batches, note)

@@ -11,8 +11,10 @@ import pickle
 import socket
 import sys
 import tempfile
+from contextlib import suppress
 from io import BytesIO
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -22,6 +24,21 @@ ALIGNMENT = 64
 """Bytes: each part begins at a multiple, as torch's own allocations do."""
 BY_DESCRIPTOR = sys.platform == "linux"
 """Elsewhere the bytes themselves go through the pipe: slower, and the receiver waits for the sender while they do."""
+
+
+class Spooled(list[Any]):
+    """Items with tensors that may wait in a file on the disk: the system keeps of it in memory what it has room for."""
+
+    folder: Path | None = None
+    """The file's folder; None: the items are in memory. The file has no name, and is gone with its last reader."""
+    maps: tuple[mmap.mmap, ...] = ()
+    """What the tensors are views of, where they are in a file."""
+
+    def release(self) -> None:
+        """Give the pages of the file that were read back to the system; they are read again where they are needed."""
+        for each in self.maps:
+            with suppress(AttributeError, OSError, ValueError):  # not every system has it
+                each.madvise(mmap.MADV_DONTNEED)
 
 
 class _Pickler(pickle.Pickler):
@@ -69,15 +86,40 @@ def _read(packet: memoryview) -> list[memoryview]:
     return parts
 
 
-def _anonymous_file() -> BinaryIO:
-    """A file without a name: in memory where the system has that."""
+def _anonymous_file(folder: Path | None = None) -> BinaryIO:
+    """A file without a name: in a folder, or in memory where the system has that."""
+    if folder is not None:
+        return tempfile.TemporaryFile(dir=folder)
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("trainfit"), "w+b")
     return tempfile.TemporaryFile()
 
 
+def spooled(items: Spooled) -> Spooled:
+    """The items of this process, their tensors in a file of `items.folder`; as they are where it has none.
+
+    Raises:
+        OSError: no room on the disk.
+    """
+    if items.folder is None:
+        return items
+    with _anonymous_file(items.folder) as file:
+        _write(file, pack(items))
+        file.flush()
+        return _mapped(file.fileno())[0]
+
+
+def _mapped(descriptor: int) -> tuple[Any, int]:
+    """What was written into a file, and its bytes."""
+    shared = mmap.mmap(descriptor, 0)
+    value = unpack(_read(memoryview(shared)))
+    if isinstance(value, Spooled) and value.folder is not None:
+        value.maps = (shared,)
+    return value, len(shared)
+
+
 def send(connection: Connection, value: object) -> int:
-    """Send anything that can be pickled; returns its bytes. Nothing waits for the receiver.
+    """Send anything that can be pickled; returns its bytes. Nothing waits for the receiver. `Spooled` goes through its folder.
 
     Raises:
         OSError: no memory or file descriptor is left, or the receiver is gone.
@@ -89,7 +131,8 @@ def send(connection: Connection, value: object) -> int:
         nbytes = _write(packet, parts)
         connection.send_bytes(packet.getbuffer())
         return nbytes
-    with _anonymous_file() as file, socket.socket(fileno=os.dup(connection.fileno())) as channel:
+    folder = value.folder if isinstance(value, Spooled) else None
+    with _anonymous_file(folder) as file, socket.socket(fileno=os.dup(connection.fileno())) as channel:
         nbytes = _write(file, parts)
         file.flush()
         socket.send_fds(channel, [b"\0"], [file.fileno()])
@@ -113,7 +156,6 @@ def receive(connection: Connection) -> tuple[Any, int]:
     if not descriptors:
         raise EOFError
     try:
-        shared = mmap.mmap(descriptors[0], 0)
+        return _mapped(descriptors[0])
     finally:
         os.close(descriptors[0])
-    return unpack(_read(memoryview(shared))), len(shared)

@@ -9,7 +9,7 @@ import torch
 from trainfit.errors import TrainfitError
 from trainfit.models.workload import TrainableWorkload
 from trainfit.tasks.augment import Augmentation
-from trainfit.training.loader import SAMPLE, Making, SampleKey, Unreadable
+from trainfit.training.loader import SAMPLE, Making, Part, SampleKey, Unreadable
 from trainfit.training.schedule import mix
 
 EPOCHS = 3
@@ -63,7 +63,7 @@ def previews(
     for number in range(0, len(records), step):
         record = records[number]
         keys = [SampleKey(record=record, size=size, seed=mix(seed, SAMPLE, epoch, number)) for epoch in range(EPOCHS)]
-        samples = [*plain(keys[:1]), *drawing(keys)]
+        samples = [*plain(Part(keys=keys[:1])), *drawing(Part(keys=keys))]
         if any(isinstance(sample, Unreadable) or sample.image.dim() != 3 for sample in samples):
             continue
         first, *others = (_shown(sample, classes) for sample in samples)

@@ -17,7 +17,7 @@ from trainfit.training.run_files import RECIPE
 from trainfit.values import In, Range, changed, flag, from_record, given, keeps_given, require_known, require_valid
 
 DEFAULT_EFFECTIVE_BATCH = 16
-"""Why this many: docs/training.md."""
+"""Why this many: docs/training.md. A family may ask for one instead (`Family.asks_batch`)."""
 DEFAULT_MICRO_BATCH = 4
 RANDOM = "random"
 """The value of --weights for a model with random weights."""
@@ -52,7 +52,7 @@ class Recipe(Setting):
     """What to start from: a run folder (its best weights), a weights file of trainfit or upstream, or `pretrained`
     (downloads upstream's); random without it."""
     effective_batch: Annotated[int | None, Range(1, 1_000_000), In("batch")] = None
-    """Images per optimizer step over all GPUs (default 16; docs/training.md says why)."""
+    """Images (or pairs) per optimizer step over all GPUs (default 16; docs/training.md says why; CLIP has none)."""
     epochs: Annotated[int, Range(1, 1_000_000), In("schedule")] = 100
     """Passes over the training data."""
     max_steps: Annotated[int | None, Range(1), In("schedule")] = None
@@ -165,6 +165,18 @@ def setting_of(recipe: Recipe, classes: int) -> Setting:
     )
 
 
+def batch_of(model: str, effective_batch: int | None) -> int:
+    """The effective batch, or the default where the model's family has one.
+
+    Raises:
+        TrainfitError: none is given, and the family asks for one.
+    """
+    why = family_of(model)[0].asks_batch
+    if effective_batch is None and why:
+        raise TrainfitError(f"--effective-batch is missing: {why}; give --effective-batch N")
+    return effective_batch or DEFAULT_EFFECTIVE_BATCH
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batching:
     """How an effective batch is divided."""
@@ -184,14 +196,17 @@ def resolve_batching(recipe: Recipe, world_size: int) -> Batching:
     """Micro-batch, accumulation and effective batch from what was given of them.
 
     Raises:
-        TrainfitError: all three are given and disagree, or there are fewer images in a batch than ranks.
+        TrainfitError: all three are given and disagree, none is and the family asks for one, or there are fewer images in a
+            batch than ranks.
     """
     chosen = given(recipe)
     micro = recipe.micro_batch if "micro_batch" in chosen else None
     accumulation = recipe.accumulation if "accumulation" in chosen else None
     effective = recipe.effective_batch
+    if micro is not None and accumulation is None and effective is None and family_of(recipe.model)[0].asks_batch:
+        accumulation = 1
     if accumulation is not None:
-        micro = micro or max(1, (effective or DEFAULT_EFFECTIVE_BATCH) // (accumulation * world_size))
+        micro = micro or max(1, batch_of(recipe.model, effective) // (accumulation * world_size))
         product = micro * accumulation * world_size
         if effective is not None and effective != product:
             raise TrainfitError(
@@ -199,7 +214,7 @@ def resolve_batching(recipe: Recipe, world_size: int) -> Batching:
                 f"x {world_size} GPUs = {product}: leave one of the three out"
             )
         effective = product
-    effective = effective or DEFAULT_EFFECTIVE_BATCH
+    effective = batch_of(recipe.model, effective)
     if effective < world_size:
         raise TrainfitError(
             f"--effective-batch {effective} is less than the {world_size} GPUs: give at least {world_size}"

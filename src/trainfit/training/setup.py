@@ -20,7 +20,7 @@ from trainfit.tasks.task import Task
 from trainfit.training import run_folder
 from trainfit.training.earlier_run import evaluated_weights
 from trainfit.training.loader import usable_cores
-from trainfit.training.recipe import RANDOM, Batching, Recipe, encode, setting_of
+from trainfit.training.recipe import RANDOM, Batching, Recipe, encode, resolve_batching, setting_of
 from trainfit.training.run_files import PLAN
 from trainfit.training.saved_state import require_like
 from trainfit.training.telemetry import Progress
@@ -46,12 +46,13 @@ def with_choice(recipe: Recipe, dataset: Any, device: torch.device, choose: Choo
 
 
 def require_task(recipe: Recipe) -> None:
-    """Refuse a model that can only be planned, before anything is written."""
+    """Refuse a model that can only be planned, and one whose effective batch is missing, before anything is written."""
     if family_of(recipe.model)[0].task is None:
         raise TrainfitError(
             f"trainfit does not train {recipe.model} yet: trainfit plan {recipe.model} says what fits, "
             "and --emit writes its plan for another tool"
         )
+    resolve_batching(recipe, ranks.world_size())
 
 
 def write_recipe(recipe: Recipe, batching: Batching, folder: Path) -> None:

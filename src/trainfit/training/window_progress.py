@@ -1,9 +1,11 @@
 """A line now and then while one window takes long."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import monotonic
+from typing import Any
 
 from trainfit.step.training_step import TrainingStep
+from trainfit.training.packets import Spooled
 
 EVERY_S = 25.0
 """Between two lines. With `workers.NOTE_S` before it, the wait for the window, a run is silent for less than a minute."""
@@ -19,16 +21,21 @@ class WindowProgress:
         """Watch the micro-batches of this step; `note` receives the lines."""
         self._note = note
         step.after_micro_batch = self._count
-        self.begin(0, 0)
+        self.begin(0, ())
 
-    def begin(self, number: int, images: int) -> None:
-        """Window `number`, counted from 1, begins with `images` images of this rank."""
+    def begin(self, number: int, loaded: Sequence[Any]) -> None:
+        """Window `number`, counted from 1, begins with what was loaded for this rank.
+
+        Where that waits in a file, what a micro-batch read of it is given back to the system.
+        """
+        self._release = loaded.release if isinstance(loaded, Spooled) else _nothing
         self._number = number
-        self._images = images
+        self._images = len(loaded)
         self._done = 0
         self._began = self._noted = monotonic()
 
     def _count(self, images: int) -> None:
+        self._release()
         self._done += images
         if self._done > self._images:  # memory ran out and the window started again
             self._done = images
@@ -37,3 +44,7 @@ class WindowProgress:
             self._noted = now
             passed = f"after {now - self._began:.0f} s"
             self._note(f"window {self._number}: {self._done} of {self._images} images {passed}")
+
+
+def _nothing() -> None:
+    pass

@@ -7,6 +7,7 @@ the process itself while it waits.
 
 import gc
 import os
+import shutil
 import signal
 import time
 import traceback
@@ -25,7 +26,7 @@ import torch
 
 from trainfit.errors import TrainfitError
 from trainfit.training.headroom import available_host_bytes
-from trainfit.training.packets import receive, send
+from trainfit.training.packets import Spooled, receive, send
 
 try:
     import resource
@@ -74,6 +75,8 @@ def run_workers(
     tasks: Iterable[Any],
     workers: int,
     *,
+    least_ahead: int = 1,
+    what: str = "windows",
     note: Callable[[str], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Any]:
@@ -85,6 +88,8 @@ def run_workers(
     Args:
         make: What a worker does; it can be pickled.
         tasks: One for each result.
+        least_ahead: Results that are made ahead even where `PREFETCH` a worker are fewer, if there is room for them.
+        what: Results in a word, for messages.
         workers: Processes, at least one; fewer are started where the limit of open files is too low.
         note: Called with a line for the user: what is less than wanted, and what it has been waiting for.
         stop: Asked while a result is waited for; the results end early where it returns True.
@@ -111,7 +116,8 @@ def run_workers(
                 return
             result, nbytes = worker.answer()
             if not sized:  # the first result says how large they are
-                ahead = _ahead(len(crew), nbytes, note)
+                folder = result.folder if isinstance(result, Spooled) else None
+                ahead = _ahead(max(PREFETCH * len(crew), least_ahead), nbytes, folder, what, note)
                 sized = True
             yield result
     finally:
@@ -150,16 +156,16 @@ def _start(make: Make, workers: int) -> "list[_Worker]":
     return crew
 
 
-def _ahead(workers: int, nbytes: int, note: Callable[[str], None]) -> int:
-    """How many results of this size may be there at once."""
-    wanted = PREFETCH * workers
-    free = available_host_bytes()
+def _ahead(wanted: int, nbytes: int, folder: Path | None, what: str, note: Callable[[str], None]) -> int:
+    """How many results of this size may be there at once, in host memory or in a folder."""
+    free = available_host_bytes() if folder is None else shutil.disk_usage(folder).free
     if free is None:
         return wanted
     fits = max(1, int(MEMORY_SHARE * free / nbytes))
     if fits < wanted:
-        sizes = f"one takes {nbytes / 2**20:.0f} MiB of host memory, {free / 2**20:.0f} MiB are free"
-        note(f"{fits} windows are loaded ahead, not {wanted}: {sizes}")
+        place = "host memory" if folder is None else str(folder)
+        sizes = f"one takes {nbytes / 2**20:.0f} MiB of {place}, {free / 2**20:.0f} MiB are free"
+        note(f"{fits} {what} are loaded ahead, not {wanted}: {sizes}")
     return min(fits, wanted)
 
 

@@ -112,6 +112,7 @@ def build_model(
     resolution: int | None = None,
     loss: Loss = "auto",
     freeze: Freeze = "none",
+    unlocked_groups: int | None = None,
     device: Literal["cpu", "meta"] = "cpu",
 ) -> torch.nn.Module:
     """A model of open_clip with random weights, in train mode; on the device `meta` it has no values.
@@ -147,6 +148,8 @@ def build_model(
         torch.nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
     model.trainfit_preprocessing = preprocessing(architecture, resolution)
     freeze_parts(model, freeze)
+    if unlocked_groups:
+        unlock(model, freeze, unlocked_groups)
     return model.train()
 
 
@@ -163,6 +166,36 @@ def freeze_parts(model: Any, freeze: Freeze) -> None:
                 parameter.requires_grad_(False)
     if freeze in ("batchnorm", "image"):
         model.visual = _without_batchnorm(model.visual)
+
+
+def unlock(model: Any, freeze: Freeze, groups: int) -> None:
+    """Train the last groups of layers of a frozen tower after all, as open_clip counts them.
+
+    Raises:
+        TrainfitError: the tower has no groups, or no more than these.
+    """
+    image = freeze == "image"
+    tower: Any = model.visual if image else model.text if hasattr(model, "text") else model
+    try:
+        if image:
+            tower.lock(unlocked_groups=groups)
+        else:
+            model.lock_text_tower(unlocked_layers=groups)
+    except (
+        AssertionError,
+        AttributeError,
+        KeyError,
+        RuntimeError,
+    ) as error:  # ResNets, and towers without a projection
+        raise TrainfitError(
+            f"--unlocked-groups {groups}: the {freeze} tower cannot be frozen in part; leave it out"
+        ) from error
+    of_images = {id(parameter) for parameter in model.visual.parameters()}
+    own = tower.parameters() if image else (p for p in tower.parameters() if id(p) not in of_images)
+    if all(parameter.requires_grad for parameter in own):
+        raise TrainfitError(
+            f"--unlocked-groups {groups} leaves nothing of the {freeze} tower frozen: leave --freeze out"
+        )
 
 
 def _without_batchnorm(module: torch.nn.Module) -> torch.nn.Module:

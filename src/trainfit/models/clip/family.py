@@ -47,6 +47,9 @@ class ClipSetting(Setting):
     freeze: Freeze = "none"
     """What is not trained. image, text: that tower (LiT), which costs no pass with gradients; batchnorm: statistics, gains and
     biases of BatchNorm, which the cached loss needs."""
+    unlocked_groups: Annotated[int | None, Range(1, 1000)] = None
+    """Of the tower that --freeze image or text names, so many groups of layers from the end are trained: the projection is the
+    first, the last block the second."""
     distill_model: str | None = None
     """Teacher: ARCH=FILE (or ARCH=TAG of open_clip's weights), or a weights file of trainfit."""
     recompute: Annotated[Literal["both", "image", "text"], In("memory")] = "both"
@@ -100,6 +103,8 @@ def refuse(model: str) -> None:
 def check_recipe(recipe: Any) -> None:
     """Refuse what cannot be trained together."""
     refuse(recipe.model)
+    if recipe.unlocked_groups and recipe.freeze not in ("image", "text"):
+        raise TrainfitError("--unlocked-groups goes with --freeze image or --freeze text")
     if recipe.loss == "siglip" and recipe.distill_model is not None:
         raise TrainfitError("--distill-model goes with --loss clip: its loss compares distributions over rows")
     if recipe.contrastive == "plain" and (recipe.distill_model or recipe.positives == "texts"):
@@ -129,6 +134,8 @@ def family() -> Family:
         augments=frozenset({"crop"}),
         extra="clip",
         packages=("open_clip_torch",),
+        asks_batch="every pair is contrasted with every other of it, so that it decides what is learned (CLIP and SigLIP were "
+        "published with 32,768, open_clip's guide has 1,024 to 4,096)",
         coupled=lambda setting: setting.contrastive == "cached",
         learns=("optimizer",),
         assumptions=assumptions,
@@ -142,7 +149,7 @@ def family() -> Family:
             "schedule": "cosine",
             "clip_norm": 0.0,
         },
-        not_flags=("lr_encoder", "format", "warmup_epochs"),
+        not_flags=("lr_encoder", "warmup_epochs"),
         shapes_weights=("resolution", "loss"),
         sample_bytes=lambda setting: 3 * (setting.resolution**2 if setting.resolution else PIXELS_OF_A_SAMPLE),
     )

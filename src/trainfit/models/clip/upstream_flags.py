@@ -15,6 +15,8 @@ RENAMED = {
     "--force-image-size": "--resolution",
     "--pretrained": "--weights",
     "--lr-scheduler": "--schedule",
+    "--lock-image-unlocked-groups": "--unlocked-groups",
+    "--lock-text-unlocked-layers": "--unlocked-groups",
 }
 """Upstream's flag -> ours, the value unchanged. Flags that are spelt alike need no entry."""
 SWITCHES = {
@@ -24,11 +26,16 @@ SWITCHES = {
     "--siglip": ["--loss", "siglip"],
     "--local-loss": [],
     "--gather-with-grad": [],
+    "--lock-image-freeze-bn-stats": [],
+    "--lock-text-freeze-layer-norm": [],
 }
-"""Upstream's switch -> ours. The two without any say how upstream computes a loss that here is computed once, exactly."""
+"""Upstream's switch -> ours. Those without any say how upstream computes a loss that here is computed once, exactly, or what
+a frozen tower here always does."""
 PRECISIONS = {"amp": "auto", "amp_bf16": "bf16", "amp_bfloat16": "bf16"}
-DROPPED = ("--csv-separator", "--dataset-type", "--loss-dist-impl")
+DROPPED = ("--dataset-type", "--loss-dist-impl", "--train-num-samples")
 """Flags whose value is found by looking, or without meaning here."""
+COLUMNS = {"--csv-img-key": "filepath", "--csv-caption-key": "title", "--csv-separator": ""}
+"""Flags that say how a table is written, and upstream's defaults; the separator is found by looking unless given."""
 SCHEDULES = {"const": "step"}
 
 
@@ -46,6 +53,7 @@ def translate(arguments: Sequence[str]) -> list[str]:
     remaining = flag_words(words[1:])
     result = ["train"]
     teacher: dict[str, str] = {}
+    table: dict[str, str] = {}
     while remaining:
         word = remaining.pop(0)
         value = remaining[0] if remaining else ""
@@ -53,6 +61,8 @@ def translate(arguments: Sequence[str]) -> list[str]:
             result.append(f"{PREFIX}{remaining.pop(0)}" if remaining else word)
         elif word in ("--distill-model", "--distill-pretrained") and remaining:
             teacher[word] = remaining.pop(0)
+        elif word in COLUMNS and remaining:
+            table[word] = remaining.pop(0)
         elif word in DROPPED and remaining:
             remaining.pop(0)
         elif word in SWITCHES:
@@ -62,6 +72,9 @@ def translate(arguments: Sequence[str]) -> list[str]:
             result += [RENAMED.get(word, word), {**PRECISIONS, **SCHEDULES}.get(value, value)]
         else:
             result.append(RENAMED.get(word, word))
+    if table:
+        columns = [value for value in {**COLUMNS, **table}.values() if value]
+        result += ["--format", f"table:{','.join(columns)}"]
     if teacher:
         parts = [teacher[flag] for flag in ("--distill-model", "--distill-pretrained") if flag in teacher]
         result += ["--distill-model", "=".join(parts)]

@@ -72,7 +72,7 @@ class Clip:
             raise TrainfitError("--distill-model goes with --loss clip: its loss compares distributions over rows")
         return Choices(
             caption=self.caption,
-            frozen=setting.freeze,
+            frozen="none" if setting.unlocked_groups else setting.freeze,
             text_ratio=setting.text_ratio,
             same_texts=setting.positives == "texts",
             teacher=self.teacher,
@@ -85,7 +85,13 @@ class Clip:
         setting = self.setting
         if self.teacher is not None:
             self.teacher.build()
-        return build_model(setting.model, resolution=setting.resolution, loss=setting.loss, freeze=setting.freeze)
+        return build_model(
+            setting.model,
+            resolution=setting.resolution,
+            loss=setting.loss,
+            freeze=setting.freeze,
+            unlocked_groups=setting.unlocked_groups,
+        )
 
     def require_trainable(self) -> None:
         """Reject models that the cached loss cannot train exactly; read the teacher's weights.

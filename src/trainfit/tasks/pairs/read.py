@@ -4,6 +4,7 @@ import io
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -18,10 +19,12 @@ from trainfit.tasks.pairs.folder import class_folders, has_texts, read_classes, 
 from trainfit.tasks.pairs.grouped import Grouped
 from trainfit.tasks.pairs.samples import PairDataset, PairRecord
 from trainfit.tasks.pairs.shards import expand, read_shard
-from trainfit.tasks.pairs.tables import SUFFIXES, read_table
+from trainfit.tasks.pairs.tables import ANY, SUFFIXES, Columns, parse_columns, read_table
 
-READERS = {"table": read_table, "folder": read_folder, "coco": read_captions, "webdataset": read_shard}
-FORMATS = (*READERS, "classes")
+READERS = {"folder": read_folder, "coco": read_captions, "webdataset": read_shard}
+TABLE = "table"
+FORMATS = (TABLE, *READERS, "classes")
+"""`table:IMAGE,TEXT,SEPARATOR` names a table's columns too."""
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 """Split -> names of its files and folders."""
 
@@ -41,6 +44,7 @@ def read_dataset(
     Raises:
         TrainfitError: nothing there, nothing recognised, a broken file, no usable image in train.
     """
+    file_format, columns = _with_columns(file_format)
     name, parts = find(path, file_format)
     root = _root(path, parts)
     folder = DataFolder(root, allow_outside=allow_outside)
@@ -49,10 +53,11 @@ def read_dataset(
         return PairDataset(root=root, format=name, splits={"train": (), "val": records}, findings=(), classes=classes)
     splits: dict[str, tuple[PairRecord, ...]] = {}
     findings: list[Finding] = []
+    read = partial(read_table, chosen=columns) if name == TABLE else READERS[name]
     for split, files in parts.items():
         grouped = Grouped(split, folder)
         for file in files:
-            READERS[name](file, folder, grouped)
+            read(file, folder, grouped)
         splits[split] = grouped.records()
         findings += grouped.all_findings()
     dataset = PairDataset(root=root, format=name, splits=splits, findings=tuple(findings))
@@ -60,6 +65,13 @@ def read_dataset(
         raise TrainfitError(_why_empty(dataset, path))
     dataset = dataset if splits.get("val") else _held_out(dataset, val_fraction, seed)
     return replace(dataset, findings=dataset.findings + _between_splits(dataset.splits))
+
+
+def _with_columns(file_format: str | None) -> tuple[str | None, Columns]:
+    """`table:IMAGE,TEXT` as the format and its columns."""
+    if file_format is None or not file_format.startswith(f"{TABLE}:"):
+        return file_format, ANY
+    return TABLE, parse_columns(file_format.removeprefix(f"{TABLE}:"))
 
 
 def find(path: str, file_format: str | None = None) -> tuple[str, Mapping[str, list[Path]]]:

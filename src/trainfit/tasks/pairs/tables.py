@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,35 @@ SEPARATORS = ("\t", ",", ";", "|")
 """The one that the header line has most of is taken."""
 
 
-def read_table(path: Path, folder: DataFolder, grouped: Grouped) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which columns of a table hold images and texts, and what separates them; empty: found by looking."""
+
+    image: str = ""
+    text: str = ""
+    separator: str = ""
+    """One character."""
+
+
+def parse_columns(given: str) -> Columns:
+    """`IMAGE,TEXT` or `IMAGE,TEXT,SEPARATOR`, for instance `url,alt,;` or `filepath,title,tab`.
+
+    Raises:
+        TrainfitError: it is written in another way.
+    """
+    image, _, rest = given.partition(",")
+    text, _, separator = rest.partition(",")
+    separator = "\t" if separator in ("tab", "\\t") else separator
+    if not image or not text or len(separator) > 1:
+        raise TrainfitError(f"--format table:{given}: write table:IMAGE,TEXT or table:IMAGE,TEXT,SEPARATOR")
+    return Columns(image=image, text=text, separator=separator)
+
+
+ANY = Columns()
+"""The first known names that are there."""
+
+
+def read_table(path: Path, folder: DataFolder, grouped: Grouped, chosen: Columns = ANY) -> None:
     """Add every row of a table; image files are relative to the table's folder.
 
     Raises:
@@ -31,10 +60,10 @@ def read_table(path: Path, folder: DataFolder, grouped: Grouped) -> None:
     except (FileNotFoundError, Malformed) as error:
         raise named(path, error) from error
     lines = path.suffix in (".jsonl", ".ndjson")
-    rows = _json_lines(path, text) if lines else _rows(path, text)
+    rows = _json_lines(path, text) if lines else _rows(path, text, chosen.separator)
     columns: tuple[str, str] | None = None
     for number, row in rows:
-        columns = columns or _columns(path, row)
+        columns = columns or _columns(path, row, chosen)
         where = f"{path.name} line {number}"
         image = row.get(columns[0])
         if not isinstance(image, str) or not image.strip():
@@ -45,9 +74,9 @@ def read_table(path: Path, folder: DataFolder, grouped: Grouped) -> None:
         grouped.add(path.parent / image.strip(), [each for each in texts if isinstance(each, str)], where)
 
 
-def _rows(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _rows(path: Path, text: str, separator: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     header = text.partition("\n")[0]
-    separator = max(SEPARATORS, key=header.count)
+    separator = separator or max(SEPARATORS, key=header.count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
     try:
         for row in reader:
@@ -69,14 +98,18 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]
         yield number, cast("dict[str, Any]", row)
 
 
-def _columns(path: Path, row: Mapping[str, Any]) -> tuple[str, str]:
+def _columns(path: Path, row: Mapping[str, Any], chosen: Columns) -> tuple[str, str]:
     names = [name for name in row if name]
-    image = next((name for name in IMAGE_COLUMNS if name in row), None)
-    text = next((name for name in TEXT_COLUMNS if name in row), None)
+    for_images = (chosen.image,) if chosen.image else IMAGE_COLUMNS
+    for_texts = (chosen.text,) if chosen.text else TEXT_COLUMNS
+    image = next((name for name in for_images if name in row), None)
+    text = next((name for name in for_texts if name in row), None)
     if image is None or text is None:
-        kind, known = ("images", IMAGE_COLUMNS) if image is None else ("texts", TEXT_COLUMNS)
+        kind, known = ("images", for_images) if image is None else ("texts", for_texts)
+        repair = "give --format table:IMAGE,TEXT with the names of two of them"
+        others = f" (or {', '.join(known[1:])})" if known[1:] else ""
         raise TrainfitError(
-            f"{path} has no column for {kind}: it has {', '.join(map(shown, names[:10])) or 'none'}; "
-            f"name it {known[0]} (or {', '.join(known[1:])})"
+            f"{path} has no column for {kind} named {known[0]}{others}: it has "
+            f"{', '.join(map(shown, names[:10])) or 'none'}; {repair}"
         )
     return image, text
