@@ -64,6 +64,29 @@ def scalable(setting: Setting) -> bool:
     return not setting.family.coupled(setting)
 
 
+COUPLED_MOST, COUPLED_STEPS = 256, 6
+"""The largest micro-batch that is considered of a contrastive window, and how many powers of two from there."""
+
+
+def coupled_batches(share: int) -> tuple[int, ...]:
+    """Micro-batches worth considering for a window that is one loss, where each has to be traced by itself: powers of two, 256
+    at most, and 1; ascending.
+    """
+    largest = min(COUPLED_MOST, 1 << (share.bit_length() - 1))
+    return tuple(sorted({1, *(largest >> k for k in range(COUPLED_STEPS) if largest >> k)}))
+
+
+def coupled_ends(setting: Setting) -> tuple[Setting, Setting] | None:
+    """The setting with fewer and with more micro-batches, whose times tell its own; None where it is traced itself."""
+    share = setting.micro_batch * setting.accumulation
+    sizes = coupled_batches(share)
+    few, many = sizes[-1], sizes[-4] if len(sizes) > 4 else sizes[0]
+    if share % few or setting.micro_batch not in sizes or setting.micro_batch in (few, many):
+        return None
+    ends = (replace(setting, micro_batch=size, accumulation=share // size) for size in (few, many))
+    return next(ends), next(ends)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pricer:
     """Prices settings on one card. Traces come with the package, from the disk, or are made (seconds).
@@ -123,6 +146,8 @@ class Pricer:
     def seconds(self, setting: Setting, cuts: Sequence[int], part: Part = "training") -> TimeEstimate:
         """Time of a window cut into micro-batches of `cuts` images, or of an evaluation micro-batch."""
         gpu = rated(self.gpu)
+        if part == "training" and not scalable(setting) and (ends := coupled_ends(setting)):
+            return self._between(setting, ends)
         scaled = self._scaled(setting, part)
         if not scalable(setting):
             if scaled is not None:
@@ -149,6 +174,20 @@ class Pricer:
         if _state_on_host(setting) and part == "training":
             found = later(found, 2 * self._moments_bytes(setting) / PINNED_BYTES_PER_S)
         return found
+
+    def _between(self, setting: Setting, ends: tuple[Setting, Setting]) -> TimeEstimate:
+        """Time of a contrastive window from those of the same window in fewer and in more micro-batches.
+
+        Of A micro-batches all but the last run forward once more: a share of 1/4 of the work (1/5 with recompute) is done
+        1 - 1/A times; what comes with each micro-batch, A times. For ViT-B-32 this is within 0.2 % of traces of their own.
+        """
+        rerun = 0.25 if setting.checkpointing == "none" else 0.2
+        few, many = (self.seconds(each, ()) for each in ends)
+        a, b = (each.accumulation for each in ends)
+        work_a, work_b, work = (1 - rerun / count for count in (a, b, setting.accumulation))
+        each_s = (many.seconds * work_a - few.seconds * work_b) / (b * work_a - a * work_b)
+        whole_s = (few.seconds - a * each_s) / work_a
+        return later(few, whole_s * work + each_s * setting.accumulation - few.seconds)
 
     def predict(self, setting: Setting, cuts: Sequence[int]) -> Prediction:
         """Training and evaluation, with the time of a window."""

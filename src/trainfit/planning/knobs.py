@@ -18,12 +18,6 @@ def batches(share: int) -> tuple[int, ...]:
     return tuple(sorted({-(-share // parts) for parts in range(1, share + 1)}))
 
 
-def coupled_batches(share: int) -> tuple[int, ...]:
-    """The same for a window that is one loss, where each has to be traced by itself: powers of two, 256 at most, and 1."""
-    largest = min(256, 1 << (share.bit_length() - 1))
-    return tuple(sorted({1, *(largest >> k for k in range(6) if largest >> k)}))
-
-
 def cuts(share: int, micro_batch: int) -> tuple[int, ...]:
     """Images of each micro-batch; they add up to `share`, the last may be smaller."""
     whole, rest = divmod(share, micro_batch)
