@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from clip_cases import CPU, KINDS, Case, error, gradients, make_case, random_pairs, upstream_window
-from trainfit.models.clip.architecture import freeze_parts
+from trainfit.models.clip.architecture import freeze_parts, unlock
 from trainfit.models.clip.data import Pair
 from trainfit.models.clip.family import Freeze
 from trainfit.step.contrastive import accumulate_contrastive
@@ -65,6 +65,18 @@ def test_towers_with_micro_batches_of_their_own(tmp_path: Path, ratio: float) ->
         torch.manual_seed(5)
         found, _ = our_gradient(case, window, micro_batch)
         assert error(found, known) <= 1e-12
+
+
+@pytest.mark.parametrize("frozen", ["image", "text"])
+def test_a_tower_frozen_in_part_has_the_gradient_of_one_big_batch(tmp_path: Path, frozen: Freeze) -> None:
+    case, window = make_case(tmp_path, "clip", dropout=True), random_pairs(8)
+    unlock(case.model, frozen, 2)
+    torch.manual_seed(5)
+    known, _ = known_gradient(case, window, 3)
+    torch.manual_seed(5)
+    found, _ = our_gradient(case, window, 3)
+    assert error(found, known) <= 1e-12
+    assert len(known) < len(list(case.model.parameters()))
 
 
 @pytest.mark.parametrize(("frozen", "cost"), [("none", (4 * 8 - 2, 4 * 8 - 2)), ("image", (8, 30)), ("text", (30, 8))])

@@ -22,9 +22,9 @@ from PIL import Image
 from clip_cases import COCA, TINY, random_pairs, register
 from conftest import rows, run, shared_data
 from trainfit.errors import TrainfitError
-from trainfit.models.clip.architecture import build_model, preprocessing
+from trainfit.models.clip.architecture import build_model, preprocessing, unlock
 from trainfit.models.clip.data import centre_crop, random_crop, tokenize
-from trainfit.models.clip.family import ClipSetting, match
+from trainfit.models.clip.family import ClipSetting, Freeze, match
 from trainfit.models.clip.losses import image_features
 from trainfit.models.clip.schedule import lr_factor
 from trainfit.models.clip.upstream_flags import translate
@@ -117,6 +117,7 @@ def test_a_killed_run_ends_as_one_that_was_not(small: str, drawn: Path, tmp_path
         ({}, {"loss": "siglip"}),
         ({}, {"text_ratio": 2.0, "positives": "texts"}),
         ({}, {"freeze": "image"}),
+        ({}, {"freeze": "text", "unlocked_groups": 1}),
         ({}, {"contrastive": "plain"}),
         (COCA | {"text_cfg": {**COCA["text_cfg"], "vocab_size": 49408}}, {"checkpointing": "all"}),
     ],
@@ -269,6 +270,53 @@ def test_upstreams_flags() -> None:
     assert translate(theirs.split()) == ours.split()
     assert translate(["train", "rfdetr-nano", "--batch-size", "4"]) == ["train", "rfdetr-nano", "--batch-size", "4"]
     assert match("clip:vit-b-32") == "clip:ViT-B-32"
+
+
+def test_upstreams_flags_of_tables_and_locked_towers() -> None:
+    theirs = "train --model ViT-B-32 --lock-image --lock-image-unlocked-groups 2 --csv-img-key url --csv-separator ;"
+    ours = "train clip:ViT-B-32 --freeze image --unlocked-groups 2 --format table:url,title,;"
+    assert translate(theirs.split()) == ours.split()
+    words = translate(
+        ["train", "clip:ViT-B-32", "--csv-caption-key", "alt", "--lock-text", "--lock-text-unlocked-layers=1"]
+    )
+    assert words[2:] == ["--freeze", "text", "--unlocked-groups", "1", "--format", "table:filepath,alt"]
+
+
+@pytest.mark.parametrize("custom_text", [False, True])
+@pytest.mark.parametrize(("tower", "groups"), [("image", 1), ("image", 2), ("text", 1), ("text", 2)])
+def test_a_tower_frozen_in_part_is_upstreams(tmp_path: Path, custom_text: bool, tower: Freeze, groups: int) -> None:
+    name = register(tmp_path, f"parts-{custom_text}", {"custom_text": custom_text})
+    theirs: Any = build_model(name)
+    ours = build_model(name, freeze=tower, unlocked_groups=groups)
+    if tower == "image":
+        theirs.lock_image_tower(unlocked_groups=groups)
+    else:
+        theirs.lock_text_tower(unlocked_layers=groups)
+    wanted = {name for name, parameter in theirs.named_parameters() if parameter.requires_grad}
+    assert {name for name, parameter in ours.named_parameters() if parameter.requires_grad} == wanted
+    assert len(wanted) < len(list(ours.parameters()))
+    with pytest.raises(
+        TrainfitError, match=r"--unlocked-groups 9 leaves nothing of the .* tower frozen: leave --freeze"
+    ):
+        build_model(name, freeze=tower, unlocked_groups=9)
+
+
+def test_a_resnet_is_frozen_as_a_whole() -> None:
+    with pytest.raises(TrainfitError, match="--unlocked-groups 1: the image tower cannot be frozen in part"):
+        unlock(build_model("clip:RN50", device="meta"), "image", 1)
+    with pytest.raises(TrainfitError, match="--unlocked-groups goes with --freeze image or --freeze text"):
+        make_recipe("clip:ViT-B-32", data="d", unlocked_groups=2)
+
+
+def test_the_effective_batch_has_no_default(drawn: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["plan", "clip:ViT-B-32", "--memory", "8GiB"], ["train", "clip:ViT-B-32", "--data", drawn]):
+        assert run(*words) == 2
+        error = capsys.readouterr().err
+        assert re.fullmatch(
+            r"trainfit: error: --effective-batch is missing: every pair .*; give --effective-batch N\n", error
+        )
+    recipe = make_recipe("clip:ViT-B-32", data="d", micro_batch=128)
+    assert resolve_batching(recipe, 8).effective_batch == 1024  # as open_clip without --accum-freq
 
 
 def test_at_most_forty_flags(capsys: pytest.CaptureFixture[str]) -> None:

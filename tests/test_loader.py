@@ -333,7 +333,7 @@ def resident_bytes() -> dict[str, int]:
     return found
 
 
-def large(record: ImageRecord, *, size: int, augment: bool, generator: torch.Generator) -> Sample:
+def large(record: ImageRecord, *, size: int, augment: AbstractSet[str], generator: torch.Generator) -> Sample:
     del record, augment, size
     image = torch.randint(0, 256, (3, 256, 256), generator=generator, dtype=torch.uint8)
     none = torch.zeros(0)
@@ -351,7 +351,7 @@ def test_host_memory_does_not_follow_the_window(processes: int, tmp_path: Path) 
         plan = WindowPlan(images=len(records), effective_batch=800, sizes=(32,), seed=3)
         most = dict.fromkeys(before, 0)
         for window in training_loader(
-            records, large, plan, steps=range(2), augment=True, workers=processes, folder=folder
+            records, large, plan, steps=range(2), augment=DEFAULT, workers=processes, folder=folder
         ):
             assert len(window) == 800
             assert bool(window.maps) == (folder is not None)

@@ -116,8 +116,12 @@ def test_defects_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "where,what\nx.png,text\n", "no column for images: it has 'where', 'what'; name it filepath"),
-        ("b.csv", "filepath,what\nx.png,text\n", "no column for texts"),
+        (
+            "a.csv",
+            "where,what\nx.png,text\n",
+            "no column for images named filepath .*: it has 'where', 'what'; give --format",
+        ),
+        ("b.csv", "filepath,what\nx.png,text\n", "no column for texts named title"),
         ("c.jsonl", '{"image": 1\n', "line 1: broken JSON"),
         ("d.csv", "filepath,title\nnone.png,text\n", "no usable pair: 1 left out"),
         ("captions_x.json", "{}", "not a COCO captions file"),
@@ -129,6 +133,24 @@ def test_what_cannot_be_read_is_said(tmp_path: Path, name: str, content: str, me
     (tmp_path / name).write_text(content)
     with pytest.raises(TrainfitError, match=message):
         task.read(str(tmp_path / name))
+
+
+def test_the_columns_of_a_table_can_be_named(home: Path, tmp_path: Path) -> None:
+    """The header has commas besides the separator; and two columns that could hold texts."""
+    draw(tmp_path / "0.png", 1)
+    draw(tmp_path / "1.png", 2)
+    rows = ["where;title,or,not;what", "0.png;no;a square", "1.png;no;another"]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    dataset = task.read(str(tmp_path / "t.csv"), file_format="table:where,what,;")
+    assert sorted(r.texts for part in dataset.splits.values() for r in part) == [("a square",), ("another",)]
+    with pytest.raises(
+        TrainfitError, match=r"no column for texts named which: it has 'where', .*; give --format table:"
+    ):
+        task.read(str(tmp_path / "t.csv"), file_format="table:where,which,;")
+    with pytest.raises(TrainfitError, match="write table:IMAGE,TEXT or table:IMAGE,TEXT,SEPARATOR"):
+        task.read(str(tmp_path / "t.csv"), file_format="table:where")
+    with pytest.raises(TrainfitError, match="--format tabel: unknown; of pairs it is one of table, folder"):
+        task.read(str(home / "pairs.csv"), file_format="tabel")
 
 
 def test_files_outside_are_read_only_where_that_is_allowed(home: Path, tmp_path: Path) -> None:

@@ -439,7 +439,7 @@ def test_a_window_that_takes_long_reports_its_images(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(window_progress, "monotonic", lambda: next(now))
     step, notes = line_step(), list[str]()
     progress = window_progress.WindowProgress(step, notes.append)
-    progress.begin(EVERY, 9)
+    progress.begin(EVERY, [None] * 9)
     with NoiseWatch(step).window(EVERY - 1):  # it counts micro-batches too
         step.gradient(drawn(1, 9), micro_batch=2)
     assert notes == ["window 32: 6 of 9 images after 30 s"]

@@ -80,11 +80,13 @@ def coupled_ends(setting: Setting) -> tuple[Setting, Setting] | None:
     """The setting with fewer and with more micro-batches, whose times tell its own; None where it is traced itself."""
     share = setting.micro_batch * setting.accumulation
     sizes = coupled_batches(share)
-    few, many = sizes[-1], sizes[-4] if len(sizes) > 4 else sizes[0]
+    few, many = sizes[-1], sizes[max(0, len(sizes) - 4)]
     if share % few or setting.micro_batch not in sizes or setting.micro_batch in (few, many):
         return None
-    ends = (replace(setting, micro_batch=size, accumulation=share // size) for size in (few, many))
-    return next(ends), next(ends)
+    return (
+        replace(setting, micro_batch=few, accumulation=share // few),
+        replace(setting, micro_batch=many, accumulation=share // many),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

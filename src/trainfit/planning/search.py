@@ -10,7 +10,7 @@ from trainfit.memory.predict import RESERVE, Prediction, has_reserve
 from trainfit.memory.priced import coupled_batches
 from trainfit.models.setting import Setting
 from trainfit.planning.comparing import KNEE, explained, faster, least_of, seconds_of
-from trainfit.planning.knobs import FREE, MEMORY, STATE, batches, coupled_batches, cuts, turned
+from trainfit.planning.knobs import FREE, MEMORY, STATE, batches, cuts, turned
 from trainfit.planning.plan import Candidate, Saving, Verdict
 from trainfit.step.names import Checkpointing
 from trainfit.timing.roofline import TimeEstimate
