@@ -324,7 +324,12 @@ class _Search:
         return None
 
     def price_neighbours(self, settings: Iterable[Setting]) -> None:
-        """Those with another micro-batch, a power of two or the whole share, and all else equal; to be shown beside them."""
+        """Those with another micro-batch, a power of two or the whole share, and all else equal; to be shown beside them.
+
+        Not of a contrastive window, where each would be a trace of its own.
+        """
+        if self.wish.setting.family.coupled(self.wish.setting):
+            return
         for base in dict.fromkeys(replace(each, micro_batch=1, accumulation=1) for each in settings):
             for b in self.batches():
                 if b > 1 and (b & (b - 1) == 0 or b == self.wish.share) and self.could_fit(base, b):
