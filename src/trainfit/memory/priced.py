@@ -13,6 +13,7 @@ from trainfit.gpus.capability import kernel_class
 from trainfit.gpus.catalogue import FLOPS_RATES, Gpu, find_gpu
 from trainfit.gpus.context import ByteRange, cublas_workspace_bytes, cuda_context_bytes
 from trainfit.memory.allocator import AllocatorConfig
+from trainfit.memory.coupled import between, coupled_ends
 from trainfit.memory.errors import NEEDS_ERROR
 from trainfit.memory.host_ema import ema_for_evaluation, without_ema
 from trainfit.memory.host_state import moments_bytes, with_state_on_host
@@ -62,31 +63,6 @@ Needs = dict[str, tuple[int, int]]
 def scalable(setting: Setting) -> bool:
     """Whether micro-batches of its window do not know of each other: a contrastive window is one loss."""
     return not setting.family.coupled(setting)
-
-
-COUPLED_MOST, COUPLED_STEPS = 256, 6
-"""The largest micro-batch that is considered of a contrastive window, and how many powers of two from there."""
-
-
-def coupled_batches(share: int) -> tuple[int, ...]:
-    """Micro-batches worth considering for a window that is one loss, where each has to be traced by itself: powers of two, 256
-    at most, and 1; ascending.
-    """
-    largest = min(COUPLED_MOST, 1 << (share.bit_length() - 1))
-    return tuple(sorted({1, *(largest >> k for k in range(COUPLED_STEPS) if largest >> k)}))
-
-
-def coupled_ends(setting: Setting) -> tuple[Setting, Setting] | None:
-    """The setting with fewer and with more micro-batches, whose times tell its own; None where it is traced itself."""
-    share = setting.micro_batch * setting.accumulation
-    sizes = coupled_batches(share)
-    few, many = sizes[-1], sizes[max(0, len(sizes) - 4)]
-    if share % few or setting.micro_batch not in sizes or setting.micro_batch in (few, many):
-        return None
-    return (
-        replace(setting, micro_batch=few, accumulation=share // few),
-        replace(setting, micro_batch=many, accumulation=share // many),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +125,8 @@ class Pricer:
         """Time of a window cut into micro-batches of `cuts` images, or of an evaluation micro-batch."""
         gpu = rated(self.gpu)
         if part == "training" and not scalable(setting) and (ends := coupled_ends(setting)):
-            return self._between(setting, ends)
+            few, many = (self.seconds(end, ()) for end in ends)
+            return between(setting, ends, few, many)
         scaled = self._scaled(setting, part)
         if not scalable(setting):
             if scaled is not None:
@@ -176,20 +153,6 @@ class Pricer:
         if _state_on_host(setting) and part == "training":
             found = later(found, 2 * self._moments_bytes(setting) / PINNED_BYTES_PER_S)
         return found
-
-    def _between(self, setting: Setting, ends: tuple[Setting, Setting]) -> TimeEstimate:
-        """Time of a contrastive window from those of the same window in fewer and in more micro-batches.
-
-        Of A micro-batches all but the last run forward once more: a share of 1/4 of the work (1/5 with recompute) is done
-        1 - 1/A times; what comes with each micro-batch, A times. For ViT-B-32 this is within 0.2 % of traces of their own.
-        """
-        rerun = 0.25 if setting.checkpointing == "none" else 0.2
-        few, many = (self.seconds(each, ()) for each in ends)
-        a, b = (each.accumulation for each in ends)
-        work_a, work_b, work = (1 - rerun / count for count in (a, b, setting.accumulation))
-        each_s = (many.seconds * work_a - few.seconds * work_b) / (b * work_a - a * work_b)
-        whole_s = (few.seconds - a * each_s) / work_a
-        return later(few, whole_s * work + each_s * setting.accumulation - few.seconds)
 
     def predict(self, setting: Setting, cuts: Sequence[int]) -> Prediction:
         """Training and evaluation, with the time of a window."""

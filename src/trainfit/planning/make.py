@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, sqrt
-from typing import Literal
+from typing import Any, Literal
 
 from trainfit.errors import TrainfitError
 from trainfit.gpus.capability import auto_precision, has_bf16
@@ -128,9 +128,8 @@ def make_plan(
     )
     found = search(wish, prices, note=note)
     offloaded = pricer.offloaded_bytes(found.chosen.setting) if found.chosen else 0
-    load_for = partial(
-        loading, setting, wish.share, gpus=gpus, decode_s=decode_s, cores=cores, offloaded_bytes=offloaded
-    )
+    host: dict[str, Any] = {"gpus": gpus, "decode_s": decode_s, "cores": cores, "offloaded_bytes": offloaded}
+    load_for = partial(loading, setting, wish.share, **host)
     return _plan(wish, found, gpu, budget, load_for, calibration)
 
 

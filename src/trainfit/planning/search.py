@@ -6,8 +6,8 @@ from math import ceil
 from typing import Literal, Protocol
 
 from trainfit.gpus.context import ByteRange
+from trainfit.memory.coupled import coupled_batches
 from trainfit.memory.predict import RESERVE, Prediction, has_reserve
-from trainfit.memory.priced import coupled_batches
 from trainfit.models.setting import Setting
 from trainfit.planning.comparing import KNEE, explained, faster, least_of, seconds_of
 from trainfit.planning.knobs import FREE, MEMORY, STATE, batches, cuts, turned

@@ -192,17 +192,10 @@ class _Run:
             self._save_state()
         if self._ends_early():
             return False
-        loader = training_loader(
-            train,
-            self.workload.decoder(),
-            self.plan,
-            steps=steps,
-            augment=self.augmentation,
-            workers=self.workers,
-            folder=self.folder,
-            note=self.show.note,
-            stop=stop if ranks.world_size() == 1 else lambda: False,  # one rank alone must not leave its window out
-        )
+        # One rank alone must not leave its window out.
+        options: Any = {"note": self.show.note, "stop": stop if ranks.world_size() == 1 else lambda: False}
+        options |= {"augment": self.augmentation, "workers": self.workers, "folder": self.folder}
+        loader = training_loader(train, self.workload.decoder(), self.plan, steps=steps, **options)
         self.saved_at = time.monotonic()
         self.step.requests = partial(self._requests, stop)
         for items in self.journal.clock.fetch(loader):

