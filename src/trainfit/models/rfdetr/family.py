@@ -121,7 +121,7 @@ def require_parts(freeze: str) -> tuple[str, ...]:
 class RfDetrSetting(RfDetrKnobs, DetectionSetting):
     """A setting of an RF-DETR."""
 
-    lean: Literal["on", "off"] = "on"
+    lean: Annotated[Literal["on", "off"], In("model", rare=True)] = "on"
     """Mask losses, mask matching and the choice of queries in pieces (same numbers, less memory); off: upstream's own, to
     compare."""
 
