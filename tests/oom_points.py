@@ -14,6 +14,9 @@ from test_families import pairs, tiny_clip
 from test_oom import FailAt, make_step
 from test_update import two_types_step, windows
 from trainfit.models.clip import workload as clip
+from trainfit.models.images import crowded_sample
+from trainfit.models.maskrcnn.family import MaskRcnnSetting
+from trainfit.models.maskrcnn.workload import MaskRcnn
 from trainfit.models.workload import OptimizerSettings
 from trainfit.step.contrastive import Contrastive
 from trainfit.step.names import Optimizer
@@ -80,6 +83,30 @@ def contrastive(folder: Any, optimizer: Optimizer, scaler: bool) -> Family:
     return Family(step=step, window=pairs(5), detect=detect)
 
 
+def maskrcnn(_folder: Any, optimizer: Optimizer, scaler: bool) -> Family:
+    """Mask R-CNN R50-FPN in float64 at 64 px with random picks; 3 images of two shapes, one of them empty."""
+    setting = MaskRcnnSetting(
+        model="maskrcnn-r50-v1", resolution=64, max_size=96, rois_per_image=8, proposals=(5000, 30), trainable_stages=1
+    )
+    workload = MaskRcnn(setting, ("a", "b", "c"))
+    torch.manual_seed(0)
+    model: Any = workload.build().double()
+    model.rpn.fg_bg_sampler.batch_size_per_image = 32
+    model.roi_heads.detections_per_img = 4
+    groups = workload.parameter_groups(model, OptimizerSettings())
+    step = make_step(model, workload.objective, groups, optimizer=optimizer, scaler=scaler)
+    shapes = ((64, 96, 3), (64, 80, 0), (96, 64, 2))
+    window = [
+        dataclasses.replace(crowded_sample(h, w, objects=n, classes=3, masks=True), image_id=number)
+        for number, (h, w, n) in enumerate(shapes)
+    ]
+
+    def detect(model: torch.nn.Module, samples: Sequence[Any]) -> list[torch.Tensor]:
+        return [found.scores for found in workload.outputs(model, samples)]
+
+    return Family(step=step, window=window, detect=detect)
+
+
 def two_types(_folder: Any, optimizer: Optimizer, scaler: bool, *, overflow: bool = False) -> Family:
     """Two linear layers of float64 and float32; `overflow`: the loss of the window is infinite."""
 
@@ -113,16 +140,27 @@ class Injector:
     def _record(self) -> None:
         """Note which samples a forward with gradients sees, and how many errors there were before."""
         objective: Any = self.step.objective
+        counting = getattr(objective, "count", None)
         name = "features" if isinstance(objective, Contrastive) else "terms"
-        inner = getattr(objective, name)
 
-        def recorded(model: torch.nn.Module, samples: Sequence[Any], *canvas: Any) -> Any:
-            result = inner(model, samples, *canvas)
-            if torch.is_grad_enabled():
-                self.seen += [(self.mode.failed, id(sample)) for sample in samples]
-            return result
+        def recording(inner: Callable[..., Any]) -> Callable[..., Any]:
+            def recorded(model: torch.nn.Module, samples: Sequence[Any], *canvas: Any) -> Any:
+                result = inner(model, samples, *canvas)
+                if torch.is_grad_enabled():
+                    self.seen += [(self.mode.failed, id(sample)) for sample in samples]
+                return result
 
-        self.step.objective = dataclasses.replace(objective, **{name: recorded})
+            return recorded
+
+        changes = {name: recording(getattr(objective, name))}
+        if counting is not None:
+
+            def count(*arguments: Any) -> Any:
+                found, terms = counting(*arguments)
+                return found, recording(terms)
+
+            changes["count"] = count
+        self.step.objective = dataclasses.replace(objective, **changes)
 
     def _run(self, mode: FailAt, survivor: Survivor) -> None:
         self.seen.clear()
@@ -176,6 +214,7 @@ def every_operator(injector: Injector) -> list[Outcome]:
 
 FAMILIES: dict[str, Callable[[Any, Optimizer, bool], Family]] = {
     "rfdetr": rfdetr,
+    "maskrcnn": maskrcnn,
     "clip": contrastive,
     "two-types": two_types,
     "overflow": partial(two_types, overflow=True),

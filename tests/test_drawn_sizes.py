@@ -7,6 +7,7 @@ from rfdetr.datasets.coco import compute_multi_scale_scales
 
 from test_timing import CARD, PEAK, count
 from trainfit.models.family import DrawnSizes
+from trainfit.models.maskrcnn import family as maskrcnn
 from trainfit.models.rfdetr.family import PUBLISHED, RfDetrSetting, drawn_sizes
 from trainfit.models.rfdetr.workload import CONFIGS, WITH_MASKS
 from trainfit.timing.roofline import step_seconds, window_seconds
@@ -43,6 +44,17 @@ def test_work_grows_with_the_pixels_as_traces_of_other_sizes_do(name: str) -> No
         pixels = (side / largest) ** 2
         for share, work, most in zip((drawn.flops_share, drawn.bytes_share), known, sides[largest], strict=True):
             assert most * (1 - share * (1 - pixels)) == pytest.approx(work, rel=0.05)
+
+
+def test_work_of_mask_rcnn_grows_as_traces_of_other_sizes_do() -> None:
+    """FLOPs and bytes of a micro-batch of one image at short sides of 800, 640 and 480 (bf16, 512 regions, 20 objects)."""
+    traced = {800: (1.5758e12, 2.3537e10), 640: (1.1794e12, 1.6618e10), 480: (8.5277e11, 1.0903e10)}
+    drawn = maskrcnn.drawn_sizes(maskrcnn.MaskRcnnSetting(model="maskrcnn-r50-v1", short_sides="480,640,800"))
+    assert drawn is not None
+    assert drawn.pixels == pytest.approx([(side / 800) ** 2 for side in (480, 640, 800)], rel=0.01)
+    for pixels, side in zip(drawn.pixels, (480, 640, 800), strict=True):
+        for share, work, most in zip((drawn.flops_share, drawn.bytes_share), traced[side], traced[800], strict=True):
+            assert most * (1 - share * (1 - pixels)) == pytest.approx(work, rel=0.02)
 
 
 def test_fewer_queries_and_groups_leave_more_to_the_pixels() -> None:

@@ -78,9 +78,11 @@ def untrained() -> Any:
 def test_detections_are_torchvisions(monkeypatch: pytest.MonkeyPatch, pixels: int) -> None:
     monkeypatch.setattr(detecting, "PIXELS_AT_ONCE", pixels)
     model = untrained()
-    samples = [crowded_sample(h, w, objects=1, classes=2, masks=False) for h, w in ((64, 96), (96, 64))]
-    with torch.no_grad():
-        expected = model([sample.image.float() / 255 for sample in samples])
+    samples = [crowded_sample(h, w, objects=1, classes=2, masks=False) for h, w in ((64, 96), (96, 64), (48, 96))]
+    images = [sample.image.float() / 255 for sample in samples]
+    with torch.no_grad():  # portrait and landscape images have canvases of their own
+        (first, last), (portrait,) = model([images[0], images[2]]), model([images[1]])
+        expected = [first, portrait, last]
     found = detecting.detect(model, samples, torch.ones(2, dtype=torch.bool))
     for ours, theirs, sample in zip(found, expected, samples, strict=True):
         assert len(ours.boxes) == 12

@@ -22,7 +22,7 @@ from trainfit.models.build import build_trainable
 from trainfit.models.images import crowded_sample
 from trainfit.models.maskrcnn import interop
 from trainfit.models.maskrcnn.data import make_sample
-from trainfit.models.maskrcnn.family import MaskRcnnSetting, assumptions, require_sides
+from trainfit.models.maskrcnn.family import MaskRcnnSetting, assumptions, drawn_sizes, for_data, require_sides
 from trainfit.models.maskrcnn.losses import make_objective
 from trainfit.models.maskrcnn.model import build_model
 from trainfit.models.maskrcnn.picks import own_stream
@@ -35,6 +35,7 @@ from trainfit.tasks.augment import OWN
 from trainfit.tasks.detection.masks import decode_rle
 from trainfit.tasks.detection.samples import ImageRecord, Sample
 from trainfit.training import run_folder
+from trainfit.training.loader import WindowPlan, groups_of
 
 SMALL = ["--resolution", 64, "--max-size", 96, "--rois-per-image", 16, "--proposals", 40, 40, "--workers", 0]
 TINY: dict[str, Any] = {"resolution": 64, "max_size": 96, "rois_per_image": 16, "proposals": (60, 60)}
@@ -238,6 +239,55 @@ def test_sides_of_training() -> None:
         MaskRcnnSetting(model="maskrcnn-r50-v1", resolution=64, max_size=32)
     with pytest.raises(TrainfitError, match="--resolution must be at least 1, not 0"):
         MaskRcnnSetting(model="maskrcnn-r50-v1", resolution=0)
+
+
+def test_windows_are_of_one_orientation_and_every_image_is_seen_once_an_epoch() -> None:
+    shapes = [(64, 96), (96, 64), (64, 64), (96, 50), (50, 96)] * 5
+
+    class Record:
+        def __init__(self, height: int, width: int) -> None:
+            self.height, self.width = height, width
+
+    records = [Record(*shape) for shape in shapes]
+    setting = MaskRcnnSetting(model="maskrcnn-r50-v1")
+    workload: Any = MaskRcnn(setting, ("a",))
+    groups = groups_of(workload, records)
+    assert groups == tuple(int(height > width) for height, width in shapes)
+    mixed: Any = MaskRcnn(replace(setting, aspect_grouping=False), ("a",))
+    assert groups_of(mixed, records) == groups_of(workload, records[:1]) == ()
+
+    def plan(rank: int = 0, world: int = 1) -> WindowPlan:
+        return WindowPlan(images=25, effective_batch=4, sizes=(64,), seed=3, rank=rank, world_size=world, groups=groups)
+
+    assert plan().windows_per_epoch == 4 + 3  # 15 landscape or square, 10 portrait
+    epochs = [[plan().indices(epoch * 7 + step) for step in range(7)] for epoch in range(2)]
+    for windows in epochs:
+        assert sorted(index for own in windows for index in own) == list(range(25))
+        assert all(len({groups[index] for index in own}) == 1 for own in windows)
+        kinds = [groups[own[0]] for own in windows]
+        assert kinds != sorted(kinds)  # the groups take turns
+    assert [plan().indices(step) for step in range(7, 14)] == epochs[1]  # whoever resumes sees the same
+    assert sorted(plan(0, 2).indices(3) + plan(1, 2).indices(3)) == sorted(plan().indices(3))
+
+
+def test_a_canvas_is_that_of_the_larger_group() -> None:
+    class Statistics:
+        objects_per_image_max = 7
+        canvas_sizes = (((640, 480), 9), ((640, 400), 4), ((300, 400), 1))  # width, height
+
+    setting = MaskRcnnSetting(model="maskrcnn-r50-v1")
+    assert for_data(setting, Statistics).canvas == (800, 1280)
+    mixed = replace(setting, aspect_grouping=False)
+    assert for_data(mixed, Statistics).canvas == (1066, 1280)
+    for each, canvas in ((setting, (800, 1333)), (mixed, (1333, 1333))):
+        window = MaskRcnn(each, ("a",)).worst_window(torch.nn.Linear(1, 1), 3)
+        assert largest_image(window) == canvas
+    drawn = drawn_sizes(replace(setting, short_sides="400,800", canvas=(800, 1000)))
+    assert drawn is not None
+    assert drawn.pixels == (0.25, 1.0)
+    assert drawn_sizes(setting) is None
+    with pytest.raises(TrainfitError, match="trainfit has no retinanet-r50-v2: it has neither proposals nor regions"):
+        make_setting("retinanet-r50-v2")
 
 
 # ---- weights

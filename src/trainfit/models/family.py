@@ -119,6 +119,8 @@ class Family:
     loads: Callable[[Any], tuple[int, bool]] | None = None
     """Setting -> pixels of the side that a loader process resizes an image to, and whether it draws masks: loading is timed
     without torch. None: it is timed with the family's own decoder."""
+    group: Callable[[Any, Any], int] = lambda _setting, _record: 0
+    """(setting, training record) -> the number of its group: the records of a window are of one group."""
     drawn_sizes: Callable[[Any], DrawnSizes | None] = lambda _: None
     """Setting -> the sizes that training draws from; None where the step is always as traced."""
     host_seconds: Callable[[Any, int, Capability | None], float] = lambda _setting, _images, _capability: 0.0

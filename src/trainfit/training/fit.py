@@ -24,7 +24,7 @@ from trainfit.training.earlier_run import on_earlier_run
 from trainfit.training.evaluation import evaluate_model
 from trainfit.training.journal import Journal
 from trainfit.training.lines import counted, diverged, evaluated_line, opening_lines, other_ranks
-from trainfit.training.loader import STEP, Unreadable, WindowPlan, default_workers, training_loader
+from trainfit.training.loader import STEP, Unreadable, WindowPlan, default_workers, groups_of, training_loader
 from trainfit.training.noise_watch import NoiseWatch
 from trainfit.training.oom import HalfUpdated, Halving, Survivor, survival_line, survivals
 from trainfit.training.recipe import Recipe, resolve_batching, resume_recipe
@@ -102,6 +102,7 @@ class _Run:
             seed=recipe.seed,
             rank=ranks.rank(),
             world_size=ranks.world_size(),
+            groups=groups_of(self.workload, self.dataset.splits["train"]),
         )
         self.steps_per_epoch = self.plan.windows_per_epoch
         self.total_steps = min(recipe.epochs * self.steps_per_epoch, recipe.max_steps or 10**12)

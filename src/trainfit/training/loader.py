@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -43,11 +44,14 @@ class WindowPlan:
     seed: int
     rank: int = 0
     world_size: int = 1
+    groups: tuple[int, ...] = ()
+    """The group of each image, where images of two groups may not meet in a window; empty: any may."""
 
     @property
     def windows_per_epoch(self) -> int:
-        """The last window of an epoch may be short; every image is seen once an epoch."""
-        return -(-self.images // self.effective_batch)
+        """The last window of an epoch, or of a group, may be short; every image is seen once an epoch."""
+        counts = Counter(self.groups).values() if self.groups else (self.images,)
+        return sum(-(-count // self.effective_batch) for count in counts)
 
     def size(self, step: int) -> int:
         """Side length of window `step`, the same on every rank and in every micro-batch."""
@@ -57,10 +61,24 @@ class WindowPlan:
     def indices(self, step: int) -> list[int]:
         """This rank's image numbers in window `step`; the ranks' shares are disjoint and cover the window."""
         epoch, window = divmod(step, self.windows_per_epoch)
+        return self._epoch(epoch)[window][self.rank :: self.world_size].tolist()
+
+    def _epoch(self, epoch: int) -> Sequence[torch.Tensor]:
+        """Image numbers of each window of an epoch."""
         generator = torch.Generator().manual_seed(mix(self.seed, ORDER, epoch))
         order = torch.randperm(self.images, generator=generator)
-        first = window * self.effective_batch
-        return order[first : first + self.effective_batch][self.rank :: self.world_size].tolist()
+        if not self.groups:
+            return order.split(self.effective_batch)
+        group = torch.tensor(self.groups)[order]
+        windows = [part for each in group.unique() for part in order[group == each].split(self.effective_batch)]
+        return [windows[number] for number in torch.randperm(len(windows), generator=generator)]
+
+
+def groups_of(workload: TrainableWorkload, records: Sequence[Any]) -> tuple[int, ...]:
+    """`WindowPlan.groups` of training records; empty where all are of one group."""
+    setting = workload.setting
+    groups = tuple(setting.family.group(setting, record) for record in records)
+    return groups if len(set(groups)) > 1 else ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from trainfit.errors import TrainfitError
 from trainfit.models.workload import TrainableWorkload
 from trainfit.step.training_step import TrainingStep
 from trainfit.training.evaluation import evaluating, outputs_of
+from trainfit.training.loader import groups_of
 from trainfit.training.oom import Halving, Survivor, snapshot
 
 WHERE = "worst window"
@@ -30,10 +31,10 @@ def rehearse(
 ) -> None:
     """Train on the worst window and evaluate one micro-batch, then put everything back as it was, bit for bit.
 
-    The window has the records that need most memory, all at `size`, and as many as need two micro-batches:
-    in the second the gradients are there already. Real losses, backward and update, so the ladder works here as it does
-    later. Parameters, buffers, EMA weights and optimizer state wait in host memory meanwhile.
-    It costs about one window. Without a GPU nothing is done unless `force`: there is no device memory to run out of.
+    The window has the records that need most memory, of the first one's group, all at `size`, and as many as need two
+    micro-batches: in the second the gradients are there already. Real losses, backward and update, so the ladder works
+    here as it does later. Parameters, buffers, EMA weights and optimizer state wait in host memory meanwhile. It costs
+    about one window. Without a GPU nothing is done unless `force`: there is no device memory to run out of.
 
     Args:
         step: The step that training runs.
@@ -52,10 +53,12 @@ def rehearse(
     if step.device.type != "cuda" and not force:
         return
     decode = workload.decoder()
+    groups = groups_of(workload, records)
+    alike = [record for record, group in zip(records, groups, strict=True) if group == groups[0]] if groups else records
 
     def worst(side: int, count: int) -> list[Any]:
         samples: list[Any] = []
-        for record in records:
+        for record in alike:
             if len(samples) < count:
                 with suppress(TrainfitError):  # an image that cannot be decoded is reported when its own window comes
                     samples.append(decode(record, size=side, augment=frozenset(), generator=torch.Generator()))

@@ -6,9 +6,9 @@ from math import floor
 from typing import Annotated, Any, Literal
 
 from trainfit.errors import TrainfitError
-from trainfit.models.family import Capability, Family, dashed, register
+from trainfit.models.family import Capability, DrawnSizes, Family, dashed, register
 from trainfit.models.setting import DetectionSetting
-from trainfit.values import Range, require_valid
+from trainfit.values import In, Range, require_valid
 
 MODELS = (
     "maskrcnn-r50-v1",
@@ -26,8 +26,22 @@ TRAINABLE_STAGES = 3
 """Of torchvision, which keeps the stem and the first stage as they were pretrained; Detectron2's FREEZE_AT 2 is the same."""
 LIVE_BATCH_NORMS = {"r50": 53, "FPN": 8, "box head": 4, "mask head": 4}
 """BatchNorm layers of the v2 models by part (a test counts them)."""
+SHARES = {
+    "maskrcnn-r50-v1": (0.71, 0.83),
+    "maskrcnn-r50-v2": (0.65, 0.71),
+    "maskrcnn-r101-v1": (0.71, 0.83),
+    "fasterrcnn-r50-v1": (0.97, 0.92),
+    "fasterrcnn-r50-v2": (0.79, 0.82),
+    "fasterrcnn-r101-v1": (0.97, 0.92),
+}
+"""Part of a micro-batch's FLOPs, and of its bytes, that grows in proportion to the pixels: of traces of one image of 800 x 1333
+and of 480 x 800 pixels, 512 regions, 20 objects, bf16 (of R101 Faster R-CNN: as with R50)."""
 MOST_SIDE = 8192
 """Pixels."""
+NO_RETINANET = (
+    "it has neither proposals nor regions, so this family's losses, knobs, class heads and traces are not its own; "
+    "take fasterrcnn-r50-v1, which finds boxes too, or train a RetinaNet in a loop of your own with trainfit.accumulate"
+)
 Norm = Literal["published", "frozen", "group"]
 Reference = Literal["R1", "R2"]
 
@@ -39,8 +53,8 @@ class MaskRcnnSetting(DetectionSetting):
     resolution: Annotated[int | None, Range(1, 8192)] = None
     """Short side after the resize, in pixels; 800 unless given, or the largest of --short-sides."""
     canvas: tuple[int, int] | None = None
-    """(height, width) in pixels of the largest window. The largest there is unless given: images with the longest allowed
-    side, portrait and landscape alternating."""
+    """(height, width) in pixels of the largest window. The largest there is unless given: the longest side allowed, as high
+    too where portrait and landscape images may meet (`aspect_grouping`)."""
     max_size: Annotated[int | None, Range(1, 16384)] = None
     """Longest side allowed after the resize, in pixels; 1333/800 of the short side unless given."""
     short_sides: str | None = None
@@ -55,6 +69,9 @@ class MaskRcnnSetting(DetectionSetting):
     """Stages of the ResNet that train, from the last: 0 to 5, where 5 is all of it with its stem; 3 unless given."""
     norm: Norm = "published"
     """published: frozen BatchNorm in v1, live BatchNorm in v2; frozen, or group: GroupNorm with 32 groups in its place."""
+    aspect_grouping: Annotated[bool, In(None)] = True
+    """Whether the images of a window are all landscape (or square), or all portrait, as torchvision and Detectron2 train; a
+    window is padded to its largest image, so a mixed one needs up to two thirds more memory."""
     reference: Reference = "R1"
     """R1: the gradient of one big batch, exactly; R2: the mean of the micro-batches' own losses, as data parallel training
     computes it. R2 saves the counting pass, and the cut into micro-batches changes the result."""
@@ -123,7 +140,13 @@ def require_sides(text: str) -> tuple[int, ...]:
 
 
 def match(typed: str) -> str | None:
-    """The canonical name of a model: "Mask R-CNN" is spelt "maskrcnn" here, and "R50-FPN" is the first version."""
+    """The canonical name of a model: "Mask R-CNN" is spelt "maskrcnn" here, and "R50-FPN" is the first version.
+
+    Raises:
+        TrainfitError: it is a RetinaNet.
+    """
+    if dashed(typed).partition("-")[0] == "retinanet":
+        raise TrainfitError(f"trainfit has no {typed}: {NO_RETINANET}")
     name = dashed(typed).replace("r-cnn", "rcnn").replace("mask-rcnn", "maskrcnn").replace("faster-rcnn", "fasterrcnn")
     name = name.replace("resnet", "r").replace("-fpn-v2", "-v2").replace("-r-50", "-r50").replace("-r-101", "-r101")
     if name.endswith("-fpn"):
@@ -139,8 +162,10 @@ def kernels(capability: Capability) -> Capability:
 
 def assumptions(setting: MaskRcnnSetting) -> Sequence[str]:
     """What a prediction takes for granted."""
-    longest = max(setting.sides)
+    short, longest = sorted(setting.sides)
     largest = f"{longest} x {longest} pixels, which portrait and landscape images together are padded to"
+    if setting.aspect_grouping:
+        largest = f"{short} x {longest} pixels, because a window's images are all landscape or all portrait"
     canvas = f"{setting.canvas[0]} x {setting.canvas[1]} pixels" if setting.canvas else largest
     lines = [
         f"The fullest image has {setting.objects_per_image} objects (--objects-per-image, or --data).",
@@ -191,15 +216,42 @@ def resized(height: int, width: int, *, min_size: int, max_size: int) -> tuple[i
     return max(1, floor(height * scale)), max(1, floor(width * scale))
 
 
+def group(setting: MaskRcnnSetting, record: Any) -> int:
+    """1 for portrait images where they have windows of their own, else 0."""
+    return int(setting.aspect_grouping and _is_portrait(record.height, record.width))
+
+
+def _is_portrait(height: int, width: int) -> bool:
+    return height > width
+
+
 def for_data(setting: MaskRcnnSetting, statistics: Any) -> MaskRcnnSetting:
-    """The objects of the fullest image, and a canvas as high and as wide as any image after the resize."""
+    """The objects of the fullest image, and the canvas of the largest window: as high and as wide as any image of a group
+    after the resize.
+    """
     low, high = setting.sides
-    sizes = [resized(h, w, min_size=low, max_size=high) for (w, h), _ in statistics.canvas_sizes]
+    groups: dict[bool, list[tuple[int, int]]] = {}
+    for (width, height), _ in statistics.canvas_sizes:
+        portrait = setting.aspect_grouping and _is_portrait(height, width)
+        groups.setdefault(portrait, []).append(resized(height, width, min_size=low, max_size=high))
+    canvases = [(max(h for h, _ in sizes), max(w for _, w in sizes)) for sizes in groups.values()]
     return replace(
         setting,
         objects_per_image=max(1, statistics.objects_per_image_max),
-        canvas=(max(h for h, _ in sizes), max(w for _, w in sizes)),
+        canvas=max(canvases, key=lambda canvas: (canvas[0] * canvas[1], canvas)),
     )
+
+
+def drawn_sizes(setting: MaskRcnnSetting) -> DrawnSizes | None:
+    """The short sides of training, each as often as it is named; the largest is traced."""
+    if setting.short_sides is None:
+        return None
+    short, longest = setting.sides
+    height, width = setting.canvas or (short, longest)
+    sizes = [resized(height, width, min_size=side, max_size=longest) for side in setting.drawn_sides]
+    flops, in_bytes = SHARES[setting.model]
+    pixels = tuple(min(1.0, h * w / (height * width)) for h, w in sizes)
+    return DrawnSizes(pixels=pixels, flops_share=flops, bytes_share=in_bytes)
 
 
 def sample_bytes(setting: MaskRcnnSetting) -> int:
@@ -239,7 +291,9 @@ def family() -> Family:
         turns=turns,
         assumptions=assumptions,
         for_data=for_data,
+        group=group,
         translate=translate,
         shapes_weights=("norm",),
         sample_bytes=sample_bytes,
+        drawn_sizes=drawn_sizes,
     )

@@ -64,8 +64,10 @@ class MaskRcnn:
         cap_detections(heads)
 
     def worst_window(self, model: torch.nn.Module, images: int) -> Sequence[Sample]:
-        """Images of the longest allowed side, landscape and portrait alternating."""
+        """Images of the longest allowed side: landscape, and portrait in turn where they may meet."""
         landscape = self._sample(*self.setting.sides)
+        if self.setting.aspect_grouping:
+            return [landscape] * images
         portrait = self._sample(*reversed(self.setting.sides))
         return [landscape, portrait] * (images // 2) + [landscape] * (images % 2)
 

@@ -145,7 +145,7 @@ RULES: Mapping[str, Flags | Same | Instead] = {
     "DATASETS.TRAIN": Instead(text=_DATA),
     "DATASETS.TEST": Instead(text=f"{_DATA}; its val split is evaluated"),
     "DATALOADER.NUM_WORKERS": Flags(make=_words("--workers"), training=True),
-    "DATALOADER.ASPECT_RATIO_GROUPING": Same(value=False, instead="windows are not grouped by aspect ratio"),
+    "DATALOADER.ASPECT_RATIO_GROUPING": Same(value=True, instead="a window's images are of one orientation"),
     "DATALOADER.FILTER_EMPTY_ANNOTATIONS": Same(value=False, instead="images without objects are trained on"),
     "DATALOADER.SAMPLER_TRAIN": Same(value="TrainingSampler", instead="every image is seen once an epoch"),
     "INPUT.MIN_SIZE_TRAIN": Flags(make=_sides),
