@@ -7,7 +7,7 @@ Tiny models on the CPU (tests/oom_points.py), with and without the loss scaler t
 error is one that a smaller micro-batch answers; the rest, and all with --every, are answered by the same cut once more, and
 then parameters, EMA weights, optimizer state and loss scale must be equal bit for bit. Differences are over what the
 undisturbed window moved them by. That no sample is lost or seen twice is checked at every point.
-About 5 s (RF-DETR), 3 s (Mask R-CNN), 0.2 s (CLIP) and 0.02 s (the others) a point.
+About 5 s (RF-DETR), 1 s (Mask R-CNN, a small trunk), 0.2 s (CLIP) and 0.02 s (the others) a point.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from trainfit.step.names import Optimizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 points: Any = importlib.import_module("oom_points")
 
-TOLERANCE = {"rfdetr": 1e-12, "maskrcnn": 1e-9, "clip": 1e-12, "two-types": 1e-6, "overflow": 1e-6}
+TOLERANCE = {"rfdetr": 1e-12, "maskrcnn": 1e-12, "clip": 1e-12, "two-types": 1e-6, "overflow": 1e-6}
 """Relative difference after another cut, another order of sums: float64, float32."""
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from small_rcnn import small_rcnn
 from test_exact_gradient import make_sample, nano
 from test_families import pairs, tiny_clip
 from test_oom import FailAt, make_step
@@ -84,15 +85,9 @@ def contrastive(folder: Any, optimizer: Optimizer, scaler: bool) -> Family:
 
 
 def maskrcnn(_folder: Any, optimizer: Optimizer, scaler: bool) -> Family:
-    """Mask R-CNN R50-FPN in float64 at 64 px with random picks; 3 images of two shapes, one of them empty."""
-    setting = MaskRcnnSetting(
-        model="maskrcnn-r50-v1", resolution=64, max_size=96, rois_per_image=8, proposals=(5000, 30), trainable_stages=1
-    )
-    workload = MaskRcnn(setting, ("a", "b", "c"))
-    torch.manual_seed(0)
-    model: Any = workload.build().double()
-    model.rpn.fg_bg_sampler.batch_size_per_image = 32
-    model.roi_heads.detections_per_img = 4
+    """A small Mask R-CNN in float64 at 64 px with random picks; 3 images of three shapes, one of them empty."""
+    workload = MaskRcnn(MaskRcnnSetting(model="maskrcnn-r50-v1", resolution=64, max_size=96), ("a", "b", "c"))
+    model = small_rcnn()
     groups = workload.parameter_groups(model, OptimizerSettings())
     step = make_step(model, workload.objective, groups, optimizer=optimizer, scaler=scaler)
     shapes = ((64, 96, 3), (64, 80, 0), (96, 64, 2))

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn
 
 from conftest import rows, run, shared_data
+from small_rcnn import gradient, rank_gradient, small_rcnn, window
 from test_families import CPU, FirstOfEach, error, gradients, scenes, tiny_rcnn, torchvision_gradient
 from trainfit.errors import TrainfitError
 from trainfit.models.build import build_trainable
@@ -28,12 +27,11 @@ from trainfit.models.maskrcnn.model import build_model
 from trainfit.models.maskrcnn.picks import own_stream
 from trainfit.models.maskrcnn.workload import MaskRcnn
 from trainfit.models.setting import make_setting
-from trainfit.step.exchange import sum_gradients
 from trainfit.step.terms import largest_image
 from trainfit.step.window import accumulate, cut
 from trainfit.tasks.augment import OWN
 from trainfit.tasks.detection.masks import decode_rle
-from trainfit.tasks.detection.samples import ImageRecord, Sample
+from trainfit.tasks.detection.samples import ImageRecord
 from trainfit.training import run_folder
 from trainfit.training.loader import WindowPlan, groups_of
 
@@ -41,31 +39,8 @@ SMALL = ["--resolution", 64, "--max-size", 96, "--rois-per-image", 16, "--propos
 TINY: dict[str, Any] = {"resolution": 64, "max_size": 96, "rois_per_image": 16, "proposals": (60, 60)}
 
 
-def window() -> list[Sample]:
-    """Images of different shapes with ids of their own, one without objects."""
-    images = [*scenes(), crowded_sample(64, 72, objects=0, classes=3, masks=True)]
-    return [replace(sample, image_id=number) for number, sample in enumerate(images)]
-
-
-def with_torchvisions_samplers() -> Any:
-    """A model whose samplers pick at random, few enough that they choose."""
-    model = tiny_rcnn()
-    fresh: Any = build_model(MaskRcnnSetting(model="maskrcnn-r50-v1", **TINY), classes=3)
-    model.rpn.fg_bg_sampler, model.roi_heads.fg_bg_sampler = fresh.rpn.fg_bg_sampler, fresh.roi_heads.fg_bg_sampler
-    model.rpn.fg_bg_sampler.batch_size_per_image = 32
-    model.rpn._pre_nms_top_n["training"] = 5000  # all: scores of anchors in the padding tie, and rounding would choose
-    return model
-
-
-def gradient(model: Any, parts: Sequence[Sequence[Sample]], **options: Any) -> dict[str, torch.Tensor]:
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(7)
-    accumulate(model, make_objective(**options), parts, device=CPU)
-    return gradients(model)
-
-
 def test_random_picks_are_those_of_any_other_cut(capsys: pytest.CaptureFixture[str]) -> None:
-    model, samples = with_torchvisions_samplers(), window()
+    model, samples = small_rcnn(), window()
     known = gradient(model, [samples])
     found = [
         error(gradient(model, parts), known) for parts in (cut(samples, 1), cut(samples, 3), [samples[:1], samples[1:]])
@@ -91,25 +66,9 @@ def test_an_images_stream_leaves_no_trace() -> None:
     assert not torch.equal(drawn[0], drawn[1])
 
 
-SHARES = ([0, 1], [2, 3])
-"""Images of each rank: the windows of the two have other canvases."""
-
-
-def rank_gradient(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    model, samples = with_torchvisions_samplers(), window()
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(7)
-    accumulate(model, make_objective(), cut([samples[i] for i in SHARES[rank]], 1), device=CPU)
-    sum_gradients(model.parameters())
-    torch.save(gradients(model), f"{folder}/gradient-{rank}")
-    dist.destroy_process_group()
-
-
 def test_two_ranks_have_the_gradient_of_one_big_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mp.start_processes(rank_gradient, (str(tmp_path),), nprocs=2, start_method="spawn")
-    known = gradient(with_torchvisions_samplers(), cut(window(), 1))
+    known = gradient(small_rcnn(), cut(window(), 1))
     found = [error(torch.load(tmp_path / f"gradient-{rank}", weights_only=True), known) for rank in range(2)]
     with capsys.disabled():
         print(f"\nMask R-CNN on 2 ranks: error {found}")

@@ -14,6 +14,7 @@ from trainfit.step.names import Optimizer
         ("clip", "adamw-fused", False, 60),
         ("clip", "adamw-foreach", True, 30),
         ("rfdetr", "adamw-fused", False, 4),
+        ("maskrcnn", "adamw-fused", False, 6),
         ("two-types", "sgd", True, 60),
     ],
 )
@@ -24,7 +25,7 @@ def test_errors_anywhere_change_nothing(
     tolerance = 1e-12 if name != "two-types" else 1e-6  # has float32
     assert all(outcome.error == 0 for outcome in found if not outcome.split)
     assert all(outcome.error <= tolerance for outcome in found if outcome.split)
-    if name != "rfdetr":
+    if name not in ("rfdetr", "maskrcnn"):
         assert any(outcome.split and outcome.error > 0 for outcome in found)  # another cut, another order of sums
         assert {outcome.where for outcome in found} >= {"window", "update"}
     if points == 60:

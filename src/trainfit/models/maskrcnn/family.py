@@ -29,7 +29,7 @@ LIVE_BATCH_NORMS = {"r50": 53, "FPN": 8, "box head": 4, "mask head": 4}
 SHARES = {
     "maskrcnn-r50-v1": (0.71, 0.83),
     "maskrcnn-r50-v2": (0.65, 0.71),
-    "maskrcnn-r101-v1": (0.71, 0.83),
+    "maskrcnn-r101-v1": (0.78, 0.88),
     "fasterrcnn-r50-v1": (0.97, 0.92),
     "fasterrcnn-r50-v2": (0.79, 0.82),
     "fasterrcnn-r101-v1": (0.97, 0.92),

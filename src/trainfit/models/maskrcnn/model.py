@@ -43,11 +43,11 @@ def build_model(setting: MaskRcnnSetting, classes: int) -> FasterRCNN:
     _train_stages(model, TRAINABLE_STAGES if setting.trainable_stages is None else setting.trainable_stages)
     if setting.norm != "published":
         _replace_norms(model, setting.norm)
-    _set_scales(model.roi_heads)
+    set_scales(model.roi_heads)
     return cast(FasterRCNN, model.train())
 
 
-def _set_scales(heads: Any) -> None:
+def set_scales(heads: Any) -> None:
     """Tell the pools of regions the strides of the FPN's levels.
 
     `MultiScaleRoIAlign` (torchvision 0.29 ops/poolers.py) infers them from its first micro-batch, and keeps them: from its
