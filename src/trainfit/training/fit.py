@@ -24,7 +24,7 @@ from trainfit.training.earlier_run import on_earlier_run
 from trainfit.training.evaluation import evaluate_model
 from trainfit.training.journal import Journal
 from trainfit.training.lines import counted, diverged, evaluated_line, opening_lines, other_ranks
-from trainfit.training.loader import STEP, Unreadable, WindowPlan, default_workers, groups_of, training_loader
+from trainfit.training.loader import STEP, Unreadable, default_workers, training_loader, window_plan
 from trainfit.training.noise_watch import NoiseWatch
 from trainfit.training.oom import HalfUpdated, Halving, Survivor, survival_line, survivals
 from trainfit.training.recipe import Recipe, resolve_batching, resume_recipe
@@ -95,15 +95,8 @@ class _Run:
         self.task.require(self.dataset, self.workload)
         self.precision: Precision = resolve_precision(recipe.precision, device)
         self.workers = default_workers() if recipe.workers is None else recipe.workers
-        self.plan = WindowPlan(
-            images=len(self.dataset.splits["train"]),
-            effective_batch=self.batching.effective_batch,
-            sizes=self.workload.sizes(),
-            seed=recipe.seed,
-            rank=ranks.rank(),
-            world_size=ranks.world_size(),
-            groups=groups_of(self.workload, self.dataset.splits["train"]),
-        )
+        records, batch = self.dataset.splits["train"], self.batching.effective_batch
+        self.plan = window_plan(self.workload, records, effective_batch=batch, seed=recipe.seed)
         self.steps_per_epoch = self.plan.windows_per_epoch
         self.total_steps = min(recipe.epochs * self.steps_per_epoch, recipe.max_steps or 10**12)
         self.skipped: list[str] = []
