@@ -74,6 +74,19 @@ class WindowPlan:
         return [windows[number] for number in torch.randperm(len(windows), generator=generator)]
 
 
+def window_plan(workload: TrainableWorkload, records: Sequence[Any], *, effective_batch: int, seed: int) -> WindowPlan:
+    """This rank's order of these training records."""
+    return WindowPlan(
+        images=len(records),
+        effective_batch=effective_batch,
+        sizes=workload.sizes(),
+        seed=seed,
+        rank=ranks.rank(),
+        world_size=ranks.world_size(),
+        groups=groups_of(workload, records),
+    )
+
+
 def groups_of(workload: TrainableWorkload, records: Sequence[Any]) -> tuple[int, ...]:
     """`WindowPlan.groups` of training records; empty where all are of one group."""
     setting = workload.setting
