@@ -14,6 +14,11 @@ from typing import Any
 _running: set["subprocess.Popen[bytes]"] = set()
 
 
+def running(process: "subprocess.Popen[bytes]") -> None:
+    """Let `end_running` kill a process too."""
+    _running.add(process)
+
+
 def end_running() -> None:
     """Kill the processes that `ask` is waiting for, in whichever thread."""
     for process in tuple(_running):

@@ -179,7 +179,8 @@ def _traced(request: TraceRequest) -> str:
     """The text that `StoredTrace.to_json` wrote in a tracing process."""
     family = request.setting.family
     own = {"prepare": family.prepare_trace, "families": registering_modules()}
-    return worker.run(request.to_json() | own, request.setting.model)
+    modules = (family.workload,) if family.workload.startswith("trainfit.") else ()
+    return worker.run(request.to_json() | own, request.setting.model, modules)
 
 
 def packages_of(setting: Setting) -> dict[str, str]:

@@ -1,0 +1,90 @@
+"""The process that forks for each trace: asked again, with other surroundings, where a fork dies, and when nobody waits."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainfit.errors import TrainfitError
+from trainfit.tracing import server, worker
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere each trace has a process of its own")
+
+
+def tells(device: object) -> None:
+    """A step's factory: what is around it, as an error."""
+    raise TrainfitError(f"{os.getppid()} {os.environ.get('SURROUNDINGS')} {device}")
+
+
+def dies(device: object) -> None:
+    del device
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def waits(device: object, note: str) -> None:
+    del device
+    Path(note).write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def ask(factory: str, **kwargs: Any) -> str:
+    """The error that a factory of this file ends with."""
+    request = {"factory": f"{__name__}:{factory}", "kwargs": kwargs, "target": {"capability": (8, 0)}}
+    with pytest.raises(TrainfitError) as caught:
+        worker.run({**request, "device": "cpu", "steps": 2}, "a step")
+    return str(caught.value)
+
+
+def is_gone(pid: int) -> bool:
+    for _ in range(500):
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_one_process_serves_until_its_surroundings_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SURROUNDINGS", "first")
+    one, again = ask("tells"), ask("tells")
+    assert one == again
+    assert one.split()[1:] == ["first", "cpu"]
+    monkeypatch.setenv("SURROUNDINGS", "second")
+    other = ask("tells").split()
+    assert other[1] == "second"
+    assert other[0] != one.split()[0]
+    assert is_gone(int(one.split()[0]))
+
+
+def test_a_fork_that_dies_leaves_the_process_as_it_was() -> None:
+    before = ask("tells")
+    assert ask("dies") == "tracing a step: killed: the machine's own memory may have run out"
+    assert ask("tells") == before
+    os.kill(int(before.split()[0]), signal.SIGKILL)
+    assert ask("tells").split()[0] != before.split()[0]
+
+
+def test_nothing_goes_on_when_it_is_ended(tmp_path: Path) -> None:
+    thread = threading.Thread(target=ask, args=("waits",), kwargs={"note": str(tmp_path / "pid")})
+    thread.start()
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        time.sleep(0.05)
+    server.end()
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+    assert is_gone(int((tmp_path / "pid").read_text()))
+
+
+def test_it_ends_with_who_started_it() -> None:
+    code = (
+        "import os, signal; from trainfit.tracing import server; "
+        "print(server._server().process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert is_gone(int(done.stdout))
