@@ -87,6 +87,10 @@ def commands_of(page: Path) -> list[list[str]]:
 COMMANDS = [(page.name, words) for page in [ROOT / "README.md", *PAGES] for words in commands_of(page)]
 
 
+ELSEWHERE = ("--detectron2", "--config", "--print-config", "--help", "--help-all", "--version")
+"""Flags that are taken before a command's own."""
+
+
 @lru_cache
 def help_of(*words: str) -> str:
     from trainfit.cli import main
@@ -111,7 +115,9 @@ def test_the_commands_of_the_pages_have_the_flags_that_they_name(page: str, word
     from trainfit.models.family import find
 
     _, name, *rest = words
+    if name.startswith("--"):
+        return
     model = next((word for word in rest if find(word)), "rtdetr-seg-nano" if "--stage" in rest else "")
     shown = help_of(name, *([model] if model and name in ("plan", "predict", "train", "measure") else []))
-    flags = [word.partition("=")[0] for word in rest if word.startswith("--") and word != "--detectron2"]
+    flags = [word.partition("=")[0] for word in rest if word.startswith("--") and word not in ELSEWHERE]
     assert [flag for flag in flags if flag not in shown and flag.replace("--no-", "--") not in shown] == [], page

@@ -3,7 +3,7 @@
 import gc
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -20,7 +20,21 @@ def commands(words: Sequence[str]) -> Mapping[str, Callable[..., int]]:
 
     `words` is the command line: flags of a model's commands are those of its family.
     """
-    from trainfit.cli.arguments import setting_type, typed
+    from trainfit.cli.arguments import typed
+
+    return {name: typed(command, flags, words, chosen) for name, (command, flags, chosen) in _declared(words).items()}
+
+
+def _leaves(words: Sequence[str]) -> Mapping[str, Sequence[Any]]:
+    """Command name -> its flags as `cli.config` takes them."""
+    from trainfit.cli.flags import leaves_of
+
+    return {name: leaves_of(flags, chosen) for name, (_, flags, chosen) in _declared(words).items()}
+
+
+def _declared(words: Sequence[str]) -> Mapping[str, tuple[Callable[[Any, Any], int], Any, Container[str]]]:
+    """Command name -> its function, the dataclass that it takes, and the fields that it chooses where they are not given."""
+    from trainfit.cli.arguments import setting_type
     from trainfit.cli.check_data import CheckData, check_data
     from trainfit.cli.check_exactness import CheckExactness, check_exactness
     from trainfit.cli.detect import Detect, detect
@@ -35,16 +49,16 @@ def commands(words: Sequence[str]) -> Mapping[str, Callable[..., int]]:
 
     kind: Any = setting_type(words[1:])
     return {
-        "plan": typed(plan, Plan[kind], words),
-        "train": typed(train, recipe_type(kind), words, chosen=BATCH),
-        "predict": typed(predict, Predict[kind], words),
-        "measure": typed(measure, Measure[kind], words),
-        "check-data": typed(check_data, CheckData, words),
-        "check-exactness": typed(check_exactness, CheckExactness, words),
-        "detect": typed(detect, Detect, words),
-        "evaluate": typed(evaluate, Evaluate, words),
-        "explain": typed(explain, Explain, words),
-        "report": typed(report, Report, words),
+        "plan": (plan, Plan[kind], ()),
+        "train": (train, recipe_type(kind), BATCH),
+        "predict": (predict, Predict[kind], ()),
+        "measure": (measure, Measure[kind], ()),
+        "check-data": (check_data, CheckData, ()),
+        "check-exactness": (check_exactness, CheckExactness, ()),
+        "detect": (detect, Detect, ()),
+        "evaluate": (evaluate, Evaluate, ()),
+        "explain": (explain, Explain, ()),
+        "report": (report, Report, ()),
     }
 
 
@@ -89,12 +103,14 @@ def _command(arguments: Sequence[str], handlers: signals.Signals) -> int:
     import tyro
 
     from trainfit.cli.arguments import todays_flags
+    from trainfit.cli.config import PRINT_CONFIG, with_config
     from trainfit.models.family import families
 
     words = list(arguments)
     if words[:1] == ["--version"]:
         print(f"trainfit {version('trainfit')}")
         return 0
+    words = with_config(words, _leaves)
     for family in families().values():
         words = family.translate(words)
     words = todays_flags(words)
@@ -102,9 +118,9 @@ def _command(arguments: Sequence[str], handlers: signals.Signals) -> int:
     handlers.ready = True
     about = (
         "Plan, predict, measure and run training that fits a GPU. COMMAND --help has the flags that most runs need, "
-        "--help-all all of them; --version the version."
+        "--help-all all of them; --config FILE reads flags from YAML, --print-config writes them; --version the version."
     )
-    words = ["--help" if word == HELP_ALL else word for word in words]
+    words = ["--help" if word == HELP_ALL else word for word in words if word != PRINT_CONFIG]
     return tyro.extras.subcommand_cli_from_dict(known, prog="trainfit", description=about, args=words)
 
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from trainfit.cli.flags import flags_of
+from trainfit.cli.config import PRINT_CONFIG, config_text
+from trainfit.cli.flags import flags_of, leaves_of
 from trainfit.errors import TrainfitError
 from trainfit.files import read_json
 from trainfit.models.family import find
@@ -86,10 +87,13 @@ def typed(
 
     `arguments` is the dataclass of its flags; `chosen` are those that it chooses where they are not given.
     """
-    given = given_flags(words)
+    given = given_flags(words) - {PRINT_CONFIG[2:].replace("-", "_")}
     made, build = flags_of(arguments, chosen, rare=not {"-h", "--help"} & set(words))
 
     def run(flags: Any) -> int:
+        if PRINT_CONFIG in words:
+            print(config_text(words[0], leaves_of(arguments, chosen), flags, given), end="")
+            return 0
         return command(build(flags, given), given)
 
     run.__doc__ = command.__doc__

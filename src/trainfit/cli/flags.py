@@ -29,7 +29,7 @@ _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Leaf:
+class Leaf:
     """A field that is a flag or a positional argument."""
 
     owner: str
@@ -54,6 +54,18 @@ class _Leaf:
     def open(self) -> bool:
         """Whether it may be None."""
         return _is_union(self.hint) and NoneType in get_args(self.hint)
+
+
+def leaves_of(arguments: Any, chosen: Container[str] = ()) -> list[Leaf]:
+    """The fields of a command that are flags or positional arguments; see `flags_of` for the arguments."""
+    return list(_leaves(arguments, chosen))
+
+
+def flag_value(leaf: Leaf, flags: Any) -> Any:
+    """What an object of the class of `flags_of` holds for a field."""
+    group = leaf.where.group
+    holder = getattr(flags, group) if group and not leaf.where.positional else flags
+    return getattr(holder, leaf.key)
 
 
 def flags_of(
@@ -83,10 +95,8 @@ def flags_of(
     def build(flags: Any, given: AbstractSet[str]) -> Any:
         values: dict[str, dict[str, Any]] = {"": {}, SETTING: {}}
         for leaf in leaves:
-            group = leaf.where.group
-            holder = getattr(flags, group) if group and not leaf.where.positional else flags
             typed = leaf.name in given or leaf.where.positional or not leaf.open
-            values[leaf.owner][leaf.name] = getattr(holder, leaf.key) if typed else leaf.default
+            values[leaf.owner][leaf.name] = flag_value(leaf, flags) if typed else leaf.default
         return _constructed(arguments, values)
 
     return made, build
@@ -100,7 +110,7 @@ def _constructed(arguments: Any, values: dict[str, dict[str, Any]]) -> Any:
     return kind(**own)
 
 
-def _leaves(arguments: Any, chosen: Container[str], owner: str = "") -> Iterator[_Leaf]:
+def _leaves(arguments: Any, chosen: Container[str], owner: str = "") -> Iterator[Leaf]:
     kind = get_origin(arguments) or arguments
     usual = In("model" if issubclass(kind, Setting) else "")
     hints = get_type_hints(kind, include_extras=True)
@@ -114,7 +124,7 @@ def _leaves(arguments: Any, chosen: Container[str], owner: str = "") -> Iterator
         where = next((extra for extra in extras if isinstance(extra, In)), usual)
         if where.group is not None:
             bare = get_args(hint)[0] if extras else hint
-            yield _Leaf(
+            yield Leaf(
                 owner=owner,
                 name=each.name,
                 hint=bare,
@@ -125,7 +135,7 @@ def _leaves(arguments: Any, chosen: Container[str], owner: str = "") -> Iterator
             )
 
 
-def _member(leaf: _Leaf) -> tuple[str, Any, Any]:
+def _member(leaf: Leaf) -> tuple[str, Any, Any]:
     """(name, annotation, field) as `make_dataclass` takes it."""
     hint = leaf.hint
     default = leaf.default
@@ -146,7 +156,7 @@ def _member(leaf: _Leaf) -> tuple[str, Any, Any]:
     return leaf.key, Annotated[hint, shown], _field(default)
 
 
-def _hint(leaf: _Leaf) -> str | None:
+def _hint(leaf: Leaf) -> str | None:
     """What stands behind the help; None: the default, as tyro writes it."""
     if leaf.default is MISSING:
         return "(required)"
