@@ -17,14 +17,16 @@ from trainfit.tracing.events import TensorInfo, Trace
 from trainfit.tracing.stored_trace import StoredTrace
 
 LOOKAHEAD = (32, 16, 8, 4, 3, 2, 1)
-"""Tensors that must agree behind an insertion for it to count as one; the longest that is found wins."""
-LONGEST_INSERTION, LONGEST_OMISSION = 6000, 60
-"""Tensors in a row that only the larger, only the smaller trace has."""
+"""Numbers of tensors that must agree after an insertion, tried in this order."""
+LONGEST_INSERTION = 6000
+"""Largest number of consecutive tensors that only the larger trace has."""
+LONGEST_OMISSION = 60
+"""Largest number of consecutive tensors that only the smaller trace has."""
 ROUNDING_BYTES = 512
-"""By so much a size may leave its law: kernels round their workspaces."""
+"""A size may differ from its law by this much, because kernels round their workspaces."""
 
 TOLERANCE = 0.003
-"""Difference allowed between the peak of the smaller trace and of what is made from both for its micro-batch."""
+"""Allowed relative difference between the peaks of the smaller trace and of the scaled trace at its micro-batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +34,15 @@ class ScaledTrace:
     """Traces of one step at two micro-batches, aligned. In evaluation the micro-batch is the evaluation's as well."""
 
     micro_batches: tuple[int, int]
-    """The two."""
+    """The smaller and the larger micro-batch."""
     trace: Trace
-    """At the larger."""
+    """The trace at the larger micro-batch."""
     small_bytes: tuple[int, ...]
-    """Each tensor's bytes at the smaller; 0 for one that a further image allocated."""
+    """Bytes of each tensor at the smaller micro-batch; 0 if only additional images allocate it."""
     passing: frozenset[int]
-    """Tensors of a further image that are gone before the next image: one at a time, however many images there are."""
+    """Tensors of an additional image that are freed before the next image: one exists at a time, for any number of images."""
     ops: tuple[tuple[OpCount, ...], tuple[OpCount, ...]]
-    """Operators of the last window, at both."""
+    """Operators of the last window at both micro-batches."""
     made_up: tuple[str, ...]
     upper_bounds: tuple[str, ...]
     blocks: int
@@ -49,8 +51,9 @@ class ScaledTrace:
     def at(self, micro_batch: int, *, eval_micro_batch: int | None = None, evaluated_from: int | None = None) -> Trace:
         """The trace at `micro_batch`, from event `evaluated_from` on at `eval_micro_batch`.
 
-        Exact at the two; between and beyond them exact for sizes with an affine law. Further images' tensors share
-        the bytes of all images beyond the smaller of the two, so sums are right, and a peak by one image's own tensors.
+        Exact at the two micro-batches, and at others for sizes that are affine in the micro-batch. The tensors of additional
+        images share the bytes of all images beyond the smaller micro-batch, so that sums are right, and so is a peak caused
+        by one image's tensors.
         """
         tensors = self.trace.tensors
         until = len(tensors)
@@ -61,10 +64,10 @@ class ScaledTrace:
         return Trace(tensors=tuple(sized), events=self.trace.events, marks=self.trace.marks)
 
     def peak_bytes(self, micro_batch: int) -> int:
-        """The most that the tensors of the trace at a micro-batch ask for at once."""
+        """The peak of the bytes that the tensors of the trace request at a micro-batch."""
         sizes = [self._bytes(tensor, micro_batch) for tensor in self.trace.tensors]
-        held = accumulate(sizes[event - 1] if event > 0 else -sizes[-event - 1] for event in self.trace.events)
-        return max(held, default=0)
+        changes = (sizes[event - 1] if event > 0 else -sizes[-event - 1] for event in self.trace.events)
+        return max(accumulate(changes), default=0)
 
     def _bytes(self, tensor: TensorInfo, micro_batch: int) -> int:
         small, large = self.micro_batches
@@ -156,7 +159,7 @@ def resized(tensor: TensorInfo, nbytes: int) -> TensorInfo:
 def scale(small: StoredTrace, large: StoredTrace, micro_batches: tuple[int, int]) -> ScaledTrace | None:
     """Align the traces of one setting at two micro-batches, the smaller first.
 
-    None: the step does other things at the one than at the other, so that each has to be traced by itself.
+    Returns None if the step runs different operators at the two micro-batches, so that each has to be traced separately.
     """
     matches = matched(small.trace.tensors, large.trace.tensors, growth=micro_batches[1] / micro_batches[0])
     sizes = tuple(0 if match is None else small.trace.tensors[match].nbytes for match in matches)
@@ -170,21 +173,22 @@ def scale(small: StoredTrace, large: StoredTrace, micro_batches: tuple[int, int]
         upper_bounds=large.upper_bounds,
         blocks=large.blocks,
     )
-    true, found = peak_bytes(small.trace), peak_bytes(scaled.at(micro_batches[0]))
-    return scaled if abs(found - true) <= TOLERANCE * true else None
+    true_peak = peak_bytes(small.trace)
+    peak = peak_bytes(scaled.at(micro_batches[0]))
+    return scaled if abs(peak - true_peak) <= TOLERANCE * true_peak else None
 
 
 def peak_bytes(trace: Trace) -> int:
-    """The most that a trace's tensors asked for at once."""
+    """The peak of the bytes that a trace's tensors request."""
     sizes = [tensor.nbytes for tensor in trace.tensors]
     return max(accumulate(sizes[event - 1] if event > 0 else -sizes[-event - 1] for event in trace.events), default=0)
 
 
 def matched(small: Sequence[TensorInfo], large: Sequence[TensorInfo], *, growth: float) -> list[int | None]:
-    """For each tensor of `large` its like in `small`.
+    """For each tensor of `large` the index of the matching tensor of `small`, or None.
 
-    Phase by phase, where the two go through the same ones (with more accumulation they do not); backward from its end,
-    because it goes through the images from the last to the first.
+    Phases are matched separately if both traces have the same ones (with more accumulation they do not); backward is matched
+    from its end, because it processes the images from the last to the first.
     """
     pairs = [[(name, list(run)) for name, run in groupby(ts, key=lambda t: t.phase)] for ts in (small, large)]
     if [name for name, _ in pairs[0]] != [name for name, _ in pairs[1]]:
@@ -199,20 +203,23 @@ def matched(small: Sequence[TensorInfo], large: Sequence[TensorInfo], *, growth:
 
 
 def _align(small: Sequence[TensorInfo], large: Sequence[TensorInfo], *, growth: float) -> list[int | None]:
-    """For each tensor of `large` the id of its like in `small`, in order; None for what only the larger trace has."""
+    """For each tensor of `large` the id of the matching tensor of `small`, in order; None if only the larger trace has it."""
     names: dict[tuple[str, str, str], int] = {}
     a, b = ([(names.setdefault((t.op, t.module, t.phase), len(names)), t.nbytes) for t in ts] for ts in (small, large))
 
     def alike(i: int, j: int) -> bool:
-        (name, nbytes), (other, grown) = a[i], b[j]
-        return name == other and nbytes <= grown + ROUNDING_BYTES and grown <= growth * nbytes + ROUNDING_BYTES
+        name, nbytes = a[i]
+        other_name, other_bytes = b[j]
+        if name != other_name:
+            return False
+        return nbytes <= other_bytes + ROUNDING_BYTES and other_bytes <= growth * nbytes + ROUNDING_BYTES
 
     def agree(i: int, j: int, count: int) -> bool:
         return i < len(a) and all(alike(i + k, j + k) for k in range(min(count, len(a) - i, len(b) - j)))
 
     def gap(i: int, j: int) -> tuple[int, int]:
-        """What only the smaller trace has here, and what only the larger: nothing of the smaller one, if at all possible;
-        after it the two agree as long as may be.
+        """Numbers of tensors that only the smaller and only the larger trace has here: if possible none of the smaller, and
+        such that the traces agree for as long as possible afterwards.
         """
         for omitted, counts in ((1, LOOKAHEAD[:-2]), (LONGEST_OMISSION, LOOKAHEAD[:-2]), (1, LOOKAHEAD[-2:])):
             for count in counts:
@@ -240,13 +247,13 @@ def _align(small: Sequence[TensorInfo], large: Sequence[TensorInfo], *, growth: 
 
 def _passing(trace: Trace, matches: Sequence[int | None]) -> frozenset[int]:
     """Unmatched tensors that are freed before the next matched one is allocated."""
-    made = {event - 1: index for index, event in enumerate(trace.events) if event > 0}
+    allocated = {event - 1: index for index, event in enumerate(trace.events) if event > 0}
     freed = {-event - 1: index for index, event in enumerate(trace.events) if event < 0}
     passing: set[int] = set()
     end = len(trace.events)
     for number in reversed(range(len(matches))):
         if matches[number] is not None:
-            end = made[number]
+            end = allocated[number]
         elif freed.get(number, len(trace.events)) <= end:
             passing.add(number)
     return frozenset(passing)

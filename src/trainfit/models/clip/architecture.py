@@ -175,7 +175,7 @@ def unlock(model: Any, freeze: Freeze, groups: int) -> None:
         TrainfitError: the tower has no groups, or no more than these.
     """
     image = freeze == "image"
-    tower: Any = model.visual if image else model.text if hasattr(model, "text") else model
+    tower: Any = model.visual if image else getattr(model, "text", model)
     try:
         if image:
             tower.lock(unlocked_groups=groups)
