@@ -44,6 +44,7 @@ def recipe(data: Path, out: Path, *, steps: int, resolution: int = 128, lr: floa
         lr_encoder=lr,
         multi_scale=False,
         augment="none",
+        weights="random",
         ema=False,
         save_minutes=1000,
         out=out,

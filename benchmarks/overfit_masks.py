@@ -39,6 +39,7 @@ def main() -> None:
             lr_encoder=arguments.lr,
             multi_scale=False,
             augment="none",
+            weights="random",
             ema=False,
             workers=0,
             out=Path(folder) / "run",

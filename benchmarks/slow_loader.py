@@ -52,6 +52,7 @@ def main() -> None:
         "rfdetr-nano",
         data="sample",
         device="cpu",
+        weights="random",
         resolution=64,
         groups=1,
         num_queries=30,

@@ -22,6 +22,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
+# Nothing is downloaded: training starts from random weights where a test does not name any.
+os.environ["TRAINFIT_WEIGHTS"] = "random"
+
 SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
 

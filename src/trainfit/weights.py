@@ -168,3 +168,11 @@ def require_fit(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], pat
                 f"not {tuple(own[name].shape)}; the file is damaged"
             )
     require_kinds(model, weights, path)
+
+
+def not_downloaded(path: Path, reason: str) -> str:
+    """What the user can do about published weights that could not be downloaded; `path` is where they are looked for."""
+    return (
+        f"could not download {path.name} ({reason}): put the file at {path}, name it with --weights FILE, or start from "
+        "nothing with --weights random"
+    )

@@ -61,6 +61,8 @@ class Family:
     prepare_trace: str | None = None
     """"module:function" that a tracing process calls before it builds a step, with the compute capability that it traces for:
     to stand in for what a trace cannot run."""
+    published: Callable[[Any], bool] = lambda _: False
+    """Setting -> whether upstream has weights that training starts from where nothing else is said."""
     checkpoint: str | None = None
     """"module:function" of (model name, file of upstream's or `pretrained`) -> (`Workload`, the model with the file's
     weights and classes, remarks for the user); None: such files cannot be evaluated."""

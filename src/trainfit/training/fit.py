@@ -40,6 +40,7 @@ from trainfit.training.setup import (
     restore,
     take_defaults,
     with_choice,
+    with_weights,
     workload_of,
     write_recipe,
 )
@@ -73,7 +74,7 @@ def fit(
     """
     with process_group(recipe.device) as device:
         show = progress if progress is not None and ranks.rank() == 0 else Silent()
-        recipe = resume_recipe(recipe) if recipe.resume else on_earlier_run(recipe)
+        recipe = resume_recipe(recipe) if recipe.resume else with_weights(on_earlier_run(recipe))
         require_task(recipe)
         name, resume = family_of(recipe.model)[1], recipe.resume is not None
         with run_folder.opened(recipe.out, name, resume=resume) as folder:

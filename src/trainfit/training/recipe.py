@@ -19,8 +19,8 @@ from trainfit.values import In, Range, changed, flag, from_record, given, keeps_
 DEFAULT_EFFECTIVE_BATCH = 16
 """Why this many: docs/training.md. A family may ask for one instead (`Family.asks_batch`)."""
 DEFAULT_MICRO_BATCH = 4
-RANDOM = "random"
-"""The value of --weights for a model with random weights."""
+RANDOM, PRETRAINED = "random", "pretrained"
+"""Values of --weights that name no file."""
 
 
 @keeps_given
@@ -49,8 +49,8 @@ class Recipe(Setting):
     plan: Annotated[Path | None, In("run")] = None
     """File that `trainfit plan --out` wrote: its knobs are taken where none are given here."""
     weights: Annotated[str | None, In("run")] = None
-    """What to start from: a run folder (its best weights), a weights file of trainfit or upstream, or `pretrained`
-    (downloads upstream's); random without it."""
+    """What to start from: a run folder (its best weights), a weights file of trainfit or upstream, `pretrained` (downloads
+    upstream's) or `random`; pretrained where upstream has weights of the model, unless given."""
     effective_batch: Annotated[int | None, Range(1, 1_000_000), In("batch")] = None
     """Images (or pairs) per optimizer step over all GPUs (default 16; docs/training.md says why; CLIP has none)."""
     epochs: Annotated[int, Range(1, 1_000_000), In("schedule")] = 100

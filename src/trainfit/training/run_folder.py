@@ -137,6 +137,11 @@ def _require_checksums(path: Path) -> None:
         raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
 
 
+def has_state(folder: Path | None) -> bool:
+    """Whether a run folder has a saved state, whole or not: a resume then needs no other weights."""
+    return folder is not None and any((folder / name).exists() for name in (STATE, PREVIOUS))
+
+
 def usable_state(folder: Path, check: Callable[[Mapping[str, Any]], None] | None = None) -> tuple[str | None, str]:
     """The file name of the newest state that is whole and passes `check`, and a remark ("" if there is nothing to say).
 

@@ -20,8 +20,9 @@ from trainfit.tasks.task import Task
 from trainfit.training import run_folder
 from trainfit.training.earlier_run import evaluated_weights
 from trainfit.training.loader import usable_cores
-from trainfit.training.recipe import RANDOM, Batching, Recipe, encode, resolve_batching, setting_of
+from trainfit.training.recipe import PRETRAINED, RANDOM, Batching, Recipe, encode, resolve_batching, setting_of
 from trainfit.training.run_files import PLAN
+from trainfit.training.run_folder import has_state
 from trainfit.training.saved_state import require_like
 from trainfit.training.telemetry import Progress
 from trainfit.values import changed, given
@@ -29,6 +30,10 @@ from trainfit.weights import UNREADABLE, first_line
 
 Choose = Callable[[Recipe, Any, torch.device, int, Callable[[str], None]], Mapping[str, Any]]
 """(recipe, data set, device, number of ranks, note) -> values of the recipe that were left open."""
+
+
+WEIGHTS_VARIABLE = "TRAINFIT_WEIGHTS"
+"""Environment variable: what training starts from where upstream has weights and `--weights` is not given."""
 
 
 def take_defaults(*_: object) -> Mapping[str, Any]:
@@ -43,6 +48,19 @@ def with_choice(recipe: Recipe, dataset: Any, device: torch.device, choose: Choo
     world = ranks.world_size()
     own = choose(recipe, dataset, device, world, show.note) if ranks.rank() == 0 else {}
     return changed(recipe, **ranks.gather(dict(own))[0])
+
+
+def with_weights(recipe: Recipe) -> Recipe:
+    """The recipe with what training starts from: upstream's weights where there are any and nothing else is said.
+
+    The environment variable `TRAINFIT_WEIGHTS` may say otherwise, for machines without a network.
+    """
+    if recipe.weights is not None:
+        return recipe
+    family, name = family_of(recipe.model)
+    published = family.published(changed(recipe, model=name))
+    wanted = os.environ.get(WEIGHTS_VARIABLE) or PRETRAINED
+    return changed(recipe, weights=wanted if published else RANDOM)
 
 
 def require_task(recipe: Recipe) -> None:
@@ -109,14 +127,14 @@ def make_step(workload: TrainableWorkload, recipe: Recipe, device: torch.device,
         torch.set_num_threads(max(1, usable_cores() - 1))
     torch.manual_seed(recipe.seed)
     model = workload.build()
-    weights = recipe.weights
-    if recipe.earlier_run is not None:
+    weights = None if has_state(recipe.resume) else recipe.weights
+    if weights and recipe.earlier_run is not None:
         weights = str(evaluated_weights(recipe.earlier_run))
     if weights not in (None, RANDOM):
         for remark in _load(workload, model, weights):
             show.note(remark)
-    else:
-        show.note("weights: random; --weights pretrained starts from upstream's published weights")
+    elif recipe.resume is None:
+        show.note("weights: random")
     settings = OptimizerSettings(lr=recipe.lr, lr_encoder=recipe.lr_encoder, weight_decay=recipe.weight_decay)
     return build_training_step(workload, device, model=model, optimizer_settings=settings, clip_norm=recipe.clip_norm)
 

@@ -28,6 +28,14 @@ def match(typed: str) -> str | None:
     return typed if typed.startswith(PREFIX) and typed != PREFIX else None
 
 
+def has_published_weights(setting: ClassifierSetting) -> bool:
+    """Whether timm offers weights of the model; imports timm."""
+    import timm
+
+    published = timm.get_pretrained_cfg(setting.model.removeprefix(PREFIX))
+    return published is not None and bool(published.has_weights)
+
+
 @register
 def family() -> Family:
     """The family of timm's models."""
@@ -37,6 +45,7 @@ def family() -> Family:
         models=("timm:NAME",),
         match=match,
         workload="trainfit.models.classifier.workload",
+        published=has_published_weights,
         task="classes",
         extra="timm",
         packages=("timm",),

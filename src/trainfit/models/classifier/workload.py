@@ -183,7 +183,7 @@ def _published(name: str) -> dict[str, torch.Tensor]:
     except Exception as error:  # the hub's client raises errors of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TrainfitError(
-            f"published weights of timm:{name} cannot be downloaded ({reason:.150}): give --weights FILE"
+            f"published weights of timm:{name} cannot be downloaded ({reason:.150}): give --weights FILE, or --weights random"
         ) from error
 
 

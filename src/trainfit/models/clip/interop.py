@@ -59,7 +59,8 @@ def _find(architecture: str, weights: str) -> tuple[Path, list[str]]:
     except Exception as error:  # urllib's and huggingface_hub's
         reason = first_line(error)
         raise TrainfitError(
-            f"could not download {architecture} {tag} ({reason}); get the file elsewhere and pass --weights FILE"
+            f"could not download {architecture} {tag} ({reason}): get the file elsewhere and pass --weights FILE, or "
+            "--weights random"
         ) from error
     return Path(file), [f"weights: {architecture} {tag}"]
 

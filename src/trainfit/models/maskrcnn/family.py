@@ -279,6 +279,7 @@ def family() -> Family:
         models=MODELS,
         match=match,
         workload="trainfit.models.maskrcnn.workload",
+        published=lambda setting: "-r50-" in setting.model and setting.norm == "published",
         checkpoint="trainfit.models.maskrcnn.interop:from_upstream",
         emit="trainfit.models.maskrcnn.emit",
         augments=frozenset({"flip"}),

@@ -13,7 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from trainfit.errors import TrainfitError
 from trainfit.models.maskrcnn.family import MaskRcnnSetting
 from trainfit.tasks.detection.class_names import positions
-from trainfit.weights import load_weights, read_checkpoint, require_kinds, require_sound
+from trainfit.weights import load_weights, not_downloaded, read_checkpoint, require_kinds, require_sound
 
 PUBLISHED: Mapping[str, Any] = {
     "maskrcnn-r50-v1": detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1,
@@ -130,7 +130,7 @@ def _find(setting: MaskRcnnSetting, weights: str) -> Path:
     if published is None:
         raise TrainfitError(
             f"--weights pretrained: torchvision has no weights of {setting.model}, only of {', '.join(PUBLISHED)}: "
-            "give a file, or leave --weights out"
+            "give a file, or --weights random"
         )
     name = published.url.rpartition("/")[2]
     folder = Path(torch.hub.get_dir()) / "checkpoints"
@@ -139,9 +139,7 @@ def _find(setting: MaskRcnnSetting, weights: str) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(published.url, str(folder / name), progress=False)
         except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; RuntimeError: wrong checksum
-            raise TrainfitError(
-                f"could not download {name} ({type(error).__name__}); get the file elsewhere and pass --weights PATH/{name}"
-            ) from error
+            raise TrainfitError(not_downloaded(folder / name, type(error).__name__)) from error
     return folder / name
 
 

@@ -204,6 +204,15 @@ def host_seconds(setting: RfDetrSetting, images: int, capability: Capability | N
     )
 
 
+def has_published_weights(setting: RfDetrSetting) -> bool:
+    """Whether upstream's file of the model fits; there is none of the guide's models with a mask head."""
+    published = PUBLISHED[setting.model]
+    stage = "single" if setting.model.startswith("rfdetr-") else "detector"
+    return (
+        setting.stage == stage and (setting.num_queries or 0) <= published.queries and (setting.groups or 0) <= GROUPS
+    )
+
+
 def check_recipe(recipe: Any) -> None:
     """The mask stage starts from the run of a detector."""
     if recipe.stage == "masks" and recipe.weights in (None, "pretrained", "random"):
@@ -250,6 +259,7 @@ def family() -> Family:
         match=match,
         workload="trainfit.models.rfdetr.workload",
         prepare_trace="trainfit.models.rfdetr.tracing:prepare",
+        published=has_published_weights,
         checkpoint="trainfit.models.rfdetr.workload:from_upstream",
         emit="trainfit.models.rfdetr.emit",
         refuses_checkpointing=("transformers",),  # transformers 5.23

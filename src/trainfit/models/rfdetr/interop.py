@@ -20,7 +20,7 @@ from trainfit.models.rfdetr.weights_file import WeightsFile, read_weights
 from trainfit.step.lora import has_adapters, is_adapter, merged
 from trainfit.tasks.detection.class_names import positions
 from trainfit.weights import load_weights as read_tensors
-from trainfit.weights import require_kinds
+from trainfit.weights import not_downloaded, require_kinds
 
 MASK_HEAD = "segmentation_head."
 """What the names of the mask head's tensors begin with."""
@@ -95,17 +95,13 @@ def _download(config: ModelConfig) -> Path:
     default = type(config).model_fields["pretrain_weights"].default
     path = Path(str(type(config).expand_path(default)))
     path.parent.mkdir(parents=True, exist_ok=True)
+    reason = "no file came"
     try:
         download_pretrain_weights(str(path))
     except (OSError, ValueError) as error:  # requests' exceptions are OSErrors; ValueError: wrong checksum
         reason = type(error).__name__
-        raise TrainfitError(
-            f"could not download {path.name} ({reason}); get the file elsewhere and pass --weights PATH/{path.name}"
-        ) from error
     if not path.is_file():
-        raise TrainfitError(
-            f"could not download {path.name}; get the file elsewhere and pass --weights PATH/{path.name}"
-        )
+        raise TrainfitError(not_downloaded(path, reason))
     return path
 
 
