@@ -29,6 +29,8 @@ class Predicted:
 def predict(row: Row) -> Predicted | None:
     """The prediction of a row; None where its step has no trace."""
     gpu = find_gpu(row.card)
+    if row.card_mib is not None:
+        gpu = replace(gpu, memory_bytes=int(row.card_mib * MIB))
     # A context without a step is the source of its card's row in `gpus.context`, and no judge of it.
     stored = None if row.case is None else _by_name(row.case)
     if stored is None:

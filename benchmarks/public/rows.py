@@ -55,6 +55,8 @@ class Row:
     name: str
     card: str
     """Name in the catalogue."""
+    card_mib: float | None = None
+    """Its memory as torch reported it, where the source says so; the catalogue has the lowest total that was seen."""
     quantity: Quantity
     measured_mib: float
     case: Case | None = None

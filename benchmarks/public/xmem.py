@@ -79,6 +79,7 @@ def _row(record: dict[str, Any]) -> Row:
         group=GROUPS.get(model, "dense CNN"),
         name=f"{model} {record['optimizer']} {record['micro_batch']}",
         card=card,
+        card_mib=record["card_memory_mib"],
         quantity="nvml_minus_start",
         measured_mib=record["value_mib"],
         case=Case(source="xmem", arguments=arguments, capability=capability, steps=4),

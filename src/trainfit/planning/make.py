@@ -17,6 +17,7 @@ from trainfit.memory.priced import RATES_LIKE, Pricer, rated
 from trainfit.memory.shipped import why_unused
 from trainfit.models.setting import Setting
 from trainfit.planning.comparing import frontier, least_of
+from trainfit.planning.objects import objects_lines
 from trainfit.planning.plan import Loading, Plan
 from trainfit.planning.search import Found, Wish, search
 from trainfit.step.names import Checkpointing
@@ -126,11 +127,19 @@ def make_plan(
         checkpointing=checkpointing,
         allow=allow,
     )
-    found = search(wish, prices, note=note)
+    found = _with_objects(search(wish, prices, note=note), pricer)
     offloaded = pricer.offloaded_bytes(found.chosen.setting) if found.chosen else 0
     host: dict[str, Any] = {"gpus": gpus, "decode_s": decode_s, "cores": cores, "offloaded_bytes": offloaded}
     load_for = partial(loading, setting, wish.share, **host)
     return _plan(wish, found, gpu, budget, load_for, calibration)
+
+
+def _with_objects(found: Found, pricer: Pricer) -> Found:
+    """The search's end with what the number of objects does to the chosen setting's need."""
+    if found.chosen is None or found.prediction is None:
+        return found
+    lines = (*found.prediction.assumptions, *objects_lines(pricer, found.chosen.setting))
+    return replace(found, prediction=replace(found.prediction, assumptions=lines))
 
 
 def _refuse_impossible(

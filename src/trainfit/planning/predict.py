@@ -11,6 +11,7 @@ from trainfit.memory.priced import Pricer
 from trainfit.memory.shipped import why_unused
 from trainfit.models.setting import Setting
 from trainfit.planning.make import precision_for
+from trainfit.planning.objects import objects_lines
 from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace_cache import get_traces, is_stored
 
@@ -60,7 +61,9 @@ def predict_with_trace(
         pricer = Pricer(gpu=gpu, config=config, gpus=gpus)
         if pricer.answers(resolved):
             cuts = (setting.micro_batch,) * setting.accumulation
-            return replace(pricer.predict(resolved, cuts), setting=setting), pricer.trace(resolved, "training")
+            found = pricer.predict(resolved, cuts)
+            lines = (*found.assumptions, *objects_lines(pricer, resolved))
+            return replace(found, setting=setting, assumptions=lines), pricer.trace(resolved, "training")
         if reason := why_unused(setting):
             note(reason)
     requests = trace_requests(setting, gpu, device=device)
