@@ -5,10 +5,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from clip_cases import make_case, random_pairs
 from small_rcnn import small_rcnn
 from test_exact_gradient import make_sample, nano
 from test_families import pairs, tiny_clip
@@ -102,6 +104,17 @@ def maskrcnn(_folder: Any, optimizer: Optimizer, scaler: bool) -> Family:
     return Family(step=step, window=window, detect=detect)
 
 
+def of_open_clip(kind: str, ratio: float | None, folder: Any, optimizer: Optimizer, scaler: bool) -> Family:
+    """A tiny model of open_clip in float64: towers that run one after the other, or CoCa with its caption loss."""
+    case = make_case(Path(folder), kind, text_ratio=ratio)
+    step = make_step(case.model, case.objective, optimizer=optimizer, scaler=scaler)
+
+    def detect(model: torch.nn.Module, samples: Sequence[Any]) -> list[torch.Tensor]:
+        return list(clip.features(model, samples)[0])
+
+    return Family(step=step, window=random_pairs(5), detect=detect)
+
+
 def two_types(_folder: Any, optimizer: Optimizer, scaler: bool, *, overflow: bool = False) -> Family:
     """Two linear layers of float64 and float32; `overflow`: the loss of the window is infinite."""
 
@@ -157,6 +170,25 @@ class Injector:
             changes["count"] = count
         self.step.objective = dataclasses.replace(objective, **changes)
 
+        if not isinstance(objective, Contrastive):
+            self.step.objective = dataclasses.replace(objective, terms=self._recorded(objective.terms))
+        elif callable(objective.features):
+            self.step.objective = dataclasses.replace(objective, features=self._recorded(objective.features))
+        else:
+            *others, last = objective.features
+            name = "features" if last.with_terms is None else "with_terms"
+            last = dataclasses.replace(last, **{name: self._recorded(getattr(last, name))})
+            self.step.objective = dataclasses.replace(objective, features=(*others, last))
+
+    def _recorded(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(model: torch.nn.Module, samples: Sequence[Any], *canvas: Any) -> Any:
+            result = inner(model, samples, *canvas)
+            if torch.is_grad_enabled():
+                self.seen += [(self.mode.failed, id(sample)) for sample in samples]
+            return result
+
+        return recorded
+
     def _run(self, mode: FailAt, survivor: Survivor) -> None:
         self.seen.clear()
         self.mode, in_parts = mode, Halving(MICRO_BATCH, self.step.device, survivor.survived)
@@ -211,6 +243,9 @@ FAMILIES: dict[str, Callable[[Any, Optimizer, bool], Family]] = {
     "rfdetr": rfdetr,
     "maskrcnn": maskrcnn,
     "clip": contrastive,
+    "clip-towers": partial(of_open_clip, "clip", 2.0),
+    "siglip": partial(of_open_clip, "siglip", None),
+    "coca": partial(of_open_clip, "coca", None),
     "two-types": two_types,
     "overflow": partial(two_types, overflow=True),
 }

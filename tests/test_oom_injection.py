@@ -13,6 +13,8 @@ from trainfit.step.names import Optimizer
     [
         ("clip", "adamw-fused", False, 60),
         ("clip", "adamw-foreach", True, 30),
+        ("clip-towers", "adamw-fused", True, 20),
+        ("coca", "sgd", True, 20),
         ("rfdetr", "adamw-fused", False, 4),
         ("maskrcnn", "adamw-fused", False, 6),
         ("two-types", "sgd", True, 60),

@@ -22,6 +22,7 @@ from trainfit.planning.plan import Loading, Plan
 from trainfit.planning.search import Found, Wish, search
 from trainfit.step.names import Checkpointing
 from trainfit.timing.roofline import TimeEstimate, later
+from trainfit.training.headroom import IN_MEMORY_BYTES
 from trainfit.training.recipe import batch_of
 
 LINK_BYTES_PER_S = 10e9
@@ -250,7 +251,8 @@ def loading(
         reason = f"an image takes {1000 * decode_s:.0f} ms to load, a GPU trains {images_per_s / gpus:.0f} a second"
         if wanted > most:
             reason += f"; {wanted} would be needed, {most} is what the cores allow: loading will be the limit"
-    windows = (PREFETCH * workers + 1) * share * setting.family.sample_bytes(setting)
+    window = min(share * setting.family.sample_bytes(setting), IN_MEMORY_BYTES)  # a larger one waits in a file
+    windows = (PREFETCH * workers + 1) * window
     host_bytes = gpus * (TRAINER_BYTES + workers * WORKER_BYTES + windows + offloaded_bytes)
     return Loading(workers=workers, host_bytes=host_bytes, reason=reason)
 

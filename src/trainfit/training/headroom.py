@@ -6,6 +6,8 @@ from math import ceil
 from pathlib import Path
 from typing import Literal
 
+IN_MEMORY_BYTES = 64 * 2**20
+"""A window that takes more waits in a file of the run folder, so that host memory does not follow the effective batch."""
 LOADER_BOUND = 0.10
 """A larger share of waiting than this is worth more workers."""
 FEWEST_WINDOWS = 10

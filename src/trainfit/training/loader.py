@@ -15,6 +15,7 @@ from trainfit.errors import TrainfitError
 from trainfit.models.workload import Decoder, TrainableWorkload
 from trainfit.step import ranks
 from trainfit.tasks.augment import Augmentation
+from trainfit.training.headroom import IN_MEMORY_BYTES
 from trainfit.training.packets import Spooled, spooled
 from trainfit.training.schedule import mix
 from trainfit.training.workers import NOTE_S, LoaderDiedError, run_workers
@@ -25,8 +26,6 @@ ORDER, SIZE, SAMPLE, STEP = range(4)
 
 PART = 128
 """Samples that a loader process makes at a time: a larger window is made in parts, by several."""
-IN_MEMORY_BYTES = 64 * 2**20
-"""A window that takes more waits in a file of the run folder, so that host memory does not follow the effective batch."""
 
 
 class Unreadable(str):

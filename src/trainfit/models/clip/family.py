@@ -1,5 +1,6 @@
 """CLIP, SigLIP and CoCa of open_clip as a family. Imports no torch."""
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,6 +63,25 @@ def architectures() -> tuple[str, ...]:
     spec = find_spec("open_clip")
     folders = [] if spec is None else list(spec.submodule_search_locations or [])
     return tuple(sorted(file.stem for folder in folders for file in Path(folder, "model_configs").glob("*.json")))
+
+
+def image_pixels(setting: "ClipSetting") -> int:
+    """Pixels of the model's input; `PIXELS_OF_A_SAMPLE` where the architecture's file does not say."""
+    if setting.resolution is not None:
+        return setting.resolution**2
+    name = setting.model.removeprefix(PREFIX)
+    spec = find_spec("open_clip")
+    folders = [] if spec is None else list(spec.submodule_search_locations or [])
+    files = (
+        [Path(name)] if name.endswith(".json") else [Path(each, "model_configs", f"{name}.json") for each in folders]
+    )
+    for file in files:
+        try:
+            size: Any = json.loads(file.read_bytes())["vision_cfg"].get("image_size", 224)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue
+        return size[0] * size[1] if isinstance(size, list) else size**2
+    return PIXELS_OF_A_SAMPLE
 
 
 def match(typed: str) -> str | None:
@@ -151,5 +171,5 @@ def family() -> Family:
         },
         not_flags=("lr_encoder", "warmup_epochs"),
         shapes_weights=("resolution", "loss"),
-        sample_bytes=lambda setting: 3 * (setting.resolution**2 if setting.resolution else PIXELS_OF_A_SAMPLE),
+        sample_bytes=lambda setting: 3 * image_pixels(setting),
     )
