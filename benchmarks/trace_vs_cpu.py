@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trainfit.memory.profile import last_window
-from trainfit.tracing import worker
+from trainfit.tracing import client
 from trainfit.tracing.events import Trace
 from trainfit.tracing.stored_trace import StoredTrace
 
@@ -182,7 +182,7 @@ def main(wanted: list[str]) -> None:
         for device in ("cuda", "cpu"):
             request = {"factory": f"trace_vs_cpu:{factory}", "kwargs": kwargs, "device": device, "steps": 2}
             start = time.perf_counter()
-            result = StoredTrace.from_json(worker.run(request | {"target": {"capability": (8, 6)}}, name))
+            result = StoredTrace.from_json(client.run(request | {"target": {"capability": (8, 6)}}, name))
             times.append(time.perf_counter() - start)
             peaks.append(peak_bytes(result.trace) / MIB)
             made_up = made_up or ", ".join(

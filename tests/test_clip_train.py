@@ -24,8 +24,9 @@ from conftest import rows, run, shared_data
 from trainfit.errors import TrainfitError
 from trainfit.models.clip.architecture import build_model, preprocessing, unlock
 from trainfit.models.clip.data import centre_crop, random_crop, tokenize
-from trainfit.models.clip.family import ClipSetting, Freeze, match
+from trainfit.models.clip.family import ClipSetting, Freeze
 from trainfit.models.clip.losses import image_features
+from trainfit.models.clip.names import match
 from trainfit.models.clip.schedule import lr_factor
 from trainfit.models.clip.upstream_flags import translate
 from trainfit.models.clip.workload import Clip, from_upstream

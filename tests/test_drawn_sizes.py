@@ -17,7 +17,7 @@ TRACED = {
     "rfdetr-medium": {416: (1.126e12, 3.030e10), 576: (1.623e12, 3.684e10), 736: (2.414e12, 4.549e10)},
     "rfdetr-seg-medium": {312: (1.677e12, 9.265e10), 432: (2.602e12, 1.547e11), 552: (3.959e12, 2.368e11)},
 }
-"""Side in pixels -> (FLOPs, bytes) of forward and backward, from `tracing.worker.run` with multi-scale off at that side."""
+"""Side in pixels -> (FLOPs, bytes) of forward and backward, from `tracing.client.run` with multi-scale off at that side."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

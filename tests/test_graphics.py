@@ -15,6 +15,7 @@ from PIL import Image
 import trainfit
 from conftest import run
 from trainfit.reports.graphics_html import graphics_html
+from trainfit.tasks.charts import write_graphics
 from trainfit.tasks.detection import comparison
 from trainfit.tasks.detection.coco_ap import Detections
 from trainfit.tasks.detection.masks import encode_masks
@@ -22,7 +23,7 @@ from trainfit.tasks.detection.matching import RECALLS, Matching
 from trainfit.tasks.detection.metric import DetectionMetric
 from trainfit.tasks.detection.samples import ImageDetections, ImageRecord
 from trainfit.tasks.drawing import color, draw_objects
-from trainfit.tasks.graphics import Matrix, Plot, write_graphics
+from trainfit.tasks.graphics import Matrix, Plot
 from trainfit.tasks.media import find_media, read_frames
 from trainfit.training import detecting, inference
 

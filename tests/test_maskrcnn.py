@@ -25,7 +25,7 @@ from trainfit.models.maskrcnn.family import MaskRcnnSetting, assumptions, drawn_
 from trainfit.models.maskrcnn.losses import make_objective
 from trainfit.models.maskrcnn.model import build_model
 from trainfit.models.maskrcnn.picks import own_stream
-from trainfit.models.maskrcnn.workload import MaskRcnn
+from trainfit.models.maskrcnn.workload import MaskRcnn, from_upstream
 from trainfit.models.setting import make_setting
 from trainfit.step.terms import largest_image
 from trainfit.step.window import accumulate, cut
@@ -310,7 +310,7 @@ def test_rows_of_the_class_heads_follow_the_names_of_coco(tmp_path: Path) -> Non
         assert torch.equal(ours[key][3 * each : 4 * each], known[key][each : 2 * each])
         assert torch.equal(ours[key][:each], known[key][:each])
     assert torch.equal(ours["roi_heads.box_predictor.bbox_pred.weight"][4:8], random)
-    inference, _, remarks = interop.from_upstream("maskrcnn-r50-v1", str(tmp_path / "coco.pth"))
+    inference, _, remarks = from_upstream("maskrcnn-r50-v1", str(tmp_path / "coco.pth"))
     assert remarks == []
     assert (inference.classes[0], inference.classes[11], len(inference.classes)) == ("person", "", 90)
 

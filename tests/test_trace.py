@@ -15,7 +15,7 @@ import trace_cases
 from trainfit.errors import TrainfitError
 from trainfit.gpus.capability import kernel_class
 from trainfit.models.rfdetr.family import kernels as rfdetr_kernels
-from trainfit.tracing import worker
+from trainfit.tracing import client
 from trainfit.tracing.fake_cuda import Target, attention_kernel
 from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace import trace_step
@@ -150,14 +150,14 @@ def request(**kwargs: Any) -> dict[str, Any]:
 
 
 def test_trace_in_a_process_of_its_own(traced: dict[str, Any]) -> None:
-    result = StoredTrace.from_json(worker.run(request(checkpointing="none"), "blocks"))
+    result = StoredTrace.from_json(client.run(request(checkpointing="none"), "blocks"))
     assert trace_cases.peak_bytes(result.trace) == traced["none"]["peak"]
     assert [name for _, name in result.trace.marks if name.startswith("window")] == ["window 0", "window 1"]
 
 
 def test_failure_in_the_other_process_is_one_line() -> None:
     with pytest.raises(TrainfitError, match=r"tracing my step: exit status 1: .*unexpected keyword argument 'wrong'"):
-        worker.run(request(wrong=1) | {"device": "cpu"}, "my step")
+        client.run(request(wrong=1) | {"device": "cpu"}, "my step")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from trainfit.errors import TrainfitError
-from trainfit.tracing import server, worker
+from trainfit.tracing import client, server
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere each trace has a process of its own")
 
@@ -37,7 +37,7 @@ def ask(factory: str, **kwargs: Any) -> str:
     """The error that a factory of this file ends with."""
     request = {"factory": f"{__name__}:{factory}", "kwargs": kwargs, "target": {"capability": (8, 0)}}
     with pytest.raises(TrainfitError) as caught:
-        worker.run({**request, "device": "cpu", "steps": 2}, "a step")
+        client.run({**request, "device": "cpu", "steps": 2}, "a step")
     return str(caught.value)
 
 

@@ -44,7 +44,7 @@ def evaluate(arguments: Evaluate, _given: AbstractSet[str]) -> int:
     from trainfit import api
     from trainfit.cli.files import require_folder
     from trainfit.reports.evaluation import evaluation_json, evaluation_text
-    from trainfit.tasks.graphics import write_graphics
+    from trainfit.tasks.charts import write_graphics
 
     require_valid(arguments)
     require_folder(arguments.pictures, "--pictures")

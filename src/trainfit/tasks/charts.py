@@ -1,12 +1,16 @@
-"""Curves and matrices as images."""
+"""Curves and matrices as images, and the folder of images that an evaluation writes."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 
+from trainfit.errors import TrainfitError
 from trainfit.tasks.drawing import Color, color, font, ink_on
-from trainfit.tasks.graphics import Graphic, Matrix, Picture, Plot
+from trainfit.tasks.graphics import INDEX, Graphic, Matrix, Picture, Plot, record
 
 _TWICE = 2
 """Charts are drawn at twice their size and reduced, which smooths their lines."""
@@ -110,3 +114,22 @@ def _write(
 ) -> None:
     at = (_TWICE * place[0], _TWICE * place[1])
     pen.text(at, words, fill=ink, font=font(_TWICE * size), anchor=anchor)
+
+
+def write_graphics(graphics: Sequence[Graphic], folder: Path, note: Callable[[str], None]) -> None:
+    """Write PNG files and `INDEX` into a folder, which is made; what it held of these names is replaced.
+
+    A picture whose file can no longer be read is left out, and noted.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    index: list[dict[str, Any]] = []
+    for graphic in graphics:
+        try:
+            image = drawn(graphic)
+        except TrainfitError as error:
+            note(f"{graphic.name}: {error}")
+            continue
+        image.save(folder / f"{graphic.name}.png", compress_level=3)
+        index.append(record(graphic))
+    text = json.dumps({"schema": 1, "graphics": index})
+    (folder / INDEX).write_text(text + "\n")

@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from trainfit.errors import TrainfitError
 
 if TYPE_CHECKING:  # a plan knows evaluations, and should not wait for Pillow
     from PIL import Image
@@ -55,27 +53,6 @@ class Matrix:
 
 
 Graphic = Picture | Plot | Matrix
-
-
-def write_graphics(graphics: Sequence[Graphic], folder: Path, note: Callable[[str], None]) -> None:
-    """Write PNG files and `INDEX` into a folder, which is made; what it held of these names is replaced.
-
-    A picture whose file can no longer be read is left out, and noted.
-    """
-    from trainfit.tasks.charts import drawn
-
-    folder.mkdir(parents=True, exist_ok=True)
-    index: list[dict[str, Any]] = []
-    for graphic in graphics:
-        try:
-            image = drawn(graphic)
-        except TrainfitError as error:
-            note(f"{graphic.name}: {error}")
-            continue
-        image.save(folder / f"{graphic.name}.png", compress_level=3)
-        index.append(record(graphic))
-    text = json.dumps({"schema": 1, "graphics": index})
-    (folder / INDEX).write_text(text + "\n")
 
 
 def record(graphic: Graphic) -> dict[str, Any]:

@@ -6,7 +6,7 @@ attention, batch norm and dropout for their CUDA kernels. Here C++ sees the devi
 driver, and what it would have chosen for CUDA is registered from Python instead.
 
 Everything that the tracer replaces in torch is replaced in this file, in `fakeify` and in `Shadows.patch_numpy`. The
-changes are global and permanent: run it in a separate process (`worker.run`), after `selftest`. Works with torch 2.11 and
+changes are global and permanent: run it in a separate process (`client.run`), after `selftest`. Works with torch 2.11 and
 2.15.
 
 Known limits: recurrent layers are traced as unrolled loops instead of cuDNN's; a norm under autocast keeps its input's

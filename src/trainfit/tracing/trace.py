@@ -1,6 +1,6 @@
 """Runs whole training steps without a GPU, and returns every allocation and free that they make.
 
-`trace_step` changes torch for the process that it runs in; everything but tests calls it through `worker.run`.
+`trace_step` changes torch for the process that it runs in; everything but tests calls it through `client.run`.
 """
 
 import gc

@@ -28,7 +28,7 @@ from trainfit.files import read_bytes
 from trainfit.models.family import families, registering_modules
 from trainfit.models.setting import Setting
 from trainfit.process import end_running
-from trainfit.tracing import worker
+from trainfit.tracing import client
 from trainfit.tracing.provenance import TRACER, Provenance, installed_versions, provenance
 from trainfit.tracing.stored_trace import StoredTrace
 
@@ -69,7 +69,7 @@ class TraceRequest:
         return " ".join([self.part, *(f"{key}={values[key]}" for key in sorted(values))])
 
     def to_json(self) -> dict[str, Any]:
-        """The request in the form that the tracing process reads (`tracing.worker.run`)."""
+        """The request in the form that the tracing process reads (`tracing.client.run`)."""
         return {
             "factory": _FACTORY[self.part],
             "kwargs": {"setting": self.setting.to_json()},
@@ -180,7 +180,7 @@ def _traced(request: TraceRequest) -> str:
     family = request.setting.family
     own = {"prepare": family.prepare_trace, "families": registering_modules()}
     modules = (family.workload,) if family.workload.startswith("trainfit.") else ()
-    return worker.run(request.to_json() | own, request.setting.model, modules)
+    return client.run(request.to_json() | own, request.setting.model, modules)
 
 
 def packages_of(setting: Setting) -> dict[str, str]:

@@ -1,35 +1,13 @@
-"""The tracing process: `run` starts it and asks it for a trace; as a program this module is that process."""
+"""The tracing process: traces the step that a request names, and writes the trace. It imports torch; `client` does not."""
 
 import importlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trainfit.errors import TrainfitError
 from trainfit.process import end_with_parent
-from trainfit.tracing.server import answer
-
-IMPORTS = ("trainfit.tracing.trace", "trainfit.tracing.selftest", "trainfit.models.build")
-"""Modules that every trace needs."""
-
-
-def run(request: Mapping[str, Any], name: str, modules: Sequence[str] = ()) -> str:
-    """The JSON of a StoredTrace for `request` (see `TraceRequest.to_json`), made in a separate process. Needs no torch.
-
-    `modules` are imported before, once for several requests; none of a user's own, whose code may change.
-
-    Raises:
-        TrainfitError: the step cannot be built or traced, or the process died; `name` is what was traced.
-    """
-    # One thread: a trace computes almost nothing, and spinning threads slow down a busy machine.
-    text, last_words = answer(request, (*IMPORTS, *modules))
-    if text is None:
-        raise TrainfitError(f"tracing {name}: {last_words}")
-    if text.startswith('{"error"'):
-        raise TrainfitError(json.loads(text)["error"])
-    return text
 
 
 def main(request: Path, answer: Path) -> None:

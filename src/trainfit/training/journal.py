@@ -12,7 +12,7 @@ import torch
 
 from trainfit.step import ranks
 from trainfit.step.training_step import StepResult
-from trainfit.tasks.graphics import write_graphics
+from trainfit.tasks.charts import write_graphics
 from trainfit.tasks.task import Evaluation
 from trainfit.training import headroom
 from trainfit.training.loader import usable_cores

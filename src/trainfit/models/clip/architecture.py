@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 
 from trainfit.errors import TrainfitError
-from trainfit.models.clip.family import PREFIX, Freeze, Loss, refuse
+from trainfit.models.clip.family import Freeze, Loss, refuse
+from trainfit.models.clip.names import PREFIX
 
 SIGLIP_SCALE = math.log(10)
 """Initial logarithm of the scale for --siglip (open_clip 3.3 open_clip_train/main.py)."""

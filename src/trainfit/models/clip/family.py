@@ -4,19 +4,17 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from trainfit.errors import TrainfitError
+from trainfit.models.clip.names import PREFIX, match
 from trainfit.models.clip.schedule import lr_factor
 from trainfit.models.clip.upstream_flags import translate
-from trainfit.models.family import Family, dashed, register
+from trainfit.models.family import Family, register
 from trainfit.models.setting import Setting
 from trainfit.values import In, Range
 
-PREFIX = "clip:"
 PIXELS_OF_A_SAMPLE = 640**2
 Loss = Literal["auto", "clip", "siglip"]
 Freeze = Literal["none", "batchnorm", "image", "text"]
@@ -57,14 +55,6 @@ class ClipSetting(Setting):
     """The tower whose blocks --checkpointing counts."""
 
 
-@cache
-def architectures() -> tuple[str, ...]:
-    """Names of open_clip's configurations, without importing it; none where it is not installed."""
-    spec = find_spec("open_clip")
-    folders = [] if spec is None else list(spec.submodule_search_locations or [])
-    return tuple(sorted(file.stem for folder in folders for file in Path(folder, "model_configs").glob("*.json")))
-
-
 def image_pixels(setting: "ClipSetting") -> int:
     """Pixels of the model's input; `PIXELS_OF_A_SAMPLE` where the architecture's file does not say."""
     if setting.resolution is not None:
@@ -82,30 +72,6 @@ def image_pixels(setting: "ClipSetting") -> int:
             continue
         return size[0] * size[1] if isinstance(size, list) else size**2
     return PIXELS_OF_A_SAMPLE
-
-
-def match(typed: str) -> str | None:
-    """Any name that begins with "clip:": an architecture of open_clip, or a JSON file with the configuration of one.
-
-    open_clip says whether there is such an architecture when it is built. "clip-vit-b-32" is clip:ViT-B-32.
-    """
-    if typed.startswith(PREFIX) and typed != PREFIX:
-        name = typed.removeprefix(PREFIX)
-        if name.endswith(".json"):
-            return f"{PREFIX}{Path(name).absolute()}"
-        return f"{PREFIX}{_spelt(name) or name}"
-    if dashed(typed).startswith("clip-"):
-        name = _spelt(dashed(typed).removeprefix("clip-"))
-        return f"{PREFIX}{name}" if name else None
-    return None
-
-
-def _spelt(name: str) -> str | None:
-    """An architecture as open_clip spells it; None where it has none, or several."""
-    if name in architectures():
-        return name
-    same = [each for each in architectures() if dashed(each) == dashed(name)]
-    return same[0] if len(same) == 1 else None
 
 
 def refuse(model: str) -> None:

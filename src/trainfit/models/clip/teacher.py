@@ -9,8 +9,8 @@ import torch
 from trainfit.errors import TrainfitError
 from trainfit.models.clip.architecture import Preprocessing, architecture_of, build_model, config_of, preprocessing
 from trainfit.models.clip.data import Pair, stacked_images, stacked_texts
-from trainfit.models.clip.family import PREFIX
 from trainfit.models.clip.interop import load_into
+from trainfit.models.clip.names import PREFIX
 from trainfit.weights import load_weights
 
 

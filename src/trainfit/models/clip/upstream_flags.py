@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
+from trainfit.models.clip.names import PREFIX, architectures, match
 from trainfit.values import flag_words
 
 RENAMED = {
@@ -44,8 +45,6 @@ def translate(arguments: Sequence[str]) -> list[str]:
 
     `--model ARCH` becomes the model; `--distill-model ARCH --distill-pretrained FILE` becomes `--distill-model ARCH=FILE`.
     """
-    from trainfit.models.clip.family import PREFIX, architectures, match
-
     words = list(arguments)
     of_upstream = any(before == "--model" and word in architectures() for before, word in pairwise(words))
     if not words or words[0] != "train" or not (of_upstream or any(match(word) for word in words)):

@@ -19,7 +19,7 @@ from trainfit.models.clip.architecture import (
     preprocessing,
 )
 from trainfit.models.clip.data import Pair, make_sample
-from trainfit.models.clip.family import PREFIX, ClipSetting
+from trainfit.models.clip.family import ClipSetting
 from trainfit.models.clip.interop import export_upstream, load_into
 from trainfit.models.clip.losses import (
     CACHED,
@@ -30,6 +30,7 @@ from trainfit.models.clip.losses import (
     make_objective,
     rows_loss,
 )
+from trainfit.models.clip.names import PREFIX
 from trainfit.models.clip.teacher import Teacher
 from trainfit.models.workload import Decoder, OptimizerSettings
 from trainfit.step.checkpointing import repeated_blocks

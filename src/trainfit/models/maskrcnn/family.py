@@ -280,7 +280,7 @@ def family() -> Family:
         match=match,
         workload="trainfit.models.maskrcnn.workload",
         published=lambda setting: "-r50-" in setting.model and setting.norm == "published",
-        checkpoint="trainfit.models.maskrcnn.interop:from_upstream",
+        checkpoint="trainfit.models.maskrcnn.workload:from_upstream",
         emit="trainfit.models.maskrcnn.emit",
         augments=frozenset({"flip"}),
         not_flags=("lr_encoder",),

@@ -64,23 +64,7 @@ def load(model: torch.nn.Module, setting: MaskRcnnSetting, classes: Sequence[str
     Raises:
         TrainfitError: no such file, not a checkpoint, a checkpoint of another model, no network for `pretrained`.
     """
-    return _fill(model, setting, read_weights(_find(setting, weights)), classes)
-
-
-def from_upstream(name: str, weights: str) -> tuple[Any, torch.nn.Module, list[str]]:
-    """A model for inference with the weights and classes of a file of torchvision's; and remarks for the user.
-
-    Raises:
-        TrainfitError: as `load`.
-    """
-    from trainfit.models.maskrcnn.workload import MaskRcnn
-
-    setting = MaskRcnnSetting(model=name)
-    file = read_weights(_find(setting, weights))
-    names = file.class_names or tuple(f"class {row}" for row in range(file.classes))
-    workload = MaskRcnn(setting, names)
-    model = workload.build()
-    return workload, model, _fill(model, setting, file, names)
+    return fill(model, setting, read_weights(find_weights(setting, weights)), classes)
 
 
 def read_weights(path: Path) -> WeightsFile:
@@ -118,7 +102,12 @@ def _coco_names() -> tuple[str, ...]:
     return tuple("" if name == "N/A" else name for name in listed)
 
 
-def _find(setting: MaskRcnnSetting, weights: str) -> Path:
+def find_weights(setting: MaskRcnnSetting, weights: str) -> Path:
+    """The file that `weights` names; `pretrained` is downloaded.
+
+    Raises:
+        TrainfitError: no such file, nothing published, or no network for `pretrained`.
+    """
     if weights != "pretrained":
         path = Path(weights)
         if not path.is_file():
@@ -165,7 +154,12 @@ def _with_epsilon(state: dict[str, torch.Tensor], path: Path) -> dict[str, torch
     return {name: value - epsilon if name.endswith("running_var") else value for name, value in state.items()}
 
 
-def _fill(model: torch.nn.Module, setting: MaskRcnnSetting, file: WeightsFile, classes: Sequence[str]) -> list[str]:
+def fill(model: torch.nn.Module, setting: MaskRcnnSetting, file: WeightsFile, classes: Sequence[str]) -> list[str]:
+    """Fill `model` from a file; returns remarks for the user.
+
+    Raises:
+        TrainfitError: the file is of another model.
+    """
     if file.made_for not in (None, setting.model):
         raise TrainfitError(
             f"{file.path} holds weights of {file.made_for}, not {setting.model}: train {file.made_for}, or pass other "

@@ -101,3 +101,17 @@ class MaskRcnn:
 
 
 make_workload = MaskRcnn
+
+
+def from_upstream(name: str, weights: str) -> tuple[MaskRcnn, torch.nn.Module, list[str]]:
+    """A model for inference with the weights and classes of a file of torchvision; also returns remarks for the user.
+
+    Raises:
+        TrainfitError: no such file, or a checkpoint of another model.
+    """
+    setting = MaskRcnnSetting(model=name)
+    file = interop.read_weights(interop.find_weights(setting, weights))
+    names = file.class_names or tuple(f"class {row}" for row in range(file.classes))
+    workload = MaskRcnn(setting, names)
+    model = workload.build()
+    return workload, model, interop.fill(model, setting, file, names)
