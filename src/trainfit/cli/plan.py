@@ -10,6 +10,7 @@ from typing import Annotated, Generic, Literal
 from trainfit import api
 from trainfit.cli.arguments import AnySetting
 from trainfit.cli.files import require_writable, write
+from trainfit.cli.progress import Progress
 from trainfit.gpus.catalogue import Gpu
 from trainfit.gpus.choice import chosen_gpu, gpu_here
 from trainfit.models.setting import Setting
@@ -63,20 +64,22 @@ def plan(arguments: Plan[Setting], given: AbstractSet[str]) -> int:
     """Plan the fastest training that fits a GPU; the exit code is 1 if nothing fits."""
     require_writable((arguments.html, arguments.svg, arguments.out), force=arguments.force)
     setting = arguments.setting
-    result = api.plan(
-        setting,
-        gpu=_gpu(arguments),
-        gpus=arguments.gpus,
-        data=arguments.data,
-        allow_outside=arguments.allow_outside,
-        effective_batch=arguments.effective_batch,
-        micro_batch=setting.micro_batch if "micro_batch" in given else None,
-        checkpointing=setting.checkpointing if "checkpointing" in given else None,
-        allow=arguments.allow,
-        alloc_conf=arguments.alloc_conf,
-        cache=arguments.cache,
-        note=_note if sys.stderr.isatty() else _ignore,
-    )
+    gpu = _gpu(arguments)
+    with Progress(f"planning {setting.model} for {gpu.name}...") as progress:
+        result = api.plan(
+            setting,
+            gpu=gpu,
+            gpus=arguments.gpus,
+            data=arguments.data,
+            allow_outside=arguments.allow_outside,
+            effective_batch=arguments.effective_batch,
+            micro_batch=setting.micro_batch if "micro_batch" in given else None,
+            checkpointing=setting.checkpointing if "checkpointing" in given else None,
+            allow=arguments.allow,
+            alloc_conf=arguments.alloc_conf,
+            cache=arguments.cache,
+            note=progress.note,
+        )
     if arguments.html is not None:
         write(arguments.html, plan_html(result))
     if arguments.svg is not None:
@@ -101,7 +104,3 @@ def _gpu(arguments: Plan[Setting]) -> Gpu:
 
 def _note(line: str) -> None:
     print(line, file=sys.stderr)
-
-
-def _ignore(_line: str) -> None:
-    pass

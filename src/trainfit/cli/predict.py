@@ -10,6 +10,7 @@ from typing import Annotated, Generic, Literal
 from trainfit import api
 from trainfit.cli.arguments import AnySetting
 from trainfit.cli.files import require_writable, write
+from trainfit.cli.progress import Progress
 from trainfit.gpus.catalogue import GIB, gpu_with_memory
 from trainfit.models.setting import Setting
 from trainfit.reports.profile import profile_json, profile_text
@@ -59,20 +60,21 @@ def predict(arguments: Predict[Setting], _given: AbstractSet[str]) -> int:
     """Predict whether a setting fits a GPU; exit code 1 if it exceeds --budget."""
     require_writable((arguments.html, arguments.snapshot), force=arguments.force)
     budget = None if arguments.budget is None else gpu_with_memory(arguments.budget, flag="--budget")
-    prediction = api.predict(
-        arguments.setting,
-        gpu=arguments.gpu,
-        memory=arguments.memory if arguments.memory or arguments.gpu else arguments.budget,
-        gpus=arguments.gpus,
-        data=arguments.data,
-        allow_outside=arguments.allow_outside,
-        alloc_conf=arguments.alloc_conf,
-        cudnn_benchmark=arguments.cudnn_benchmark,
-        cache=arguments.cache,
-        trace_on=arguments.trace_on,
-        snapshot=arguments.snapshot,
-        note=_note,
-    )
+    with Progress(f"predicting {arguments.setting.model}...") as progress:
+        prediction = api.predict(
+            arguments.setting,
+            gpu=arguments.gpu,
+            memory=arguments.memory if arguments.memory or arguments.gpu else arguments.budget,
+            gpus=arguments.gpus,
+            data=arguments.data,
+            allow_outside=arguments.allow_outside,
+            alloc_conf=arguments.alloc_conf,
+            cudnn_benchmark=arguments.cudnn_benchmark,
+            cache=arguments.cache,
+            trace_on=arguments.trace_on,
+            snapshot=arguments.snapshot,
+            note=progress.note,
+        )
     print(json.dumps(profile_json(prediction)) if arguments.as_json else profile_text(prediction))
     if arguments.html is not None:
         write(arguments.html, profile_html(prediction))
@@ -83,8 +85,3 @@ def predict(arguments: Predict[Setting], _given: AbstractSet[str]) -> int:
     needs, most = (value / GIB for value in (prediction.needs.high_bytes, budget.nominal_memory_bytes))
     print(f"trainfit: over budget: it may need {needs:.2f} GiB, --budget is {most:.2f} GiB", file=sys.stderr)
     return 1
-
-
-def _note(line: str) -> None:
-    if sys.stderr.isatty():
-        print(line, file=sys.stderr)

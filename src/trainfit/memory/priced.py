@@ -3,7 +3,7 @@
 A window is traced with two micro-batches: the second finds the gradients of the first, and all later ones are like it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ from trainfit.tracing.trace_cache import (
     content_if_valid,
     get_trace,
     get_traces,
+    is_stored,
     read_stored,
     store,
     with_provenance,
@@ -77,6 +78,8 @@ class Pricer:
     cache: bool = True
     gpus: int = 1
     """Cards that train together, one process each."""
+    note: Callable[[str], None] = field(default=lambda _: None, repr=False, compare=False)
+    """Called with a line before anything is traced."""
     _scaled_of: dict[TraceRequest, ScaledTrace | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -248,7 +251,7 @@ class Pricer:
                 return None
             request = replace(request, setting=replace(request.setting, accumulation=1))
         if request not in self._scaled_of:
-            self._scaled_of[request] = _load(request, cache=self.cache)
+            self._scaled_of[request] = _load(request, cache=self.cache, note=self.note)
         return self._scaled_of[request]
 
     def trace(self, setting: Setting, part: Part) -> StoredTrace:
@@ -276,6 +279,10 @@ class Pricer:
         """The request's own trace: the package has those of micro-batch 1."""
         of_one = request.setting.micro_batch == 1 and request.setting.eval_micro_batch in (None, 1)
         found = packaged_alone(_at(request, 1)) if of_one else None
+        if found is None and not (self.cache and is_stored(request)):
+            self.note(
+                f"tracing {request.part} at micro-batch {request.setting.micro_batch}, which no stored trace covers..."
+            )
         return found or get_trace(request, cache=self.cache)
 
 
@@ -323,7 +330,7 @@ def _at(request: TraceRequest, number: int) -> TraceRequest:
     return replace(request, setting=replace(request.setting, **{knob: number}))
 
 
-def _load(request: TraceRequest, *, cache: bool) -> ScaledTrace | None:
+def _load(request: TraceRequest, *, cache: bool, note: Callable[[str], None]) -> ScaledTrace | None:
     """From the package, from the disk, or traced now; None where the step's traces cannot be scaled."""
     found = packaged(request)
     if found is not None:
@@ -331,6 +338,7 @@ def _load(request: TraceRequest, *, cache: bool) -> ScaledTrace | None:
     known = read_stored(_path(request, "scaled"), partial(_optional_scaled, request)) if cache else None
     if known is not None:
         return known[0]
+    note(f"tracing {request.part} at two micro-batches, which no stored trace covers...")
     made = make_scaled(request, cache=cache)
     if cache and request.setting.family.cacheable:
         record = {"scaled": made.to_record() if made else None}

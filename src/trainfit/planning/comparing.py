@@ -3,10 +3,18 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from trainfit.models.setting import Setting
 from trainfit.planning.plan import Candidate
 
 KNEE = 0.03
 """Speed that is not worth more memory, or a trace."""
+
+
+def describe(setting: Setting) -> str:
+    """What tells candidates of one search apart, in a few words."""
+    blocks = {"none": "", "all": ", all blocks recomputed", "offload": ", activations on the host"}
+    recomputed = blocks.get(str(setting.checkpointing), f", {setting.checkpointing} blocks recomputed")
+    return f"micro-batch {setting.micro_batch}{recomputed}{', EMA weights on the host' if setting.ema_on_host else ''}"
 
 
 def least_of(candidates: Iterable[Candidate]) -> Candidate:

@@ -44,8 +44,13 @@ def planned_here(
         card = smallest_card(gpus)
         setting = for_data(setting_of(recipe, len(dataset.classes)), dataset)
         batch = batch_of(recipe.model, recipe.effective_batch)
+
+        def lasting(text: str) -> None:
+            if not text.endswith("..."):
+                note(text)
+
         only = recipe.checkpointing if "checkpointing" in given(recipe) else None
-        plan = make_plan(setting, card, effective_batch=batch, gpus=gpus, checkpointing=only, note=note)
+        plan = make_plan(setting, card, effective_batch=batch, gpus=gpus, checkpointing=only, note=lasting)
     except TrainfitError as error:
         note(f"not planned ({error}): micro-batch and checkpointing are the defaults")
         return {}

@@ -16,7 +16,8 @@ from trainfit.memory.predict import Prediction, process_budget
 from trainfit.memory.priced import RATES_LIKE, Pricer, rated
 from trainfit.memory.shipped import why_unused
 from trainfit.models.setting import Setting
-from trainfit.planning.comparing import frontier, least_of
+from trainfit.planning.comparing import describe, frontier, least_of
+from trainfit.planning.nearest import nearest, needs_text
 from trainfit.planning.objects import objects_lines
 from trainfit.planning.plan import Loading, Plan
 from trainfit.planning.search import Found, Wish, search
@@ -102,7 +103,7 @@ def make_plan(
         cache: Store traces, and use stored ones.
         decode_s: Seconds that one worker takes for one image; None where no data set was given.
         cores: The machine's, for its loader processes; None: unknown.
-        note: Hears one line before anything that takes seconds.
+        note: Called with a line before anything that takes seconds; one that ends with "..." is over with the next.
 
     Raises:
         TrainfitError: what is wanted cannot be, or a step cannot be traced.
@@ -111,12 +112,11 @@ def make_plan(
     _refuse_impossible(setting, effective_batch, gpus=gpus, micro_batch=micro_batch, allow=allow)
     config = config or AllocatorConfig()
     setting = replace(setting, precision=precision_for(setting, gpu))
-    pricer = Pricer(gpu=gpu, config=config, cache=cache, gpus=gpus)
+    pricer = Pricer(gpu=gpu, config=config, cache=cache, gpus=gpus, note=note)
     calibration = load(gpu.name)
     prices = Calibrated(pricer=pricer, found=calibration)
     if reason := why_unused(setting):
         note(reason)
-    note(f"pricing {setting.model} on {gpu.name}; what was never traced takes half a minute, once")
     budget = process_budget(gpu, config, gpus)
     wish = Wish(
         setting=setting,
@@ -128,6 +128,7 @@ def make_plan(
         checkpointing=checkpointing,
         allow=allow,
     )
+    _tell_provisional(wish, prices, note)
     found = _with_objects(search(wish, prices, note=note), pricer)
     offloaded = pricer.offloaded_bytes(found.chosen.setting) if found.chosen else 0
     host: dict[str, Any] = {"gpus": gpus, "decode_s": decode_s, "cores": cores, "offloaded_bytes": offloaded}
@@ -141,6 +142,18 @@ def _with_objects(found: Found, pricer: Pricer) -> Found:
         return found
     lines = (*found.prediction.assumptions, *objects_lines(pricer, found.chosen.setting))
     return replace(found, prediction=replace(found.prediction, assumptions=lines))
+
+
+def _tell_provisional(wish: Wish, prices: Calibrated, note: Callable[[str], None]) -> None:
+    """Where no trace that is there covers the setting, say what the plan of the nearest that is covered would be."""
+    setting = replace(wish.setting, micro_batch=2, checkpointing=wish.checkpointing or "none")
+    near = None if prices.known(setting) else nearest(setting, prices.pricer)
+    if near is None:
+        return
+    other, flags = near
+    found = search(replace(wish, setting=other), prices).chosen
+    plan = "nothing fits" if found is None else f"{describe(found.setting)}, {needs_text(found.needs)}"
+    note(f"provisional, from stored traces without {flags}: {plan}; the setting itself is being traced")
 
 
 def _refuse_impossible(

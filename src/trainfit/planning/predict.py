@@ -11,6 +11,7 @@ from trainfit.memory.priced import Pricer
 from trainfit.memory.shipped import why_unused
 from trainfit.models.setting import Setting
 from trainfit.planning.make import precision_for
+from trainfit.planning.nearest import nearest, needs_text
 from trainfit.planning.objects import objects_lines
 from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace_cache import get_traces, is_stored
@@ -51,14 +52,14 @@ def predict_with_trace(
         gpus: Cards of this kind, one process each; the prediction is of one.
         cache: Use traces of the package and of the disk, and store new ones; else trace.
         device: cuda: fake tensors of the card; cpu: the step really runs here.
-        note: Receives one line before anything that takes seconds.
+        note: Called with a line before anything that takes seconds; one that ends with "..." is over with the next.
 
     Raises:
         TrainfitError: the step cannot be built or traced; the message says why.
     """
     if cache and device == "cuda":
         resolved = replace(setting, precision=precision_for(setting, gpu))
-        pricer = Pricer(gpu=gpu, config=config, gpus=gpus)
+        pricer = Pricer(gpu=gpu, config=config, gpus=gpus, note=note)
         if pricer.answers(resolved):
             cuts = (setting.micro_batch,) * setting.accumulation
             found = pricer.predict(resolved, cuts)
@@ -66,9 +67,14 @@ def predict_with_trace(
             return replace(found, setting=setting, assumptions=lines), pricer.trace(resolved, "training")
         if reason := why_unused(setting):
             note(reason)
+        if near := nearest(resolved, pricer):
+            needs = pricer.predict(near[0], (setting.micro_batch,) * setting.accumulation).needs
+            note(
+                f"provisional, from stored traces without {near[1]}: {needs_text(needs)}; the setting itself is being traced"
+            )
     requests = trace_requests(setting, gpu, device=device)
     if not (cache and all(map(is_stored, requests))):
-        note(f"tracing {setting.model}, some 20 s; the next time it is stored")
+        note(f"tracing {setting.model}, some 10 s; the next time it is stored...")
     training, evaluation = get_traces(requests, cache=cache)
     prediction = predict_traced(setting, gpu, training=training, evaluation=evaluation, config=config, gpus=gpus)
     return prediction, training

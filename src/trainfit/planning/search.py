@@ -9,7 +9,7 @@ from trainfit.gpus.context import ByteRange
 from trainfit.memory.coupled import coupled_batches
 from trainfit.memory.predict import RESERVE, Prediction, has_reserve
 from trainfit.models.setting import Setting
-from trainfit.planning.comparing import KNEE, explained, faster, least_of, seconds_of
+from trainfit.planning.comparing import KNEE, describe, explained, faster, least_of, seconds_of
 from trainfit.planning.knobs import FREE, MEMORY, STATE, batches, cuts, turned
 from trainfit.planning.plan import Candidate, Saving, Verdict
 from trainfit.step.names import Checkpointing
@@ -102,6 +102,7 @@ class _Search:
         setting = self.at(base, micro_batch)
         known = self.seen.get(setting)
         if known is None or known.needs_more:
+            self.note(f"pricing {describe(setting)}...")
             self.seen[setting] = self.candidate(base, micro_batch, self.prices.needs(setting))
         return self.seen[setting]
 
@@ -287,7 +288,6 @@ class _Search:
         if seconds * (1 + KNEE) > seconds_of(other):
             return None
         for _ in range(PARTIAL_TRIES):
-            self.note(f"pricing {count} of {blocks} blocks recomputed at micro-batch {b}")
             found = self.price(replace(base, checkpointing=count), b)
             if self.fits(found.needs):
                 return found
