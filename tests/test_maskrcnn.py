@@ -351,6 +351,13 @@ def test_fruits_nuts_trains_is_stopped_resumes_bit_for_bit_and_detects(
     losses = [{k: v for k, v in row.items() if "loss" in row} for row in rows(whole) if "loss" in row]
     assert all(row[name] >= 0 for row in losses for name in ("objectness", "rpn_box", "class", "box", "mask"))
     assert {"segm_ap", "bbox_ap"} <= set(rows(whole)[-1])
+    readings = list(map(json.loads, (whole / run_folder.TELEMETRY).read_text().splitlines()))
+    (reading, *_) = [row for row in readings if "window_numbers" in row]
+    assert reading["window_numbers"].keys() == {"proposals", "rois", "positives"}
+    assert reading["window_numbers"]["rois"] == 3 * 16
+    assert Path(reading["largest"]["objects"]["item"]).parent == data / "images"
+    assert run("report", whole) == 0
+    assert "regions     a window: " in capsys.readouterr().out
     image = next((data / "images").glob("*.jpg"))
     assert run("detect", whole, image, "--threshold", 0, "--json", "--device", "cpu") == 0
     found = json.loads(capsys.readouterr().out)["detections"]

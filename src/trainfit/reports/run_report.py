@@ -11,6 +11,7 @@ from typing import Any, Literal
 from trainfit.errors import TrainfitError
 from trainfit.files import read_json
 from trainfit.gpus.catalogue import GIB
+from trainfit.reports.run_memory import growth_words
 from trainfit.reports.words import duration, printable
 from trainfit.tasks.task import percent
 from trainfit.training.noise_scale import NoiseSample, NoiseScale, noise_line, noise_scale
@@ -67,6 +68,8 @@ class RunReport:
     """Of the process, the largest; None on a GPU."""
     predicted: Row | None
     """Of the plan that the run was started with."""
+    growth: str | None
+    """Whether memory grew with the input or without a reason, in words; None: not known."""
     alloc_retries: int | None
     loader: Row | None
     """The last verdict on the loader, its line included."""
@@ -114,6 +117,7 @@ def read_run(folder: Path, now: float | None = None) -> RunReport:
         allocated_bytes=_most(readings, "allocated_bytes"),
         resident_bytes=None if _most(readings, "reserved_bytes") else _most(readings, "memory_bytes"),
         predicted=plan.get("predicted") if plan else None,
+        growth=growth_words(readings, events["pause"]),
         alloc_retries=_most(readings, "alloc_retries"),
         loader=events["loader"][-1] if events["loader"] else None,
         noise=scale,
@@ -206,6 +210,8 @@ def run_text(report: RunReport) -> str:
         ("time", time_words(report.time)),
         ("loader", report.loader["line"] if report.loader else None),
         ("memory", memory_words(report)),
+        ("growth", report.growth),
+        ("regions", numbers_words(report)),
         ("GPU", gpu_words(report)),
         ("batch", report.noise_line),
         ("left out", f"{report.unreadable_lines} unreadable line(s)" if report.unreadable_lines else None),
@@ -296,6 +302,16 @@ def memory_words(report: RunReport) -> str | None:
         off = 100 * (reserved / report.reserved_bytes - 1)
         words += f"; predicted {reserved / GIB:.2f} ({off:+.1f} %) and {allocated / GIB:.2f}"
     return words + (f"; {report.alloc_retries} allocator retries" if report.alloc_retries else "")
+
+
+def numbers_words(report: RunReport) -> str | None:
+    """The numbers of the run's windows that memory follows from: in the first and in the last reading, and the most."""
+    rows = [row["window_numbers"] for row in report.readings if row.get("window_numbers")]
+    if not rows:
+        return None
+    most = {name: max(row.get(name, 0) for row in rows) for name in rows[0]}
+    each = (f"{rows[0][name]:,.0f} -> {rows[-1].get(name, 0):,.0f} {name} (most {most[name]:,.0f})" for name in most)
+    return f"a window: {', '.join(each)}"
 
 
 def gpu_words(report: RunReport) -> str | None:

@@ -274,6 +274,15 @@ class CocoForm(Protocol):
         ...
 
 
+@runtime_checkable
+class Extents(Protocol):
+    """What a task's module has besides where samples of different extent need different memory."""
+
+    def extent(self, sample: Any) -> Mapping[str, float]:
+        """What a sample's memory follows from, by name in the plural ("pixels", "objects")."""
+        ...
+
+
 def task_names() -> tuple[str, ...]:
     """The tasks of this package, `DEFAULT_TASK` first."""
     folder = importlib.import_module("trainfit.tasks")

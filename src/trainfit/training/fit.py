@@ -22,6 +22,7 @@ from trainfit.training.best import Best
 from trainfit.training.distributed import process_group
 from trainfit.training.earlier_run import on_earlier_run
 from trainfit.training.evaluation import evaluate_model
+from trainfit.training.extents import largest_of
 from trainfit.training.journal import Journal
 from trainfit.training.lines import counted, diverged, evaluated_line, opening_lines, other_ranks
 from trainfit.training.loader import STEP, Unreadable, default_workers, training_loader, window_plan
@@ -198,7 +199,8 @@ class _Run:
             result = self._window(self._readable(items))
             self.done += 1
             lr = max(group["lr"] for group in self.step.optimizer.param_groups)
-            self.journal.window(result, step=self.done, lr=lr, size=self.plan.size(self.done - 1))
+            largest = largest_of(self.task, items, self.done)
+            self.journal.window(result, step=self.done, lr=lr, size=self.plan.size(self.done - 1), largest=largest)
             due = self._due()
             interrupted = self.step.agreed["stop"] > 0
             last = interrupted or self.done == self.total_steps

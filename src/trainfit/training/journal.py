@@ -15,6 +15,7 @@ from trainfit.step.training_step import StepResult
 from trainfit.tasks.charts import write_graphics
 from trainfit.tasks.task import Evaluation
 from trainfit.training import headroom
+from trainfit.training.extents import Largest, largest_over
 from trainfit.training.loader import usable_cores
 from trainfit.training.noise_scale import TOO_FEW, NoiseSample, noise_line, noise_scale
 from trainfit.training.run_files import METRICS, PICTURES, TELEMETRY
@@ -70,6 +71,7 @@ class Journal:
         self.worker_bytes = headroom.WORKER_BYTES
         self.noise: list[NoiseSample] = []
         self.pending: list[tuple[StepResult, int, float, int]] = []
+        self.extents: list[Largest] = []
         self.finite = True
         """Whether every loss and gradient of the last reading was a number."""
 
@@ -80,13 +82,14 @@ class Journal:
             if number:
                 self.show.note(f"{folder / name}: {number} unreadable line(s) dropped")
 
-    def window(self, result: StepResult, *, step: int, lr: float, size: int) -> None:
-        """Note one window; `step` counts from 1."""
+    def window(self, result: StepResult, *, step: int, lr: float, size: int, largest: Largest | None = None) -> None:
+        """Note one window; `step` counts from 1, `largest` is what `largest_of` gives."""
         self.clock.window_done(result.images)
         if self.clock.total.windows == 0 and not self.pending:
             totals = {"total_steps": self.total_steps, "effective_batch": self.effective_batch}
             self.event("start", step - 1, start_s=self.clock.start_s, workers=self.workers, **totals)
         self.pending.append((result, step, lr, size))
+        self.extents.append(largest or {})
         if self.device.type == "cpu" or step % FLUSH_STEPS == 0:
             self.flush()
 
@@ -97,6 +100,8 @@ class Journal:
         rows = [self._read(*window) for window in self.pending]
         most = _largest([window[0].numbers for window in self.pending])
         self.pending.clear()
+        largest = largest_over(self.extents)
+        self.extents.clear()
         spent = self.clock.read()
         last = rows[-1]
         images = sum(row["images"] for row in rows)
@@ -115,7 +120,8 @@ class Journal:
         )
         self.show.step(update)
         values = {"memory_bytes": update.memory_bytes, "images_per_s": update.images_per_s}
-        numbers = {"window_numbers": most} if most else {}
+        numbers: dict[str, Any] = {"window_numbers": most} if most else {}
+        numbers |= {"largest": largest} if largest else {}
         self._write(
             {"step": update.step, **values, "wait_share": update.wait_share, **asdict(spent), **numbers, **self.meter()}
         )

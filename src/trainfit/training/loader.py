@@ -115,6 +115,8 @@ class Loaded(Spooled):
 
     load_s: float
     """Seconds that reading and decoding took, in the process that did."""
+    paths: Sequence[str] = ()
+    """Of each sample."""
     ends_window: bool = True
 
 
@@ -158,6 +160,7 @@ class Making:
         for key in part.keys:
             report(str(key.record.path))
             loaded.append(self._sample(key))
+        loaded.paths = [str(key.record.path) for key in part.keys]
         largest = max(map(_bytes_of, loaded), default=0)
         if part.window * largest > IN_MEMORY_BYTES:
             loaded.folder = self.folder
@@ -223,6 +226,7 @@ def _whole(parts: Sequence[Loaded]) -> Loaded:
     whole = Loaded(sample for part in parts for sample in part)
     whole.maps = tuple(each for part in parts for each in part.maps)
     whole.load_s = sum(part.load_s for part in parts)
+    whole.paths = [path for part in parts for path in part.paths]
     return whole
 
 

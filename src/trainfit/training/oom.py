@@ -209,7 +209,13 @@ class Survivor:
         self._quiet += where == "window"
         self._remember(step, window)
         parts = -(-len(window) // self.micro_batch)
-        return StepResult(losses=losses, gradient_norm=gradient_norm, images=len(window), micro_batches=parts)
+        return StepResult(
+            losses=losses,
+            gradient_norm=gradient_norm,
+            images=len(window),
+            micro_batches=parts,
+            numbers=step.numbers,
+        )
 
     def _agree(self, failure: str | None, images: int) -> dict[str, float]:
         """After a failure: how many ranks only less would help, their mean numbers, and the window's images."""

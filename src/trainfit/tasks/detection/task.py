@@ -10,7 +10,7 @@ from trainfit.tasks.detection.masks import require_masks
 from trainfit.tasks.detection.metric import DetectionMetric
 from trainfit.tasks.detection.pictures import coco_annotation, drawn, file_record, row_text, rows
 from trainfit.tasks.detection.read import read_dataset, recognises, require_no_errors
-from trainfit.tasks.detection.samples import Dataset, ImageRecord
+from trainfit.tasks.detection.samples import Dataset, ImageRecord, Sample
 from trainfit.tasks.detection.statistics import DatasetStatistics
 from trainfit.tasks.detection.statistics import statistics as statistics_of
 from trainfit.tasks.findings import note_lines
@@ -94,6 +94,12 @@ def compare(dataset: Dataset, workload: Any, *, data: str, weights: str) -> Sequ
 def statistics(records: Sequence[ImageRecord]) -> DatasetStatistics:
     """Counts and sizes of images and their objects."""
     return statistics_of(records)
+
+
+def extent(sample: Sample) -> dict[str, float]:
+    """Pixels and objects of a decoded image."""
+    height, width = sample.image.shape[1:]
+    return {"pixels": float(height * width), "objects": float(len(sample.classes))}
 
 
 def worst_first(records: Sequence[ImageRecord]) -> list[ImageRecord]:

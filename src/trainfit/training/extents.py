@@ -1,0 +1,35 @@
+"""The largest sample of some windows, so that a run can say whether its memory grew with what it was given."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from trainfit.tasks.task import Extents, Task
+from trainfit.training.loader import Loaded, Unreadable
+
+Largest = Mapping[str, Mapping[str, Any]]
+"""Name of a number that memory follows from ("pixels") -> its most (`value`), the sample that has it (`item`), `step`."""
+
+
+def largest_of(task: Task, samples: Loaded, step: int) -> Largest:
+    """The largest of each number over the samples of window `step`; empty where the task has none."""
+    measured: object = task
+    if not isinstance(measured, Extents):
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    for path, sample in zip(samples.paths, samples, strict=True):
+        if isinstance(sample, Unreadable):
+            continue
+        for name, value in measured.extent(sample).items():
+            if name not in found or value > found[name]["value"]:
+                found[name] = {"value": value, "item": path, "step": step}
+    return found
+
+
+def largest_over(windows: Iterable[Largest]) -> Largest:
+    """The largest of each number over some windows, the first that has it."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for window in windows:
+        for name, entry in window.items():
+            if name not in found or entry["value"] > found[name]["value"]:
+                found[name] = entry
+    return found
