@@ -28,7 +28,7 @@ MODELS = {
 }
 """A model of each family of the package."""
 WITH_MODEL = ("plan", "train", "predict", "measure")
-OTHERS = ("check-data", "check-exactness", "detect", "evaluate", "explain", "report")
+OTHERS = ("check-data", "check-exactness", "detect", "evaluate", "explain", "export", "report")
 CASES = [*((command, model) for command in WITH_MODEL for model in MODELS.values()), *((each, "") for each in OTHERS)]
 
 

@@ -3,6 +3,7 @@
 Each name is imported from its module when it is first used. `docs/api.md` shows them.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -144,3 +145,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if "IPython" in sys.modules:
+    import_module(f"{__name__}.api.notebook").install()

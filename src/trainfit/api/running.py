@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainfit.api import notebook
 from trainfit.api.inputs import Device, silent
 from trainfit.errors import TrainfitError
 from trainfit.values import flag
@@ -27,7 +28,7 @@ def train(
 
     Args:
         model: Name of a model; it may be left out with `plan`, `resume` and a run folder as `weights`.
-        progress: Shows what happens; nothing is shown without it.
+        progress: Shows what happens; without it a notebook shows a bar, and a program nothing.
         stop: Called after every window; when it returns True, the state is saved and training ends.
         values: Fields of `training.recipe.Recipe`, for instance `data="DIR"`, `epochs=10`, `micro_batch=4`.
 
@@ -39,6 +40,7 @@ def train(
     from trainfit.planning.plan import with_plan
     from trainfit.training.fit import fit
 
+    progress = progress or notebook.progress()
     return fit(with_plan(_recipe(model, values)), progress=progress, stop=stop, choose=planned_here)
 
 

@@ -40,6 +40,7 @@ def _declared(words: Sequence[str]) -> Mapping[str, tuple[Callable[[Any, Any], i
     from trainfit.cli.detect import Detect, detect
     from trainfit.cli.evaluate import Evaluate, evaluate
     from trainfit.cli.explain import Explain, explain
+    from trainfit.cli.export import Export, export
     from trainfit.cli.measure import Measure, measure
     from trainfit.cli.plan import Plan, plan
     from trainfit.cli.predict import Predict, predict
@@ -58,6 +59,7 @@ def _declared(words: Sequence[str]) -> Mapping[str, tuple[Callable[[Any, Any], i
         "detect": (detect, Detect, ()),
         "evaluate": (evaluate, Evaluate, ()),
         "explain": (explain, Explain, ()),
+        "export": (export, Export, ()),
         "report": (report, Report, ()),
     }
 

@@ -49,11 +49,7 @@ def run_html(report: RunReport) -> str:
     rows = "".join(
         f"<tr><td class='soft label'>{name}</td><td>{escape(words)}</td></tr>" for name, words in facts if words
     )
-    charts = [
-        chart
-        for chart in (_loss(report), _evaluations(report), _speed(report), _waiting(report), *_device(report))
-        if chart
-    ]
+    charts = _charts(report)
     parts = [
         f"<h1>{escape(title)} {pill}</h1>",
         f"<p class='soft'>{escape(str(report.folder))}: {steps_words(report)}</p>",
@@ -64,6 +60,17 @@ def run_html(report: RunReport) -> str:
         graphics_html(report.folder / PICTURES),
     ]
     return svg.page(title, parts)
+
+
+def charts_html(report: RunReport) -> str:
+    """A page with the curves alone."""
+    return svg.page(report.model, [f"<div class='charts'>{''.join(_charts(report))}</div>"])
+
+
+def _charts(report: RunReport) -> list[str]:
+    """The curves that there are."""
+    charts = (_loss(report), _evaluations(report), _speed(report), _waiting(report), *_device(report))
+    return [chart for chart in charts if chart]
 
 
 def _curve(rows: Sequence[Row], key: str, name: str, color: str, factor: float = 1.0) -> svg.Curve | None:
