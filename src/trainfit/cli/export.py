@@ -25,7 +25,7 @@ class Export:
     format: str = "onnx"
     """onnx; of another format the command of the upstream project is printed."""
     model: str | None = None
-    """Model that upstream's weights are of, for instance rfdetr-nano."""
+    """Model that upstream's weights are of."""
     batch_size: Annotated[int, Range(1, 1024)] = 1
     """Images that the file takes at once."""
     dynamic_batch: bool = False
