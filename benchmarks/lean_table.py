@@ -25,6 +25,7 @@ from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.host_ema import ema_for_evaluation, without_ema
 from trainfit.memory.host_state import with_state_on_host
 from trainfit.memory.predict import assess, process_budget, trace_requests
+from trainfit.memory.priced import Pricer, packaged_alone
 from trainfit.memory.profile import last_window
 from trainfit.models.setting import Setting, make_setting
 from trainfit.planning.make import make_plan
@@ -97,7 +98,8 @@ def needs_of(setting: Setting) -> dict[str, Any]:
     allocated between the last backward and the next forward.
     """
     gpu = gpu_with_memory("4GiB")
-    stored = get_trace(trace_requests(setting, gpu)[1])
+    packaged = packaged_alone(Pricer(gpu=gpu).request(setting, "evaluation")) if setting.micro_batch == 1 else None
+    stored = packaged or get_trace(trace_requests(setting, gpu)[1])
     found = _assessed(stored, setting, gpu)
     on_host = replace(stored, trace=with_state_on_host(stored.trace))
     return found | {"on_host": _assessed(on_host, setting, gpu)}
