@@ -128,7 +128,7 @@ class _Run:
             began=began,
             workers=self.workers,
             effective_batch=self.batching.effective_batch,
-            tensorboard=recipe.tensorboard,
+            trackers=recipe.trackers,
             show=show,
         )
         self.noise = NoiseWatch(self.step)

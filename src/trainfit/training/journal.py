@@ -1,4 +1,4 @@
-"""What a run writes down window by window: metrics.jsonl, telemetry.jsonl, TensorBoard, and the live line."""
+"""What a run writes down window by window: metrics.jsonl, telemetry.jsonl, trackers, and the live line."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from trainfit.training.noise_scale import TOO_FEW, NoiseSample, noise_line, nois
 from trainfit.training.run_files import METRICS, PICTURES, TELEMETRY
 from trainfit.training.run_folder import Metrics, heal
 from trainfit.training.telemetry import Clock, Progress, StepUpdate, memory_bytes, meter
-from trainfit.training.tensorboard import event_writer
+from trainfit.training.trackers import Trackers
 
 FLUSH_STEPS = 10
 """On a GPU losses are read this often: reading waits for the GPU."""
@@ -45,7 +45,7 @@ class Journal:
         began: float,
         workers: int,
         effective_batch: int,
-        tensorboard: bool,
+        trackers: Sequence[str],
         show: Progress,
     ) -> None:
         """Open the files of a run that has done `after_step` steps and began at `began` (time.perf_counter).
@@ -62,7 +62,7 @@ class Journal:
         self.metrics = (
             Metrics(folder, keep_through=after_step, pending_evaluation=pending_evaluation) if first else None
         )
-        self.events = event_writer(folder) if tensorboard and first else None
+        self.trackers = Trackers(trackers if first else (), folder, show.note)
         self.telemetry = folder / TELEMETRY if first else None
         if first:
             self._heal(folder)
@@ -185,11 +185,10 @@ class Journal:
         return verdict, line
 
     def record(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write figures of windows or of an evaluation; each row has a `step`. TensorBoard gets the last."""
+        """Write figures of windows or of an evaluation; each row has a `step`. Trackers get the last."""
         if self.metrics:
             self.metrics.write(rows)
-        if self.events:
-            self.events(rows[-1], rows[-1]["step"])
+        self.trackers.log(rows[-1])
 
     def close(self, step: int, *, interrupted: bool, unseen: str | None) -> tuple[str, str]:
         """Write the verdicts; returns what to tell of the loader and of the noise scale.
@@ -206,6 +205,7 @@ class Journal:
             if scale
             else f"gradient noise scale not available: {unseen or TOO_FEW}"
         )
+        self.trackers.close()
         self.event("end", step, interrupted=interrupted, noise=hint)
         return line, hint
 

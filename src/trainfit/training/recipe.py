@@ -14,6 +14,7 @@ from trainfit.models.family import family_of, find
 from trainfit.models.setting import Setting
 from trainfit.tasks.augment import parse
 from trainfit.training.run_files import RECIPE
+from trainfit.training.trackers import require_trackers
 from trainfit.values import In, Range, changed, flag, from_record, given, keeps_given, require_known, require_valid
 
 DEFAULT_EFFECTIVE_BATCH = 16
@@ -91,6 +92,8 @@ class Recipe(Setting):
     """Save the state this often besides after every evaluation."""
     tensorboard: Annotated[bool, In("run")] = False
     """Write TensorBoard logs too (needs trainfit[tensorboard])."""
+    track: Annotated[tuple[str, ...], In("run", rare=True)] = ()
+    """Trackers that get the figures too: tensorboard, wandb, mlflow, trackio."""
 
     def __new__(cls, **values: Any) -> Self:
         """The recipe of the model's family, where `model` names one."""
@@ -102,12 +105,18 @@ class Recipe(Setting):
         """Refuse values that cannot be used, alone or together."""
         require_valid(self)
         parse(self.augment)
+        require_trackers(self.track)
         if self.resume is None and not self.model and self.earlier_run is None and self.plan is None:
             raise TrainfitError("name a model, for instance: trainfit train rfdetr-nano --data DIR")
         if self.resume is None and not self.data:
             raise TrainfitError("--data is missing: a folder, a COCO JSON file, or `sample`")
         if type(self) is not Recipe:
             self.family.check_recipe(self)
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """All trackers that are asked for."""
+        return (*self.track, *(("tensorboard",) if self.tensorboard else ()))
 
     @property
     def earlier_run(self) -> Path | None:
@@ -236,7 +245,7 @@ def resolve_batching(recipe: Recipe, world_size: int) -> Batching:
 RESUMABLE = frozenset(
     {
         *("epochs", "max_steps", "early_stopping", "eval_every", "micro_batch", "accumulation", "eval_micro_batch"),
-        *("workers", "tensorboard"),
+        *("workers", "tensorboard", "track"),
     }
 )
 """What may change when a run goes on: none of it changes what a step computes."""
