@@ -11,6 +11,7 @@ from trainfit.gpus.catalogue import find_gpu
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.host_state import moments_bytes, with_state_on_host
 from trainfit.memory.predict import assess, trace_requests
+from trainfit.memory.priced import Pricer
 from trainfit.models.setting import make_setting
 from trainfit.step import units
 from trainfit.step.host_adamw import HostAdamW
@@ -114,3 +115,8 @@ def test_the_price_is_that_of_the_trace(monkeypatch: pytest.MonkeyPatch) -> None
     for end in (TO_HOST, FROM_HOST):
         copied = [row.bytes for row in there.ops if row.op.endswith(end) and row.phase in ("optimizer", "update")]
         assert sum(copied) == pytest.approx(moments, rel=0.002)
+
+
+def test_the_optimizer_of_a_users_own_model_is_traced_as_it_is() -> None:
+    for setting, traced in ((ON_HOST, "adamw-fused"), (make_setting("mine:task", optimizer="adamw-host"), "adamw-host")):
+        assert Pricer(gpu=GPU).request(setting, "training").setting.optimizer == traced

@@ -304,7 +304,10 @@ def packaged_alone(request: TraceRequest) -> StoredTrace | None:
 
 
 def _state_on_host(setting: Setting) -> bool:
-    return setting.optimizer == "adamw-host"
+    """Whether the optimizer's state is moved to the host in a trace. A model of the user's own may have an optimizer of its own,
+    which stays where it is: such a setting is traced as it is.
+    """
+    return setting.optimizer == "adamw-host" and setting.family.cacheable
 
 
 def _on_gpu(setting: Setting) -> Setting:
