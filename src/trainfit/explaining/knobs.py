@@ -7,7 +7,7 @@ from itertools import islice
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import Gpu
 from trainfit.models.setting import Setting
-from trainfit.planning.knobs import FREE, turned
+from trainfit.planning.knobs import FREE, STATE, turned
 from trainfit.planning.predict import predict
 
 
@@ -34,9 +34,9 @@ def changes(setting: Setting) -> Iterator[tuple[str, Setting, bool]]:
         yield f"--micro-batch {half}", replace(setting, micro_batch=half, accumulation=setting.accumulation * 2), True
     if setting.checkpointing != "all":
         yield "--checkpointing all", replace(setting, checkpointing="all"), True
-    for knob in (*FREE, *setting.family.learns):
+    for knob in (*FREE, STATE, *setting.family.learns):
         for flag, changed in islice(turned(setting, knob), 1):
-            yield flag, changed, knob in FREE
+            yield flag, changed, knob in (*FREE, STATE)
 
 
 def frees(setting: Setting, gpu: Gpu, *, note: Callable[[str], None] = lambda _: None) -> tuple[int, tuple[Freed, ...]]:
