@@ -118,5 +118,8 @@ def test_the_price_is_that_of_the_trace(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_optimizer_of_a_users_own_model_is_traced_as_it_is() -> None:
-    for setting, traced in ((ON_HOST, "adamw-fused"), (make_setting("mine:task", optimizer="adamw-host"), "adamw-host")):
+    for setting, traced in (
+        (ON_HOST, "adamw-fused"),
+        (make_setting("mine:task", optimizer="adamw-host"), "adamw-host"),
+    ):
         assert Pricer(gpu=GPU).request(setting, "training").setting.optimizer == traced
