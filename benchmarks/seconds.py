@@ -1,30 +1,39 @@
 """How soon `plan` and `predict` answer for a data set, and how near laws come to traces.
 
     python benchmarks/seconds.py data FOLDER...       # seconds of built-in models for data sets, and whether torch was imported
-    python benchmarks/seconds.py held-out [NUMBER]    # random points that no law was found from: sizes, peaks, memory needs
+    python benchmarks/seconds.py held-out NUMBER FILE # random points that no law was found from, against traces made now: a line
+                                                      # each in FILE, half a minute a point; started again it goes on; then reports
+    python benchmarks/seconds.py report FILE          # of the points in FILE: shares that are equal, and errors
     python benchmarks/seconds.py size                 # of what comes with the package
 
 Results: benchmarks/README.md.
 """
 
+import json
 import random
 import resource
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from trainfit.gpus.catalogue import find_gpu
 from trainfit.memory import shipped
 from trainfit.memory.predict import needed
 from trainfit.memory.priced import Pricer
-from trainfit.memory.scaling import peak_bytes
-from trainfit.models.setting import make_setting
+from trainfit.memory.quick_replay import QuickReplay
+from trainfit.models.setting import Setting, make_setting
+from trainfit.tracing.events import TensorInfo
 from trainfit.tracing.trace_cache import get_trace
 
 CODE = "import sys; from trainfit.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
 MEMORY = "8GiB"
+NONE = TensorInfo(id=-1, nbytes=-1)
+"""Stands for a tensor that only one of two traces has."""
 
 
 def models() -> list[str]:
@@ -56,38 +65,59 @@ def data(folders: list[str]) -> None:
                 )
 
 
-def held_out(number: int) -> None:
-    """Points at random: what the package answers against a trace made now."""
-    draw = random.Random(0)
-    pricer = Pricer(gpu=find_gpu("A100"), cache=False)
-    for _ in range(number):
-        objects = draw.randint(1, 250)
-        setting = make_setting(
-            draw.choice([model for model in models() if model.startswith("rfdetr")]),
-            precision="bf16",
-            accumulation=2,
-            micro_batch=draw.choice((1, 2, 3, 5, 6, 8)),
-            classes=draw.randint(1, 400),
-            objects_per_image=objects,
-            checkpointing=draw.choice(("none", "all")),
-        )
-        if not pricer.answers(setting):
-            print(f"{setting.model}: not covered: {setting}", flush=True)
-            continue
-        made = pricer.trace(setting, "training")
-        exact = replace(pricer.request(setting, "training"), setting=setting)
-        true = get_trace(exact, cache=False)
-        differ = sum(a.nbytes != b.nbytes for a, b in zip(made.trace.tensors, true.trace.tensors, strict=False))
-        alike = made.trace.events == true.trace.events
-        peaks = peak_bytes(made.trace) / peak_bytes(true.trace) - 1
-        low, high = (needed(each, pricer.gpu, pricer.config) for each in (made, true))
-        needs = low.high_bytes / high.high_bytes - 1
-        knobs = f"{setting.micro_batch} x {objects} objects, {setting.classes} classes, {setting.checkpointing}"
-        print(
-            f"{setting.model}, {knobs}: {differ} sizes differ, events {'equal' if alike else 'differ'}, "
-            f"peak {peaks:+.3%}, needs {needs:+.3%}",
-            flush=True,
-        )
+def point(number: int) -> Setting:
+    """The point of a number: a model, and what a data set or a user may choose. Mask R-CNN is covered at the defaults alone."""
+    draw = random.Random(number)
+    model = draw.choice(models())
+    knobs: dict[str, Any] = {"checkpointing": draw.choice(("none", "all"))}
+    if model.startswith("rfdetr"):
+        knobs |= {"classes": draw.randint(1, 400), "objects_per_image": draw.randint(1, 250)}
+    if "-seg-" in model and draw.random() < 0.3:
+        knobs["stage"] = "masks"
+    return make_setting(model, precision="bf16", accumulation=2, micro_batch=draw.choice((1, 2, 3, 5, 6, 8)), **knobs)
+
+
+def compared(number: int) -> dict[str, Any]:
+    """What the package answers at a point, and what a trace made now says."""
+    setting, pricer = point(number), Pricer(gpu=find_gpu("A100"), cache=False)
+    row: dict[str, Any] = {"number": number, "setting": setting.to_json(), "covered": pricer.answers(setting)}
+    if not row["covered"]:
+        return row
+    made = pricer.trace(setting, "training")
+    true = get_trace(replace(pricer.request(setting, "training"), setting=setting), cache=False)
+    low, high = (needed(each, pricer.gpu, pricer.config) for each in (made, true))
+    alone, ours = (QuickReplay(each.trace, pricer.config) for each in (true, made))
+    return row | {
+        "sizes": len(true.trace.tensors),
+        "differ": sum(
+            a.nbytes != b.nbytes for a, b in zip_longest(made.trace.tensors, true.trace.tensors, fillvalue=NONE)
+        ),
+        "allocated": ours.peak_requested_bytes / alone.peak_requested_bytes - 1,
+        "reserved": ours.peak_reserved_bytes / alone.peak_reserved_bytes - 1,
+        "needs": low.high_bytes / high.high_bytes - 1,
+    }
+
+
+def held_out(number: int, path: Path) -> None:
+    """Points that are not yet in a file, two at a time."""
+    done = {json.loads(line)["number"] for line in path.read_text().splitlines()} if path.exists() else set[int]()
+    with path.open("a") as file, ThreadPoolExecutor(2) as pool:
+        for row in pool.map(compared, (each for each in range(number) if each not in done)):
+            print(json.dumps(row), file=file, flush=True)
+            print(f"{row['number']}: {row['setting']['model']}, {row.get('needs', 'not covered')}", flush=True)
+    report(path)
+
+
+def report(path: Path) -> None:
+    """Shares and errors of the points in a file."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    covered = [row for row in rows if row["covered"]]
+    print(f"{len(rows)} points, {len(covered)} covered; every size equal: {sum(not row['differ'] for row in covered)}")
+    for name in ("allocated", "reserved", "needs"):
+        errors = sorted(row[name] for row in covered)
+        low = sum(error < -0.005 for error in errors)
+        equal = sum(error == 0 for error in errors)
+        print(f"{name}: {equal} equal, from {errors[0]:+.3%} to {errors[-1]:+.3%}, {low} too low by more than 0.5 %")
 
 
 def size() -> None:
@@ -103,7 +133,9 @@ if __name__ == "__main__":
     if command == "data":
         data(arguments)
     elif command == "held-out":
-        held_out(int(arguments[0]) if arguments else 20)
+        held_out(int(arguments[0]), Path(arguments[1]))
+    elif command == "report":
+        report(Path(arguments[0]))
     elif command == "size":
         size()
     else:
