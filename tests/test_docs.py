@@ -1,21 +1,21 @@
 """The documentation site is built with every link checked, and says what the program says."""
 
 import ast
+import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
-from contextlib import redirect_stdout
-from functools import lru_cache
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import trainfit
+from conftest import run as command
+from trainfit.tasks.detection.sample_set import write_sample_set
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -87,21 +87,6 @@ def commands_of(page: Path) -> list[list[str]]:
 COMMANDS = [(page.name, words) for page in [ROOT / "README.md", *PAGES] for words in commands_of(page)]
 
 
-ELSEWHERE = ("--detectron2", "--config", "--print-config", "--help", "--help-all", "--version")
-"""Flags that are taken before a command's own."""
-
-
-@lru_cache
-def help_of(*words: str) -> str:
-    from trainfit.cli import main
-
-    shown = StringIO()
-    with pytest.raises(SystemExit) as caught, redirect_stdout(shown):
-        main([*words, "--help"])
-    assert caught.value.code == 0
-    return shown.getvalue()
-
-
 def test_every_page_shows_how() -> None:
     assert len(COMMANDS) > 50
     assert {"index.md", "README.md", "detect.md", "clip.md", "maskrcnn.md", "plan.md"} <= {page for page, _ in COMMANDS}
@@ -110,14 +95,45 @@ def test_every_page_shows_how() -> None:
 @pytest.mark.parametrize(
     ("page", "words"), COMMANDS, ids=lambda value: value if isinstance(value, str) else "-".join(value[1:4])
 )
-def test_the_commands_of_the_pages_have_the_flags_that_they_name(page: str, words: list[str]) -> None:
-    """Each flag is in the help of its command and of its model; flags of other tools, which are translated, are not."""
-    from trainfit.models.family import find
+def test_the_commands_of_the_pages_are_understood(
+    page: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is read to its end, every flag and value, and would start: `--print-config` shows it instead."""
+    from trainfit.cli import main
 
-    _, name, *rest = words
-    if name.startswith("--"):
-        return
-    model = next((word for word in rest if find(word)), "rtdetr-seg-nano" if "--stage" in rest else "")
-    shown = help_of(name, *([model] if model and name in ("plan", "predict", "train", "measure") else []))
-    flags = [word.partition("=")[0] for word in rest if word.startswith("--") and word not in ELSEWHERE]
-    assert [flag for flag in flags if flag not in shown and flag.replace("--no-", "--") not in shown] == [], page
+    monkeypatch.chdir(tmp_path)
+    for run in ("RUN", "DET", "runs/rfdetr-nano-1", "runs/clip-ViT-B-32-1"):
+        (tmp_path / run).mkdir(parents=True)
+        model = {"DET": "rtdetr-seg-nano", "runs/clip-ViT-B-32-1": "clip:ViT-B-32"}.get(run, "rfdetr-nano")
+        (tmp_path / run / "recipe.json").write_text(json.dumps({"model": model}))
+    (tmp_path / "plan.json").write_text(json.dumps({"model": "rfdetr-medium"}))
+    (tmp_path / "train.yaml").write_text("model: rfdetr-medium\n")
+    if "--detectron2" in words:
+        words = [word for word in words if word not in ("--detectron2", "mask_rcnn_R_50_FPN_3x.yaml")]
+        words.insert(2, "maskrcnn-r50-v1")
+    elsewhere = [word for word in words[1:] if word in ("--version", "--help", "--help-all", "--tyro-print-completion")]
+    shown = words[1 : words.index(">")] if ">" in words else words[1:]
+    with pytest.raises(SystemExit) as caught:
+        main([*shown, *([] if elsewhere else ["--print-config"])])
+    assert caught.value.code in (0, None), f"{page}: {capsys.readouterr()}"
+
+
+def test_cheap_commands_of_the_pages_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reports and checks of the pages, with a run and a data set in the place of RUN and DIR."""
+    monkeypatch.chdir(tmp_path)
+    write_sample_set(tmp_path / "DIR", train=2, val=1)
+    for run in ("RUN", "runs/rfdetr-nano-1"):
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / "recipe.json").write_text(json.dumps({"model": "rfdetr-nano"}))
+    ran: set[str] = set()
+    for _, (_, name, *rest) in COMMANDS:
+        if name not in ("check-data", "report") or any(word in ("pairs.csv", "TASK") for word in rest):
+            continue
+        if " ".join([name, *rest]) not in ran:
+            ran.add(" ".join([name, *rest]))
+            for page in tmp_path.glob("*.html"):
+                page.unlink()
+            assert command(name, *rest) == 0, capsys.readouterr().err
+    assert len(ran) >= 4
