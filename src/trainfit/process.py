@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+PACKAGES = "site-packages"
+"""A folder in the path of every installed package."""
 _running: set["subprocess.Popen[bytes]"] = set()
 
 
@@ -64,8 +67,20 @@ def ask(module: str, request: Mapping[str, Any], **environment: str) -> tuple[st
 
 
 def last_words(code: int, log: Path) -> str:
-    """Exit status or signal of a process that gave no answer, and the last line it wrote."""
-    lines = log.read_text(errors="replace").strip().splitlines() or ["no message"]
+    """Exit status or signal of a process that gave no answer, the last line it wrote, and the place in a user's code."""
+    text = log.read_text(errors="replace").strip()
+    lines = text.splitlines() or ["no message"]
     if code == -signal.SIGKILL:
         return "killed: the machine's own memory may have run out"
-    return f"exit status {code}: {lines[-1]}"
+    place = users_line(text)
+    return f"exit status {code}: {lines[-1]}{f' ({place})' if place else ''}"
+
+
+def users_line(traceback: str) -> str:
+    """File and line of the last call in a traceback that is neither in this package nor in an installed one; "" for none."""
+    package = str(Path(__file__).parent)
+    calls = re.findall(r'^ +File "([^"<>]+)", line (\d+)', traceback, re.MULTILINE)
+    own = [
+        (file, line) for file, line in calls if not file.startswith((package, sys.base_prefix)) and PACKAGES not in file
+    ]
+    return f"{own[-1][0]}, line {own[-1][1]}" if own else ""

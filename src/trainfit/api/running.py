@@ -67,6 +67,7 @@ def evaluate(
     micro_batch: int = 4,
     device: Device = "auto",
     allow_outside: bool = False,
+    only_classes: str = "",
     note: Callable[[str], None] = silent,
     **options: Any,
 ) -> "Evaluation":
@@ -80,12 +81,14 @@ def evaluate(
         micro_batch: Images per forward.
         device: Where to run.
         allow_outside: Read files that the data set names but does not hold.
+        only_classes: Names of the data set's classes that count, with commas between; all unless given.
         note: Called with a line on weights or classes that do not match, and where data is waited for long.
         options: Of the task's metric, for instance `max_detections=100` of detection.
 
     Raises:
         TrainfitError: no such run, weights, data set or split, or none of its classes is known to the model.
     """
+    from trainfit.tasks.class_filter import with_classes
     from trainfit.tasks.task import task_of
     from trainfit.training.distributed import choose_device
     from trainfit.training.evaluation import evaluate_model
@@ -95,7 +98,7 @@ def evaluate(
     name = str(loaded.workload.setting.family.task)
     task = task_of(name)
     require_options(task.metric, options, name)
-    dataset = task.read(str(data), allow_outside=allow_outside)
+    dataset = with_classes(task, task.read(str(data), allow_outside=allow_outside), only_classes)
     remarks = task.compare(dataset, loaded.workload, data=str(data), weights=str(source))
     for remark in (*loaded.remarks, *remarks):
         note(remark)

@@ -106,6 +106,7 @@ def _command(arguments: Sequence[str], handlers: signals.Signals) -> int:
 
     from trainfit.cli.arguments import todays_flags
     from trainfit.cli.config import PRINT_CONFIG, with_config
+    from trainfit.cli.foreign_flags import answer_foreign_flags
     from trainfit.models.family import families
 
     words = list(arguments)
@@ -116,6 +117,7 @@ def _command(arguments: Sequence[str], handlers: signals.Signals) -> int:
     for family in families().values():
         words = family.translate(words)
     words = todays_flags(words)
+    answer_foreign_flags(words)
     known = dict(commands(words))
     handlers.ready = True
     about = (

@@ -27,6 +27,8 @@ class Evaluate:
     """Which records."""
     micro_batch: Annotated[int, Range(1, 100_000)] = 4
     """Images per forward."""
+    only_classes: str = ""
+    """Names of the data set's classes that count, with commas between; all unless given."""
     max_detections: Annotated[int | None, Range(1)] = None
     """Of detection: detections for each image and class that count; as many as upstream counts unless given."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -57,6 +59,7 @@ def evaluate(arguments: Evaluate, _given: AbstractSet[str]) -> int:
         micro_batch=arguments.micro_batch,
         device=arguments.device,
         allow_outside=arguments.allow_outside,
+        only_classes=arguments.only_classes,
         note=lambda line: print(line, file=sys.stderr),
         **options,
     )

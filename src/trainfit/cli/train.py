@@ -1,6 +1,8 @@
 """trainfit train."""
 
+import os
 import signal
+import sys
 from collections.abc import Set as AbstractSet
 
 from trainfit.cli.signals import StopAfterStep
@@ -14,6 +16,10 @@ def train(recipe: Recipe, given: AbstractSet[str]) -> int:
 
     Ctrl-C saves the state and stops, a second stops at once; --resume RUN goes on.
     """
+    if (
+        "torch" not in sys.modules and os.environ.get("RANK", "0") == "0"
+    ):  # the import takes seconds, on a busy disk many
+        print("starting: importing PyTorch", file=sys.stderr, flush=True)
     with StopAfterStep() as signals:
         from trainfit.planning.here import planned_here
         from trainfit.reports.progress import TerminalProgress

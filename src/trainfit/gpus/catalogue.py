@@ -125,6 +125,7 @@ def find_gpu(name: str) -> Gpu:
     "v100" the 16 GB one, "1060" the 6 GB one, "3080" the 10 GB one, "h100" the SXM one and "gh200" the 96 GB one (each
     an alias in the catalogue). A bare Turing Quadro is typed "quadro rtx 6000"; "rtx 6000" alone is refused.
     """
+    refuse_other_accelerators(name)
     key = name_key(name)
     exact = [gpu for gpu in all_gpus() if key in _keys(gpu)]
     matches = exact or list(_candidates(key)) if key else []
@@ -134,6 +135,42 @@ def find_gpu(name: str) -> Gpu:
         listed = ", ".join(f"{gpu.name} ({gpu.memory_bytes / GIB:.1f} GiB)" for gpu in matches)
         raise TrainfitError(f"GPU {name!r} names several cards: {listed}; give one of these to --gpu")
     raise TrainfitError(f"GPU {name!r} is not in the catalogue{_nearest(key)}; --memory 8GiB works for any card")
+
+
+OTHERS = {
+    "Apple": r"\bapple\b|^m[1-5]( (pro|max|ultra))?$|\bmps\b",
+    "Google TPU": r"\btpu\b",
+    "Intel": r"\bintel\b|\bgaudi ?\d?\b|\barc a\d+",
+    "AWS Trainium": r"\btrainium|\binferentia|\btrn\d",
+    "Huawei Ascend": r"\bascend\b",
+}
+"""Maker -> how people write its accelerators, in lower case."""
+CLOUDS = r"^(google )?colab|^kaggle"
+
+
+def refuse_other_accelerators(name: str) -> None:
+    """Say what holds for accelerators that are no GPU of NVIDIA or AMD, and for names of services.
+
+    Raises:
+        TrainfitError: it is one of these.
+    """
+    typed = " ".join(name.lower().replace("-", " ").replace("_", " ").split())
+    for maker, pattern in OTHERS.items():
+        if re.search(pattern, typed):
+            raise TrainfitError(
+                f"GPU {name!r}: memory is predicted for NVIDIA's GPUs by PyTorch's CUDA allocator, and for AMD's by the same "
+                f"rules; {maker} has another allocator, and trainfit does not train on it. --memory 8GiB is what an NVIDIA GPU "
+                "of that size would do"
+            )
+    if typed in ("rocm", "amd", "radeon"):
+        listed = ", ".join(gpu.name for gpu in all_gpus() if gpu.gfx)
+        raise TrainfitError(
+            f"GPU {name!r}: name the card: {listed}. Plans for AMD use the CUDA allocator's rules and were never measured"
+        )
+    if re.search(CLOUDS, typed):
+        raise TrainfitError(
+            f"GPU {name!r} is a service with several GPUs: give --gpu t4, --gpu l4 or --gpu a100, as nvidia-smi names it there"
+        )
 
 
 def _nearest(key: str) -> str:

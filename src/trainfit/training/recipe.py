@@ -42,6 +42,8 @@ class Recipe(Setting):
     """Read files that the data set names but does not hold: absolute paths, `..`, links."""
     val_fraction: Annotated[float, Range(0, 1, inside=True), In("data")] = 0.1
     """Share of the training data held out where the data set has no validation split."""
+    only_classes: Annotated[str, In("data")] = ""
+    """Names of classes, with commas between: objects or images of others are left out. All classes unless given."""
     augment: Annotated[str, In("data")] = "default"
     """What is drawn at random: none, light, default (as upstream), aerial or medical; then crop, flip, colour, scale, each
     with no- before it to leave it out; then module:name of your own. For instance default,no-flip,colour."""
@@ -76,6 +78,8 @@ class Recipe(Setting):
     """Length of the linear warm-up."""
     warmup_steps: Annotated[int, Range(0, 1_000_000_000), In("schedule")] = 0
     """Length of the linear warm-up in optimizer steps."""
+    compile: Annotated[bool, In("memory")] = False
+    """Compile the model's repeated blocks by torch.compile; plans and predictions are of eager execution."""
     clip_norm: Annotated[float, Range(0), In("schedule")] = 0.1
     """Largest gradient norm of a window; 0 turns clipping off."""
     out: Annotated[Path | None, In("run")] = None

@@ -14,8 +14,10 @@ from trainfit.models.family import family_of
 from trainfit.models.workload import OptimizerSettings, TrainableWorkload
 from trainfit.step import ranks
 from trainfit.step.attempt import is_out_of_memory
+from trainfit.step.compiling import compile_blocks
 from trainfit.step.training_step import TrainingStep
 from trainfit.tasks.augment import Augmentation, parse
+from trainfit.tasks.class_filter import with_classes
 from trainfit.tasks.task import Task
 from trainfit.training import run_folder
 from trainfit.training.earlier_run import evaluated_weights
@@ -98,7 +100,7 @@ def load_data(recipe: Recipe, task: Task, show: Progress) -> Any:
     )
     for line in task.notes(dataset):
         show.note(line)
-    return dataset
+    return with_classes(task, dataset, recipe.only_classes)
 
 
 def augmentation_of(recipe: Recipe) -> Augmentation:
@@ -135,6 +137,12 @@ def make_step(workload: TrainableWorkload, recipe: Recipe, device: torch.device,
             show.note(remark)
     elif recipe.resume is None:
         show.note("weights: random")
+    if recipe.compile:
+        blocks = workload.blocks(model)
+        compile_blocks(blocks, device)
+        show.note(
+            f"{len(blocks)} blocks by torch.compile: windows of a new size wait for it; plans price eager execution"
+        )
     settings = OptimizerSettings(lr=recipe.lr, lr_encoder=recipe.lr_encoder, weight_decay=recipe.weight_decay)
     return build_training_step(workload, device, model=model, optimizer_settings=settings, clip_norm=recipe.clip_norm)
 

@@ -72,7 +72,7 @@ class RfDetrKnobs:
     snap: Annotated[bool, In("model", rare=True)] = True
     """Take the nearest legal resolution where the wanted one is not legal."""
     multi_scale: bool = True
-    """Draw the training size anew for every window; the largest is up to 1.4 times the resolution, and is the one priced."""
+    """Draw the training size anew for every window, out of sizes around the resolution; the largest is the one priced."""
     num_queries: Annotated[int | None, Range(1, 10_000)] = None
     """Object queries; as published unless given."""
     groups: Annotated[int | None, Range(1, 100)] = None

@@ -1,6 +1,7 @@
 """Images of one class each, in folders by class, as a `Task`; `trainfit.tasks.task` says what the functions do."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from trainfit.errors import TrainfitError
@@ -19,6 +20,7 @@ __all__ = [
     "file_record",
     "metric",
     "notes",
+    "only_classes",
     "read",
     "recognises",
     "require",
@@ -101,6 +103,16 @@ def check(
 def _require_format(file_format: str | None) -> None:
     if file_format not in (None, FORMAT):
         raise TrainfitError(f"--format {file_format}: data of classes are read as {FORMAT} alone")
+
+
+def only_classes(dataset: ImageFolder, rows: Sequence[int]) -> ImageFolder:
+    """Images of other classes are left out."""
+    place = {row: number for number, row in enumerate(rows)}
+    splits = {
+        split: tuple(replace(record, label=place[record.label]) for record in records if record.label in place)
+        for split, records in dataset.splits.items()
+    }
+    return replace(dataset, classes=tuple(dataset.classes[row] for row in rows), splits=splits)
 
 
 def summary(dataset: ImageFolder) -> str:

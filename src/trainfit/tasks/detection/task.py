@@ -1,7 +1,10 @@
 """Detection of objects, with boxes and masks, as a `Task`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from trainfit.errors import TrainfitError
 from trainfit.tasks.detection.check import check
@@ -23,6 +26,7 @@ __all__ = [
     "file_record",
     "metric",
     "notes",
+    "only_classes",
     "read",
     "recognises",
     "require",
@@ -51,6 +55,26 @@ def read(
     dataset = read_dataset(data, format=file_format, val_fraction=val_fraction, seed=seed, allow_outside=allow_outside)
     require_no_errors(dataset)
     return dataset
+
+
+def only_classes(dataset: Dataset, rows: Sequence[int]) -> Dataset:
+    """Objects of other classes are left out; images without any of these stay as background."""
+    place = np.full(len(dataset.classes), -1, np.int64)
+    place[list(rows)] = np.arange(len(rows))
+
+    def cut(record: ImageRecord) -> ImageRecord:
+        new = place[record.classes]
+        keep = new >= 0
+        segmentations = tuple(each for each, stays in zip(record.segmentations, keep, strict=True) if stays)
+        arrays = {name: getattr(record, name)[keep] for name in ("boxes", "crowd", "areas", "object_ids")}
+        return replace(record, classes=new[keep], segmentations=segmentations, **arrays)
+
+    return replace(
+        dataset,
+        classes=tuple(dataset.classes[row] for row in rows),
+        category_ids=tuple(dataset.category_ids[row] for row in rows),
+        splits={split: tuple(map(cut, records)) for split, records in dataset.splits.items()},
+    )
 
 
 def summary(dataset: Dataset) -> str:
