@@ -31,7 +31,7 @@ def make_candidate(
         seconds=share / speed if timed else None,
         images_per_s=speed if timed else None,
         verdict="fits" if over <= 0 else "does not fit",
-        reason="slower" if over <= 0 else f"may need {over:.2f} GiB more than there is",
+        reason="slower" if over <= 0 else f"up to {over:.2f} GiB short",
     )
 
 

@@ -22,9 +22,10 @@ from trainfit.models.rfdetr.family import PUBLISHED
 from trainfit.models.setting import make_setting, setting_from_json
 from trainfit.planning import make
 from trainfit.planning.knobs import cuts
-from trainfit.planning.make import learning_rate, loading, make_plan
+from trainfit.planning.make import loading, make_plan
 from trainfit.planning.plan import read_plan, with_plan
 from trainfit.planning.predict import predict
+from trainfit.planning.rates import learning_rate
 from trainfit.training.recipe import Recipe
 
 SMALL = ("plan", "timm:resnet18", "--resolution", "64", "--gpu", "RTX 3060")

@@ -176,7 +176,7 @@ def test_html_stands_alone(memory_mib: int) -> None:
 
 
 TEXT = """\
-rfdetr-nano, micro-batch 4, on RTX 3090: tight. It needs 1.23 to 1.39 GiB, an upper bound, of 1.37 GiB that it may have; where there is room it takes 1.23 to 1.42 GiB. The peak is in backward at body.conv, aten.convolution_backward; 60% of it is activations. A step takes about 0.095 s, 42.1 images/s, bound by tensor cores.
+rfdetr-nano, micro-batch 4, on RTX 3090: tight. It needs 1.23 to 1.39 GiB, an upper bound, of 1.37 GiB usable; where there is room it takes 1.23 to 1.42 GiB. The peak is in backward at body.conv, aten.convolution_backward; 60% of it is activations. A step takes about 0.095 s, 42.1 images/s, bound by tensor cores.
 
 At the peak of training
   activations                        600.0 MiB
@@ -198,7 +198,7 @@ By module, the largest 8
   (inputs)                32.0 MiB
   (workspace)             16.2 MiB
 
-What no operator shows
+Overheads outside the trace
   CUDA context          256.0 to   390.0 MiB  process   RTX 3090, torch 2.7, CUDA 12.8: 256 MiB bare (InvokeAI issue 9413); RTX 3060: at most 390
   cuBLAS workspaces      16.2 to    16.2 MiB  reserved  torch 2.15's default CUBLAS_WORKSPACE_CONFIG: one each for forward and backward
   kernel temporaries      0.0 to   500.0 MiB  reserved  bounds of the largest at one time, of convolution, convolution_backward
@@ -228,5 +228,5 @@ Assumptions
   Every image is resized to 384 x 384 pixels: no canvas to pad to.
   Multi-scale training: memory at the largest of its sizes, time as the mean over all.
   Largest shape assumed, an upper bound: aten.nonzero.
-  Values made up: aten.item.
+  Placeholder values for data-dependent operators: aten.item.
 """  # noqa: E501

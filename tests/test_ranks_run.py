@@ -204,7 +204,7 @@ def test_a_killed_rank_is_named_in_one_line_and_one_rank_goes_on(
     monkeypatch.setattr(fit, "workload_of", line_workload)
     assert run("train", "--resume", out, "--max-steps", saved + 1) == 0
     noted = capsys.readouterr().err
-    assert "goes on with 1 process(es) after 2: the effective batch stays 4" in noted
+    assert "goes on with 1 process after 2: the effective batch stays 4" in noted
     assert [(row["step"], row["images"]) for row in rows(out) if "loss" in row] == [
         (n + 1, 4) for n in range(saved + 1)
     ]

@@ -26,7 +26,7 @@ def test_the_demo_runs(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "Trained rfdetr-nano for 1 steps" in done.stdout
+    assert "Trained rfdetr-nano for 1 step" in done.stdout
     assert (tmp_path / "run" / "best.safetensors").exists()
 
 

@@ -115,7 +115,7 @@ def write(folder: Path, told: Sequence[dict[str, Any]] | None = None, tail: str 
 
 TEXT = """\
 rfdetr-nano, runs/a: finished, 10 of 10 steps.
-loss        10 -> 1 (mean of the first and of the last 1 window(s))
+loss        10 -> 1 (mean of the first and of the last 1 window)
 evaluation  step 10: bbox AP 25.0, bbox AP50 45.0; best AP 31.0 at step 5
 rate        0.0001 -> 1e-05
 speed       8 images/s; predicted 9
@@ -203,8 +203,8 @@ def test_half_written_lines_are_left_out_and_told(tmp_path: Path) -> None:
     cut = read_run(write(tmp_path / "b", tail='{"step": 11, "lo'))
     assert (whole.unreadable_lines, cut.unreadable_lines) == (0, 2)
     assert cut.windows == whole.windows
-    assert "left out    2 unreadable line(s)" in run_text(cut)
-    assert "2 unreadable line(s)" in run_html(cut)
+    assert "left out    2 unreadable lines" in run_text(cut)
+    assert "2 unreadable lines" in run_html(cut)
 
 
 def test_steps_done_twice_count_their_time_but_show_once(tmp_path: Path) -> None:

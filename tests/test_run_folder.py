@@ -147,13 +147,13 @@ def test_a_resume_of_a_damaged_run_is_the_run_from_its_previous_state(
         path = damaged / name
         path.write_bytes(b"\n\xff\xfe\nno JSON\n" + path.read_bytes() + b'{"loss": 3}\n{"step": 1, "lo')
     assert run("report", damaged) == 0
-    assert "10 unreadable line(s)" in capsys.readouterr().out
+    assert "10 unreadable lines" in capsys.readouterr().out
     for folder in (expected, damaged):
         assert run("train", "--resume", folder, "--max-steps", 3) == 0
     notes = capsys.readouterr().err
     assert notes.count("the previous state is used") == 1
-    assert f"{damaged / run_folder.METRICS}: 5 unreadable line(s) dropped" in notes
-    assert f"{damaged / run_folder.TELEMETRY}: 5 unreadable line(s) dropped" in notes
+    assert f"{damaged / run_folder.METRICS}: 5 unreadable lines dropped" in notes
+    assert f"{damaged / run_folder.TELEMETRY}: 5 unreadable lines dropped" in notes
     assert all(json.loads(line) for line in (damaged / run_folder.TELEMETRY).read_text().splitlines())
     assert (damaged / run_folder.METRICS).read_bytes() == (expected / run_folder.METRICS).read_bytes()
     assert [row["step"] for row in rows(damaged) if "loss" in row] == [1, 2, 3]

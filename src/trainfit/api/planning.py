@@ -79,7 +79,7 @@ def plan(
         config=AllocatorConfig.from_env_string(alloc_conf),
         cache=cache,
         decode_s=decode_s,
-        cores=os.cpu_count() if decode_s is not None else None,
+        cores=os.cpu_count() if gpu is None and memory is None else None,
         note=note,
     )
 

@@ -39,8 +39,8 @@ def explained(each: Candidate, best: Candidate | None, chosen: Candidate | None,
         return replace(chosen, verdict="chosen", reason=f"smallest within {KNEE:.0%} of the fastest that fits")
     if each.verdict == "does not fit":
         over = (each.needs.high_bytes - budget_bytes) / 2**30
-        may = "needs at least" if each.needs_more else "may need"
-        return replace(each, reason=f"{may} {over:.2f} GiB more than there is")
+        bound = "at least" if each.needs_more else "up to"
+        return replace(each, reason=f"{bound} {over:.2f} GiB short")
     if best is None:
         return replace(each, reason="training fits, evaluation does not")
     slower = seconds_of(each) / seconds_of(best) - 1

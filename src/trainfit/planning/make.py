@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil, sqrt
+from math import ceil
 from typing import Any, Literal
 
 from trainfit.errors import TrainfitError
@@ -20,6 +20,7 @@ from trainfit.planning.comparing import describe, frontier, least_of
 from trainfit.planning.nearest import nearest, needs_text
 from trainfit.planning.objects import objects_lines
 from trainfit.planning.plan import Loading, Plan
+from trainfit.planning.rates import learning_rate
 from trainfit.planning.search import Found, Wish, search
 from trainfit.step.names import Checkpointing
 from trainfit.timing.roofline import TimeEstimate, later
@@ -102,7 +103,7 @@ def make_plan(
         config: The allocator's; by default torch's.
         cache: Store traces, and use stored ones.
         decode_s: Seconds that one worker takes for one image; None where no data set was given.
-        cores: The machine's, for its loader processes; None: unknown.
+        cores: The machine's, for its loader processes; None: unknown, and workers are then no part of what training takes.
         note: Called with a line before anything that takes seconds; one that ends with "..." is over with the next.
 
     Raises:
@@ -217,31 +218,6 @@ def precision_for(setting: Setting, gpu: Gpu) -> Literal["fp32", "fp16", "bf16"]
     return setting.precision
 
 
-def rate_factor(setting: Setting, effective_batch: int) -> float | None:
-    """By what the recipe's learning rates are multiplied at an effective batch; None: the family has no recipe."""
-    reference = setting.family.reference_batches
-    if reference is None:
-        return None
-    ratio = effective_batch / min(max(effective_batch, reference[0]), reference[1])
-    return ratio if setting.optimizer.startswith("sgd") else sqrt(ratio)
-
-
-def learning_rate(setting: Setting, effective_batch: int) -> str:
-    """What the effective batch means for the learning rate, in a sentence."""
-    said = "The learning rate follows the effective batch, not how it is cut"
-    reference = setting.family.reference_batches
-    if reference is None:
-        return f"{said}."
-    least, largest = reference
-    if least <= effective_batch <= largest:
-        return f"{said}: upstream takes the recipe's rate for {least} as for {largest}, so it stays."
-    nearest = largest if effective_batch > largest else least
-    ratio = effective_batch / nearest
-    if setting.optimizer.startswith("sgd"):
-        return f"{said}: the recipe's is for {nearest}; for SGD multiply it by {ratio:.3g} (linear; Goyal 2017)."
-    return f"{said}: the recipe's is for {nearest}; for Adam multiply it by {sqrt(ratio):.3g} (root; Malladi 2022)."
-
-
 def loading(
     setting: Setting,
     share: int,
@@ -267,7 +243,7 @@ def loading(
     window = min(share * setting.family.sample_bytes(setting), IN_MEMORY_BYTES)  # a larger one waits in a file
     windows = (PREFETCH * workers + 1) * window
     host_bytes = gpus * (TRAINER_BYTES + workers * WORKER_BYTES + windows + offloaded_bytes)
-    return Loading(workers=workers, host_bytes=host_bytes, reason=reason)
+    return Loading(workers=workers, host_bytes=host_bytes, reason=reason, of_this_machine=cores is not None)
 
 
 def _assumptions(

@@ -12,6 +12,7 @@ from trainfit.gpus.context import ByteRange
 from trainfit.memory.predict import Prediction
 from trainfit.models.family import family_of
 from trainfit.models.setting import Setting
+from trainfit.planning.rates import scaled_rates
 from trainfit.training.recipe import FROM_DATA, Recipe, make_recipe, recipe_type
 from trainfit.values import given, require_known
 
@@ -64,6 +65,8 @@ class Loading:
     host_bytes: int
     """The trainer, its workers, and the windows that wait in their queues; one process per GPU."""
     reason: str
+    of_this_machine: bool = True
+    """Whether the cores were those of the machine that trains; else it chooses its own number of workers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,9 @@ def knobs(plan: Plan) -> dict[str, Any]:
     assert plan.chosen is not None
     setting = plan.chosen.setting
     own = {name: value for name, value in setting.to_json().items() if name not in NOT_TAKEN}
-    values = {"effective_batch": plan.effective_batch, **own, "workers": plan.loading.workers}
+    values = {"effective_batch": plan.effective_batch, **own, **scaled_rates(setting, plan.effective_batch)}
+    if plan.loading.of_this_machine:
+        values["workers"] = plan.loading.workers
     return {name: value for name, value in values.items() if value is not None}
 
 

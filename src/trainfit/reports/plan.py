@@ -42,7 +42,7 @@ def plan_text(plan: Plan) -> str:
     sections = [
         [sentence(plan)],
         *([_rescue(plan)] if plan.chosen is None else []),
-        [f"Considered, {len(table_rows(plan))} of {len(plan.candidates)}", *_table(plan)],
+        [f"Settings tried ({len(table_rows(plan))} of {len(plan.candidates)} shown)", *_table(plan)],
         *([["Frontier: nothing faster needs less", *_frontier(plan)]] if plan.frontier else []),
         *([["Would free memory, for time", *frees_lines(plan)]] if plan.chosen and plan.savings else []),
         [f"Loading: {host}", f"Learning rate: {plan.learning_rate}"],
@@ -61,7 +61,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 def sentence(plan: Plan) -> str:
     """What fits, how much it needs of how much, how fast it is."""
     where = f"{plan.model} on {f'{plan.gpus} x ' if plan.gpus > 1 else ''}{plan.gpu.name}"
-    budget = f"of {_interval(plan.budget)} that {'each' if plan.gpus > 1 else 'it'} may have"
+    budget = f"of {_interval(plan.budget)} usable{' on each' if plan.gpus > 1 else ''}"
     if plan.chosen is None:
         missing = plan.smallest.needs.high_bytes - plan.budget.low_bytes
         return (
@@ -85,11 +85,16 @@ def reserve_text(plan: Plan) -> str:
 
 
 def _how_fast(plan: Plan, chosen: Candidate) -> str:
-    fastest = max((c.images_per_s or 0.0 for c in plan.candidates), default=0.0)
-    if chosen.images_per_s is None or not fastest:
+    fastest = max(plan.candidates, key=lambda each: each.images_per_s or 0.0, default=None)
+    if chosen.images_per_s is None or fastest is None or not fastest.images_per_s:
         return f"How fast it is is not known: the rates of {plan.gpu.name} are not."
-    share = f"{chosen.images_per_s / fastest:.2f}x the speed of the fastest considered, whether it fits or not"
-    return f"It makes about {chosen.images_per_s:.3g} images/s, {share}." if plan.calibrated else f"It has {share}."
+    slower = 1 - chosen.images_per_s / fastest.images_per_s
+    compared = "as fast as any setting tried" if slower < 0.005 else f"{slower:.0%} slower than the fastest setting"
+    if slower >= 0.005 and fastest.verdict == "does not fit":
+        compared += ", which does not fit"
+    return (
+        f"It makes about {chosen.images_per_s:.3g} images/s, {compared}." if plan.calibrated else f"It is {compared}."
+    )
 
 
 def choice(candidate: Candidate) -> str:
@@ -100,9 +105,14 @@ def choice(candidate: Candidate) -> str:
 
 
 def division(cuts: Sequence[int]) -> str:
-    """`micro-batch 4 x 2`, or `micro-batch 6 x 3, the last 4`."""
-    last = f", the last {cuts[-1]}" if cuts[-1] != cuts[0] else ""
-    return f"micro-batch {cuts[0]} x {len(cuts)}{last}"
+    """`micro-batch 4 x 2`; `micro-batch 6+6+4` where the last is smaller, or `micro-batch 6 x 5 + 4` of many."""
+    if cuts[-1] == cuts[0]:
+        return f"micro-batch {cuts[0]} x {len(cuts)}"
+    return (
+        f"micro-batch {'+'.join(map(str, cuts))}"
+        if len(cuts) <= 4
+        else f"micro-batch {cuts[0]} x {len(cuts) - 1} + {cuts[-1]}"
+    )
 
 
 def blocks_text(checkpointing: Checkpointing) -> str:

@@ -41,7 +41,7 @@ def plan_html(plan: Plan) -> str:
         f"<h1>{escape(title)} <span class='verdict {verdict[1]}'>{verdict[0]}</span></h1>",
         f"<p>{escape(sentence(plan))}</p>",
         _command(train_command(plan)) if plan.chosen else _rescue(plan),
-        f"<h2>Considered, {len(rows)} of {len(plan.candidates)}</h2>",
+        f"<h2>Settings tried ({len(rows)} of {len(plan.candidates)} shown)</h2>",
         _considered(plan, rows),
         "<h2>Speed and memory of all candidates</h2>",
         _scatter(plan),

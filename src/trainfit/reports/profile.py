@@ -32,7 +32,7 @@ def profile_text(prediction: Prediction) -> str:
         [sentence(prediction)],
         ["At the peak of training", *_rows(category_rows(profile))],
         [f"By module, the largest {_MODULES_SHOWN}", *_rows(_pairs(profile.modules[:_MODULES_SHOWN]))],
-        ["What no operator shows", *hidden_lines(training.hidden)],
+        ["Overheads outside the trace", *hidden_lines(training.hidden)],
         ["One window of training, GiB: █ allocated, ░ reserved", *timeline_lines(profile, limit_bytes(prediction))],
         [
             f"Evaluation, micro-batch {_eval_micro_batch(prediction)}: {evaluation.verdict}, "
@@ -52,7 +52,7 @@ def sentence(prediction: Prediction) -> str:
     what = f"{where}: {prediction.verdict}{spare}."
     needs, budget = prediction.needs, prediction.budget
     bound = ", an upper bound," if training.upper_bounds else ""
-    have = f"of {spread(budget)} that it may have"
+    have = f"of {spread(budget)} usable"
     numbers = f"It needs {spread(needs)}{bound} {have}; where there is room it takes {spread(prediction.takes)}."
     return f"{what} {numbers} {_peak(training)}{_trouble(prediction)}{_speed(prediction)}"
 
@@ -150,7 +150,7 @@ def doubts(prediction: Prediction) -> list[str]:
             [f"Largest shape assumed, an upper bound: {', '.join(training.upper_bounds)}."]
             * bool(training.upper_bounds)
         ),
-        *([f"Values made up: {', '.join(made_up)}."] * bool(made_up)),
+        *([f"Placeholder values for data-dependent operators: {', '.join(made_up)}."] * bool(made_up)),
     ]
 
 

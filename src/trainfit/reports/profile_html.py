@@ -35,7 +35,7 @@ def profile_html(prediction: Prediction) -> str:
         byte_bars(category_rows(training.profile), CATEGORY_COLORS),
         "<h2>By module, at the peak</h2>",
         modules(training.profile),
-        "<h2>What no operator shows</h2>",
+        "<h2>Overheads outside the trace</h2>",
         _hidden(training.hidden),
         "<h2>Evaluation</h2>",
         f"<p>{evaluation.verdict}; needs {spread(evaluation.needs)}, "

@@ -22,6 +22,7 @@ from trainfit.reports.run_report import (
     time_shares,
 )
 from trainfit.reports.words import duration
+from trainfit.training.lines import counted
 from trainfit.training.run_files import PICTURES
 
 _BLUE, _GREY, _PINK, _VIOLET, _ORANGE, _GREEN = "#4ea5b7", "#7f8fa9", "#e889ab", "#9575cd", "#e38a42", "#6aa84f"
@@ -44,7 +45,7 @@ def run_html(report: RunReport) -> str:
         ("regions", numbers_words(report)),
         ("GPU", gpu_words(report)),
         ("batch size", report.noise_line),
-        ("left out", f"{report.unreadable_lines} unreadable line(s)" if report.unreadable_lines else None),
+        ("left out", counted(report.unreadable_lines, "unreadable line") if report.unreadable_lines else None),
     ]
     rows = "".join(
         f"<tr><td class='soft label'>{name}</td><td>{escape(words)}</td></tr>" for name, words in facts if words

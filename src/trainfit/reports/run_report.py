@@ -14,6 +14,7 @@ from trainfit.gpus.catalogue import GIB
 from trainfit.reports.run_memory import growth_words
 from trainfit.reports.words import duration, printable
 from trainfit.tasks.task import percent
+from trainfit.training.lines import counted
 from trainfit.training.noise_scale import NoiseSample, NoiseScale, noise_line, noise_scale
 from trainfit.training.run_files import METRICS, PLAN, RECIPE, TELEMETRY, read_rows
 
@@ -214,7 +215,7 @@ def run_text(report: RunReport) -> str:
         ("regions", numbers_words(report)),
         ("GPU", gpu_words(report)),
         ("batch", report.noise_line),
-        ("left out", f"{report.unreadable_lines} unreadable line(s)" if report.unreadable_lines else None),
+        ("left out", counted(report.unreadable_lines, "unreadable line") if report.unreadable_lines else None),
     ]
     lines = [headline(report), *(f"{name:<12}{words}" for name, words in rows if words)]
     lines += [f"{'' if i else 'out of memory':<12}  {line}" for i, line in enumerate(map(oom_words, report.ooms))]
@@ -230,7 +231,9 @@ def headline(report: RunReport) -> str:
 
 def steps_words(report: RunReport) -> str:
     """Optimizer steps done, of all."""
-    return f"{report.step} steps" if report.total_steps is None else f"{report.step} of {report.total_steps} steps"
+    if report.total_steps is None:
+        return counted(report.step, "step")
+    return f"{report.step} of {counted(report.total_steps, 'step')}"
 
 
 def loss_words(report: RunReport) -> str | None:
@@ -240,7 +243,8 @@ def loss_words(report: RunReport) -> str | None:
         return None
     tenth = max(1, len(losses) // 10)
     broken = len(report.windows) - len(losses)
-    words = f"{fmean(losses[:tenth]):.4g} -> {fmean(losses[-tenth:]):.4g} (mean of the first and of the last {tenth} window(s))"
+    means = f"{fmean(losses[:tenth]):.4g} -> {fmean(losses[-tenth:]):.4g}"
+    words = f"{means} (mean of the first and of the last {counted(tenth, 'window')})"
     return words + (f"; {broken} windows without a finite loss" if broken else "")
 
 

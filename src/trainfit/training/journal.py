@@ -16,6 +16,7 @@ from trainfit.tasks.charts import write_graphics
 from trainfit.tasks.task import Evaluation
 from trainfit.training import headroom
 from trainfit.training.extents import Largest, largest_over
+from trainfit.training.lines import counted
 from trainfit.training.loader import usable_cores
 from trainfit.training.noise_scale import TOO_FEW, NoiseSample, noise_line, noise_scale
 from trainfit.training.run_files import METRICS, PICTURES, TELEMETRY
@@ -80,7 +81,7 @@ class Journal:
         dropped = {METRICS: self.metrics.dropped if self.metrics else 0, TELEMETRY: heal(folder / TELEMETRY)}
         for name, number in dropped.items():
             if number:
-                self.show.note(f"{folder / name}: {number} unreadable line(s) dropped")
+                self.show.note(f"{folder / name}: {counted(number, 'unreadable line')} dropped")
 
     def window(self, result: StepResult, *, step: int, lr: float, size: int, largest: Largest | None = None) -> None:
         """Note one window; `step` counts from 1, `largest` is what `largest_of` gives."""

@@ -8,8 +8,8 @@ from trainfit.tasks.task import Evaluation, percent
 
 
 def counted(number: int, noun: str) -> str:
-    """1 step, 2 steps."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    """1 step, 2 steps, 2 processes."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def opening_lines(data: str, workload: Any, how: str) -> Sequence[str]:
@@ -43,6 +43,6 @@ def diverged(step: int, skipped: int, last: Path) -> str:
 def other_ranks(now: int, before: int, effective_batch: int) -> str:
     """What a resume with another number of processes changes."""
     return (
-        f"the run goes on with {now} process(es) after {before}: the effective batch stays {effective_batch}; "
+        f"the run goes on with {counted(now, 'process')} after {before}: the effective batch stays {effective_batch}; "
         "dropout draws other random numbers"
     )

@@ -13,6 +13,7 @@ from trainfit.files import read_json
 from trainfit.models.family import family_of, find
 from trainfit.models.setting import Setting
 from trainfit.tasks.augment import parse
+from trainfit.training.lines import counted
 from trainfit.training.run_files import RECIPE
 from trainfit.training.trackers import require_trackers
 from trainfit.values import In, Range, changed, flag, from_record, given, keeps_given, require_known, require_valid
@@ -235,11 +236,11 @@ def resolve_batching(recipe: Recipe, world_size: int) -> Batching:
     share = -(-effective // world_size)
     micro = min(micro or DEFAULT_MICRO_BATCH, share)
     steps = -(-share // micro)
-    reason = f"effective batch {effective} = micro-batch {micro} x accumulation {steps} x {world_size} GPU(s)"
+    reason = f"effective batch {effective} = micro-batch {micro} x accumulation {steps} x {counted(world_size, 'GPU')}"
     if micro * steps * world_size != effective:
         reason = (
-            f"effective batch {effective} over {world_size} GPU(s): {share} images each in {steps} micro-batches of {micro} "
-            "(the last one smaller; weighted exactly)"
+            f"effective batch {effective} over {counted(world_size, 'GPU')}: {share} images each in {steps} micro-batches "
+            f"of {micro} (the last one smaller; weighted exactly)"
         )
     return Batching(
         effective_batch=effective, micro_batch=micro, accumulation=steps, world_size=world_size, reason=reason

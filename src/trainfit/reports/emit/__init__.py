@@ -12,8 +12,8 @@ from trainfit.errors import TrainfitError
 from trainfit.models.emit import TOOLS, Job, Tool
 from trainfit.models.family import families, family_of
 from trainfit.models.setting import Setting
-from trainfit.planning.make import rate_factor
 from trainfit.planning.plan import Candidate, Plan
+from trainfit.planning.rates import rate_factor
 from trainfit.reports.plan import choice
 from trainfit.tracing.events import CATEGORIES
 
