@@ -19,6 +19,7 @@ from trainfit.explaining import knobs
 from trainfit.explaining.explain import explain_bytes
 from trainfit.explaining.growth import judge
 from trainfit.explaining.message import find_messages
+from trainfit.explaining.places import place_of
 from trainfit.explaining.snapshot import read_snapshot
 from trainfit.memory.allocator import replay
 from trainfit.reports.memory_viewer import to_snapshot
@@ -142,6 +143,58 @@ def test_a_leak_in_a_snapshot_and_the_tensors_at_the_peak() -> None:
         ("/home/me/train.py:8 in step", 20 * MIB, 20),
         ("/home/me/train.py:7 in step", 9 * MIB, 1),
     ]
+
+
+def test_a_single_forward_is_no_leak() -> None:
+    """Layers keep their activations, as the snapshots of public repositories show: nothing tells them from a leak."""
+    entries: list[dict[str, Any]] = []
+    for layer in range(32):
+        entries += [
+            entry("alloc", 2 * layer * MIB, MIB, 7),
+            entry("alloc", 900 * MIB, MIB, 9),
+            entry("free_completed", 900 * MIB, MIB, 9),
+        ]
+    (found,) = read_snapshot(pickle.dumps({"segments": [], "device_traces": [entries]}), "x")
+    assert (found.steps, found.judges_leaks, found.leaks) == (0, False, ())
+
+
+TORCH = "/opt/conda/lib/python3.10/site-packages/torch"
+EVALUATED = ("??", "torch::autograd::Engine::evaluate_function(std::shared_ptr<torch::autograd::GraphTask>&)")
+CALLED = ("??", "at::_ops::bmm::call(at::Tensor const&, at::Tensor const&)")
+C_FRAMES = [
+    ("??", "torch::unwind::unwind()"),
+    ("memory_snapshot.cpp", "torch::cuda::(anonymous namespace)::gather_with_cpp()"),
+    ("", "c10::cuda::CUDACachingAllocator::Native::NativeCachingAllocator::malloc(void**, signed char)"),
+]
+INTERPRETER = ("/usr/local/src/conda/python-3.12.3/Objects/methodobject.c", "cfunction_call")
+
+
+@pytest.mark.parametrize(
+    ("frames", "place"),
+    [
+        (
+            [CALLED, INTERPRETER, (f"{TORCH}/nn/modules/linear.py", "forward"), ("/home/me/net.py", "forward")],
+            "/home/me/net.py",
+        ),
+        ([CALLED, INTERPRETER, ("/tmp/ipykernel_114/3105878423.py", "<module>")], "/tmp/ipykernel_114/3105878423.py"),
+        ([CALLED, INTERPRETER, (f"{TORCH}/optim/adam.py", "_multi_tensor_adam")], f"{TORCH}/optim/adam.py"),
+        (
+            [CALLED, ("??", "torch::autograd::generated::BmmBackward0::apply(std::vector<at::Tensor>&&)"), EVALUATED],
+            "backward of Bmm (no Python line was recorded)",
+        ),
+        (
+            [("accumulate_grad.cpp", "torch::autograd::AccumulateGrad::apply(std::vector<at::Tensor>&&)"), EVALUATED],
+            "backward: gradients of parameters (no Python line was recorded)",
+        ),
+        ([EVALUATED, ("thread48.o", "execute_native_thread_routine")], "backward (no Python line was recorded)"),
+        ([CALLED, INTERPRETER], "operator bmm (no Python line was recorded)"),
+        ([("thread.cc", "start_thread")], ""),
+    ],
+)
+def test_the_place_is_found_among_frames_of_c(frames: list[tuple[str, str]], place: str) -> None:
+    """Frames as torch 2.3 to 2.9 recorded them in snapshots of public repositories."""
+    given = [{"filename": file, "line": 0, "name": name} for file, name in (*C_FRAMES, *frames)]
+    assert place_of(given).partition(" in ")[0] == place
 
 
 def test_fragmentation_at_the_error_of_a_snapshot() -> None:

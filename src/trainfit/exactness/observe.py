@@ -207,7 +207,30 @@ class Watch:
         own = {id(p) for p in self.parameters.values()} | {id(p.grad) for p in self.parameters.values()}
         return not tensors or any(id(t) in own for t in tensors)
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, _args: Any, _named: Any) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, named: Any) -> Any:
+        """A closure, which makes the gradients within the step (Lightning, LBFGS), is watched until it has run once."""
+        closure = named.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._note_step(optimizer)
+            self._inside += 1
+            return None
+        runs: list[int] = []
+
+        def watched() -> Any:
+            self._inside -= 1
+            try:
+                result = closure()
+                if not runs:
+                    self._note_step(optimizer)
+                runs.append(1)
+                return result
+            finally:
+                self._inside += 1
+
+        self._inside += 1
+        return (args[0], watched), {name: value for name, value in named.items() if name != "closure"}
+
+    def _note_step(self, optimizer: torch.optim.Optimizer) -> None:
         window = self.window
         if optimizer not in self.optimizers:
             self.optimizers.append(optimizer)
@@ -230,7 +253,6 @@ class Watch:
         window.scaled_at_step = self._scaled and not self._unscaled and window.backwards > 0
         self._stepped |= {n: True for n in own if (g := self.parameters[n].grad) is not None and bool(g.any())}
         self._values = {n: self.parameters[n].detach().clone() for n in own}
-        self._inside += 1
 
     def _after_step(self, _optimizer: torch.optim.Optimizer, _args: Any, _named: Any) -> None:
         """Put the parameters back, so that every window is compared from the same weights."""

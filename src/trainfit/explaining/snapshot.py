@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from trainfit.errors import TrainfitError
+from trainfit.explaining.places import place_of
 
 MOST_BYTES = 4 * 2**30
 """Of a file: a history of a million events takes about 1 GiB."""
 BURSTS = 4
 """Parts of a history; tensors of one place that stay alive from as many parts are a leak."""
+FALL = 0.1
+"""Of the range of allocated memory: after so much of a rise and a fall a step is over."""
+LEAST_STEPS = 3
+"""A single forward keeps tensors of every layer, which is no leak: a history of fewer steps tells of none."""
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -30,7 +35,7 @@ class Holder:
     """Tensors that one place of the code made and that are alive at the moment in question."""
 
     place: str
-    """Innermost frame that is no library's, as "file.py:12 in forward"."""
+    """Innermost frame that is no library's, as "file.py:12 in forward"; else what `places.place_of` finds."""
     category: str
     nbytes: int
     tensors: int
@@ -65,7 +70,15 @@ class Snapshot:
     """All free pieces."""
     holders: tuple[Holder, ...]
     """By bytes, the most first."""
+    steps: int
+    """Times that allocated memory rose and fell again in the history."""
     leaks: tuple[Leak, ...]
+    """None where the history has fewer than `LEAST_STEPS` steps."""
+
+    @property
+    def judges_leaks(self) -> bool:
+        """Whether the history is long enough to tell of leaks."""
+        return self.steps >= LEAST_STEPS
 
     @property
     def fragmented(self) -> bool:
@@ -110,6 +123,7 @@ def _judge(device: int, entries: Sequence[Mapping[str, Any]], segments: Sequence
     reserved_end = sum(s["total_size"] for s in segments)
     reserved = reserved_end - sum(_RESERVING.get(e["action"], 0) * e["size"] for e in entries)
     best: tuple[int, int, dict[int, Any], int] = (-1, -1, {}, 0)
+    totals = [total]
     for number, entry in enumerate(entries):
         action = entry["action"]
         reserved += _RESERVING.get(action, 0) * entry.get("size", 0)
@@ -118,25 +132,43 @@ def _judge(device: int, entries: Sequence[Mapping[str, Any]], segments: Sequence
             total += entry["size"]
         elif action == "free_completed" and entry["addr"] in live:
             total -= live.pop(entry["addr"])[0]
+        totals.append(total)
         if number == ooms[-1] if ooms else total > best[0]:
             best = (total, number, dict(live) if ooms else {}, reserved)
     if not ooms:
         best = _live_at(entries, segments, best)
     oom = entries[ooms[-1]] if ooms else {}
+    steps = _steps(totals)
     return Snapshot(
         device=device,
         at=at,
         events=sum(entry["action"] in ("alloc", "free_completed") for entry in entries),
         request_bytes=int(oom.get("size", 0)),
-        request_place=_place(oom.get("frames", ())),
+        request_place=place_of(oom.get("frames", ())),
         device_free_bytes=int(oom.get("device_free", 0)),
         allocated_bytes=best[0],
         reserved_bytes=best[3] or reserved_end,
         largest_free_bytes=max(pieces, default=0),
         free_pieces_bytes=sum(pieces),
         holders=_holders(best[2].values()),
-        leaks=_leaks(live.values(), len(entries)),
+        steps=steps,
+        leaks=_leaks(live.values(), len(entries)) if steps >= LEAST_STEPS else (),
     )
+
+
+def _steps(totals: Sequence[int]) -> int:
+    """How often a curve rises and falls again by `FALL` of its range."""
+    least = FALL * (max(totals) - min(totals))
+    if not least:
+        return 0
+    steps, low, high, rising = 0, totals[0], totals[0], False
+    for total in totals:
+        if rising and total <= high - least:
+            steps, rising, low = steps + 1, False, total
+        elif not rising and total >= low + least:
+            rising, high = True, total
+        low, high = min(low, total), max(high, total)
+    return steps
 
 
 _RESERVING = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
@@ -184,7 +216,9 @@ def _holders(live: Iterable[tuple[int, Mapping[str, Any], int]]) -> tuple[Holder
     for size, entry, number in live:
         category = str(entry.get("category", "") or "")
         frames = entry.get("frames", ())
-        place = _place(frames) or ("before the recording" if number < 0 else "unknown place (recorded without stacks)")
+        place = place_of(frames) or (
+            "before the recording" if number < 0 else "unknown place (recorded without stacks)"
+        )
         nbytes[place, category] += size
         tensors[place, category] += 1
     return tuple(
@@ -198,7 +232,7 @@ def _leaks(live: Iterable[tuple[int, Mapping[str, Any], int]], events: int) -> t
     parts: dict[str, Counter[int]] = defaultdict(Counter)
     nbytes: Counter[str] = Counter()
     for size, entry, number in live:
-        place = _place(entry.get("frames", ()))
+        place = place_of(entry.get("frames", ()))
         if place and number >= 0 and entry.get("category", "") not in ("parameters", "optimizer"):
             parts[place][number * BURSTS // max(events, 1)] += 1
             nbytes[place] += size
@@ -208,21 +242,3 @@ def _leaks(live: Iterable[tuple[int, Mapping[str, Any], int]], events: int) -> t
         if len(counts) == BURSTS and min(counts.values()) >= 2
     ]
     return tuple(sorted(found, key=lambda leak: -leak.nbytes))
-
-
-_LIBRARIES = ("site-packages", "dist-packages", "/lib/python", ".cpp", ".h", "??", "<frozen")
-
-
-def _place(frames: Sequence[Mapping[str, Any]]) -> str:
-    """The innermost frame of the user's own code; else the innermost Python frame; else the innermost."""
-    own = next((f for f in frames if _file(f) and not any(part in _file(f) for part in _LIBRARIES)), None)
-    python = next((f for f in frames if _file(f).endswith(".py")), None)
-    frame = own or python or (frames[0] if frames else None)
-    if frame is None:
-        return ""
-    line = f":{frame['line']}" if frame.get("line") else ""
-    return f"{_file(frame)}{line} in {frame.get('name', '?')}"
-
-
-def _file(frame: Mapping[str, Any]) -> str:
-    return str(frame.get("filename", ""))

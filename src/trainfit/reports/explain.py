@@ -103,7 +103,9 @@ def _snapshot(snapshot: Snapshot) -> str:
             f"  leak           {leak.tensors} tensors ({_size(leak.nbytes)}) of {leak.place} stay alive throughout the history: "
             "keep .item() or .detach() instead"
         )
-    if snapshot.events and not snapshot.leaks:
+    if snapshot.events and not snapshot.judges_leaks:
+        lines.append("  leak           not judged: the history holds fewer than three steps; record five or more")
+    elif snapshot.events and not snapshot.leaks:
         lines.append("  no place's tensors pile up over the history: no leak")
     return "\n".join(lines)
 
@@ -139,6 +141,8 @@ def _knobs(result: Explanation) -> str:
 
 def _size(nbytes: int) -> str:
     sign, nbytes = ("-", -nbytes) if nbytes < 0 else ("", nbytes)
+    if nbytes < 2**20 / 100:
+        return f"{sign}{nbytes} B" if nbytes < 2**10 else f"{sign}{nbytes / 2**10:.4g} KiB"
     return f"{sign}{nbytes / 2**30:.2f} GiB" if nbytes >= 2**29 else f"{sign}{nbytes / 2**20:.4g} MiB"
 
 
