@@ -43,7 +43,7 @@ def valid(batch: Any) -> torch.Tensor:
 def check(net: Any, items: Any, counts: Any = None, **arguments: Any) -> trainfit.Exactness:
     from trainfit.integrations.lightning import ExactAccumulation, lightning_loop
 
-    callbacks = list if counts is None else lambda: [ExactAccumulation(counts)]
+    callbacks: Any = list if counts is None else lambda: [ExactAccumulation(counts)]
     return trainfit.check_exactness(lightning_loop(lambda: module(net), items, callbacks=callbacks, **arguments))
 
 

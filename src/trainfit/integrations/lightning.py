@@ -102,7 +102,7 @@ def lightning_loop(
     items: Sequence[Any],
     *,
     collate: Callable[[list[Any]], Any] = default_collate,
-    callbacks: Callable[[], list[Callback]] = list,
+    callbacks: Callable[[], Sequence[Callback]] = list,
     **arguments: Any,
 ) -> OwnLoop:
     """Lightning's loop as `check_exactness` takes it.
@@ -121,7 +121,7 @@ def lightning_loop(
         assert isinstance(model, LightningModule)
         with warnings.catch_warnings(), _silent("lightning.pytorch"):
             warnings.simplefilter("ignore")
-            trainer = Trainer(accumulate_grad_batches=accumulation, callbacks=callbacks(), **quiet | arguments)
+            trainer = Trainer(accumulate_grad_batches=accumulation, callbacks=list(callbacks()), **quiet | arguments)
             trainer.fit(model, train_dataloaders=DataLoader(batches, batch_size=None))  # pyright: ignore[reportArgumentType]
 
     return OwnLoop(model=make_module, items=items, train=train, collate=collate)
