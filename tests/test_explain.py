@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -279,3 +280,22 @@ def test_the_example_runs() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert "fragmentation" in done.stdout
     assert "growth: leak" in done.stdout
+
+
+def test_what_is_no_readable_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No file is read without bound, and a pipe is not waited for."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "empty").touch()
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(5 * 2**30)  # takes no room on the disk
+    for name, message in (
+        ("missing", "missing cannot be read (No such file or directory): give a log"),
+        ("pipe", "pipe cannot be read (it is no regular file): give a log"),
+        ("large", "large cannot be read (it is 5368709120 bytes long, and at most 4294967296 are read)"),
+        ("", f"{tmp_path} is a folder: give a log"),
+        ("empty", "empty has no out-of-memory message, no memory figures, and is no snapshot"),
+    ):
+        assert run("explain", tmp_path / name) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1

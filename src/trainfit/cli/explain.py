@@ -9,6 +9,8 @@ from typing import Annotated
 
 from trainfit.errors import TrainfitError
 from trainfit.explaining.explain import explain_bytes
+from trainfit.explaining.snapshot import MOST_BYTES
+from trainfit.files import read_bytes
 from trainfit.gpus.choice import chosen_gpu
 from trainfit.models.setting import make_setting
 from trainfit.reports.explain import explain_json, explain_text
@@ -38,12 +40,9 @@ class Explain:
 def explain(arguments: Explain, _given: AbstractSet[str]) -> int:
     """Explain an out-of-memory error; nothing of the file is run."""
     if arguments.file == STDIN:
-        data, source = sys.stdin.buffer.read(), "what was piped in"
+        data, source = sys.stdin.buffer.read(MOST_BYTES + 1), "what was piped in"
     else:
-        path = Path(arguments.file)
-        if path.is_dir():
-            raise TrainfitError(f"{path} is a folder: give a log, a message or a snapshot file")
-        data, source = path.read_bytes(), str(path)
+        data, source = _content(Path(arguments.file)), arguments.file
     setting = make_setting(arguments.model, micro_batch=arguments.micro_batch) if arguments.model is not None else None
     known = arguments.gpu is not None or arguments.memory is not None
     result = explain_bytes(
@@ -55,6 +54,22 @@ def explain(arguments: Explain, _given: AbstractSet[str]) -> int:
     )
     print(json.dumps(explain_json(result)) if arguments.as_json else explain_text(result))
     return 0
+
+
+def _content(path: Path) -> bytes:
+    """The file's bytes.
+
+    Raises:
+        TrainfitError: a folder, a pipe, no file, or one that is too large to be a log or a snapshot.
+    """
+    if path.is_dir():
+        raise TrainfitError(f"{path} is a folder: give a log, a message or a snapshot file")
+    try:
+        return read_bytes(path, limit=MOST_BYTES)
+    except OSError as error:
+        raise TrainfitError(
+            f"{path} cannot be read ({error.strerror}): give a log, a message or a snapshot file"
+        ) from error
 
 
 def _note(line: str) -> None:
