@@ -1,4 +1,4 @@
-"""The check of exactness on loops written in other ways than those of test_exactness_check.py: what it names, where it is silent."""
+"""The check of exactness on loops written in other ways than test_exactness_check.py: what it names, where it is silent."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -160,12 +160,12 @@ def by_closure(model: nn.Module, batches: Any, accumulation: int) -> None:
     optimizer = adam(model)
     for window in windows(batches, accumulation):
 
-        def closure(window: list[Any] = window) -> torch.Tensor:
+        def closure(window: list[Any] = window) -> float:
             optimizer.zero_grad()
             losses = [functional.cross_entropy(model(x), y) / len(window) for x, y in window]
             for loss in losses:
                 loss.backward()
-            return losses[0]
+            return losses[0].item()
 
         optimizer.step(closure)
 
