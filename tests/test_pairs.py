@@ -4,21 +4,26 @@ import csv
 import io
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from PIL import Image
 
 from conftest import run
 from trainfit.errors import TrainfitError
-from trainfit.tasks.pairs import task
+from trainfit.tasks.pairs import features, task
+from trainfit.tasks.pairs import metric as metrics
 from trainfit.tasks.pairs.metric import RetrievalMetric, ZeroShotMetric
 from trainfit.tasks.pairs.read import read_pixels
 from trainfit.tasks.pairs.samples import PairFeatures, PairRecord
+from trainfit.tasks.task import Metric
 
 TEXTS = [["a red square"], ["a blue square", "nothing but blue"], ["a red square"], ["green, mostly"]]
 
@@ -171,10 +176,8 @@ def noise(images: int, texts: Sequence[int], *, seed: int = 0) -> list[PairFeatu
 
 def test_recall_is_that_of_plain_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numpy over the whole matrix, five texts an image or fewer; in blocks so small that all loops turn."""
-    from trainfit.tasks.pairs import features, metric
-
     monkeypatch.setattr(features, "BLOCK", 7)
-    monkeypatch.setattr(metric, "BLOCK", 7)
+    monkeypatch.setattr(metrics, "BLOCK", 7)
     found = noise(40, [1 + number % 5 for number in range(40)])
     measured = RetrievalMetric()
     measured.add(found)
@@ -188,6 +191,46 @@ def test_recall_is_that_of_plain_code(monkeypatch: pytest.MonkeyPatch) -> None:
         assert record[f"image_to_text_r{k}"] == np.mean([number in best[number] for number in range(40)])
         order = np.argsort(-similar.T, axis=1)[:, :k]
         assert record[f"text_to_image_r{k}"] == np.mean([owner[row] in order[row] for row in range(len(owner))])
+
+
+def classified() -> tuple[list[PairRecord], list[PairFeatures]]:
+    """Texts of four classes, then 30 images of them."""
+    classes, images = noise(4, [3] * 4, seed=2), noise(30, [1] * 30, seed=3)
+    found = [replace(each, image=None) for each in classes]
+    found += [replace(each, record_id=4 + each.record_id, texts=None) for each in images]
+    labels = [*range(4), *(n * 7 % 4 for n in range(30))]
+    return [PairRecord(id=n, file="", texts=(), label=label) for n, label in enumerate(labels)], found
+
+
+def record_of(metric: Metric, found: Sequence[PairFeatures]) -> Mapping[str, Any]:
+    metric.add(found)
+    return metric.result().record
+
+
+def rank_of_metrics(rank: int, folder: str) -> None:
+    """Unequal shares: 21 and 9 pairs; the first rank has the texts of three classes and few images."""
+    torch.set_num_threads(1)
+    features.BLOCK = metrics.BLOCK = 4
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    pairs, (records, given) = noise(30, [1 + n % 5 for n in range(30)]), classified()
+    retrieval = record_of(RetrievalMetric(), pairs[:21] if rank == 0 else pairs[21:])
+    mine = [each for each in given if (each.record_id < 3 or each.record_id % 5 == 0) == (rank == 0)]
+    zero_shot = record_of(ZeroShotMetric(records, "abcd"), mine)
+    torch.save((dict(retrieval), dict(zero_shot)), f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
+    mp.start_processes(rank_of_metrics, (str(tmp_path),), nprocs=2, start_method="fork")
+    records, given = classified()
+    known = (
+        record_of(RetrievalMetric(), noise(30, [1 + n % 5 for n in range(30)])),
+        record_of(ZeroShotMetric(records, "abcd"), given),
+    )
+    for rank in range(2):
+        assert torch.load(tmp_path / str(rank)) == known
+    assert 0 < known[0]["image_to_text_r5"] < 1
+    assert 0 < known[1]["top1"] < 1
 
 
 def test_recall_of_single_texts_is_upstreams() -> None:
