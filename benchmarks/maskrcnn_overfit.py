@@ -52,6 +52,7 @@ def main() -> int:
             "maskrcnn-r50-v1",
             data=str(eight_images(arguments.data, Path(folder) / "eight")),
             allow_outside=True,
+            weights="random",
             resolution=arguments.resolution,
             rois_per_image=64,
             proposals=(300, 200),

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from conftest import run
@@ -10,6 +11,8 @@ from trainfit.errors import TrainfitError
 from trainfit.models.maskrcnn.detectron2.read import read_configuration
 from trainfit.models.maskrcnn.detectron2.translate import Translation, translated, with_configuration
 from trainfit.models.maskrcnn.detectron2.zoo import ZOO
+from trainfit.training.recipe import make_recipe
+from trainfit.training.schedule import lr_factor
 
 # Written by hand from Detectron2's documentation (configs/Base-RCNN-FPN.yaml and the two below it), as a user has them.
 BASE = """
@@ -130,6 +133,38 @@ def test_the_three_examples_of_the_source(tmp_path: Path, capsys: pytest.Capture
     words = with_configuration(["plan", "--detectron2", own(tmp_path, accumulation), "--gpu", "T4"])
     assert after(words, "--effective-batch") == ["4"]
     assert "SOLVER.ACCUMULATION_STEPS" in capsys.readouterr().err
+
+
+def test_the_schedule_is_detectron2s(tmp_path: Path) -> None:
+    def trained(text: str) -> list[str]:
+        return with_configuration(["train", "--detectron2", own(tmp_path, text), "--data", "d"])
+
+    words = trained("TEST: {EVAL_PERIOD: 5000}\n")
+    assert after(words, "--lr-steps", 3) == ["210000", "250000", "--optimizer"]
+    assert after(words, "--schedule") == ["step"]
+    assert after(words, "--warmup-steps") == ["1000"]  # config/defaults.py
+    assert after(words, "--eval-steps") == ["5000"]
+    assert after(words, "--eval-every") == ["0"]
+    words = trained("SOLVER: {STEPS: '(8, 20)', MAX_ITER: 12, WARMUP_ITERS: 3}\n")
+    assert after(words, "--lr-steps", 2) == ["8", "--optimizer"]  # 20 is never reached
+    recipe = make_recipe("maskrcnn-r50-v1", data="sample", lr=1.0, schedule="step", lr_steps=(4, 8), warmup_steps=3)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    known = torch.optim.lr_scheduler.MultiStepLR(optimizer, [4, 8])
+    for step in range(12):
+        ours = lr_factor(step, recipe, steps_per_epoch=5, total_steps=12)
+        assert ours == pytest.approx(step / 3 if step < 3 else known.get_last_lr()[0])
+        optimizer.step()
+        known.step()
+    assert after(trained("SOLVER: {LR_SCHEDULER_NAME: WarmupCosineLR}\n"), "--schedule") == ["cosine"]
+    for text, reason in (
+        ("{WARMUP_ITERS: many}", "WARMUP_ITERS must be a whole number, not 'many'"),
+        ("{STEPS: soon}", "STEPS must be a list of whole numbers, not 'soon'"),
+        ("{LR_SCHEDULER_NAME: Poly}", "LR_SCHEDULER_NAME 'Poly' is no value that trainfit has"),
+    ):
+        with pytest.raises(TrainfitError, match=reason):
+            trained(f"SOLVER: {text}\n")
+    with pytest.raises(TrainfitError, match="--lr-steps goes with --schedule step, not cosine"):
+        make_recipe("maskrcnn-r50-v1", data="sample", schedule="cosine", lr_steps=(4,))
 
 
 def test_flags_of_the_command_line_win(tmp_path: Path) -> None:

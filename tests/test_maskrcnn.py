@@ -1,6 +1,12 @@
 """Mask R-CNN trains: exact for any cut and on any number of ranks, with torchvision's weights, and from the command line."""
 
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +19,7 @@ import torch.multiprocessing as mp
 from PIL import Image
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn
 
+import trainfit
 from conftest import rows, run, shared_data
 from small_rcnn import gradient, rank_gradient, small_rcnn, window
 from test_families import CPU, FirstOfEach, error, gradients, scenes, tiny_rcnn, torchvision_gradient
@@ -35,6 +42,7 @@ from trainfit.tasks.detection.samples import ImageRecord
 from trainfit.training import run_folder
 from trainfit.training.loader import WindowPlan, groups_of
 
+PACKAGE = Path(trainfit.__file__).resolve().parents[1]
 SMALL = ["--resolution", 64, "--max-size", 96, "--rois-per-image", 16, "--proposals", 40, 40, "--workers", 0]
 TINY: dict[str, Any] = {"resolution": 64, "max_size": 96, "rois_per_image": 16, "proposals": (60, 60)}
 
@@ -335,19 +343,35 @@ def test_files_of_other_models_are_refused(tmp_path: Path) -> None:
 # ---- the commands
 
 
-def test_fruits_nuts_trains_is_stopped_resumes_bit_for_bit_and_detects(
+def test_fruits_nuts_trains_is_killed_resumes_bit_for_bit_and_detects(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The kill comes at a random moment after the second window."""
     data = shared_data("fruits_nuts")
     common = ["train", "maskrcnn-r50-fpn", "--data", data, *SMALL, "--effective-batch", 3, "--micro-batch", 2]
-    common += ["--eval-every", 0, "--short-sides", "48-64", "--device", "cpu", "--norm", "group"]
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert run(*common, "--out", whole, "--max-steps", 3) == 0
-    assert run(*common, "--out", stopped, "--max-steps", 1) == 0
-    assert run("train", "--resume", stopped, "--max-steps", 3) == 0
+    common += ["--eval-every", 0, "--eval-steps", 3, "--short-sides", "48-64", "--device", "cpu", "--norm", "group"]
+    common += ["--optimizer", "sgd", "--trainable-stages", 1, "--max-steps", 5, "--save-minutes", 0]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert run(*common, "--out", whole) == 0
+    torch.set_num_threads(threads)
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", "trainfit", *map(str, common), "--out", str(killed)]
+    with subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        until, file = time.monotonic() + 120, killed / run_folder.METRICS
+        while time.monotonic() < until and (not file.exists() or file.read_text().count('"loss"') < 2):
+            time.sleep(0.02)
+            assert process.poll() is None
+        time.sleep(random.random())
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert run("train", "--resume", killed) == 0
     capsys.readouterr()
-    ours, theirs = (run_folder.load_state(folder / run_folder.STATE)["model"] for folder in (whole, stopped))
+    ours, theirs = (run_folder.load_state(folder / run_folder.STATE)["model"] for folder in (whole, killed))
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    assert rows(whole) == rows(killed)
+    assert [row["step"] for row in rows(whole) if "segm_ap" in row] == [3, 5]
     losses = [{k: v for k, v in row.items() if "loss" in row} for row in rows(whole) if "loss" in row]
     assert all(row[name] >= 0 for row in losses for name in ("objectness", "rpn_box", "class", "box", "mask"))
     assert {"segm_ap", "bbox_ap"} <= set(rows(whole)[-1])

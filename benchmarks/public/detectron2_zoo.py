@@ -44,13 +44,18 @@ class Step:
 
     ema, blocks = None, 0
 
-    def __init__(self, device: torch.device, head: str, backbone: str, batch: int, objects: int, ranks: int) -> None:
-        """Build model and optimizer on `device`."""
-        extra: dict[str, Any] = {}
-        if head == "retinanet":
-            extra = {"returned_layers": [2, 3, 4], "extra_blocks": LastLevelP6P7(256, 256)}
-        body = resnet_fpn_backbone(backbone_name=BACKBONES[backbone], weights=None, trainable_layers=3, **extra)
-        self.model: Any = HEADS[head](body, min_size=HEIGHT, max_size=WIDTH).to(device).train()
+    def __init__(
+        self,
+        device: torch.device,
+        head: str,
+        backbone: str,
+        batch: int,
+        objects: int,
+        ranks: int,
+        model: torch.nn.Module | None = None,
+    ) -> None:
+        """Build model (unless it is given) and optimizer on `device`."""
+        self.model: Any = (model or _model(head, backbone)).to(device).train()
         if head != "retinanet":
             cap_training_samples(self.model.roi_heads)
         else:
@@ -79,6 +84,14 @@ class Step:
         if self.head == "keypoint_rcnn":
             target["keypoints"] = torch.full((objects, 17, 3), 50.0)
         return target
+
+
+def _model(head: str, backbone: str) -> torch.nn.Module:
+    extra: dict[str, Any] = {}
+    if head == "retinanet":
+        extra = {"returned_layers": [2, 3, 4], "extra_blocks": LastLevelP6P7(256, 256)}
+    body = resnet_fpn_backbone(backbone_name=BACKBONES[backbone], weights=None, trainable_layers=3, **extra)
+    return HEADS[head](body, min_size=HEIGHT, max_size=WIDTH)
 
 
 def _loss_of_all_images(

@@ -267,6 +267,8 @@ class _Run:
         """Whether the window just done is followed by an evaluation."""
         if self.done == self.total_steps:
             return True
+        if self.recipe.eval_steps is not None and self.done % self.recipe.eval_steps == 0:
+            return True
         epoch, rest = divmod(self.done, self.steps_per_epoch)
         return rest == 0 and self.recipe.eval_every > 0 and epoch % self.recipe.eval_every == 0
 

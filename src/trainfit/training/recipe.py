@@ -75,6 +75,8 @@ class Recipe(Setting):
     """Stop after this many epochs without a better evaluation; all epochs unless given."""
     lr_drop: Annotated[int, Range(0), In(None)] = 100
     """Epoch of the step schedule's drop; not a flag."""
+    lr_steps: Annotated[tuple[int, ...], In("schedule", rare=True)] = ()
+    """Optimizer steps at which the rate falls to a tenth, each time again, with --schedule step."""
     warmup_epochs: Annotated[float, Range(0), In("schedule")] = 0.0
     """Length of the linear warm-up."""
     warmup_steps: Annotated[int, Range(0, 1_000_000_000), In("schedule")] = 0
@@ -91,6 +93,8 @@ class Recipe(Setting):
     """Weights, order of data and augmentation follow from it."""
     device: Annotated[Literal["auto", "cpu", "cuda"], In("run")] = "auto"
     """Where to train."""
+    eval_steps: Annotated[int | None, Range(1), In("run", rare=True)] = None
+    """Evaluate after every so many optimizer steps, besides --eval-every."""
     eval_every: Annotated[int, Range(0), In("run")] = 1
     """Evaluate every so many epochs, and at the end; 0: at the end alone."""
     save_minutes: Annotated[float, Range(0), In("run", rare=True)] = 10.0
@@ -111,6 +115,10 @@ class Recipe(Setting):
         require_valid(self)
         parse(self.augment)
         require_trackers(self.track)
+        if self.lr_steps and self.schedule != "step":
+            raise TrainfitError(f"--lr-steps goes with --schedule step, not {self.schedule}")
+        if any(step < 1 for step in self.lr_steps):
+            raise TrainfitError(f"--lr-steps must be at least 1, not {min(self.lr_steps)}")
         if self.resume is None and not self.model and self.earlier_run is None and self.plan is None:
             raise TrainfitError("name a model, for instance: trainfit train rfdetr-nano --data DIR")
         if self.resume is None and not self.data:
@@ -249,7 +257,8 @@ def resolve_batching(recipe: Recipe, world_size: int) -> Batching:
 
 RESUMABLE = frozenset(
     {
-        *("epochs", "max_steps", "early_stopping", "eval_every", "micro_batch", "accumulation", "eval_micro_batch"),
+        *("epochs", "max_steps", "early_stopping", "eval_every", "eval_steps"),
+        *("micro_batch", "accumulation", "eval_micro_batch"),
         *("workers", "tensorboard", "track"),
     }
 )

@@ -21,6 +21,8 @@ def lr_factor(step: int, recipe: Recipe, *, steps_per_epoch: int, total_steps: i
     if recipe.schedule == "cosine":
         progress = (step - warmup) / max(1, total_steps - warmup)
         return recipe.lr_min_factor + (1 - recipe.lr_min_factor) * 0.5 * (1 + math.cos(math.pi * progress))
+    if recipe.lr_steps:
+        return 0.1 ** sum(step >= drop for drop in recipe.lr_steps)
     return 1.0 if step < recipe.lr_drop * steps_per_epoch else 0.1
 
 

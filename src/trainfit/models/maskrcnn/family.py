@@ -54,7 +54,7 @@ class MaskRcnnSetting(DetectionSetting):
     """Short side after the resize, in pixels; 800 unless given, or the largest of --short-sides."""
     canvas: tuple[int, int] | None = None
     """(height, width) in pixels of the largest window. The largest there is unless given: the longest side allowed, as high
-    too where portrait and landscape images may meet (`aspect_grouping`)."""
+    too where --no-aspect-grouping lets portrait and landscape images meet."""
     max_size: Annotated[int | None, Range(1, 16384)] = None
     """Longest side allowed after the resize, in pixels; 1333/800 of the short side unless given."""
     short_sides: str | None = None
@@ -69,7 +69,7 @@ class MaskRcnnSetting(DetectionSetting):
     """Stages of the ResNet that train, from the last: 0 to 5, where 5 is all of it with its stem; 3 unless given."""
     norm: Norm = "published"
     """published: frozen BatchNorm in v1, live BatchNorm in v2; frozen, or group: GroupNorm with 32 groups in its place."""
-    aspect_grouping: Annotated[bool, In(None)] = True
+    aspect_grouping: Annotated[bool, In("model", rare=True)] = True
     """Whether the images of a window are all landscape (or square), or all portrait, as torchvision and Detectron2 train; a
     window is padded to its largest image, so a mixed one needs up to two thirds more memory."""
     reference: Reference = "R1"

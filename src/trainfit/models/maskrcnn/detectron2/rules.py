@@ -73,6 +73,20 @@ def _flip(value: Any) -> list[str]:
     return {"horizontal": ["--augment", "default"], "none": ["--augment", "none"]}[value]
 
 
+def _grouping(value: Any) -> list[str]:
+    return {True: ["--aspect-grouping"], False: ["--no-aspect-grouping"]}[value]
+
+
+def _scheduler(value: Any) -> list[str]:
+    if value not in (MULTI_STEP, COSINE):
+        raise ValueError(value)
+    return []  # `translate.translated` writes the schedule
+
+
+def _period(value: Any) -> list[str]:
+    return ["--eval-steps", str(value)] if int(value) > 0 else []
+
+
 def _sampling(value: Any) -> list[str]:
     if value not in ("choice", "range"):
         raise ValueError(value)
@@ -80,7 +94,8 @@ def _sampling(value: Any) -> list[str]:
 
 
 _DATA = "--data names the data set, which trainfit reads from a folder or file"
-_STEPS = "--schedule cosine: the rate falls to zero at SOLVER.MAX_ITER, without steps"
+MULTI_STEP, COSINE = "WarmupMultiStepLR", "WarmupCosineLR"
+"""Values of SOLVER.LR_SCHEDULER_NAME."""
 _SGD = "of torch.optim.SGD with momentum 0.9, as `--optimizer sgd` has it"
 RULES: Mapping[str, Flags | Same | Instead] = {
     "VERSION": Same(value=2, instead="trainfit reads version 2"),
@@ -145,7 +160,7 @@ RULES: Mapping[str, Flags | Same | Instead] = {
     "DATASETS.TRAIN": Instead(text=_DATA),
     "DATASETS.TEST": Instead(text=f"{_DATA}; its val split is evaluated"),
     "DATALOADER.NUM_WORKERS": Flags(make=_words("--workers"), training=True),
-    "DATALOADER.ASPECT_RATIO_GROUPING": Same(value=True, instead="a window's images are of one orientation"),
+    "DATALOADER.ASPECT_RATIO_GROUPING": Flags(make=_grouping),
     "DATALOADER.FILTER_EMPTY_ANNOTATIONS": Same(value=False, instead="images without objects are trained on"),
     "DATALOADER.SAMPLER_TRAIN": Same(value="TrainingSampler", instead="every image is seen once an epoch"),
     "INPUT.MIN_SIZE_TRAIN": Flags(make=_sides),
@@ -167,19 +182,19 @@ RULES: Mapping[str, Flags | Same | Instead] = {
     "SOLVER.NESTEROV": Same(value=False, instead=_SGD),
     "SOLVER.BIAS_LR_FACTOR": Same(value=1.0, instead="biases have the rate of weights"),
     "SOLVER.MAX_ITER": Flags(make=_words("--max-steps"), training=True),
-    "SOLVER.STEPS": Instead(text=_STEPS),
-    "SOLVER.GAMMA": Instead(text=_STEPS),
-    "SOLVER.LR_SCHEDULER_NAME": Instead(text=_STEPS),
+    "SOLVER.STEPS": Flags(make=lambda _: [], training=True),
+    "SOLVER.GAMMA": Same(value=0.1, instead="at each of SOLVER.STEPS the rate falls to a tenth"),
+    "SOLVER.LR_SCHEDULER_NAME": Flags(make=_scheduler, training=True),
     "SOLVER.WARMUP_METHOD": Same(value="linear", instead="a linear warm-up"),
     "SOLVER.WARMUP_FACTOR": Instead(text="a warm-up begins at 0"),
-    "SOLVER.WARMUP_ITERS": Instead(text="--warmup-epochs, which counts epochs of your data; none unless given"),
+    "SOLVER.WARMUP_ITERS": Flags(make=lambda _: [], training=True),
     "SOLVER.CHECKPOINT_PERIOD": Instead(text="the state is saved every --save-minutes and after every evaluation"),
     "SOLVER.AMP.ENABLED": Flags(make=_amp),
     "SOLVER.CLIP_GRADIENTS.ENABLED": Flags(make=lambda _: [], training=True),
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": Flags(make=lambda _: [], training=True),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": Same(value="norm", instead="the norm of the whole gradient is clipped"),
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": Same(value=2.0, instead="the 2-norm"),
-    "TEST.EVAL_PERIOD": Instead(text="--eval-every counts epochs of your data"),
+    "TEST.EVAL_PERIOD": Flags(make=_period, training=True),
     "TEST.DETECTIONS_PER_IMAGE": Same(value=100, instead="100 detections an image"),
     "TEST.AUG.ENABLED": Same(value=False, instead="no augmentation in evaluation"),
     "TEST.PRECISE_BN.ENABLED": Same(value=False, instead="running statistics as training left them"),

@@ -3,15 +3,16 @@
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from trainfit.errors import TrainfitError
 from trainfit.models.maskrcnn.detectron2.read import read_configuration
-from trainfit.models.maskrcnn.detectron2.rules import DIFFERENCES, RULES, Flags, Instead, Same
+from trainfit.models.maskrcnn.detectron2.rules import COSINE, DIFFERENCES, RULES, Flags, Instead, Same
+from trainfit.models.maskrcnn.detectron2.zoo import WARMUP_ITERS
 
-TRAIN_DEFAULTS = ("--optimizer", "sgd", "--schedule", "cosine", "--epochs", "1000000")
-"""Of `trainfit train`, where a configuration counts steps and Detectron2 trains with SGD."""
-CLIP_VALUE = 1.0
+TRAIN_DEFAULTS = ("--optimizer", "sgd", "--epochs", "1000000", "--eval-every", "0")
+"""Of `trainfit train`: a configuration counts steps, not epochs, and Detectron2 trains with SGD."""
+CLIP_VALUE, STEPS, MAX_ITER = 1.0, [30000], 40000
 """Of config/defaults.py."""
 
 
@@ -85,7 +86,7 @@ def translated(name: str) -> Translation:
         model=_model(values, name),
         values=values,
         knobs=tuple(_joined(words[False], values, name)),
-        training=(*words[True], *_clipping(values, name)),
+        training=(*words[True], *_clipping(values, name), *_schedule(values, name)),
         effective_batch=None if batch is None else batch * (accumulation or 1),
         accumulation=accumulation or 1,
         carried=tuple(carried),
@@ -201,6 +202,22 @@ def _clipping(values: Mapping[str, Any], name: str) -> list[str]:
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
         raise TrainfitError(f"{name}: SOLVER.CLIP_GRADIENTS.CLIP_VALUE must be more than 0, not {_short(value)}")
     return ["--clip-norm", str(value)]
+
+
+def _schedule(values: Mapping[str, Any], name: str) -> list[str]:
+    """The schedule of the rate; where the file does not say, as config/defaults.py has it."""
+    warmup = values.get("SOLVER.WARMUP_ITERS", WARMUP_ITERS)
+    if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
+        raise TrainfitError(f"{name}: SOLVER.WARMUP_ITERS must be a whole number, not {_short(warmup)}")
+    words = ["--warmup-steps", str(warmup)]
+    if values.get("SOLVER.LR_SCHEDULER_NAME") == COSINE:
+        return [*words, "--schedule", "cosine"]
+    steps = values.get("SOLVER.STEPS", STEPS)
+    if not isinstance(steps, list) or not all(type(step) is int and step > 0 for step in cast(list[Any], steps)):
+        raise TrainfitError(f"{name}: SOLVER.STEPS must be a list of whole numbers, not {_short(steps)}")
+    last = _whole(values, "SOLVER.MAX_ITER", name) or MAX_ITER
+    reached = [step for step in cast(list[int], steps) if step < last] or [last]  # no fall before the end
+    return [*words, "--schedule", "step", "--lr-steps", *map(str, reached)]
 
 
 def _model(values: Mapping[str, Any], name: str) -> str:
