@@ -59,13 +59,13 @@ def test_a_folder_in_use_is_refused_and_a_kill_releases_it(
     assert holder.stdout is not None
     try:
         assert holder.stdout.readline() == b"held\n"
-        before = {file.name: file.read_bytes() for file in folder.iterdir()}
+        before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
         resume = ["train", "--resume", folder, "--max-steps", 3]
         line = error_line(capsys, *resume)
         assert f"{folder} is in use by process {holder.pid} on " in line
         train = ["train", "rfdetr-nano", "--data", trained.parent / "sample", *FAST, "--out", folder]
         assert "is in use by process" in error_line(capsys, *train)
-        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+        assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.communicate()

@@ -37,7 +37,7 @@ class Export:
 
 
 def export(arguments: Export, _given: AbstractSet[str]) -> int:
-    """Export a trained model by its upstream project's exporter, and compare the file with PyTorch."""
+    """Export a model by its upstream project, and compare the file with PyTorch."""
     from trainfit.tasks.media import find_media
     from trainfit.training import exporting
     from trainfit.training.distributed import choose_device
