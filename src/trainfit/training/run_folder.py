@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -15,6 +15,7 @@ from trainfit.files import require_regular
 from trainfit.step import ranks
 from trainfit.training.lock import locked
 from trainfit.training.run_files import METRICS, RECIPE, TELEMETRY, read_rows
+from trainfit.training.saved_state import from_early_version
 from trainfit.weights import (
     BEST,
     LAST,
@@ -121,6 +122,7 @@ def load_state(path: Path, check: Callable[[Mapping[str, Any]], None] | None = N
             state: Any = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise TypeError("not a saved state")
+        state = from_early_version(cast(dict[str, Any], state))
         if check is not None:
             check(state)
         return state

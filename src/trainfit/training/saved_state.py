@@ -20,6 +20,23 @@ def require_state(state: Mapping[str, Any]) -> None:
             raise ValueError(f"its {name} has a value that trainfit does not save")
 
 
+def from_early_version(state: dict[str, Any]) -> dict[str, Any]:
+    """A state of the first versions under today's names: the best score was "ap", a pending evaluation "owed", and the ladder
+    of `training.oom.Survivor` had private names. They trained in one process, and did not count skipped windows.
+    """
+    if "owed" not in state:
+        return state
+    others = {name: value for name, value in state.items() if name != "owed"}
+    best = state.get("best")
+    ladder = state.get("survivor")
+    if isinstance(best, dict) and "ap" in best:
+        others["best"] = {"score": best["ap"], "step": best.get("step")}
+    if isinstance(ladder, dict):
+        ladder = cast(dict[Any, Any], ladder)
+        others["survivor"] = {str(name).removeprefix("_"): int(value) for name, value in ladder.items()}
+    return {"skipped_windows": 0, "world_size": 1, **others, "pending_evaluation": state["owed"]}
+
+
 def require_like(saved: Any, own: Any, name: str) -> None:
     """Refuse a saved value whose structure differs from our own: keys, lengths, types, and shapes of tensors.
 
