@@ -221,3 +221,20 @@ def test_a_plan_is_written_emitted_and_measured(tmp_path: Path, monkeypatch: pyt
         trainfit.measure("rfdetr-small", plan=file, device="cpu")
     with pytest.raises(trainfit.TrainfitError, match="cannot be written"):
         trainfit.save_plan(plan, tmp_path / "none" / "plan.json")
+
+
+def test_every_result_has_a_text() -> None:
+    """Trials of `measure` as one and as a sequence, a checked loop and an emitted configuration."""
+    ran = trainfit.Measured(micro_batch=2, outcome="ran", images_per_s=12.5, slowest=12.0, fastest=13.0, windows=3)
+    died = trainfit.Measured(micro_batch=4, outcome="died", message="killed by signal 9")
+    assert trainfit.as_text(ran).splitlines()[-1].split() == ["2", "12.5", "12", "to", "13"]
+    assert trainfit.as_text((died, ran)).splitlines()[-1] == "micro-batch 4: died: killed by signal 9"
+    assert trainfit.as_json([ran, died])["knee"] == 2
+    emitted = trainfit.Emitted(tool="lightning", text="trainer = 1\n", notes=("a note",))
+    assert trainfit.as_text(emitted) == "trainer = 1\n# a note"
+    exact = trainfit.Exactness(
+        findings=(), groups=(), micro_batch=2, accumulation=2, ranks=1, windows=1, tolerance=1e-9
+    )
+    assert "exact" in trainfit.as_text(exact)
+    with pytest.raises(trainfit.TrainfitError, match="there is no html of a Measured"):
+        trainfit.as_html(ran)

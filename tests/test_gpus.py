@@ -437,7 +437,7 @@ def test_mig_mode_without_slices() -> None:
 def test_no_driver_is_no_gpu_and_a_silent_one_is_an_error() -> None:
     assert detect_gpus(FakeNvml(driver=False)) == ()
     silent = FakeNvml(FakeDevice(name="Orin", uuid="GPU-o", total_mib=0, reserved_mib=0))
-    with pytest.raises(TrainfitError, match=r"driver did not answer \(Not Supported\): name the card with --gpu"):
+    with pytest.raises(TrainfitError, match=r"driver did not respond \(Not Supported\): name the card with --gpu"):
         detect_gpus(silent)
     assert silent.open == 0
 

@@ -114,4 +114,4 @@ def test_a_budget_is_a_gate(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert run(*words, "--gpu", "t4", "--budget", "200MiB") == 1
     assert "over budget: it may need" in capsys.readouterr().err
     assert run(*words, "--budget", "much") == 2
-    assert "--budget 'much' is no size of memory" in capsys.readouterr().err
+    assert "--budget 'much' is not a memory size" in capsys.readouterr().err

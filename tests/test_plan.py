@@ -209,7 +209,7 @@ def test_what_cannot_be_meant_is_one_line(
 
 def test_the_card_of_this_machine_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("plan", "rfdetr-nano") == 2
-    assert "no GPU is here: name one with --gpu" in capsys.readouterr().err
+    assert "this machine has no GPU: name one with --gpu" in capsys.readouterr().err
 
 
 def test_learning_rate_follows_the_effective_batch() -> None:

@@ -173,7 +173,7 @@ def test_stored_trace_needs_no_torch(stored: Path) -> None:
         (("rf-detr nanno", "--gpu", "3060"), "no model named 'rf-detr nanno'. Perhaps you meant rfdetr-nano."),
         (("rfdetr-nano",), "which card? give --gpu NAME or --memory 8GiB"),
         (("rfdetr-nano", "--gpu", "3060", "--micro-batch", "0"), "--micro-batch must be at least 1, not 0"),
-        (("rfdetr-nano", "--memory", "8 apples"), "--memory '8 apples' is no size of memory"),
+        (("rfdetr-nano", "--memory", "8 apples"), "--memory '8 apples' is not a memory size"),
     ],
 )
 def test_errors_in_one_line(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:

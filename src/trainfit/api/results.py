@@ -1,13 +1,15 @@
-"""Results as text, JSON and HTML, and as files: what the commands print and write. Imports a renderer when it is needed."""
+"""Results as text, JSON and HTML, and as files, as the commands print and write them. Imports a renderer when it is needed."""
 
 import json
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from trainfit.errors import TrainfitError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from trainfit.planning.plan import Plan
     from trainfit.reports.emit import Emitted
     from trainfit.reports.run_report import RunReport
@@ -19,58 +21,69 @@ _RENDERERS = {
     "RunSummary": {"text": "run_summary:summary_text"},
     "DataCheck": {"text": "check_data:check_data_text", "json": "check_data:check_data_json"},
     "Evaluation": {"text": "evaluation:evaluation_text", "json": "evaluation:evaluation_json"},
+    "Measured": {"text": "measure:rows_text", "json": "measure:rows_json"},
+    "Explanation": {"text": "explain:explain_text", "json": "explain:explain_json"},
+    "Exactness": {"text": "exactness:exactness_text", "json": "exactness:exactness_json"},
+    "Emitted": {"text": "emit:emitted_text"},
 }
 """Class of a result -> form -> module of `reports` and its function."""
 
 
 def as_text(result: Any) -> str:
-    """A result as its command prints it.
+    """Return a result as the text that its command prints.
 
     Args:
-        result: A `Plan`, `Prediction`, `RunReport`, `RunSummary`, `DataCheck` or `Evaluation`.
+        result: A `Plan`, `Prediction`, `RunReport`, `RunSummary`, `DataCheck`, `Evaluation`, `Explanation`, `Exactness` or
+            `Emitted`; a `Measured`, or the sequence of them that `trainfit.measure` returns.
 
     Raises:
-        TrainfitError: there is no such text of this object.
+        TrainfitError: there is no text form of this object.
     """
     return _rendered(result, "text")
 
 
 def as_json(result: Any) -> dict[str, Any]:
-    """A result as the values that its command prints with --json; `schema` says of which version they are.
+    """Return a result as the JSON values that its command prints with --json; `schema` is the version of their form.
 
     Args:
-        result: A `Plan`, `Prediction`, `RunReport`, `DataCheck` or `Evaluation`.
+        result: A `Plan`, `Prediction`, `RunReport`, `DataCheck`, `Evaluation`, `Explanation` or `Exactness`; a `Measured`, or
+            the sequence of them that `trainfit.measure` returns.
 
     Raises:
-        TrainfitError: there is no JSON of this object.
+        TrainfitError: there is no JSON form of this object.
     """
     return _rendered(result, "json")
 
 
 def as_html(result: Any) -> str:
-    """A result as one HTML page that needs no other file, as its command writes it with --html.
+    """Return a result as one self-contained HTML page, as its command writes it with --html.
 
     Args:
         result: A `Plan`, `Prediction` or `RunReport`.
 
     Raises:
-        TrainfitError: there is no page of this object.
+        TrainfitError: there is no HTML form of this object.
     """
     return _rendered(result, "html")
 
 
 def _rendered(result: Any, form: str) -> Any:
     kind = type(result).__name__
-    where = _RENDERERS.get(kind, {}).get(form)
-    if where is None:
-        able = [name for name, forms in _RENDERERS.items() if form in forms]
-        raise TrainfitError(f"there is no {form} of a {kind}, only of: {', '.join(able)}")
-    module, _, function = where.partition(":")
+    if isinstance(result, list | tuple) and result:
+        kind = type(cast("Sequence[Any]", result)[0]).__name__
+    elif kind == "Measured":
+        result = (result,)
+    renderer = _RENDERERS.get(kind, {}).get(form)
+    if renderer is None:
+        supported = [name for name, forms in _RENDERERS.items() if form in forms]
+        raise TrainfitError(f"there is no {form} of a {kind}, only of: {', '.join(supported)}")
+    module, _, function = renderer.partition(":")
     return getattr(import_module(f"trainfit.reports.{module}"), function)(result)
 
 
 def save_plan(plan: "Plan", path: str | Path) -> Path:
-    """Write the plan file that `train`, `measure` and `report` take, as `trainfit plan --out` does; an old file is replaced.
+    """Write the plan file that `train`, `measure` and `report` take, as `trainfit plan --out` does. An existing file is
+    replaced. Returns its path.
 
     Raises:
         TrainfitError: nothing fits, or the file cannot be written.
@@ -88,14 +101,14 @@ def save_plan(plan: "Plan", path: str | Path) -> Path:
 
 
 def emit(plan: "Plan", tool: str) -> "Emitted":
-    """A plan as the configuration of another tool, with the same effective batch: `trainfit plan --emit`.
+    """Write a plan as the configuration of another tool, with the same effective batch: `trainfit plan --emit`.
 
     Args:
-        plan: What `trainfit.plan` gave.
+        plan: A result of `trainfit.plan`.
         tool: "rfdetr", "detectron2", "open_clip", "lightning", "transformers" or "accelerate".
 
     Returns:
-        The text of a file or command, and notes on what the tool does otherwise.
+        The text of a file or command, and notes on how the tool differs from the plan.
 
     Raises:
         TrainfitError: no such tool, nothing fits, a tool for other models, or nothing that fits can be expressed.
@@ -106,10 +119,10 @@ def emit(plan: "Plan", tool: str) -> "Emitted":
 
 
 def report(run: str | Path) -> "RunReport":
-    """What a run did, or does, from the files of its folder: `trainfit report`.
+    """Read the report of a run from the files of its folder: `trainfit report`.
 
     Args:
-        run: Run folder; the run may still be going on.
+        run: Run folder; the run may still be in progress.
 
     Raises:
         TrainfitError: no run folder, or a file with a value that trainfit does not write.
@@ -119,7 +132,7 @@ def report(run: str | Path) -> "RunReport":
     folder = Path(run)
     try:
         result = read_run(folder)
-        run_text(result)  # a row with odd values is refused here, not where it is rendered
+        run_text(result)  # a row with invalid values is rejected here, not when it is rendered
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise TrainfitError(

@@ -1,4 +1,4 @@
-"""The cards people train on: published rates and the memory their driver reports, looked up by the name as typed."""
+"""The catalogue of GPUs: published rates and the memory that the driver reports, found by name in any usual spelling."""
 
 import difflib
 import json
@@ -32,33 +32,33 @@ class Gpu:
     gfx: str | None = None
     """AMD's name of the instruction set, such as gfx90a."""
     memory_bytes: int
-    """Total the driver offers to programs; the nominal size when `memory_is_nominal`."""
+    """Memory that the driver offers to programs; the nominal size if `memory_is_nominal`."""
     nominal_memory_bytes: int
-    """Memory on the board, less ECC where that is on by default and taken from it."""
+    """Memory on the board, less ECC if that is on by default and uses it."""
     memory_is_nominal: bool
-    """True: no total was measured, so `driver_reserved_bytes` still goes off `memory_bytes`."""
+    """True: no total was measured, so that `driver_reserved_bytes` must be subtracted from `memory_bytes`."""
     bandwidth_bytes_per_s: float | None = None
     """Peak rate of the device memory."""
     fp32_flops_per_s: float | None = None
-    """Multiply-adds of the ordinary units, counted as two."""
+    """FLOP/s of the ordinary units; a multiply-add counts as two."""
     tf32_flops_per_s: float | None = None
-    """Matrix units on fp32 input rounded to TF32; None where they have no TF32."""
+    """FLOP/s of the matrix units on fp32 input rounded to TF32; None if they have no TF32."""
     fp16_flops_per_s: float | None = None
-    """Matrix units, fp32 accumulation (half rate on GeForce from Turing on); None where there are none."""
+    """FLOP/s of the matrix units in fp16 with fp32 accumulation (half rate on GeForce from Turing on); None without such."""
     bf16_flops_per_s: float | None = None
-    """Matrix units on bfloat16; None where they have none."""
+    """FLOP/s of the matrix units in bfloat16; None without such."""
     sm_count: int | None = None
     """Streaming multiprocessors, or AMD's compute units."""
     boost_hz: float | None = None
-    """Clock that the fp32 rate is stated at."""
+    """Clock in Hz at which the fp32 rate is stated."""
     has_bf16: bool | None = None
-    """bfloat16 in hardware: capability 8.0 and above, AMD CDNA; None when unknown."""
+    """Whether it has bfloat16 in hardware: capability 8.0 and above, AMD CDNA; None if unknown."""
     has_flash_attention: bool | None = None
-    """torch's flash kernel runs: capability 8.0 and above, gfx90a and gfx942; None when unknown."""
+    """Whether torch's flash kernel runs: capability 8.0 and above, gfx90a and gfx942; None if unknown."""
     sources: tuple[str, ...] = ()
-    """Documents that the numbers are from."""
+    """Documents with the numbers."""
     note: str = ""
-    """What a reader of the numbers must know; why a rate is missing."""
+    """Remarks about the numbers, for instance why a rate is missing."""
 
 
 FLOPS_RATES = ("fp32_flops_per_s", "tf32_flops_per_s", "fp16_flops_per_s", "bf16_flops_per_s")
@@ -66,7 +66,7 @@ FLOPS_RATES = ("fp32_flops_per_s", "tf32_flops_per_s", "fp16_flops_per_s", "bf16
 
 
 def scaled(rate: float | None, factor: float | None) -> float | None:
-    """The product; None where either is unknown."""
+    """The product; None if either is unknown."""
     return None if rate is None or factor is None else rate * factor
 
 
@@ -91,7 +91,7 @@ def _gpu(row: dict[str, Any], documents: dict[str, str]) -> Gpu:
 
 @cache
 def all_gpus() -> tuple[Gpu, ...]:
-    """Every row of `catalogue.json`, in its order. Rates the documents give sparse are halved there."""
+    """Every row of `catalogue.json`, in its order. Rates that documents state with sparsity are halved there."""
     table = json.loads(resources.files("trainfit.gpus").joinpath("catalogue.json").read_text("utf-8"))
     return tuple(_gpu(row, table["sources"]) for row in table["gpus"])
 
@@ -105,7 +105,7 @@ def name_key(name: str) -> str:
 
 
 def _keys(gpu: Gpu) -> set[str]:
-    """The keys of a card's names, also with its memory at the end, and with that memory's GB left off."""
+    """The keys of a card's names, also with its memory as a suffix, with and without GB."""
     keys = {name_key(name) for name in (gpu.name, *gpu.aliases)}
     memory = f"{gpu.nominal_memory_bytes // GIB}gb"
     keys |= {key + memory for key in keys if "gb" not in key}
@@ -113,17 +113,20 @@ def _keys(gpu: Gpu) -> set[str]:
 
 
 def _candidates(key: str) -> tuple[Gpu, ...]:
-    """Cards whose key is `key`, or `key` and then only a memory size or a bus."""
+    """Cards whose key is `key`, or `key` followed only by a memory size or a bus."""
     variant = re.compile(re.escape(key) + r"([1-9]\d*gb|pcie|sxm\d?|nvl)*")
     return tuple(gpu for gpu in all_gpus() if any(variant.fullmatch(each) for each in _keys(gpu)))
 
 
 def find_gpu(name: str) -> Gpu:
-    """The card that `name` means, in any usual spelling: "1650 ti", "rtx-4090", "A100-SXM4-80GB".
+    """Find a card by name, in any usual spelling: "1650 ti", "rtx-4090", "A100-SXM4-80GB".
 
-    A name of several cards is refused with their list, except where one is what people mean: "a100" is the 40 GB part,
-    "v100" the 16 GB one, "1060" the 6 GB one, "3080" the 10 GB one, "h100" the SXM one and "gh200" the 96 GB one (each
-    an alias in the catalogue). A bare Turing Quadro is typed "quadro rtx 6000"; "rtx 6000" alone is refused.
+    A name of several cards is an error, except for common ones: "a100" is the 40 GB part, "v100" the 16 GB one, "1060" the
+    6 GB one, "3080" the 10 GB one, "h100" the SXM one and "gh200" the 96 GB one (each an alias in the catalogue). The Turing
+    Quadro is "quadro rtx 6000"; "rtx 6000" alone is ambiguous.
+
+    Raises:
+        TrainfitError: no card or several cards have the name; the message lists the nearest.
     """
     refuse_other_accelerators(name)
     key = name_key(name)
@@ -174,8 +177,10 @@ def refuse_other_accelerators(name: str) -> None:
 
 
 def _nearest(key: str) -> str:
-    """Cards whose name has the typed one in it, else those spelled most alike."""
-    by_key = {each: gpu.name for gpu in all_gpus() for each in _keys(gpu)}
+    """A hint with the cards whose name contains the typed one, else those with the most similar spelling."""
+    by_key: dict[str, str] = {}
+    for gpu in all_gpus():
+        by_key |= dict.fromkeys(_keys(gpu), gpu.name)
     inside = [each for each in by_key if key in each] if len(key) >= 4 else []
     close = inside or difflib.get_close_matches(key, sorted(by_key), n=3)
     names = sorted({by_key[each] for each in close})
@@ -183,19 +188,25 @@ def _nearest(key: str) -> str:
 
 
 def match_driver_name(name: str, total_bytes: int) -> Gpu | None:
-    """The row for a name as the driver gives it, the nearest in memory where several cards share the name, or None."""
+    """The card with a driver's name, the nearest in memory if several cards share the name, or None."""
     return min(_candidates(name_key(name)), key=lambda gpu: abs(gpu.nominal_memory_bytes - total_bytes), default=None)
 
 
 def gpu_with_memory(text: str, *, flag: str = "--memory") -> Gpu:
-    """A card of which only the memory is known: "8GiB", "8 GB", "8192MiB"; `flag` is what a user wrote it behind.
+    """A card of which only the memory is known: "8GiB", "8 GB", "8192MiB"; `flag` is the user's flag, for messages.
 
-    GB and MB are read as GiB and MiB, because an "8 GB" card carries 8 GiB. The size is nominal.
+    GB and MB are read as GiB and MiB, because an "8 GB" card has 8 GiB. The size is nominal.
+
+    Raises:
+        TrainfitError: the text is not a memory size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GM])(?:I?B)?\s*", text, re.IGNORECASE)
-    size_bytes = int(float(match[1]) * (GIB if match[2] in "gG" else MIB)) if match else 0
+    size_bytes = 0
+    if match:
+        unit_bytes = GIB if match[2] in "gG" else MIB
+        size_bytes = int(float(match[1]) * unit_bytes)
     if not size_bytes:
-        raise TrainfitError(f"{flag} {text!r} is no size of memory: write it as 8GiB or 8192MiB")
+        raise TrainfitError(f"{flag} {text!r} is not a memory size: write it as 8GiB or 8192MiB")
     return Gpu(
         name=f"{size_bytes / GIB:g} GiB card",
         memory_bytes=size_bytes,

@@ -1,4 +1,4 @@
-"""The card that a user means: by name, by memory size, or the one of this machine."""
+"""Chooses the card: by name, by memory size, or the one in this machine."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -10,48 +10,54 @@ from trainfit.gpus.detect import DetectedGpu, detect_gpus
 
 
 def chosen_gpu(name: str | None, memory: str | None) -> Gpu:
-    """The card of a name, of a memory size, or of both.
+    """The card with a name, a memory size, or both.
 
     Raises:
-        TrainfitError: neither is given, or the name is not known.
+        TrainfitError: neither is given, or the name is unknown.
     """
     if memory is None:
         if name is None:
             raise TrainfitError("which card? give --gpu NAME or --memory 8GiB")
         return find_gpu(name)
-    given = gpu_with_memory(memory)
+    by_memory = gpu_with_memory(memory)
     if name is None:
-        return given
+        return by_memory
     gpu = find_gpu(name)
-    size = {"memory_bytes": given.memory_bytes, "nominal_memory_bytes": given.memory_bytes}
-    return replace(gpu, name=f"{gpu.name} with {memory}", memory_is_nominal=True, **size)
+    return replace(
+        gpu,
+        name=f"{gpu.name} with {memory}",
+        memory_is_nominal=True,
+        memory_bytes=by_memory.memory_bytes,
+        nominal_memory_bytes=by_memory.memory_bytes,
+    )
 
 
 def gpu_here(note: Callable[[str], None]) -> Gpu:
-    """The first card of this machine, with what is free of its memory; `note` is called where programs hold some.
+    """The first card of this machine, with its free memory; `note` is called if other programs use memory of it.
 
     Raises:
-        TrainfitError: there is none.
+        TrainfitError: this machine has no NVIDIA GPU.
     """
-    here = detect_gpus()
-    if not here:
-        raise TrainfitError("no GPU is here: name one with --gpu NAME, or give --memory 8GiB")
-    taken = sum(process.used_bytes or 0 for process in here[0].processes)
-    if taken:
-        names = ", ".join(f"{process.name or process.pid}" for process in here[0].processes)
-        note(f"{taken / GIB:.1f} GiB of {here[0].gpu.name} are taken by {names}")
-    return with_free_memory(here[0])
+    detected = detect_gpus()
+    if not detected:
+        raise TrainfitError("this machine has no GPU: name one with --gpu NAME, or give --memory 8GiB")
+    first = detected[0]
+    used_bytes = sum(process.used_bytes or 0 for process in first.processes)
+    if used_bytes:
+        names = ", ".join(f"{process.name or process.pid}" for process in first.processes)
+        note(f"{used_bytes / GIB:.1f} GiB of {first.gpu.name} are used by {names}")
+    return with_free_memory(first)
 
 
 def with_free_memory(detected: DetectedGpu) -> Gpu:
-    """The card, whose memory is what is free of it."""
+    """The card with its free memory as its memory."""
     return replace(detected.gpu, memory_bytes=detected.free_bytes, memory_is_nominal=False)
 
 
 def visible(detected: Sequence[DetectedGpu]) -> list[DetectedGpu]:
-    """Those that CUDA_VISIBLE_DEVICES shows to this process, in its order; all of them where it is not set.
+    """The devices in CUDA_VISIBLE_DEVICES, in its order; all devices if it is not set.
 
-    As CUDA does, it ends at the first name that no device has.
+    As in CUDA, the list ends at the first name that no device has.
     """
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     if names is None:

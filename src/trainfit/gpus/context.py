@@ -1,4 +1,4 @@
-"""What CUDA and its libraries take of a card's memory beside the tensors, with sources."""
+"""Memory of CUDA and its libraries on a card, besides that of tensors, with sources."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ JETSON_CAPABILITIES = {(5, 3), (6, 2), (7, 2), (8, 7)}
 
 @dataclass(frozen=True, kw_only=True)
 class ByteRange:
-    """A size that is known within limits."""
+    """A size that is known as an interval."""
 
     low_bytes: int
     """Smallest value seen."""
@@ -21,10 +21,10 @@ class ByteRange:
 
 @dataclass(frozen=True, kw_only=True)
 class ContextBytes(ByteRange):
-    """CUDA's own memory in one process: what was seen, and where."""
+    """Memory of the CUDA context of one process, with its source."""
 
     likely_bytes: int
-    """The value that a total is predicted with."""
+    """The value used in predicted totals."""
     source: str
     """Card, driver or CUDA version, and where it was published."""
 
@@ -63,10 +63,10 @@ EAGER_CONTEXT = _mib(
 
 
 def cuda_context_bytes(gpu: Gpu | None = None, *, cuda: tuple[int, int] | None = None) -> ContextBytes:
-    """CUDA context of a process of torch, outside the caching allocator and never given back.
+    """The CUDA context of a process with torch, which is outside the caching allocator and never freed.
 
-    `cuda`: version of CUDA that torch was built with; by default one that loads kernels lazily. A card whose kind was
-    never measured, or none, gets the widest range.
+    `cuda` is the version of CUDA that torch was built with; by default one that loads kernels lazily. A card of a kind that
+    was never measured, or None, gets the widest range.
     """
     if cuda is not None and cuda < LAZY_LOADING:
         return EAGER_CONTEXT
@@ -76,10 +76,10 @@ def cuda_context_bytes(gpu: Gpu | None = None, *, cuda: tuple[int, int] | None =
 
 
 def cublas_workspace_bytes(gpu: Gpu) -> int:
-    """Workspace of one cuBLAS handle on one stream; the caching allocator gives it and never gets it back.
+    """Workspace of one cuBLAS handle on one stream, which comes from the caching allocator and is never freed.
 
     torch 2.15, default of CUBLAS_WORKSPACE_CONFIG: `:4096:2:16:8` (8,519,680 B), 32 MiB for major 9, 10 and 12;
-    cublasLt shares it. hipBLASLt on AMD: 76 MiB. A card known by its memory only gets the larger CUDA value.
+    cublasLt shares it. hipBLASLt on AMD: 76 MiB. A card whose memory alone is known gets the larger CUDA value.
     """
     if gpu.gfx is not None:
         return 76 * MIB
@@ -89,7 +89,7 @@ def cublas_workspace_bytes(gpu: Gpu) -> int:
 
 
 def driver_reserved_bytes(gpu: Gpu) -> ByteRange:
-    """What the driver keeps of `gpu.memory_bytes`: nothing more where that was measured, else of the nominal size.
+    """Memory that the driver keeps of `gpu.memory_bytes`: nothing more if that was measured, else a part of the nominal size.
 
     Nominal less measured over the catalogue: from 16 MiB (MI300X) and 69 MiB (Pascal, old drivers) to 543 MiB
     (RTX 5060 Ti) or 2.1 % (RTX 5090); new drivers keep more. On Jetson 8 %: the CPU's carve-outs are taken first.

@@ -1,4 +1,4 @@
-"""The GPUs of this machine as the driver reports them, through NVML."""
+"""Detects the GPUs of this machine through NVML."""
 # ruff: noqa: N802, N815 - the members of Nvml have NVML's own names
 
 import contextlib
@@ -46,48 +46,51 @@ class Nvml(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class GpuProcess:
-    """Another process that holds memory of the card."""
+    """Another process that uses memory of the card."""
 
     pid: int
-    """Process id as the driver counts, so in a container the process that asks may be among the others."""
+    """The driver's process id; in a container, this process itself may appear under another id."""
     name: str | None
-    """Program, or None where the process is of another container."""
+    """Name of the program; None if the process runs in another container."""
     used_bytes: int | None
-    """Memory it holds; None where the driver does not tell (Windows)."""
+    """Memory that it uses; None if the driver does not report it (Windows)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DetectedGpu:
-    """One device that a training can be put on: a card, or a MIG slice of one."""
+    """A device that can be trained on: a card, or a MIG slice of one."""
 
     index: int
     """NVML's index of the card. CUDA may number cards otherwise; `uuid` is safe for CUDA_VISIBLE_DEVICES."""
     uuid: str
     """GPU-... or MIG-..."""
     driver_name: str
-    """Name that the driver gives."""
+    """The driver's name of the card."""
     driver_version: str
     """Such as 580.65.06."""
     mig: bool
     """True for a slice."""
     gpu: Gpu
-    """Catalogue row with the memory measured here; without rates where the catalogue has no such card."""
+    """Catalogue row with the measured memory; without rates if the catalogue has no such card."""
     free_bytes: int
-    """Free now, with this process's own use counted as used."""
+    """Free memory; memory of this process counts as used."""
     processes: tuple[GpuProcess, ...]
     """Other processes on the card, largest first."""
 
     @property
     def total_bytes(self) -> int:
-        """What programs can have in all: the card's memory less what the driver keeps."""
+        """Memory that programs can use in total: the card's memory less what the driver keeps."""
         return self.gpu.memory_bytes
 
 
 def detect_gpus(nvml: Nvml | None = None) -> tuple[DetectedGpu, ...]:
-    """All NVIDIA devices of this machine, in NVML's order; nothing where there is no driver, as on a CPU machine.
+    """All NVIDIA devices of this machine, in NVML's order; none if there is no driver.
 
-    A card in MIG mode is given as its slices. TrainfitError: nvidia-ml-py is missing, or the driver does not answer
-    (the memory query needs driver 510 or later, and Jetson has none).
+    A card in MIG mode is listed as its slices.
+
+    Raises:
+        TrainfitError: nvidia-ml-py is missing, or the driver does not respond (the memory query needs driver 510 or later,
+            and Jetson has none).
     """
     nvml = nvml or _import_nvml()
     try:
@@ -96,9 +99,12 @@ def detect_gpus(nvml: Nvml | None = None) -> tuple[DetectedGpu, ...]:
         return ()
     try:
         handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-        return tuple(device for index, handle in enumerate(handles) for device in _devices(nvml, index, handle))
+        devices: list[DetectedGpu] = []
+        for index, handle in enumerate(handles):
+            devices += _devices(nvml, index, handle)
+        return tuple(devices)
     except nvml.NVMLError as error:
-        raise TrainfitError(f"the NVIDIA driver did not answer ({error}): name the card with --gpu") from error
+        raise TrainfitError(f"the NVIDIA driver did not respond ({error}): name the card with --gpu") from error
     finally:
         nvml.nvmlShutdown()
 
@@ -111,7 +117,7 @@ def _import_nvml() -> Nvml:
 
 
 def _devices(nvml: Nvml, index: int, card: Handle) -> list[DetectedGpu]:
-    """The card, or its slices where it is in MIG mode (none of them: CUDA cannot use the card)."""
+    """The card, or its slices if it is in MIG mode (without slices, CUDA cannot use the card)."""
     gpu = _card(nvml, card)
     slices = _mig_slices(nvml, card)
     devices = [(card, gpu)] if slices is None else [(handle, _slice(nvml, handle, gpu)) for handle in slices]
@@ -131,13 +137,14 @@ def _devices(nvml: Nvml, index: int, card: Handle) -> list[DetectedGpu]:
 
 
 def _memory(nvml: Nvml, handle: Handle) -> Any:
-    """Version 2, because version 1 counts what the driver keeps as part of what a program may have."""
+    """Memory information, version 2: version 1 counts the driver's memory as available to programs."""
     return nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
 
 
 def _card(nvml: Nvml, handle: Handle) -> Gpu:
-    """The catalogue's row with the memory measured here, or what the driver tells of a card that has none."""
-    name, memory = nvml.nvmlDeviceGetName(handle), _memory(nvml, handle)
+    """The catalogue's row with the measured memory, or the driver's information for a card that is not in the catalogue."""
+    name = nvml.nvmlDeviceGetName(handle)
+    memory = _memory(nvml, handle)
     capability = nvml.nvmlDeviceGetCudaComputeCapability(handle)
     row = match_driver_name(name, memory.total) or Gpu(
         name=name,
@@ -160,13 +167,13 @@ def _mig_slices(nvml: Nvml, card: Handle) -> list[Handle] | None:
         return None
     slices: list[Handle] = []
     for index in range(nvml.nvmlDeviceGetMaxMigDeviceCount(card)):
-        with contextlib.suppress(nvml.NVMLError_NotFound):  # NVML numbers the places, taken or not
+        with contextlib.suppress(nvml.NVMLError_NotFound):  # NVML numbers slots, used or not
             slices.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(card, index))
     return slices
 
 
 def _slice(nvml: Nvml, handle: Handle, card: Gpu) -> Gpu:
-    """A slice's rates: those of the card by its share of SMs, the bandwidth by its share of memory."""
+    """A MIG slice: rates scaled by its share of SMs, and bandwidth by its share of memory."""
     memory = _memory(nvml, handle)
     usable_bytes = memory.total - memory.reserved
     sm_count = nvml.nvmlDeviceGetAttributes(handle).multiprocessorCount
@@ -183,7 +190,7 @@ def _slice(nvml: Nvml, handle: Handle, card: Gpu) -> Gpu:
 
 
 def _other_processes(nvml: Nvml, handle: Handle) -> tuple[GpuProcess, ...]:
-    """A process that draws and computes is in both of NVML's lists, with the same use."""
+    """Other processes on the device; one that draws and computes is in both of NVML's lists, with the same memory."""
     running = [
         *nvml.nvmlDeviceGetComputeRunningProcesses(handle),
         *nvml.nvmlDeviceGetGraphicsRunningProcesses(handle),
@@ -196,5 +203,5 @@ def _other_processes(nvml: Nvml, handle: Handle) -> tuple[GpuProcess, ...]:
 def _process_name(nvml: Nvml, pid: int) -> str | None:
     try:
         return nvml.nvmlSystemGetProcessName(pid)
-    except nvml.NVMLError_NotFound:  # the pid is of another container
+    except nvml.NVMLError_NotFound:  # the process runs in another container
         return None

@@ -1,4 +1,4 @@
-"""What a GPU is doing now: utilisation, power, memory in use, through NVML."""
+"""Reads the current utilisation, power and memory of a GPU through NVML."""
 # ruff: noqa: N802 - the members of UsageNvml have NVML's own names
 
 import importlib
@@ -21,19 +21,19 @@ class UsageNvml(Nvml, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class GpuUsage:
-    """One reading. None: the driver does not tell (no NVML, a MIG slice, power on some laptops)."""
+    """One reading; None where the driver does not report a value (no NVML, a MIG slice, power on some laptops)."""
 
     gpu_utilization: float | None = None
-    """Share of the driver's last sample period (1/6 to 1 s) in which any kernel ran (0..1); not how full the GPU was."""
+    """Share of the driver's last sample period (1/6 to 1 s) in which any kernel ran (0..1); not the occupancy of the GPU."""
     gpu_power_w: float | None = None
     gpu_memory_used_bytes: int | None = None
-    """By all processes."""
+    """Memory used by all processes."""
 
 
 def usage_meter(uuid: str, nvml: UsageNvml | None = None) -> Callable[[], GpuUsage]:
-    """A function that reads the GPU with this NVML uuid ("GPU-..."). NVML is started once and stays so.
+    """Return a function that reads the GPU with this NVML uuid ("GPU-..."). NVML is initialised once.
 
-    Without nvidia-ml-py, a driver or that GPU every reading is empty.
+    Without nvidia-ml-py, a driver or that GPU, every reading is empty.
     """
     try:
         library = nvml or cast(UsageNvml, importlib.import_module("pynvml"))

@@ -1,4 +1,4 @@
-"""Trials of a setting on a device of this machine: predicted, run in a clean process, and kept. Imports no torch."""
+"""Trials of a setting on a device of this machine: each is predicted, run in a clean process, and stored. Imports no torch."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,41 +17,41 @@ from trainfit.models.setting import Setting
 from trainfit.tracing.trace_cache import get_trace
 
 MOST = {"cuda": 512, "cpu": 4}
-"""The largest micro-batch that is tried unasked."""
+"""The largest micro-batch that is tried unless the user names one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """A setting and the device that it is tried on."""
+    """A setting and the device that it is measured on."""
 
     setting: Setting
-    """Its micro-batch is where to begin if nothing can be predicted."""
+    """The setting; its micro-batch is the first to try if nothing can be predicted."""
     card: DetectedGpu | None
-    """None: the CPU."""
+    """The GPU; None: the CPU."""
     limit_bytes: int | None = None
-    """What the allocator may reserve, to act as a smaller card."""
+    """Memory that the allocator may reserve, to simulate a smaller card."""
     config: AllocatorConfig = field(default_factory=AllocatorConfig)
-    """As the environment sets the allocator of the trials."""
+    """Configuration of the trials' allocator, from the environment."""
     windows: Mapping[str, float] = field(default_factory=dict[str, float])
     """Fields of `trial.Windows` that differ from its defaults."""
     show: Callable[[str], None] = print
-    """Gets a line of progress."""
+    """Called with lines of progress."""
 
     @property
     def device(self) -> str:
-        """Torch's name of it."""
+        """Torch's name of the device."""
         return "cuda" if self.card else "cpu"
 
     @property
     def file(self) -> Path:
-        """Where its trials are kept."""
+        """The file that its trials are stored in."""
         return stored_at(self.card.gpu.name if self.card else "CPU")
 
     def run(self, micro_batches: Sequence[int] = ()) -> Iterator[Measured]:
-        """Each trial as it ends, when it is on the disk already: of these micro-batches, or the fewest that tell the knee.
+        """Yield each trial after it was stored: of these micro-batches, or of as few as possible to find the knee.
 
         Raises:
-            TrainfitError: the setting cannot be built, or what was measured cannot be kept.
+            TrainfitError: the setting cannot be built, or a trial cannot be stored.
         """
         predict = lru_cache(None)(self._predict)
 
@@ -67,7 +67,7 @@ class Bench:
         return search(trial, predict, start=self.setting.micro_batch, most=MOST[self.device])
 
     def _predict(self, micro_batch: int) -> Predicted | None:
-        """What other programs hold of the card is not there to be had."""
+        """The prediction for a micro-batch; memory that other programs hold on the card is not available."""
         if self.card is None:
             return None
         self.show(f"micro-batch {micro_batch}: predicting")
@@ -80,17 +80,17 @@ class Bench:
         except TrainfitError as error:
             self.show(f"micro-batch {micro_batch}: no prediction: {error}")
             return None
-        found = assess(stored, gpu, config)
+        assessed = assess(stored, gpu, config)
         context = cuda_context_bytes(gpu)
         images = micro_batch * self.setting.accumulation
         setting = self.setting
         waits_s = setting.accumulation * setting.family.host_seconds(setting, micro_batch, gpu.capability)
         return Predicted(
-            verdict=found.verdict,
-            allocated_bytes=found.profile.peak_allocated_bytes,
-            reserved_low_bytes=found.profile.peak_reserved_bytes,
-            reserved_high_bytes=found.takes.high_bytes - context.high_bytes,
-            images_per_s=images / (found.time.seconds + waits_s) if found.time else None,
+            verdict=assessed.verdict,
+            allocated_bytes=assessed.profile.peak_allocated_bytes,
+            reserved_low_bytes=assessed.profile.peak_reserved_bytes,
+            reserved_high_bytes=assessed.takes.high_bytes - context.high_bytes,
+            images_per_s=images / (assessed.time.seconds + waits_s) if assessed.time else None,
         )
 
     def _trial(self, micro_batch: int, predicted: Predicted | None) -> Measured:
@@ -98,10 +98,10 @@ class Bench:
         request = {"setting": self._at(micro_batch).to_json(), "device": self.device, "limit_bytes": self.limit_bytes}
         uuid = self.card.uuid if self.card else None
         free = next((each.free_bytes for each in detect_gpus() if each.uuid == uuid), 0) if uuid else 0
-        found = run_trial({**request, "windows": dict(self.windows)}, gpu_uuid=uuid)
-        context = context_bytes(free, found["end"])
-        measured = {**(found["peak"] or {}), **(found["speed"] or {})}
-        own = {"outcome": found["outcome"], "message": found["message"]}
+        record = run_trial({**request, "windows": dict(self.windows)}, gpu_uuid=uuid)
+        context = context_bytes(free, record["end"])
+        measured = {**(record["peak"] or {}), **(record["speed"] or {})}
+        own = {"outcome": record["outcome"], "message": record["message"]}
         return Measured(micro_batch=micro_batch, predicted=predicted, context_bytes=context, **own, **measured)
 
     def _at(self, micro_batch: int) -> Setting:

@@ -1,4 +1,4 @@
-"""What measurements on a card say about predictions for it. Kept as lines of JSON; imports no torch."""
+"""Compares the measurements on a card with their predictions. Stored as lines of JSON; imports no torch."""
 
 import hashlib
 import json
@@ -23,24 +23,24 @@ from trainfit.values import require_valid
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Measured over predicted, of all trials on one card that ran without a cap on its memory."""
+    """Ratios of measured to predicted figures, over all trials on one card that ran without a memory limit."""
 
     gpu: str
-    """Catalogue name."""
+    """Catalogue name of the card."""
     driver: str
     """Version of its driver."""
     rows: int
-    """Settings measured."""
+    """Number of measured settings."""
     time_factor: float | None
-    """Seconds, measured over predicted: the median. None: no time could be predicted."""
+    """Median of measured over predicted seconds; None if no time could be predicted."""
     time_factors: tuple[float, float] | None
-    """The smallest and the largest."""
+    """Smallest and largest of measured over predicted seconds."""
     reserved_factors: tuple[float, float]
-    """Peak reserved memory over the lowest predicted: the smallest and the largest."""
+    """Smallest and largest of measured over lowest predicted peak of the reserved memory."""
 
 
 def calibrate(gpu: str, driver: str, rows: Sequence[Measured]) -> Calibration | None:
-    """None without a row that ran and was predicted."""
+    """The calibration from trials; None without one that ran and was predicted."""
     pairs = [(row, row.predicted) for row in rows if row.outcome == "ran" and row.predicted is not None]
     memory = [(row.reserved_bytes or 0) / predicted.reserved_low_bytes for row, predicted in pairs]
     times = [p.images_per_s / row.images_per_s for row, p in pairs if p.images_per_s and row.images_per_s]
@@ -57,36 +57,36 @@ def calibrate(gpu: str, driver: str, rows: Sequence[Measured]) -> Calibration | 
 
 
 def load(gpu: str) -> Calibration | None:
-    """From what was measured on a card of this catalogue name with this torch, this code and the driver measured last."""
+    """The calibration of a card, from trials with this version of torch and of the code, and the latest driver."""
     file = stored_at(gpu)
     lines = read(file)
     trials = [record for record in lines if _is_trial(record)]
     _warn(file, len(lines) - len(trials))
     records = [record for record in trials if record["made_by"] == made_by()]
     last = records[-1]["driver"] if records else ""
-    kept = {
+    latest = {
         json.dumps(record["setting"]): Measured.from_json(record["row"])
         for record in records
         if record["driver"] == last and record["limit_bytes"] is None
     }
-    return calibrate(gpu, last, list(kept.values()))
+    return calibrate(gpu, last, list(latest.values()))
 
 
 def stored_at(gpu: str) -> Path:
-    """The file of a card; "CPU" is one."""
+    """The file of a card's trials; the CPU's is named "CPU"."""
     return cache_folder() / "measured" / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower())}.jsonl"
 
 
 @cache
 def made_by() -> dict[str, str]:
-    """Version of torch, and a digest of the code that predicts: what other code predicted calibrates nothing here."""
+    """Version of torch, and a digest of the code that predicts: predictions of other code are not used for calibration."""
     timing = Path(roofline.__file__).read_bytes()
     code = hashlib.sha256(versions()["trainfit"].encode() + timing).hexdigest()[:16]
     return {"torch": versions()["torch"], "code": code}
 
 
 def append(file: Path, record: Mapping[str, Any]) -> None:
-    """Add a line in one write, on the disk when this returns.
+    """Append a line in one write, and flush it to the disk.
 
     Raises:
         TrainfitError: the file cannot be written.
@@ -101,7 +101,7 @@ def append(file: Path, record: Mapping[str, Any]) -> None:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """All records, the oldest first; none without the file. A line that is no record is left out with a warning.
+    """All records, oldest first; none if there is no file. Invalid lines are left out with a warning.
 
     Raises:
         TrainfitError: the file cannot be read.
@@ -120,7 +120,7 @@ def _warn(file: Path, bad: int) -> None:
 
 
 def _is_trial(record: Mapping[str, Any]) -> bool:
-    """Whether a line has what `measuring.bench` writes, with values of the types that `Measured` names."""
+    """Whether a record has the fields that `measuring.bench` writes, with values of the types of `Measured`."""
     try:
         row = Measured.from_json(record["row"])
         require_valid(row)

@@ -1,4 +1,4 @@
-"""The device that trials run on, and how much of it they may have. Imports no torch."""
+"""The device that trials run on, and the memory that they may use. Imports no torch."""
 
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import GIB, gpu_with_memory
@@ -8,7 +8,7 @@ from trainfit.gpus.detect import DetectedGpu, detect_gpus
 
 
 def measured_card(device: str) -> DetectedGpu | None:
-    """The first GPU that CUDA_VISIBLE_DEVICES shows; None: the CPU.
+    """The first GPU visible in CUDA_VISIBLE_DEVICES; None: the CPU.
 
     Raises:
         TrainfitError: `device` is "cuda", and there is no NVIDIA GPU.
@@ -22,18 +22,20 @@ def measured_card(device: str) -> DetectedGpu | None:
 
 
 def cap_bytes(memory: str | None, card: DetectedGpu | None) -> int | None:
-    """What the allocator of a process that has `memory` may reserve: all but the CUDA context.
+    """Bytes that the allocator may reserve in a process with `memory`: all except the CUDA context.
 
     Raises:
-        TrainfitError: there is no GPU, or `memory` is more than it has, or less than a CUDA context.
+        TrainfitError: there is no GPU, or `memory` is more than the card's memory, or less than a CUDA context.
     """
     if memory is None:
         return None
     if card is None:
         raise TrainfitError("--memory caps the allocator of a GPU; on the CPU leave it out")
-    wanted = gpu_with_memory(memory).memory_bytes
+    limit_bytes = gpu_with_memory(memory).memory_bytes
     context = cuda_context_bytes(card.gpu).high_bytes
-    if not context < wanted < card.total_bytes:
-        least, most = context / GIB, card.total_bytes / GIB
-        raise TrainfitError(f"--memory {memory}: the CUDA context takes {least:.2f} GiB, and the card has {most:.2f}")
-    return wanted - context
+    if not context < limit_bytes < card.total_bytes:
+        raise TrainfitError(
+            f"--memory {memory}: the CUDA context takes {context / GIB:.2f} GiB, and the card has "
+            f"{card.total_bytes / GIB:.2f}"
+        )
+    return limit_bytes - context

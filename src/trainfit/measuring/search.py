@@ -1,4 +1,4 @@
-"""Which micro-batches to try, the fewest that tell the knee. Pure functions over what was predicted and measured."""
+"""Chooses the micro-batches to measure, as few as possible to find the knee. Pure functions over predictions and trials."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,88 +9,91 @@ from trainfit.memory.predict import Verdict
 WITHIN = 0.03
 """The knee is the smallest micro-batch whose speed is at most this below the best."""
 AGREES = 0.05
-"""A measured peak that is lower than predicted by more leaves room that the prediction did not see."""
+"""Relative difference from which a measured peak below the prediction means that a larger micro-batch may fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predicted:
-    """What the prediction says of a trial."""
+    """The prediction for a trial."""
 
     verdict: Verdict
-    """Of the training step alone."""
+    """Whether the training step fits, without evaluation."""
     allocated_bytes: int
-    """Peak, with every unknown at its smallest."""
+    """Peak of the allocated memory, with every unknown at its smallest."""
     reserved_low_bytes: int
-    """Peak of the caching allocator, with every unknown at its smallest."""
+    """Peak of the reserved memory, with every unknown at its smallest."""
     reserved_high_bytes: int
-    """With every unknown at its largest."""
+    """Peak of the reserved memory, with every unknown at its largest."""
     images_per_s: float | None
-    """None for a card whose rates are not known."""
+    """Speed; None for a card without known rates."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One trial."""
+    """The result of one trial: a setting that ran at one micro-batch in a clean process."""
 
     micro_batch: int
     outcome: Literal["ran", "out of memory", "died"]
-    """died: the process ended without an answer."""
+    """Whether it ran; died: the process ended without a result."""
     message: str | None = None
-    """Why it did not run."""
+    """Reason why it did not run."""
     images_per_s: float | None = None
-    """Median of the timed windows; None if it did not run."""
+    """Images per second, the median of the timed windows; None if it did not run."""
     slowest: float | None = None
-    """Images/s of the slowest timed window."""
+    """Images per second of the slowest timed window."""
     fastest: float | None = None
+    """Images per second of the fastest timed window."""
     windows: int = 0
-    """That were timed."""
+    """Number of timed windows."""
     allocated_bytes: int | None = None
-    """Peak of the process, up to the failure if there was one; None on the CPU."""
+    """Peak of the memory that tensors hold, up to the failure if there was one; None on the CPU."""
     requested_bytes: int | None = None
-    """The same before the allocator's rounding."""
+    """Peak of the allocated memory before the allocator's rounding; None on the CPU."""
     reserved_bytes: int | None = None
-    """The same of what the caching allocator held."""
+    """Peak of the memory that the caching allocator took from the driver; None on the CPU."""
     context_bytes: int | None = None
-    """What the process held of the card beside that."""
+    """Memory of the process on the card besides the reserved memory; None on the CPU."""
     retries: int | None = None
-    """How often the allocator had to empty its cache."""
+    """Number of times that the allocator had to empty its cache; None on the CPU."""
     predicted: Predicted | None = None
-    """None on the CPU, and for a step that cannot be predicted."""
+    """The prediction for this trial; None on the CPU, and for a step that cannot be predicted."""
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Measured":
-        """What `dataclasses.asdict` gave."""
-        said = record["predicted"]
-        known: dict[str, Any] = {**record, "predicted": Predicted(**said) if said else None}
-        return cls(**known)
+        """Read what `dataclasses.asdict` returned."""
+        predicted = record["predicted"]
+        values: dict[str, Any] = {**record, "predicted": Predicted(**predicted) if predicted else None}
+        return cls(**values)
 
 
 def speeds(rows: Sequence[Measured]) -> dict[int, float]:
-    """Micro-batch -> images/s of those that ran."""
+    """Micro-batch -> images per second, for the trials that ran."""
     return {row.micro_batch: row.images_per_s for row in rows if row.images_per_s is not None}
 
 
 def knee(images_per_s: Mapping[int, float]) -> int | None:
-    """The smallest micro-batch within 3 % of the best speed: beyond it memory buys next to nothing. None of none."""
+    """The smallest micro-batch within 3 % of the best speed: beyond it, more memory brings almost no speed. None without
+    speeds.
+    """
     best = max(images_per_s.values(), default=0.0)
     return min((size for size, speed in images_per_s.items() if speed >= (1 - WITHIN) * best), default=None)
 
 
 def forecast(predict: Callable[[int], Predicted | None], most: int) -> tuple[int | None, int | None]:
-    """The largest micro-batch that may fit, of the powers of two up to `most`, and the knee among them; as predicted."""
-    found: dict[int, float | None] = {}
+    """The predicted largest micro-batch that may fit, of the powers of two up to `most`, and the predicted knee."""
+    speed_of: dict[int, float | None] = {}
     size = 1
     while size <= most and (each := predict(size)) is not None and each.verdict != "does not fit":
-        found[size] = each.images_per_s
+        speed_of[size] = each.images_per_s
         size *= 2
-    return max(found, default=None), knee({size: speed for size, speed in found.items() if speed is not None})
+    return max(speed_of, default=None), knee({size: speed for size, speed in speed_of.items() if speed is not None})
 
 
 def next_micro_batch(rows: Sequence[Measured], *, first: int, predicted_knee: int | None, most: int) -> int | None:
-    """What to try next, or None when more would tell nothing new.
+    """The micro-batch to try next, or None if more trials would not change the knee.
 
-    `first` is the largest that is predicted to fit: halved until it does, and doubled while it needs less than predicted.
-    Then the predicted knee, then the neighbours of the measured one: agreement ends the search, disagreement prolongs it.
+    The first is the largest that is predicted to fit: it is halved until one fits, and doubled while it needs less than
+    predicted. Then the predicted knee is tried, then the neighbours of the measured one, until both agree.
     """
     tried = {row.micro_batch: row for row in rows}
     ran = speeds(rows)
@@ -100,17 +103,19 @@ def next_micro_batch(rows: Sequence[Measured], *, first: int, predicted_knee: in
     if best is None:
         return min(tried) // 2 or None
     row = tried[max(ran)]
-    spare = row.predicted is not None and (row.reserved_bytes or 0) < (1 - AGREES) * row.predicted.reserved_low_bytes
-    bound = max(ran) < max(tried) or (row.predicted is not None and not spare)
-    top = max(ran) if bound else min(2 * max(ran), most)
-    wanted = [*([top] if spare else []), predicted_knee or 0, best // 2, 2 * best]
-    return next((size for size in wanted if 1 <= size <= top and size not in tried), None)
+    needs_less = (
+        row.predicted is not None and (row.reserved_bytes or 0) < (1 - AGREES) * row.predicted.reserved_low_bytes
+    )
+    is_limit = max(ran) < max(tried) or (row.predicted is not None and not needs_less)
+    top = max(ran) if is_limit else min(2 * max(ran), most)
+    candidates = [*([top] if needs_less else []), predicted_knee or 0, best // 2, 2 * best]
+    return next((size for size in candidates if 1 <= size <= top and size not in tried), None)
 
 
 def search(
     trial: Callable[[int], Measured], predict: Callable[[int], Predicted | None], *, start: int, most: int
 ) -> Iterator[Measured]:
-    """Each trial as it ends. `start`: where to begin if nothing can be predicted."""
+    """Yield each trial as it ends. `start` is the first micro-batch if nothing can be predicted."""
     largest, predicted_knee = forecast(predict, most)
     rows: list[Measured] = []
     first = largest or start

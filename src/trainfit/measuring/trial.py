@@ -1,4 +1,4 @@
-"""One trial in a process of its own: a fresh CUDA context, and nothing else in the allocator. `measure.process` starts it."""
+"""One trial in a separate process, with a new CUDA context and an empty allocator. `measuring.process` starts it."""
 
 import json
 import sys
@@ -24,13 +24,13 @@ class Windows:
     """How many windows a trial runs."""
 
     warm_up: int = 2
-    """Not timed, though their memory counts: libraries choose and load their kernels."""
+    """Windows that are not timed, because libraries choose and load kernels in them; their memory counts."""
     least: int = 3
-    """Timed windows in any case."""
+    """Smallest number of timed windows."""
     most: int = 10
-    """Timed windows in no more than `enough_s`."""
+    """Largest number of timed windows."""
     enough_s: float = 10
-    """Seconds, warm-up included, after which no window is begun but the least."""
+    """Seconds, including the warm-up, after which no window beyond `least` begins."""
 
 
 def run_windows(
@@ -41,10 +41,10 @@ def run_windows(
     images: int,
     limit_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """Build a step, `run` its windows, and tell what they took, as JSON values. `images` are those of one window.
+    """Build a step, `run` its windows, and return times and memory as JSON values. `images` is the number in one window.
 
-    The whole process is measured: peaks are the largest of the build and of all windows, the warm-up's included.
-    `limit_bytes` caps what the allocator may reserve. On the CPU there are times, and no memory.
+    The whole process is measured: peaks are the largest over the build and all windows, including the warm-up.
+    `limit_bytes` limits what the allocator may reserve. On the CPU only times are measured.
     """
     cuda = device.type == "cuda"
     if cuda:
@@ -79,7 +79,7 @@ def run_windows(
 
 
 def _timed(action: Callable[[], object], cuda: bool) -> dict[str, Any]:
-    """The device is idle before it, because the reading before ended with its own wait."""
+    """Run an action and read its time and memory. The device is idle before it, because the previous reading waited for it."""
     start = time.perf_counter()
     action()
     if cuda:
@@ -112,29 +112,29 @@ def _peak(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _speed(images: int, seconds: list[float]) -> dict[str, float]:
-    """Images (pairs) a second over the timed windows."""
+    """Images (pairs) per second over the timed windows."""
     rates = sorted(images / each for each in seconds)
     return {"images_per_s": median(rates), "slowest": rates[0], "fastest": rates[-1], "windows": len(rates)}
 
 
 def main(request: Path, answer: Path) -> None:
-    """Measure what `request` names; `answer` gets the record of `run_windows`, or {"outcome": "refused", "message"}."""
-    asked = json.loads(request.read_text())
-    sys.path[:] = asked["path"]
-    setting = setting_from_json(asked["setting"])
-    device = torch.device(asked["device"])
+    """Measure the setting of `request`; write the record of `run_windows`, or {"outcome": "refused", "message"}, to `answer`."""
+    values = json.loads(request.read_text())
+    sys.path[:] = values["path"]
+    setting = setting_from_json(values["setting"])
+    device = torch.device(values["device"])
     set_matmul_precision(device)
     try:
-        found = run_windows(
-            lambda: build_step(setting=asked["setting"], device=device),
+        record = run_windows(
+            lambda: build_step(setting=values["setting"], device=device),
             device,
-            Windows(**asked["windows"]),
+            Windows(**values["windows"]),
             images=setting.micro_batch * setting.accumulation,
-            limit_bytes=asked["limit_bytes"],
+            limit_bytes=values["limit_bytes"],
         )
     except TrainfitError as error:
-        found = {"outcome": "refused", "message": str(error)}
-    answer.write_text(json.dumps(found))
+        record = {"outcome": "refused", "message": str(error)}
+    answer.write_text(json.dumps(record))
 
 
 if __name__ == "__main__":

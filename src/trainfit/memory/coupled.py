@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from trainfit.models.setting import Setting
-from trainfit.timing.roofline import TimeEstimate, later
+from trainfit.timing.roofline import TimeEstimate, with_optimizer_work
 
 COUPLED_MOST, COUPLED_STEPS = 256, 6
 """The largest micro-batch that is considered of a contrastive window, and how many powers of two from there."""
@@ -41,4 +41,4 @@ def between(setting: Setting, ends: tuple[Setting, Setting], few: TimeEstimate, 
     work_a, work_b, work = (1 - rerun / count for count in (a, b, setting.accumulation))
     each_s = (many.seconds * work_a - few.seconds * work_b) / (b * work_a - a * work_b)
     whole_s = (few.seconds - a * each_s) / work_a
-    return later(few, whole_s * work + each_s * setting.accumulation - few.seconds)
+    return with_optimizer_work(few, whole_s * work + each_s * setting.accumulation - few.seconds)

@@ -28,11 +28,11 @@ from trainfit.timing.roofline import (
     HOST_BYTES_PER_S,
     PINNED_BYTES_PER_S,
     TimeEstimate,
-    later,
     line_seconds,
     step_seconds,
     window_seconds,
     with_host_work,
+    with_optimizer_work,
 )
 from trainfit.tracing.provenance import Provenance, provenance
 from trainfit.tracing.stored_trace import StoredTrace
@@ -152,9 +152,9 @@ class Pricer:
         if setting.ema_on_host and part == "training":
             base = scaled or self.trace(replace(setting, ema_on_host=False), part)
             nbytes = sum(tensor.nbytes for tensor in base.trace.tensors if tensor.category == "EMA")
-            found = later(found, nbytes / HOST_BYTES_PER_S)
+            found = with_optimizer_work(found, nbytes / HOST_BYTES_PER_S)
         if _state_on_host(setting) and part == "training":
-            found = later(found, 2 * self._moments_bytes(setting) / PINNED_BYTES_PER_S)
+            found = with_optimizer_work(found, 2 * self._moments_bytes(setting) / PINNED_BYTES_PER_S)
         return found
 
     def predict(self, setting: Setting, cuts: Sequence[int]) -> Prediction:

@@ -23,7 +23,7 @@ from trainfit.planning.plan import Loading, Plan
 from trainfit.planning.rates import learning_rate
 from trainfit.planning.search import Found, Wish, search
 from trainfit.step.names import Checkpointing
-from trainfit.timing.roofline import TimeEstimate, later
+from trainfit.timing.roofline import TimeEstimate, with_optimizer_work
 from trainfit.training.headroom import IN_MEMORY_BYTES
 from trainfit.training.recipe import batch_of
 
@@ -59,7 +59,11 @@ class Calibrated:
         """As the pricer says, times the measured factor."""
         estimate = self.pricer.seconds(setting, cuts, part)
         factor = (self.found.time_factor if self.found else None) or 1.0
-        return estimate if factor == 1 else replace(later(estimate, (factor - 1) * estimate.seconds), calibrated=True)
+        return (
+            estimate
+            if factor == 1
+            else replace(with_optimizer_work(estimate, (factor - 1) * estimate.seconds), calibrated=True)
+        )
 
     def predict(self, setting: Setting, cuts: Sequence[int]) -> Prediction:
         """As the pricer says, with the corrected time."""

@@ -1,4 +1,4 @@
-"""Measurements as text and as JSON."""
+"""Measurements as text and JSON."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,7 +16,7 @@ _GPU_HEAD = (*_CPU_HEAD, "predicted", "reserved GiB", "predicted", "allocated Gi
 
 
 def measured_json(bench: Bench, rows: Sequence[Measured], calibration: Calibration | None) -> dict[str, Any]:
-    """All of it as values: `schema` 1; `knee` is None if nothing ran."""
+    """All measurements as JSON values, with `schema` 1; `knee` is None if nothing ran."""
     card = bench.card
     return {
         "schema": SCHEMA,
@@ -34,30 +34,51 @@ def measured_json(bench: Bench, rows: Sequence[Measured], calibration: Calibrati
 
 
 def measured_text(bench: Bench, rows: Sequence[Measured], calibration: Calibration | None) -> str:
-    """One sentence, a row for each micro-batch, what did not run and why, and what the numbers are good for."""
+    """A sentence with the result, the rows of `rows_text`, and notes on how to use the numbers."""
     ordered = sorted(rows, key=lambda row: row.micro_batch)
-    head = _GPU_HEAD if bench.card else _CPU_HEAD
+    sections = [
+        [sentence(bench, ordered)],
+        *_sections(ordered, with_memory=bench.card is not None),
+        _notes(bench, rows, calibration),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+
+
+def rows_text(rows: Sequence[Measured]) -> str:
+    """A table with a row per micro-batch, and why others did not run; as `measured_text` without the device and notes."""
+    with_memory = any(row.reserved_bytes is not None for row in rows)
+    ordered = sorted(rows, key=lambda row: row.micro_batch)
+    return "\n\n".join("\n".join(lines) for lines in _sections(ordered, with_memory=with_memory) if lines)
+
+
+def rows_json(rows: Sequence[Measured]) -> dict[str, Any]:
+    """The rows as JSON values, with `schema` 1 and the knee, which is None if nothing ran."""
+    return {"schema": SCHEMA, "knee": knee(speeds(rows)), "rows": [asdict(row) for row in rows]}
+
+
+def _sections(ordered: Sequence[Measured], *, with_memory: bool) -> list[list[str]]:
+    """The lines of the table, and those of the failures."""
+    head = _GPU_HEAD if with_memory else _CPU_HEAD
     cells = [head, *(_cells(row)[: len(head)] for row in ordered if row.outcome == "ran")]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     table = ["  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in cells]
     failed = [f"micro-batch {row.micro_batch}: {_failure(row)}" for row in ordered if row.outcome != "ran"]
-    sections = [[sentence(bench, ordered)], table if len(cells) > 1 else [], failed, _notes(bench, rows, calibration)]
-    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+    return [table if len(cells) > 1 else [], failed]
 
 
 def sentence(bench: Bench, rows: Sequence[Measured]) -> str:
-    """Model, device, the knee and the best."""
-    where = f"{bench.card.gpu.name} (driver {bench.card.driver_version})" if bench.card else "the CPU"
-    what = f"{bench.setting.model} on {where}, torch {made_by()['torch']}"
+    """A sentence with model, device, the knee and the fastest micro-batch."""
+    device = f"{bench.card.gpu.name} (driver {bench.card.driver_version})" if bench.card else "the CPU"
+    subject = f"{bench.setting.model} on {device}, torch {made_by()['torch']}"
     speed_of = speeds(rows)
     chosen = knee(speed_of)
     if chosen is None:
-        return f"{what}: nothing ran."
+        return f"{subject}: nothing ran."
     best = max(speed_of, key=lambda size: speed_of[size])
     least = f"micro-batch {chosen} is the smallest within 3 % of the best speed, {speed_of[chosen]:.3g} images/s"
     if len(speed_of) > 1 and chosen == max(speed_of):
-        return f"{what}: {least}; no larger one ran, and speed still grew."
-    return f"{what}: {least}" + ("." if best == chosen else f" (the best: {speed_of[best]:.3g} at {best}).")
+        return f"{subject}: {least}; no larger one ran, and speed still grew."
+    return f"{subject}: {least}" + ("." if best == chosen else f" (the best: {speed_of[best]:.3g} at {best}).")
 
 
 def _cells(row: Measured) -> tuple[str, ...]:

@@ -1,10 +1,10 @@
-"""Seconds that a traced step takes on a card: to rank settings, not to promise milliseconds.
+"""Estimates the time of a traced step on a card. The estimates rank settings; they are not accurate to milliseconds.
 
-Every row of the counts is limited by its arithmetic or by its memory traffic, whichever takes longer at the card's
-published rates times an efficiency; every kernel costs a little besides; and no step is faster than Python starts it.
+Every row of the counts is bound by its arithmetic or by its memory traffic, whichever takes longer at the card's published
+rates times an efficiency; every kernel has a small overhead; and no step is faster than Python can launch it.
 
-Known limits: one device, so nothing about communication; the data loader keeps up; the efficiencies are of two cards and
-large micro-batches, and carry over to others by their rates alone (`STATED_ERRORS` has what is known of the error).
+Known limits: one device, without communication; the data loader is assumed to keep up; the efficiencies were measured on two
+cards with large micro-batches, and are scaled to other cards only by their rates (`STATED_ERRORS` has the known errors).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,40 +22,40 @@ from trainfit.timing.counts import FROM_HOST, MATMULS, TO_HOST, OpCount
 Kind = Literal["tensor cores", "plain arithmetic", "memory", "launches", "optimizer", "host work"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ONCE = ("update", "optimizer")
-"""Phases that come once a window."""
+"""Phases that run once per window."""
 WIDE_GROUP = 33
-"""Input channels a group from which a convolution with groups is slow. On an RTX 3090 (cuDNN 8.3, float16, channels_last)
+"""Input channels per group from which a grouped convolution is slow. On an RTX 3090 (cuDNN 8.3, float16, channels_last)
 swsl_resnext101_32x4d (4 to 32) runs at the speed of its bytes, regnetv_040 (64) at a hundredth of it."""
 
 
 TF32_MATMULS = MATMUL_PRECISION == "high"
 HOST_BYTES_PER_S = 3e9
-"""Tensors copied to the CPU's memory and worked on there (EMA weights). Not measured: half of what pageable copies
-over PCIe 3.0 x16 reach."""
+"""Rate of copying tensors to host memory and computing on them there (EMA weights). Not measured: half of the rate of
+pageable copies over PCIe 3.0 x16."""
 
 PINNED_BYTES_PER_S = 10e9
-"""Tensors copied to page-locked host memory, or back. Not measured: what PCIe 3.0 x16 or 4.0 x8 leave in practice of 15.75 GB/s;
-a laptop's link may be half as wide."""
+"""Rate of copies to and from page-locked host memory. Not measured: the usual practical rate of PCIe 3.0 x16 or 4.0 x8, of
+nominally 15.75 GB/s; a laptop's link may be half as wide."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """How much longer than at a card's published rates each class of work takes, measured once."""
+    """Ratio of the measured time to the time at a card's published rates, for each class of work."""
 
     gpu: str
     """Catalogue name of the card it was measured on."""
     flops: float
-    """Matrix products and convolutions, over their FLOPs at the rate of their data type."""
+    """Matrix products and convolutions: relative to their FLOPs at the rate of their data type."""
     memory: float
-    """All operators, over their bytes at the card's bandwidth."""
+    """All operators: relative to their bytes at the card's bandwidth."""
     narrow_groups: float
-    """Convolutions with groups narrower than `WIDE_GROUP`, depthwise ones too: over their bytes."""
+    """Grouped convolutions with groups narrower than `WIDE_GROUP`, including depthwise ones: relative to their bytes."""
     wide_groups: float
-    """Other convolutions with groups: over their bytes."""
+    """Other grouped convolutions: relative to their bytes."""
     kernel_s: float
-    """Seconds that the GPU loses between two kernels."""
+    """Seconds that the GPU is idle between two kernels."""
     host_s: float
-    """Seconds that the CPU takes to start a kernel; they pass while the GPU works."""
+    """Seconds that the CPU takes to launch a kernel; they overlap with the GPU's work."""
 
 
 RTX_3090 = Efficiency(
@@ -70,28 +70,30 @@ VOLTA = replace(RTX_3090, gpu="", flops=1.45)
 """float32 without TF32: fitted to 5 of 16 rows of Detectron2's zoo on V100s (those whose names' SHA-256 begins with 0 to 7), at
 the mean of the sizes that its training draws; the others are judged by `benchmarks/public`."""
 EFFICIENCIES: Mapping[Capability, Efficiency] = {(7, 0): VOLTA}
-"""By CUDA capability; all others have that of the RTX 3090."""
+"""Efficiencies by CUDA capability; all other cards use that of the RTX 3090."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatedError:
-    """How far predicted seconds were from published ones."""
+    """The error of predicted seconds against published ones."""
 
     median: float
-    """Of the relative errors, without regard to their sign."""
+    """Median of the absolute relative errors."""
     rows: int
+    """Number of published measurements."""
     source: str
+    """The published measurements, in words."""
 
 
 STATED_ERRORS: Mapping[Capability, StatedError] = {
     (8, 6): StatedError(
-        median=0.060, rows=119, source="timm models that nothing was fitted on, RTX 3090, float16, torch 1.12"
+        median=0.060, rows=119, source="timm models that were not used for fitting, RTX 3090, float16, torch 1.12"
     ),
     (7, 0): StatedError(
-        median=0.133, rows=11, source="detectors of Detectron2's zoo that nothing was fitted on, V100, float32"
+        median=0.133, rows=11, source="detectors of Detectron2's zoo that were not used for fitting, V100, float32"
     ),
 }
-"""By CUDA capability, as `python -m benchmarks.public` prints them."""
+"""Errors by CUDA capability, as `python -m benchmarks.public` prints them."""
 
 
 def efficiency_of(gpu: Gpu) -> Efficiency:
@@ -100,29 +102,29 @@ def efficiency_of(gpu: Gpu) -> Efficiency:
 
 
 def stated_error(gpu: Gpu) -> StatedError | None:
-    """What is known of the error of seconds on such a card; None: nothing, and they rank settings alone."""
+    """The known error of predicted seconds on such a card; None if unknown: the seconds then only rank settings."""
     return None if gpu.capability is None else STATED_ERRORS.get(gpu.capability)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimeEstimate:
-    """How long a step takes and why. The parts add up to `seconds`."""
+    """The time of a step and its parts, which add up to `seconds`."""
 
     seconds: float
-    """The whole step."""
+    """Seconds of the whole step."""
     parts_s: dict[Kind, float]
-    """"tensor cores": matrix products at a matrix unit's rate; "plain arithmetic": those without one; "memory": what
-    waits for the memory bus; "launches": between kernels, or waiting for Python; "optimizer": all after backward; "host
-    work": what the GPU waits for meanwhile (`with_host_work`)."""
+    """Seconds by kind: "tensor cores": matrix products at a matrix unit's rate; "plain arithmetic": those without one;
+    "memory": operators bound by memory bandwidth; "launches": between kernels, or waiting for Python; "optimizer": everything
+    after backward; "host work": work on the host that the GPU waits for (`with_host_work`)."""
     bound: Kind
     """The largest part."""
     calibrated: bool
-    """Whether the efficiencies were measured on this card; otherwise they carry over from another."""
+    """Whether the efficiencies were measured on this card, and not on another."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Work:
-    """What the GPU does in some part of a step."""
+    """The GPU's work in a part of a step."""
 
     parts_s: dict[Kind, float]
     kernels: float
@@ -160,7 +162,7 @@ def _estimate(work: _Work, gpu: Gpu, efficiency: Efficiency) -> TimeEstimate:
 def _over_sizes(
     micro_batches: _Work, once: _Work, gpu: Gpu, efficiency: Efficiency, drawn: DrawnSizes | None
 ) -> TimeEstimate:
-    """Mean time of a window over the sizes that are drawn; `once` is the work after backward, the same at every size."""
+    """Mean time of a window over the image sizes; `once` is the work after backward, which is the same at every size."""
     if drawn is None:
         return _estimate(once.plus(micro_batches), gpu, efficiency)
     every = [_estimate(once.plus(_resized(micro_batches, pixels, drawn)), gpu, efficiency) for pixels in drawn.pixels]
@@ -170,7 +172,7 @@ def _over_sizes(
 
 
 def _resized(work: _Work, pixels: float, drawn: DrawnSizes) -> _Work:
-    """The work at a size of `pixels` times those of the traced one; as many kernels."""
+    """The work at `pixels` times the pixels of the traced size, with the same number of kernels."""
     shares: dict[Kind, float] = {
         "tensor cores": drawn.flops_share,
         "plain arithmetic": drawn.flops_share,
@@ -189,10 +191,9 @@ def step_seconds(
         TrainfitError: for a card without rates.
     """
     if gpu.bandwidth_bytes_per_s is None or gpu.fp32_flops_per_s is None:
-        raise TrainfitError(
-            f"the rates of {gpu.name} are not known, so time cannot be predicted; name a card with --gpu"
-        )
-    ops, efficiency = tuple(ops), efficiency or efficiency_of(gpu)
+        raise TrainfitError(f"the rates of {gpu.name} are unknown, so time cannot be predicted; name a card with --gpu")
+    ops = tuple(ops)
+    efficiency = efficiency or efficiency_of(gpu)
     micro_batches = _work([row for row in ops if row.phase not in ONCE], gpu, efficiency)
     once = _work([row for row in ops if row.phase in ONCE], gpu, efficiency)
     return _over_sizes(micro_batches, once, gpu, efficiency, drawn)
@@ -210,9 +211,9 @@ def window_seconds(
 ) -> TimeEstimate:
     """Time of a window that is cut into micro-batches of `cuts` images, from traces at two micro-batches.
 
-    Both windows had `traced_accumulation` micro-batches; `gpu` has rates. What a micro-batch takes is a line through the
-    two, and what comes once a window (clipping, optimizer, averaging) is that of the larger. With `drawn`, it is the mean
-    over the sizes of training.
+    Both windows had `traced_accumulation` micro-batches; `gpu` must have rates. The time of a micro-batch is a line through
+    the two, and the work done once per window (clipping, optimizer, EMA) is that of the larger. With `drawn`, the time is the
+    mean over the sizes of training.
     """
     efficiency = efficiency or efficiency_of(gpu)
     small, large = micro_batches
@@ -233,7 +234,9 @@ def line_seconds(
     *,
     efficiency: Efficiency | None = None,
 ) -> TimeEstimate:
-    """Time of a step on the line through two; `gpu` has rates. What grows faster (a large window's logits) is missed."""
+    """Time of a step on the line through two steps; `gpu` must have rates. Faster than linear growth (the logits of a large
+    window) is not modelled.
+    """
     efficiency = efficiency or efficiency_of(gpu)
     low, high = (_work(rows, gpu, efficiency) for rows in ops)
     share = (at - points[0]) / (points[1] - points[0])
@@ -241,7 +244,7 @@ def line_seconds(
 
 
 def _row_seconds(row: OpCount, gpu: Gpu, efficiency: Efficiency) -> tuple[Kind, float]:
-    """What a row waits for, and how long."""
+    """The resource that bounds a row, and its seconds."""
     rate, tensor_cores = matrix_rate(row, gpu)
     arithmetic = efficiency.flops * row.flops / rate
     assert gpu.bandwidth_bytes_per_s is not None
@@ -268,9 +271,9 @@ def _memory_factor(row: OpCount, efficiency: Efficiency) -> float:
 def matrix_rate(row: OpCount, gpu: Gpu) -> tuple[float, bool]:
     """FLOP/s for a row's data type, and whether matrix units give them.
 
-    float32 convolutions use TF32 (torch's default), float32 matrix products too where training lets them
-    (`step.names.MATMUL_PRECISION`; AMD's need an environment variable that nothing here sets). Fused attention in float32,
-    and what has no unit for its type, runs at the float32 rate.
+    float32 convolutions use TF32 (torch's default), and float32 matrix products too if training allows it
+    (`step.names.MATMUL_PRECISION`; AMD's need an environment variable that trainfit does not set). Fused attention in float32,
+    and types without a matrix unit, run at the float32 rate.
     """
     assert gpu.fp32_flops_per_s is not None
     if row.dtype == "float16":
@@ -283,13 +286,13 @@ def matrix_rate(row: OpCount, gpu: Gpu) -> tuple[float, bool]:
     return (gpu.fp32_flops_per_s, False) if rate is None else (rate, True)
 
 
-def later(estimate: TimeEstimate, seconds: float) -> TimeEstimate:
-    """With `seconds` more of work once a window."""
+def with_optimizer_work(estimate: TimeEstimate, seconds: float) -> TimeEstimate:
+    """The estimate with `seconds` more of work once per window."""
     return _longer(estimate, "optimizer", seconds)
 
 
 def with_host_work(estimate: TimeEstimate, seconds: float) -> TimeEstimate:
-    """With `seconds` of work on the host whose result the GPU waits for, and nothing is started meanwhile."""
+    """The estimate with `seconds` of work on the host that the GPU waits for."""
     return _longer(estimate, "host work", seconds)
 
 

@@ -62,6 +62,11 @@ def emit(plan: Plan, tool: str) -> Emitted:
     return Emitted(tool=tool, text=text, notes=(*notes, *more, plan.learning_rate, own))
 
 
+def emitted_text(emitted: Emitted) -> str:
+    """The configuration, then its notes as comments."""
+    return "\n".join([emitted.text.rstrip("\n"), *(f"# {note}" for note in emitted.notes)])
+
+
 def _nearest(plan: Plan, chosen: Candidate, tool: Tool) -> tuple[Job, list[str]]:
     """The plan's choice if the tool can express it, else the fastest that fits and that it can, else smaller micro-batches."""
     share, rest = divmod(plan.effective_batch, plan.gpus)
