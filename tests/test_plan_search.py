@@ -18,7 +18,7 @@ from trainfit.models.rfdetr.family import RfDetrSetting
 from trainfit.models.setting import Setting, make_setting
 from trainfit.planning.comparing import KNEE, frontier
 from trainfit.planning.knobs import batches, cuts, turned
-from trainfit.planning.search import Found, Wish, search
+from trainfit.planning.search import SearchRequest, SearchResult, search
 from trainfit.timing.roofline import KINDS, TimeEstimate
 
 
@@ -98,12 +98,12 @@ class Formula:
         return setting.checkpointing != "offload"
 
 
-def find(budget: int, prices: Formula | None = None, **wish: Any) -> Found:
+def find(budget: int, prices: Formula | None = None, **wish: Any) -> SearchResult:
     wanted: dict[str, Any] = {"setting": BASE, "effective_batch": 16, "reserve": 0.0, **wish}
-    return search(Wish(budget_bytes=budget, **wanted), prices or Formula())
+    return search(SearchRequest(budget_bytes=budget, **wanted), prices or Formula())
 
 
-def seconds(found: Found) -> float:
+def seconds(found: SearchResult) -> float:
     assert found.chosen is not None
     assert found.chosen.seconds is not None
     return found.chosen.seconds

@@ -21,7 +21,7 @@ from trainfit.planning.nearest import nearest, needs_text
 from trainfit.planning.objects import objects_lines
 from trainfit.planning.plan import Loading, Plan
 from trainfit.planning.rates import learning_rate
-from trainfit.planning.search import Found, Wish, search
+from trainfit.planning.search import SearchRequest, SearchResult, search
 from trainfit.step.names import Checkpointing
 from trainfit.timing.roofline import TimeEstimate, with_optimizer_work
 from trainfit.training.headroom import IN_MEMORY_BYTES
@@ -29,9 +29,11 @@ from trainfit.training.recipe import batch_of
 
 LINK_BYTES_PER_S = 10e9
 """Between GPUs, each way: what PCIe 4.0 x8 to x16 leaves in practice. Not measured; NVLink is faster."""
-TRAINER_BYTES, WORKER_BYTES = 3 * GIB, 150 * MIB
-"""Host memory of the trainer with CUDA's libraries, and of a loader process beside what it shares with the trainer (23 MiB
-measured on Linux before it decodes anything; the rest is for decoding)."""
+TRAINER_BYTES = 3 * GIB
+"""Host memory of the trainer with CUDA's libraries."""
+WORKER_BYTES = 150 * MIB
+"""Host memory of a loader process, without what it shares with the trainer (23 MiB measured on Linux before it decodes
+anything; the rest is for decoding)."""
 PREFETCH = 2
 """Windows in the making or waiting for each worker, as the loader has them (`training.workers`)."""
 
@@ -123,7 +125,7 @@ def make_plan(
     if reason := why_unused(setting):
         note(reason)
     budget = process_budget(gpu, config, gpus)
-    wish = Wish(
+    request = SearchRequest(
         setting=setting,
         effective_batch=effective_batch,
         gpus=gpus,
@@ -133,15 +135,15 @@ def make_plan(
         checkpointing=checkpointing,
         allow=allow,
     )
-    _tell_provisional(wish, prices, note)
-    found = _with_objects(search(wish, prices, note=note), pricer)
+    _tell_provisional(request, prices, note)
+    found = _with_objects(search(request, prices, note=note), pricer)
     offloaded = pricer.offloaded_bytes(found.chosen.setting) if found.chosen else 0
     host: dict[str, Any] = {"gpus": gpus, "decode_s": decode_s, "cores": cores, "offloaded_bytes": offloaded}
-    load_for = partial(loading, setting, wish.share, **host)
-    return _plan(wish, found, gpu, budget, load_for, calibration)
+    load_for = partial(loading, setting, request.share, **host)
+    return _plan(request, found, gpu, budget, load_for, calibration)
 
 
-def _with_objects(found: Found, pricer: Pricer) -> Found:
+def _with_objects(found: SearchResult, pricer: Pricer) -> SearchResult:
     """The search's end with what the number of objects does to the chosen setting's need."""
     if found.chosen is None or found.prediction is None:
         return found
@@ -149,14 +151,14 @@ def _with_objects(found: Found, pricer: Pricer) -> Found:
     return replace(found, prediction=replace(found.prediction, assumptions=lines))
 
 
-def _tell_provisional(wish: Wish, prices: Calibrated, note: Callable[[str], None]) -> None:
+def _tell_provisional(request: SearchRequest, prices: Calibrated, note: Callable[[str], None]) -> None:
     """Where no trace that is there covers the setting, say what the plan of the nearest that is covered would be."""
-    setting = replace(wish.setting, micro_batch=2, checkpointing=wish.checkpointing or "none")
+    setting = replace(request.setting, micro_batch=2, checkpointing=request.checkpointing or "none")
     near = None if prices.known(setting) else nearest(setting, prices.pricer)
     if near is None:
         return
     other, flags = near
-    found = search(replace(wish, setting=other), prices).chosen
+    found = search(replace(request, setting=other), prices).chosen
     plan = "nothing fits" if found is None else f"{describe(found.setting)}, {needs_text(found.needs)}"
     note(f"provisional, from stored traces without {flags}: {plan}; the setting itself is being traced")
 
@@ -183,21 +185,21 @@ def _exchange_s(pricer: Pricer, setting: Setting, gpus: int) -> float:
 
 
 def _plan(
-    wish: Wish,
-    found: Found,
+    request: SearchRequest,
+    found: SearchResult,
     gpu: Gpu,
     budget: ByteRange,
     load_for: Callable[..., Loading],
     calibration: Calibration | None,
 ) -> Plan:
     """The plan's record of what the search chose."""
-    setting = wish.setting
+    setting = request.setting
     speed = found.chosen.images_per_s if found.chosen else None
     return Plan(
         model=setting.model,
         gpu=gpu,
-        gpus=wish.gpus,
-        effective_batch=wish.effective_batch,
+        gpus=request.gpus,
+        effective_batch=request.effective_batch,
         budget=budget,
         chosen=found.chosen,
         prediction=found.prediction,
@@ -207,9 +209,9 @@ def _plan(
         smallest=least_of(found.candidates),
         savings=found.savings,
         loading=load_for(images_per_s=speed),
-        learning_rate=learning_rate(setting, wish.effective_batch),
+        learning_rate=learning_rate(setting, request.effective_batch),
         calibrated=calibration is not None and calibration.time_factor is not None,
-        assumptions=_assumptions(wish, gpu, found.prediction, calibration),
+        assumptions=_assumptions(request, gpu, found.prediction, calibration),
     )
 
 
@@ -251,12 +253,12 @@ def loading(
 
 
 def _assumptions(
-    wish: Wish, gpu: Gpu, prediction: Prediction | None, calibration: Calibration | None
+    request: SearchRequest, gpu: Gpu, prediction: Prediction | None, calibration: Calibration | None
 ) -> tuple[str, ...]:
     lines = list(prediction.assumptions) if prediction else []
     if rated(gpu) is not gpu:
         lines.append(f"The card's rates are not known: settings are ranked with those of an {RATES_LIKE}.")
-    if wish.gpus > 1:
+    if request.gpus > 1:
         lines.append(f"GPUs exchange gradients at {LINK_BYTES_PER_S / 1e9:.0f} GB/s, after backward.")
     if calibration is not None:
         lines.append(f"Corrected by {calibration.rows} measurements on this card ({calibration.driver}).")

@@ -1,4 +1,4 @@
-"""Of all settings that fit, the fastest. Pure: whoever calls gives the prices."""
+"""Searches for the fastest setting that fits. Pure functions over prices that the caller provides."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,55 +20,56 @@ PARTIAL_TRIES = 3
 
 
 class Prices(Protocol):
-    """What settings cost on one card; `memory.priced.Pricer`."""
+    """Memory and time of settings on one card; see `memory.priced.Pricer`."""
 
     def needs(self, setting: Setting) -> ByteRange:
-        """The least that training of one process runs in, its CUDA context included."""
+        """The smallest memory that one training process runs in, including its CUDA context."""
         ...
 
     def least(self, setting: Setting) -> int:
-        """What the top of `needs` is not below, found in a fraction of its time; 0 where that is not possible."""
+        """A lower bound of the high end of `needs`, computed in a fraction of its time; 0 if that is not possible."""
         ...
 
     def seconds(
         self, setting: Setting, cuts: Sequence[int], part: Literal["training", "evaluation"] = "training"
     ) -> TimeEstimate:
-        """Of a window cut into micro-batches of `cuts` images."""
+        """Time of a window cut into micro-batches of `cuts` images."""
         ...
 
     def predict(self, setting: Setting, cuts: Sequence[int]) -> Prediction:
-        """Training, and evaluation in the same process."""
+        """The prediction of training, and of evaluation in the same process."""
         ...
 
     def blocks(self, setting: Setting) -> int:
-        """What activation checkpointing may recompute."""
+        """Number of blocks that activation checkpointing may recompute."""
         ...
 
     def known(self, setting: Setting) -> bool:
-        """Whether `needs` answers at once."""
+        """Whether `needs` returns without tracing."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
-    """What is to be planned."""
+class SearchRequest:
+    """The request for a plan."""
 
     setting: Setting
-    """Knobs as the user wants them; micro-batch and accumulation do not count; precision is not "auto"."""
+    """The user's knobs; micro-batch and accumulation are ignored; precision must not be "auto"."""
     effective_batch: int
+    """Images per optimizer step over all GPUs."""
     gpus: int = 1
     budget_bytes: int
-    """What a process may have for sure."""
+    """Memory that is certainly available to a process."""
     reserve: float = RESERVE
-    """Share of it that is kept free; 0 where nothing leaves so much."""
+    """Share of the budget that is kept free; 0 if no setting leaves so much."""
     exchange_s: float = 0.0
-    """Summing the gradients over the GPUs, once a window."""
+    """Seconds to sum the gradients over the GPUs, once per window."""
     micro_batch: int | None = None
-    """Plan with this one alone."""
+    """The only micro-batch to consider; None: all."""
     checkpointing: Checkpointing | None = None
-    """Plan with this alone; None: the least that fits."""
+    """The only checkpointing to consider; None: the least that fits."""
     allow: tuple[str, ...] = ()
-    """Of `Family.learns`: what may be turned where nothing fits otherwise."""
+    """Knobs of `Family.learns` that may change if nothing fits otherwise."""
 
     @property
     def share(self) -> int:
@@ -77,8 +78,8 @@ class Wish:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """What a search ends with."""
+class SearchResult:
+    """The result of a search."""
 
     chosen: Candidate | None
     prediction: Prediction | None
@@ -90,9 +91,9 @@ class Found:
 
 @dataclass
 class _Search:
-    """The candidates seen so far, each priced once."""
+    """The state of a search: the candidates considered so far, each priced once."""
 
-    wish: Wish
+    request: SearchRequest
     prices: Prices
     note: Callable[[str], None]
     seen: dict[Setting, Candidate] = field(default_factory=dict[Setting, Candidate])
@@ -107,64 +108,69 @@ class _Search:
         return self.seen[setting]
 
     def could_fit(self, base: Setting, micro_batch: int) -> bool:
-        """Not, if already the least that it may need is too much: then that is its price, found without replays."""
+        """Whether a setting may fit. It cannot if the lower bound of its need exceeds the budget: that bound is then its price,
+        without replays.
+        """
         setting = self.at(base, micro_batch)
         if setting not in self.seen:
             least = self.prices.least(setting)
-            if least <= self.wish.budget_bytes:
+            if least <= self.request.budget_bytes:
                 return True
             needs = ByteRange(low_bytes=least, high_bytes=least)
             self.seen[setting] = replace(self.candidate(base, micro_batch, needs), needs_more=True)
         return not self.seen[setting].needs_more
 
     def does_fit(self, base: Setting, micro_batch: int) -> bool:
-        """With the reserve that is wished for; priced only where it could."""
+        """Whether a setting fits with the requested reserve; it is priced only if it may fit."""
         return self.could_fit(base, micro_batch) and self.fits(self.price(base, micro_batch).needs)
 
     def at(self, base: Setting, micro_batch: int) -> Setting:
-        return replace(base, micro_batch=micro_batch, accumulation=len(cuts(self.wish.share, micro_batch)))
+        return replace(base, micro_batch=micro_batch, accumulation=len(cuts(self.request.share, micro_batch)))
 
     def candidate(self, base: Setting, micro_batch: int, needs: ByteRange) -> Candidate:
         seconds = self.speed(base, micro_batch)
         return Candidate(
             setting=self.at(base, micro_batch),
-            cuts=cuts(self.wish.share, micro_batch),
+            cuts=cuts(self.request.share, micro_batch),
             needs=needs,
             seconds=seconds,
-            images_per_s=self.wish.effective_batch / seconds,
+            images_per_s=self.request.effective_batch / seconds,
             verdict=self.verdict(needs),
             reason="",
         )
 
     def verdict(self, needs: ByteRange) -> Verdict:
-        budget_bytes = self.wish.budget_bytes
+        budget_bytes = self.request.budget_bytes
         if needs.high_bytes <= (1 - RESERVE) * budget_bytes:
             return "fits"
         return "fits, no reserve" if needs.high_bytes <= budget_bytes else "does not fit"
 
     def fits(self, needs: ByteRange) -> bool:
-        """With the reserve that is wished for."""
-        return needs.high_bytes <= (1 - self.wish.reserve) * self.wish.budget_bytes
+        """Whether a need fits with the requested reserve."""
+        return needs.high_bytes <= (1 - self.request.reserve) * self.request.budget_bytes
 
     def speed(self, base: Setting, micro_batch: int) -> float:
         """Seconds of a window."""
         setting = self.at(base, micro_batch)
         if setting not in self.times:
-            found = self.prices.seconds(setting, cuts(self.wish.share, micro_batch))
-            self.times[setting] = found.seconds + self.wish.exchange_s
+            estimate = self.prices.seconds(setting, cuts(self.request.share, micro_batch))
+            self.times[setting] = estimate.seconds + self.request.exchange_s
         return self.times[setting]
 
     def batches(self) -> tuple[int, ...]:
-        if self.wish.micro_batch is not None:
-            return (self.wish.micro_batch,)
-        return (coupled_batches if self.wish.setting.family.coupled(self.wish.setting) else batches)(self.wish.share)
+        if self.request.micro_batch is not None:
+            return (self.request.micro_batch,)
+        return (coupled_batches if self.request.setting.family.coupled(self.request.setting) else batches)(
+            self.request.share
+        )
 
     def largest(self, base: Setting) -> int | None:
-        """The largest micro-batch that fits, by bisection; tries the next larger one too. The smallest of all is priced
-        where none fits.
+        """The largest micro-batch that fits, by bisection, which also tries the next larger one. If none fits, the smallest
+        is priced.
         """
         sizes = self.batches()
-        low, high = -1, len(sizes)
+        low = -1
+        high = len(sizes)
         while high - low > 1:
             middle = (low + high) // 2
             if self.does_fit(base, sizes[middle]):
@@ -176,13 +182,15 @@ class _Search:
         return sizes[low] if low >= 0 else None
 
     def fastest(self, base: Setting) -> Candidate | None:
-        """Of one base, the smallest micro-batch within `KNEE` of the fastest that fits: the rest is left as headroom."""
+        """The candidate of one base with the smallest micro-batch within `KNEE` of the fastest that fits; the remaining memory
+        is left as headroom.
+        """
         largest = self.largest(base)
         if largest is None:
             return None
         sizes = self.worth(largest)
         best = min(sizes, key=lambda b: (self.speed(base, b), b))
-        while not self.does_fit(base, best):  # memory that does not grow with the micro-batch
+        while not self.does_fit(base, best):  # memory may not grow monotonically with the micro-batch
             sizes.remove(best)
             best = min(sizes, key=lambda b: (self.speed(base, b), b))
         slowest = (1 + KNEE) * self.speed(base, best)
@@ -194,90 +202,95 @@ class _Search:
         return self.price(base, best)
 
     def ideal(self, base: Setting) -> float:
-        """Seconds of a window with nothing recomputed, whatever memory it takes: nothing is faster."""
-        return min(self.speed(base, b) for b in self.worth(self.wish.share))
+        """Seconds of a window without recompute and without a memory limit: a lower bound for all candidates."""
+        return min(self.speed(base, b) for b in self.worth(self.request.share))
 
     def worth(self, largest: int) -> list[int]:
-        """Micro-batches to compare. One image is no faster than two, and is a trace of its own."""
+        """Micro-batches to compare. One image is not faster than two, and needs its own trace."""
         sizes = [b for b in self.batches() if b <= largest]
         return [b for b in sizes if b > 1] or sizes
 
-    def means(self) -> Iterator[Setting]:
-        """Bases in the order of what they cost: EMA weights to the host, then recompute."""
-        wanted = self.wish.checkpointing
-        for checkpointing in ("none", "all") if wanted is None else (wanted,):
-            base = replace(self.wish.setting, checkpointing=checkpointing)
-            if wanted is None and checkpointing == "all" and not self.prices.blocks(self.wish.setting):
+    def bases(self) -> Iterator[Setting]:
+        """Settings without a micro-batch, in the order of their cost: EMA weights to the host, then recompute."""
+        requested = self.request.checkpointing
+        for checkpointing in ("none", "all") if requested is None else (requested,):
+            base = replace(self.request.setting, checkpointing=checkpointing)
+            if requested is None and checkpointing == "all" and not self.prices.blocks(self.request.setting):
                 return
             yield base
-            yield from (setting for knob in FREE for _, setting in turned(base, knob))
+            for knob in FREE:
+                for _, setting in turned(base, knob):
+                    yield setting
 
     def best(self) -> Candidate | None:
-        """Goes on to what costs more as long as it may gain; what cannot be faster than what is found is not priced."""
-        found: Candidate | None = None
-        ideal = self.ideal(replace(self.wish.setting, checkpointing=self.wish.checkpointing or "none"))
-        for base in self.means():
-            if found is None or self.may_gain(base, found):
-                found = faster(found, self.fastest(base))
-            if found is not None and seconds_of(found) <= (1 + KNEE) * ideal:
-                return found
-        if found is None:
-            return None if self.wish.reserve else self.last_resort()
-        return found if self.wish.checkpointing is not None else faster(found, self.partial(found))
+        """The fastest candidate that fits. More expensive bases are considered as long as they may be faster; settings that
+        cannot be faster than the best so far are not priced.
+        """
+        best: Candidate | None = None
+        ideal = self.ideal(replace(self.request.setting, checkpointing=self.request.checkpointing or "none"))
+        for base in self.bases():
+            if best is None or self.may_gain(base, best):
+                best = faster(best, self.fastest(base))
+            if best is not None and seconds_of(best) <= (1 + KNEE) * ideal:
+                return best
+        if best is None:
+            return None if self.request.reserve else self.last_resort()
+        return best if self.request.checkpointing is not None else faster(best, self.partial(best))
 
-    def may_gain(self, base: Setting, found: Candidate) -> bool:
-        """Whether a micro-batch is faster than what is found, and could fit."""
-        sizes = [b for b in self.worth(self.wish.share) if self.speed(base, b) < seconds_of(found)]
+    def may_gain(self, base: Setting, best: Candidate) -> bool:
+        """Whether some micro-batch is faster than the best candidate, and may fit."""
+        sizes = [b for b in self.worth(self.request.share) if self.speed(base, b) < seconds_of(best)]
         return any(self.could_fit(base, b) for b in sizes)
 
     def last_resort(self) -> Candidate | None:
-        """Where nothing else fits: the optimizer's state in host memory, then saved activations, at the least micro-batch.
+        """If nothing else fits: the optimizer's state in host memory, then saved activations, at the smallest micro-batch.
 
-        The order is that of what they cost: state is copied once a window, activations once an image. Neither is faster than
-        what more memory would allow, so that the law holds that more memory is never slower; and activations are a trace of
-        their own, so that they are not tried for a gain. To compute a block again takes less time than to copy what it keeps
-        to the host and back: what waits there is what recomputation leaves.
+        They are tried in the order of their cost: state is copied once per window, activations once per image. Neither is
+        faster than what more memory would allow, so that more memory never makes a plan slower. Offloaded activations need
+        their own trace, so that they are not tried for speed alone. Recomputing a block takes less time than copying its
+        activations to the host and back, so that only what recompute leaves is offloaded.
         """
         for setting in self.resorts():
-            if setting.checkpointing == "offload" and self.wish.checkpointing is None:
+            if setting.checkpointing == "offload" and self.request.checkpointing is None:
                 self.note("nothing fits: pricing saved activations in host memory")
-            found = self.price(setting, self.batches()[0])
-            if self.fits(found.needs):
-                return found
+            candidate = self.price(setting, self.batches()[0])
+            if self.fits(candidate.needs):
+                return candidate
         return None
 
     def resorts(self) -> Iterator[Setting]:
-        """Settings that are tried last, the cheapest first."""
-        least = self.wish.setting
+        """Settings to try last, cheapest first."""
+        least = self.request.setting
         for knob in FREE:
             least = next((setting for _, setting in turned(least, knob)), least)
         on_host = [setting for _, setting in turned(least, STATE)]
-        if self.wish.checkpointing is not None:
-            yield from (replace(setting, checkpointing=self.wish.checkpointing) for setting in on_host)
+        if self.request.checkpointing is not None:
+            yield from (replace(setting, checkpointing=self.request.checkpointing) for setting in on_host)
             return
         recomputed: Checkpointing = "all" if self.prices.blocks(least) else "none"
         yield from (replace(setting, checkpointing=recomputed) for setting in on_host)
         yield from (replace(setting, checkpointing="offload") for setting in (least, *on_host))
 
     def partial(self, other: Candidate) -> Candidate | None:
-        """Computing only some blocks again, where that is faster than `other`.
+        """A candidate that recomputes only some blocks, if that is faster than `other`.
 
-        Time and memory of some are taken to lie on a line between none and all, until a trace tells.
+        Time and memory are interpolated between none and all blocks before a candidate is priced.
         """
         blocks = self.prices.blocks(other.setting)
         tries: list[tuple[float, int, int, Setting]] = []
-        for none in (base for base in self.means() if base.checkpointing == "none"):
+        for none in (base for base in self.bases() if base.checkpointing == "none"):
             for b in self.batches():
                 if (1 + KNEE) * self.speed(none, b) > seconds_of(other):
-                    continue  # recomputing some blocks is no faster than recomputing none
+                    continue  # recomputing some blocks is not faster than recomputing none
                 every = replace(none, checkpointing="all")
-                if self.gain_at_most(none, every, b) * (1 + KNEE) > seconds_of(other):
+                if self.least_seconds(none, every, b) * (1 + KNEE) > seconds_of(other):
                     continue
                 if self.does_fit(none, b) or not self.does_fit(every, b):
                     continue
-                most, least = self.price(none, b), self.price(every, b)
+                most = self.price(none, b)
+                least = self.price(every, b)
                 freed = most.needs.high_bytes - least.needs.high_bytes
-                over = most.needs.high_bytes - (1 - self.wish.reserve) * self.wish.budget_bytes
+                over = most.needs.high_bytes - (1 - self.request.reserve) * self.request.budget_bytes
                 count = ceil(blocks * over / max(1, freed))
                 if 0 < count < blocks:
                     seconds = seconds_of(most) + (seconds_of(least) - seconds_of(most)) * count / blocks
@@ -288,62 +301,66 @@ class _Search:
         if seconds * (1 + KNEE) > seconds_of(other):
             return None
         for _ in range(PARTIAL_TRIES):
-            found = self.price(replace(base, checkpointing=count), b)
-            if self.fits(found.needs):
-                return found
+            candidate = self.price(replace(base, checkpointing=count), b)
+            if self.fits(candidate.needs):
+                return candidate
             count += -(-blocks // 8)
             if count >= blocks:
                 break
         return None
 
-    def gain_at_most(self, none: Setting, every: Setting, micro_batch: int) -> float:
-        """Seconds that a window takes at least where so many blocks are computed again that it could fit: of blocks as `partial`
-        counts them, from the least that the two may need.
+    def least_seconds(self, none: Setting, every: Setting, micro_batch: int) -> float:
+        """A lower bound of the seconds of a window that recomputes as many blocks as it needs to fit, interpolated as in
+        `partial` from the lower bounds of the two needs.
         """
         most, least = (self.prices.least(self.at(each, micro_batch)) for each in (none, every))
-        over = most - (1 - self.wish.reserve) * self.wish.budget_bytes
+        over = most - (1 - self.request.reserve) * self.request.budget_bytes
         share = min(1.0, over / (most - least)) if over > 0 and most > least else 0.0
-        slowest, fastest = self.speed(every, micro_batch), self.speed(none, micro_batch)
+        slowest = self.speed(every, micro_batch)
+        fastest = self.speed(none, micro_batch)
         return fastest + (slowest - fastest) * share
 
     def evaluation(self, chosen: Candidate) -> tuple[Candidate, Prediction] | None:
-        """With the evaluation micro-batch that is fastest by `KNEE` and fits; None: not even one image fits."""
-        wanted = self.wish.setting.eval_micro_batch
+        """The candidate with the smallest evaluation micro-batch within `KNEE` of the fastest that fits; None if not even one
+        image fits.
+        """
+        requested = self.request.setting.eval_micro_batch
         of_training = (
             (chosen.setting.micro_batch,) if chosen.setting.family.coupled(chosen.setting) else EVAL_MICRO_BATCHES
         )
-        sizes = of_training if wanted is None else (wanted,)
+        sizes = of_training if requested is None else (requested,)
         time = {e: self.prices.seconds(chosen.setting, (e,), "evaluation").seconds / e for e in sizes}
         knee = next(e for e in sizes if time[e] <= (1 + KNEE) * min(time.values()))
-        for e in (*reversed([e for e in sizes if e <= knee]), *(() if wanted else (1,))):
+        for e in (*reversed([e for e in sizes if e <= knee]), *(() if requested else (1,))):
             setting = replace(chosen.setting, eval_micro_batch=e)
             prediction = self.prices.predict(setting, chosen.cuts)
-            spare = not self.wish.reserve or has_reserve(prediction.needs, prediction.budget)
-            if spare and prediction.evaluation.verdict == "fits":
+            leaves_reserve = not self.request.reserve or has_reserve(prediction.needs, prediction.budget)
+            if leaves_reserve and prediction.evaluation.verdict == "fits":
                 return replace(chosen, setting=setting, needs=prediction.needs), prediction
         return None
 
     def price_neighbours(self, settings: Iterable[Setting]) -> None:
-        """Those with another micro-batch, a power of two or the whole share, and all else equal; to be shown beside them.
+        """Price settings with other micro-batches, powers of two and the whole share, to be shown beside `settings`.
 
-        Not of a contrastive window, where each would be a trace of its own.
+        Contrastive windows are left out, since each would need its own trace.
         """
-        if self.wish.setting.family.coupled(self.wish.setting):
+        if self.request.setting.family.coupled(self.request.setting):
             return
         for base in dict.fromkeys(replace(each, micro_batch=1, accumulation=1) for each in settings):
             for b in self.batches():
-                if b > 1 and (b & (b - 1) == 0 or b == self.wish.share) and self.could_fit(base, b):
+                if b > 1 and (b & (b - 1) == 0 or b == self.request.share) and self.could_fit(base, b):
                     self.price(base, b)
 
     def frees(self, chosen: Candidate) -> Iterator[Saving]:
-        """What knobs that change memory and time alone would free of the chosen setting, where that takes no trace."""
-        for flag, setting in (turn for knob in MEMORY for turn in turned(chosen.setting, knob)):
-            if self.prices.known(setting):
-                yield self.saving(chosen, flag, setting)
+        """The memory that knobs which change only memory and time would free of the chosen setting, if no trace is needed."""
+        for knob in MEMORY:
+            for flag, setting in turned(chosen.setting, knob):
+                if self.prices.known(setting):
+                    yield self.saving(chosen, flag, setting)
 
     def savings(self, smallest: Candidate) -> Iterator[Saving]:
-        """What each knob would free of the smallest setting, where nothing fits."""
-        learns = self.wish.setting.family.learns
+        """The memory that each knob would free of the smallest setting, if nothing fits."""
+        learns = self.request.setting.family.learns
         for knob in (*MEMORY, *learns):
             for flag, setting in turned(smallest.setting, knob):
                 self.note(f"pricing {flag}")
@@ -355,24 +372,24 @@ class _Search:
         return Saving(knob=flag, saved_bytes=freed, learns_differently=False, slower=seconds - 1)
 
 
-def search(wish: Wish, prices: Prices, *, note: Callable[[str], None] = lambda _: None) -> Found:
+def search(request: SearchRequest, prices: Prices, *, note: Callable[[str], None] = lambda _: None) -> SearchResult:
     """The fastest setting that fits, holding the effective batch; `note` hears of what takes seconds.
 
     Where nothing fits, the reserve is given up; then allowed knobs are turned one after the other, the gentlest first,
     until something does.
     """
-    found = _Search(wish, prices, note)
+    found = _Search(request, prices, note)
     best = found.best()
-    if best is None and wish.reserve:
-        wish = replace(wish, reserve=0.0)
-        found = _Search(wish, prices, note, found.seen, found.times)
+    if best is None and request.reserve:
+        request = replace(request, reserve=0.0)
+        found = _Search(request, prices, note, found.seen, found.times)
         best = found.best()
-    knobs = [knob for knob in wish.setting.family.learns if knob in wish.allow]
+    knobs = [knob for knob in request.setting.family.learns if knob in request.allow]
     while best is None and knobs:
-        for flag, setting in turned(wish.setting, knobs.pop(0)):
+        for flag, setting in turned(request.setting, knobs.pop(0)):
             note(f"nothing fits: trying {flag}")
-            wish = replace(wish, setting=setting)
-            found = _Search(wish, prices, note, found.seen, found.times)
+            request = replace(request, setting=setting)
+            found = _Search(request, prices, note, found.seen, found.times)
             best = found.best()
             if best is not None:
                 break
@@ -380,17 +397,17 @@ def search(wish: Wish, prices: Prices, *, note: Callable[[str], None] = lambda _
     evaluated = found.evaluation(best) if best is not None else None
     chosen, prediction = evaluated or (None, None)
     candidates = tuple(
-        explained(each, best if evaluated else None, chosen, wish.budget_bytes) for each in found.seen.values()
+        explained(each, best if evaluated else None, chosen, request.budget_bytes) for each in found.seen.values()
     )
     smallest = least_of(candidates)
-    base = replace(wish.setting, checkpointing=wish.checkpointing or "none")
+    base = replace(request.setting, checkpointing=request.checkpointing or "none")
     ideal = found.ideal(base)
     savings = found.frees(chosen) if chosen is not None else found.savings(smallest)
-    return Found(
+    return SearchResult(
         chosen=next((each for each in candidates if each.verdict == "chosen"), None),
         prediction=prediction,
         candidates=candidates,
-        knee=next(b for b in found.worth(wish.share) if found.speed(base, b) <= (1 + KNEE) * ideal),
+        knee=next(b for b in found.worth(request.share) if found.speed(base, b) <= (1 + KNEE) * ideal),
         savings=tuple(sorted(savings, key=_cost)),
     )
 
