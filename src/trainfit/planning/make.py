@@ -40,7 +40,7 @@ PREFETCH = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
-    """A `search.Prices` corrected by what was measured on the card."""
+    """A `prices.Prices` corrected by what was measured on the card."""
 
     pricer: Pricer
     found: Calibration | None

@@ -1,9 +1,8 @@
 """Searches for the fastest setting that fits. Pure functions over prices that the caller provides."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from math import ceil
-from typing import Literal, Protocol
 
 from trainfit.gpus.context import ByteRange
 from trainfit.memory.coupled import coupled_batches
@@ -12,41 +11,11 @@ from trainfit.models.setting import Setting
 from trainfit.planning.comparing import KNEE, describe, explained, faster, least_of, seconds_of
 from trainfit.planning.knobs import FREE, MEMORY, STATE, batches, cuts, turned
 from trainfit.planning.plan import Candidate, Saving, Verdict
+from trainfit.planning.prices import Prices
 from trainfit.step.names import Checkpointing
-from trainfit.timing.roofline import TimeEstimate
 
 EVAL_MICRO_BATCHES = (2, 4, 8, 16, 32)
 PARTIAL_TRIES = 3
-
-
-class Prices(Protocol):
-    """Memory and time of settings on one card; see `memory.priced.Pricer`."""
-
-    def needs(self, setting: Setting) -> ByteRange:
-        """The smallest memory that one training process runs in, including its CUDA context."""
-        ...
-
-    def least(self, setting: Setting) -> int:
-        """A lower bound of the high end of `needs`, computed in a fraction of its time; 0 if that is not possible."""
-        ...
-
-    def seconds(
-        self, setting: Setting, cuts: Sequence[int], part: Literal["training", "evaluation"] = "training"
-    ) -> TimeEstimate:
-        """Time of a window cut into micro-batches of `cuts` images."""
-        ...
-
-    def predict(self, setting: Setting, cuts: Sequence[int]) -> Prediction:
-        """The prediction of training, and of evaluation in the same process."""
-        ...
-
-    def blocks(self, setting: Setting) -> int:
-        """Number of blocks that activation checkpointing may recompute."""
-        ...
-
-    def known(self, setting: Setting) -> bool:
-        """Whether `needs` returns without tracing."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
