@@ -90,3 +90,11 @@ def test_training_and_evaluation(folders: Path, tmp_path: Path, capsys: pytest.C
     printed = capsys.readouterr()
     assert "ant" in printed.out
     assert "bee" not in printed.out + printed.err
+
+
+def test_the_page_of_samples_has_an_image_s_class(folders: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert run("check-data", folders, "--show", page, "--model", "timm:test_resnet", "--samples", 2) == 0
+    text = page.read_text()
+    assert text.count("<image ") == 8
+    assert ": ant<" in text

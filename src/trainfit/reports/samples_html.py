@@ -53,7 +53,8 @@ def _figure(caption: str, sample: Shown, colours: Colours) -> str:
     if sample.masks is not None and len(sample.masks):
         overlay = _overlay(sample.masks, sample.names, colours)
         shapes.append(f"<image href='{overlay}' width='{width}' height='{height}'/>")
-    shapes += _boxes(sample, colours, size=max(height, width))
+    if sample.boxes:
+        shapes += _boxes(sample, colours, size=max(height, width))
     alone = "" if sample.boxes else ", ".join(sample.names)
     words = f"{caption}, {width} x {height}"
     objects = f", {counted(len(sample.boxes), 'object')}" if sample.boxes else (f": {alone}" if alone else "")
