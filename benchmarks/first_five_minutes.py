@@ -23,7 +23,8 @@ COMMANDS = (
     "trainfit plan rfdetr-nano --memory 8GiB --data pictures --out plan.json --html plan.html --svg plan.svg",
     'trainfit predict rfdetr-nano --gpu "rtx 3060" --micro-batch 4',
     "trainfit check-data pictures",
-    "trainfit train rfdetr-nano --data pictures --resolution 96 --epochs 1 --effective-batch 8 --groups 2 --weights random --print-config",
+    "trainfit train rfdetr-nano --data pictures --resolution 96 --epochs 1 --effective-batch 8 --groups 2 "
+    "--weights random --print-config",
     "trainfit train --config train.yaml",
     "trainfit report runs/rfdetr-nano-1 --html run.html",
     "trainfit evaluate runs/rfdetr-nano-1 --data pictures --pictures evaluated",
