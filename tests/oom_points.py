@@ -148,30 +148,16 @@ class Injector:
     def _record(self) -> None:
         """Note which samples a forward with gradients sees, and how many errors there were before."""
         objective: Any = self.step.objective
-        counting = getattr(objective, "count", None)
-        name = "features" if isinstance(objective, Contrastive) else "terms"
-
-        def recording(inner: Callable[..., Any]) -> Callable[..., Any]:
-            def recorded(model: torch.nn.Module, samples: Sequence[Any], *canvas: Any) -> Any:
-                result = inner(model, samples, *canvas)
-                if torch.is_grad_enabled():
-                    self.seen += [(self.mode.failed, id(sample)) for sample in samples]
-                return result
-
-            return recorded
-
-        changes = {name: recording(getattr(objective, name))}
-        if counting is not None:
+        if not isinstance(objective, Contrastive):
+            counting = objective.count
 
             def count(*arguments: Any) -> Any:
-                found, terms = counting(*arguments)
-                return found, recording(terms)
+                assert counting is not None
+                counts, terms = counting(*arguments)
+                return counts, self._recorded(terms)
 
-            changes["count"] = count
-        self.step.objective = dataclasses.replace(objective, **changes)
-
-        if not isinstance(objective, Contrastive):
-            self.step.objective = dataclasses.replace(objective, terms=self._recorded(objective.terms))
+            terms = self._recorded(objective.terms)
+            self.step.objective = dataclasses.replace(objective, terms=terms, count=counting and count)
         elif callable(objective.features):
             self.step.objective = dataclasses.replace(objective, features=self._recorded(objective.features))
         else:
