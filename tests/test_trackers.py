@@ -76,6 +76,8 @@ class Client:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "")  # the tracker sets it
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE")
     for name in ("MLFLOW_TRACKING_URI", "WANDB_PROJECT", "TRACKIO_PROJECT", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "run-1").mkdir()

@@ -230,7 +230,10 @@ def _plain(name: str) -> str:
 def _mlflow(folder: Path, config: Mapping[str, Any], saved: str | None) -> tuple[Tracker, str | None]:
     from mlflow import MlflowClient  # pyright: ignore[reportMissingImports] - an extra of the user's
 
-    where = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlruns").resolve().as_uri()
+    where = os.environ.get("MLFLOW_TRACKING_URI")
+    if not where:
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3.17 refuses a folder otherwise
+        where = (folder / "mlruns").resolve().as_uri()
     client: Any = MlflowClient(tracking_uri=where)
     if saved is None:
         project = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
