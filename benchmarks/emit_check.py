@@ -51,14 +51,13 @@ def by_transformers(text: str) -> int:
 
 
 def by_lightning(text: str) -> int:
-    from lightning import Trainer  # pyright: ignore[reportMissingImports]
+    from lightning import Trainer
     from torch.utils.data import DataLoader
 
     dataset: Any = list(range(64))
     loader: Any = DataLoader(dataset, **call_arguments(text, "DataLoader"))
-    trainer = Trainer(
-        **{**call_arguments(text, "Trainer"), "accelerator": "cpu"}, logger=False, enable_checkpointing=False
-    )
+    options: dict[str, Any] = {**call_arguments(text, "Trainer"), "accelerator": "cpu"}
+    trainer = Trainer(**options, logger=False, enable_checkpointing=False)
     return loader.batch_size * trainer.accumulate_grad_batches * trainer.num_devices
 
 

@@ -42,7 +42,7 @@ def journal_s(result: StepResult, windows: int = 200) -> float:
             began=time.perf_counter(),
             workers=0,
             effective_batch=4,
-            tensorboard=False,
+            trackers=(),
             show=Silent(),
         )
         item = Loaded()

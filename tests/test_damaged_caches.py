@@ -71,8 +71,8 @@ def test_an_empty_scaled_trace_does_not_read_as_one_that_cannot_be_scaled(
     for content in (None, gzip.compress(b""), b""):
         if content is not None:
             path.write_bytes(content)
-        assert priced._load(REQUEST, cache=True) is None  # pyright: ignore[reportPrivateUsage]
-        assert priced._load(REQUEST, cache=True) is None  # pyright: ignore[reportPrivateUsage]
+        assert priced._load(REQUEST, cache=True, note=print) is None  # pyright: ignore[reportPrivateUsage]
+        assert priced._load(REQUEST, cache=True, note=print) is None  # pyright: ignore[reportPrivateUsage]
     assert len(made) == 3
     assert len(caplog.messages) == 2
     assert not tracings

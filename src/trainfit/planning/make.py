@@ -211,7 +211,7 @@ def _plan(
         loading=load_for(images_per_s=speed),
         learning_rate=learning_rate(setting, request.effective_batch),
         calibrated=calibration is not None and calibration.time_factor is not None,
-        assumptions=_assumptions(request, gpu, found.prediction, calibration),
+        assumptions=(*_assumptions(request, gpu, found.prediction, calibration), *found.not_priced),
     )
 
 

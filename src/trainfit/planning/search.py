@@ -16,6 +16,8 @@ from trainfit.step.names import Checkpointing
 
 EVAL_MICRO_BATCHES = (2, 4, 8, 16, 32)
 PARTIAL_TRIES = 3
+TRACE_GAIN = 0.1
+"""Speed that is worth the minutes which tracing a candidate takes; what gains less is named, not priced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,8 @@ class SearchResult:
     knee: int
     """See `plan.Plan.knee`."""
     savings: tuple[Saving, ...]
+    not_priced: tuple[str, ...] = ()
+    """A line for each candidate that may be somewhat faster, but that no trace covers yet."""
 
 
 @dataclass
@@ -67,6 +71,7 @@ class _Search:
     note: Callable[[str], None]
     seen: dict[Setting, Candidate] = field(default_factory=dict[Setting, Candidate])
     times: dict[Setting, float] = field(default_factory=dict[Setting, float])
+    not_priced: list[str] = field(default_factory=list[str])
 
     def price(self, base: Setting, micro_batch: int) -> Candidate:
         setting = self.at(base, micro_batch)
@@ -267,7 +272,14 @@ class _Search:
         if not tries:
             return None
         seconds, b, count, base = min(tries, key=lambda each: each[:3])
-        if seconds * (1 + KNEE) > seconds_of(other):
+        gain = seconds_of(other) / seconds - 1
+        if gain < KNEE:
+            return None
+        if gain < TRACE_GAIN and not self.prices.known(self.at(replace(base, checkpointing=count), b)):
+            self.not_priced.append(
+                f"Recomputing {count} of {blocks} blocks at micro-batch {b} may be {gain:.0%} faster; "
+                f"--micro-batch {b} --checkpointing {count} traces and prices it, which takes minutes."
+            )
             return None
         for _ in range(PARTIAL_TRIES):
             candidate = self.price(replace(base, checkpointing=count), b)
@@ -378,6 +390,7 @@ def search(request: SearchRequest, prices: Prices, *, note: Callable[[str], None
         candidates=candidates,
         knee=next(b for b in found.worth(request.share) if found.speed(base, b) <= (1 + KNEE) * ideal),
         savings=tuple(sorted(savings, key=_cost)),
+        not_priced=tuple(found.not_priced),
     )
 
 
