@@ -14,6 +14,7 @@ from test_exact_gradient import Toy, make_sample, toy_objective
 from test_oom import make_step
 from test_survival import SMALL, TINY, WINDOW, sample_set
 from trainfit.errors import OutOfMemory, TrainfitError
+from trainfit.models.rfdetr.family import RfDetrSetting
 from trainfit.step.terms import LossTerm, Objective
 from trainfit.step.training_step import TrainingStep
 from trainfit.tasks.detection.samples import ImageDetections, ImageRecord, Sample
@@ -61,6 +62,7 @@ class ToyWorkload:
     """What a rehearsal asks of a workload; notes what it was asked."""
 
     eval_size = 32
+    setting = RfDetrSetting(model="rfdetr-nano")  # one group
 
     def __init__(self, most_detected: int = 100) -> None:
         self.decoded: list[tuple[int, int]] = []

@@ -166,4 +166,6 @@ def test_a_tracing_process_ends_with_its_parent(number: signal.Signals) -> None:
         time.sleep(0.02)
     if number == signal.SIGTERM:
         assert process.returncode == 143
-        assert error.decode().strip() == "trainfit: stopped"
+        *progress, last = error.decode().splitlines()
+        assert last == "trainfit: stopped"
+        assert all("tracing" in line or "predicting" in line for line in progress)

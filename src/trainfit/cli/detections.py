@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from trainfit.errors import TrainfitError
 from trainfit.tasks.media import Medium, VideoWriter
 from trainfit.tasks.task import CocoForm, Inference, task_of
-from trainfit.training.detecting import Detected
+
+if TYPE_CHECKING:
+    from trainfit.training.detecting import Detected
 
 
 class _File:
@@ -82,7 +84,7 @@ class CocoFile:
         self._file.write(f'{{"categories": {json.dumps(categories)}, "annotations": [')
         self._separator = "\n"
 
-    def add(self, found: Detected, rows: Sequence[Mapping[str, Any]]) -> None:
+    def add(self, found: "Detected", rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the rows of an image, or of a frame."""
         medium = found.medium
         image = {"id": len(self._images) + 1, "file_name": str(medium.path)}
@@ -115,7 +117,7 @@ class Drawings:
         self._taken: set[str] = set()
         self._video: tuple[Medium, Path, VideoWriter] | None = None
 
-    def add(self, found: Detected, rows: Sequence[Mapping[str, Any]]) -> None:
+    def add(self, found: "Detected", rows: Sequence[Mapping[str, Any]]) -> None:
         """Draw the rows of an image, or of a frame."""
         medium = found.medium
         picture = self._task.drawn(found.picture, rows, self._classes)

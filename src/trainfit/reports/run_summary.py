@@ -27,16 +27,17 @@ def summary_text(summary: RunSummary) -> str:
         if summary.best_score is not None
         else f"no {name}"
     )
-    if not summary.steps_here:
-        done = f"{folder} is finished: {counted(summary.steps, 'step')}, {best}."
-        return "\n".join(
-            [done, f"Go on:      trainfit train --resume {folder} --epochs N", f"Next:       {_next(summary)}"]
-        )
-    lines = [
-        f"Trained {summary.model} for {counted(summary.steps_here, 'step')} in {duration(summary.train_s)}: {best}.",
-        f"speed       {summary.images_per_s:.3g} images/s; {summary.loader}",
-        f"memory      {summary.memory_bytes / GIB:.2f} GiB",
-    ]
+    if summary.steps_here:
+        lines = [
+            f"Trained {summary.model} for {counted(summary.steps_here, 'step')} in {duration(summary.train_s)}: {best}.",
+            f"speed       {summary.images_per_s:.3g} images/s; {summary.loader}",
+            f"memory      {summary.memory_bytes / GIB:.2f} GiB",
+        ]
+    else:
+        lines = [f"{folder} is finished: {counted(summary.steps, 'step')}, {best}."]
+        if summary.evaluation is None:  # of an earlier start, which printed it
+            go_on = f"Go on:      trainfit train --resume {folder} --epochs N"
+            return "\n".join([*lines, go_on, f"Next:       {_next(summary)}"])
     lines += [table_text(table) for table in (summary.evaluation.tables if summary.evaluation else ())]
     if summary.skipped_images:
         lines.append(f"left out    {len(summary.skipped_images)} images: {'; '.join(summary.skipped_images)}")

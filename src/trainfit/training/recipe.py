@@ -193,10 +193,11 @@ def batch_of(model: str, effective_batch: int | None) -> int:
     Raises:
         TrainfitError: none is given, and the family asks for one.
     """
-    why = family_of(model)[0].asks_batch
-    if effective_batch is None and why:
+    if effective_batch is not None:
+        return effective_batch
+    if why := family_of(model)[0].asks_batch:
         raise TrainfitError(f"--effective-batch is missing: {why}; give --effective-batch N")
-    return effective_batch or DEFAULT_EFFECTIVE_BATCH
+    return DEFAULT_EFFECTIVE_BATCH
 
 
 @dataclass(frozen=True, kw_only=True)
