@@ -182,7 +182,7 @@ def report() -> None:
     """Write the tables."""
     rows = known()
     lines = [
-        "Predicted by `benchmarks/lean_table.py`, never measured on a GPU: micro-batch 1, every block recomputed, averaged",
+        "Predicted by `benchmarks/lean_table.py`, never measured on a GPU: micro-batch 1, every block recomputed, EMA",
         "weights on the host, published resolution with multi-scale sizes, bf16. GiB of the process, CUDA context included,",
         "at least to at most, evaluation in the same process. A 4 GB card of unknown driver gives 3.44 GiB for sure, 3.98 at best.",
         "",

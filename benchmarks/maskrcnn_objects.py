@@ -2,7 +2,7 @@
 
     python benchmarks/maskrcnn_objects.py [--objects 1 10 30 100 300] [--side 800]
 
-Both are R50-FPN v1 in float32 on one landscape image of the published size, AdamW, no averaged weights, the region
+Both are R50-FPN v1 in float32 on one landscape image of the published size, AdamW, no EMA weights, the region
 samplers full, traced on fake CUDA tensors of capability 8.6 and replayed; MiB that torch allocates at most. torchvision's
 step is its own forward as references/detection runs it: masks of the image's size are moved to the device, a byte a pixel,
 and are resized there; boxes and anchors are compared all at once. A trace takes half a minute.

@@ -24,6 +24,7 @@ ROOMS = [
     "step",
     "gpus",
     "process",
+    "user_code",
     "values",
     "errors",
     "cache",

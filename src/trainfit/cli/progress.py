@@ -14,11 +14,11 @@ class Progress:
     """Notes of what takes seconds. A note that ends with "..." stands for a moment and makes way for the next.
 
     On a terminal the last line has the time, how many things were done, and the one that is being done. Elsewhere an answer
-    that comes at once leaves nothing behind; what takes longer is told in lines.
+    that comes at once leaves nothing behind; what takes longer is reported in lines.
     """
 
     def __init__(self, first: str, stream: TextIO | None = None) -> None:
-        """`first` is told within a second, whatever happens."""
+        """`first` is printed within a second, whatever happens."""
         self.stream = stream or sys.stderr
         self.is_terminal = self.stream.isatty()
         self._started = self._last_s = time.monotonic()

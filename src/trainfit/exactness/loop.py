@@ -1,16 +1,14 @@
 """What a user hands over to be checked, and what the check gives back."""
 
-import importlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch.utils.data import default_collate
 
 from trainfit.errors import TrainfitError
+from trainfit.user_code import load_named
 
 Cause = Literal[
     "normaliser",
@@ -156,14 +154,8 @@ def named_function(name: str) -> Callable[[], Any]:
     module, _, function = name.partition(":")
     if not module or not function:
         raise TrainfitError(f"{name!r} names no function: write module:function, for instance train:check")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        found = getattr(importlib.import_module(module.removesuffix(".py").replace("/", ".")), function)
-    except ModuleNotFoundError as error:
-        raise TrainfitError(f"{name}: {error}; run in the folder that holds {module}.py") from error
-    except AttributeError as error:
-        raise TrainfitError(f"{name}: {error}") from error
+    module = module.removesuffix(".py").replace("/", ".")
+    found = load_named(module, function, name)
     if not callable(found):
         raise TrainfitError(f"{name} is no function")
     return found

@@ -1,8 +1,6 @@
 """Augmentation of decoded samples by torchvision.transforms.v2, with boxes and masks, and by a user's callable."""
 
-import importlib
 import random
-import sys
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ from torchvision.transforms.v2 import functional
 
 from trainfit.errors import TrainfitError
 from trainfit.tasks.augment import CROP_SIDE, Augmentation
+from trainfit.user_code import load_named
 
 FILL = (124, 116, 104)
 """Behind an image that is made smaller: ImageNet's mean, which is 0 after normalisation."""
@@ -156,14 +155,10 @@ def user_transform(name: str) -> Callable[[Values], Values]:
         AugmentationError: there is none.
     """
     module, _, attribute = name.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        raise AugmentationError(f"--augment {name}: {error}; run in the folder that holds {module}.py") from error
-    except AttributeError as error:
-        raise AugmentationError(f"--augment {name}: {error}") from error
+        found = load_named(module, attribute, f"--augment {name}")
+    except TrainfitError as error:
+        raise AugmentationError(str(error)) from error
     except Exception as error:
         raise AugmentationError(f"--augment {name}: {module} cannot be imported: {where(error)}") from error
     if not callable(found):

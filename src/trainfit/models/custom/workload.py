@@ -1,10 +1,7 @@
 """A user's own model and loss as a workload, which is predicted, planned and accumulated like the built-in families."""
 
-import importlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +14,7 @@ from trainfit.models.workload import OptimizerSettings, all_parameters
 from trainfit.step.checkpointing import repeated_blocks
 from trainfit.step.optimizer import with_state
 from trainfit.step.terms import LossTerm, Objective
+from trainfit.user_code import load_named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +118,9 @@ def load_task(setting: Setting) -> CustomTask:
         TrainfitError: no such module or function, or it returns something else.
     """
     module, _, function = setting.model.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    make = load_named(module, function, setting.model)
     try:
-        task = getattr(importlib.import_module(module), function)(setting)
+        task = make(setting)
     except ModuleNotFoundError as error:
         raise TrainfitError(f"{setting.model}: {error}; run in the folder that holds {module}.py") from error
     except AttributeError as error:

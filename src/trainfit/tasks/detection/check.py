@@ -30,7 +30,7 @@ def check(
     allow_outside: bool = False,
     progress: Progress | None = None,
 ) -> DataCheck:
-    """Read a data set, decode every image unless told otherwise, and list all defects; see `tasks.task.Task.check`."""
+    """Read a data set, decode every image unless that is switched off, and list all defects; see `tasks.task.Task.check`."""
     dataset = read_dataset(data, format=file_format, allow_outside=allow_outside)
     return check_of(check_dataset(dataset, progress=progress) if decode else dataset)
 

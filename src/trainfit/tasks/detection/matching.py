@@ -12,7 +12,7 @@ from trainfit.tasks.graphics import Matrix, Plot
 IOU = 0.5
 """The least intersection over union of a detection and the object that it meets."""
 SCORE = 0.5
-"""The least score that the confusion matrix counts: what `trainfit detect` shows unless told otherwise."""
+"""The least score that the confusion matrix counts: what `trainfit detect` shows unless --threshold is given."""
 MOST_CLASSES = 10
 """Classes with a line of their own, those with the most objects."""
 MOST_CELLS = 25

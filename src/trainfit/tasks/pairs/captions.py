@@ -9,7 +9,6 @@ from trainfit.tasks.folder import JSON_BYTES, DataFolder, Malformed, is_file, na
 from trainfit.tasks.pairs.grouped import Grouped
 
 PREFIX = "captions_"
-HEAD_BYTES = 1 << 20
 
 
 def caption_files(root: Path) -> dict[str, Path]:
