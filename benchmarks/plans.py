@@ -24,7 +24,7 @@ from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.predict import process_budget
 from trainfit.memory.priced import Pricer
 from trainfit.models.setting import Setting, make_setting, setting_from_json
-from trainfit.planning.knobs import cuts
+from trainfit.planning.candidates import cuts
 from trainfit.planning.make import make_plan, precision_for
 from trainfit.planning.plan import Plan
 from trainfit.step.names import Checkpointing

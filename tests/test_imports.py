@@ -27,7 +27,6 @@ ROOMS = [
     "user_code",
     "values",
     "errors",
-    "cache",
     "files",
 ]
 SOURCE = Path(trainfit.__file__).parent

@@ -21,7 +21,7 @@ from trainfit.memory.shipped import is_shipped
 from trainfit.models.rfdetr.family import PUBLISHED
 from trainfit.models.setting import make_setting, setting_from_json
 from trainfit.planning import make
-from trainfit.planning.knobs import cuts
+from trainfit.planning.candidates import cuts
 from trainfit.planning.make import loading, make_plan
 from trainfit.planning.plan import read_plan, with_plan
 from trainfit.planning.predict import predict

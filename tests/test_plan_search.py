@@ -16,9 +16,9 @@ from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.predict import RESERVE, Prediction, predict_traced
 from trainfit.models.rfdetr.family import RfDetrSetting
 from trainfit.models.setting import Setting, make_setting
-from trainfit.planning.comparing import KNEE, frontier
-from trainfit.planning.knobs import batches, cuts, turned
-from trainfit.planning.search import SearchRequest, SearchResult, search
+from trainfit.planning.candidates import KNEE, batches, cuts, frontier, turned
+from trainfit.planning.plan import SearchRequest, SearchResult
+from trainfit.planning.search import search
 from trainfit.timing.roofline import KINDS, TimeEstimate
 
 

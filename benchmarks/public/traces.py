@@ -18,7 +18,7 @@ import torch
 from benchmarks.public.rows import Case
 from benchmarks.timm_rtx3090 import scaled, weights_of_any_values
 
-from trainfit.cache import cache_folder
+from trainfit.files import cache_folder
 from trainfit.tracing.events import Trace
 from trainfit.tracing.fake_cuda import Target
 from trainfit.tracing.stored_trace import StoredTrace

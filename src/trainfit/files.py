@@ -1,4 +1,4 @@
-"""Small files that users and earlier runs hand in: read whole, within a limit, and only if they are regular files."""
+"""The user's cache folder, and small files of users and earlier runs: read whole, within a limit, if they are regular files."""
 
 import errno
 import json
@@ -9,6 +9,11 @@ from typing import Any, BinaryIO
 
 TEXT_BYTES = 1 << 30
 """The longest file that is read. A log of a million windows has some 400 MB."""
+
+
+def cache_folder() -> Path:
+    """The folder that keeps traces, measurements and the sample set between runs; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trainfit"
 
 
 class NotRegularError(OSError):

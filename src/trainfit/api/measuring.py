@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainfit.api.inputs import Device, setting_of, silent
+from trainfit.api.planning import setting_of
 from trainfit.errors import TrainfitError
 from trainfit.measuring.bench import Bench
-from trainfit.measuring.card import cap_bytes, measured_card
+from trainfit.measuring.card import Device, cap_bytes, measured_card
 from trainfit.measuring.search import Measured
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.models.family import family_of
@@ -24,7 +24,7 @@ def measure(
     steps: int = 10,
     device: Device = "auto",
     memory: str | None = None,
-    show: Callable[[str], None] = silent,
+    show: Callable[[str], None] = lambda _: None,
     **knobs: Any,
 ) -> tuple[Measured, ...]:
     """Measure speed and memory on this machine, each trial in a clean process: `trainfit measure`.

@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from trainfit.api.inputs import card_of, on_data, setting_of, silent
 from trainfit.errors import TrainfitError
-from trainfit.gpus.catalogue import Gpu
-from trainfit.gpus.choice import chosen_gpu
+from trainfit.gpus.catalogue import Gpu, chosen_gpu
+from trainfit.gpus.detect import card_of
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.predict import Prediction
-from trainfit.models.setting import Setting
-from trainfit.planning.dataset import decode_seconds
+from trainfit.models.family import family_of
+from trainfit.models.setting import Setting, make_setting, setting_from_json
+from trainfit.planning.dataset import decode_seconds, setting_on_data
 from trainfit.planning.make import make_plan
 from trainfit.planning.plan import Plan
 from trainfit.planning.predict import predict_with_trace
@@ -36,7 +36,7 @@ def plan(
     allow: tuple[str, ...] = (),
     alloc_conf: str = "",
     cache: bool = True,
-    note: Callable[[str], None] = silent,
+    note: Callable[[str], None] = lambda _: None,
     **knobs: Any,
 ) -> Plan:
     """Plan the fastest training that fits a GPU, which need not be there: `trainfit plan`.
@@ -64,9 +64,9 @@ def plan(
         TrainfitError: no such model, knob, card or data set, or a step that cannot be traced.
     """
     wanted = setting_of(model, knobs)
-    batch_of(wanted.model, effective_batch)  # refused before anything is read
+    batch_of(wanted.family, effective_batch)  # refused before anything is read
     card = card_of(gpu, memory, note)
-    setting, dataset = on_data(wanted, data, allow_outside=allow_outside)
+    setting, dataset = setting_on_data(wanted, data, allow_outside=allow_outside)
     decode_s = None if dataset is None else decode_seconds(setting, dataset)
     return make_plan(
         setting,
@@ -97,7 +97,7 @@ def predict(
     cache: bool = True,
     trace_on: Literal["cuda", "cpu"] = "cuda",
     snapshot: str | Path | None = None,
-    note: Callable[[str], None] = silent,
+    note: Callable[[str], None] = lambda _: None,
     **knobs: Any,
 ) -> Prediction:
     """Predict memory and time of one setting on a GPU, which need not be there: `trainfit predict`.
@@ -124,7 +124,7 @@ def predict(
         raise TrainfitError(f"--gpus must be at least 1, not {gpus}")
     card = gpu if isinstance(gpu, Gpu) else chosen_gpu(gpu, memory)
     config = replace(AllocatorConfig.from_env_string(alloc_conf), cudnn_benchmark=cudnn_benchmark)
-    setting, _ = on_data(setting_of(model, knobs), data, allow_outside=allow_outside)
+    setting, _ = setting_on_data(setting_of(model, knobs), data, allow_outside=allow_outside)
     prediction, training = predict_with_trace(
         setting, card, config=config, gpus=gpus, cache=cache, device=trace_on, note=note
     )
@@ -133,3 +133,21 @@ def predict(
 
         Path(snapshot).write_bytes(pickle.dumps(memory_snapshot(training, card, config)))
     return prediction
+
+
+def setting_of(model: str | Setting, knobs: dict[str, Any]) -> Setting:
+    """The setting of a model's name with these knobs, or a setting with these changes and the model's canonical name.
+
+    Raises:
+        TrainfitError: no such model, its family has no such knob, or the setting is that of another family.
+    """
+    if isinstance(model, str):
+        return make_setting(model, **knobs)
+    setting = replace(model, **knobs)
+    if type(setting) is Setting:  # without the knobs of a family
+        name = family_of(setting.model)[1]
+        return setting_from_json({**setting.to_json(), "model": name})
+    name = setting.family.match(setting.model.strip())
+    if name is None:
+        raise TrainfitError(f"{setting.model} is no model of the family {setting.family.name}: use make_setting")
+    return replace(setting, model=name)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainfit.api import notebook
-from trainfit.api.inputs import Device, silent
 from trainfit.errors import TrainfitError
+from trainfit.measuring.card import Device
 from trainfit.values import flag
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def evaluate(
     device: Device = "auto",
     allow_outside: bool = False,
     only_classes: str = "",
-    note: Callable[[str], None] = silent,
+    note: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> "Evaluation":
     """Evaluate a trained run, or a published checkpoint, on a data set: `trainfit evaluate`.
@@ -138,7 +138,7 @@ def detect(
     every: int = 1,
     model: str | None = None,
     device: Device = "auto",
-    note: Callable[[str], None] = silent,
+    note: Callable[[str], None] = lambda _: None,
 ) -> "list[Any]":
     """Detect objects in images and videos with a trained run: `trainfit detect`.
 

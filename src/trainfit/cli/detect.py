@@ -6,10 +6,11 @@ from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from trainfit.cli.files import require_folder, require_writable
 from trainfit.errors import TrainfitError
+from trainfit.measuring.card import Device
 from trainfit.values import In, Range, require_valid
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Detect:
     """JSON file for the detections, as COCO's annotations."""
     force: Annotated[bool, In("output")] = False
     """Overwrite those files."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to run."""
     as_json: Annotated[bool, In("output")] = False
     """Print JSON (schema 1) instead of text."""

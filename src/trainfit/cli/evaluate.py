@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal, cast
 
 from trainfit.errors import TrainfitError
+from trainfit.measuring.card import Device
 from trainfit.values import In, Range, require_valid
 
 
@@ -31,7 +32,7 @@ class Evaluate:
     """Names of the data set's classes that count, with commas between; all unless given."""
     max_detections: Annotated[int | None, Range(1)] = None
     """Of detection: detections for each image and class that count; as many as upstream counts unless given."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to run."""
     allow_outside: bool = False
     """Read files that the data set names but does not hold."""

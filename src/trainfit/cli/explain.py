@@ -11,7 +11,7 @@ from trainfit.errors import TrainfitError
 from trainfit.explaining.explain import explain_bytes
 from trainfit.explaining.snapshot import MOST_BYTES
 from trainfit.files import read_bytes
-from trainfit.gpus.choice import chosen_gpu
+from trainfit.gpus.catalogue import chosen_gpu
 from trainfit.models.setting import make_setting
 from trainfit.reports.explain import explain_json, explain_text
 from trainfit.values import In

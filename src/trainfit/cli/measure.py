@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Generic, Literal
+from typing import Annotated, Generic
 
 from trainfit.api import make_bench, planned_setting
 from trainfit.cli.arguments import AnySetting
 from trainfit.errors import OutOfMemory, TrainfitError
 from trainfit.measuring.calibration import load
+from trainfit.measuring.card import Device
 from trainfit.measuring.search import Measured
 from trainfit.models.setting import Setting, named
 from trainfit.reports.measure import measured_json, measured_text
@@ -30,7 +31,7 @@ class Measure(Generic[AnySetting]):
     """Measure these, for instance 1,2,4: instead of the fewest that tell from which micro-batch on speed stops to grow."""
     steps: Annotated[int, In("run")] = 10
     """Timed windows of each trial at most; after 10 s only three are waited for."""
-    device: Annotated[Literal["auto", "cpu", "cuda"], In("run")] = "auto"
+    device: Annotated[Device, In("run")] = "auto"
     """auto: the first GPU that CUDA_VISIBLE_DEVICES shows, else the CPU."""
     memory: Annotated[str | None, In("run")] = None
     """Act as a smaller card, for instance 4GiB: the allocator may not reserve more, kernels are still the large card's."""

@@ -11,8 +11,6 @@ from trainfit import api
 from trainfit.cli.arguments import AnySetting
 from trainfit.cli.files import require_writable, write
 from trainfit.cli.progress import Progress
-from trainfit.gpus.catalogue import Gpu
-from trainfit.gpus.choice import chosen_gpu, gpu_here
 from trainfit.models.setting import Setting
 from trainfit.reports.plan import plan_json, plan_text
 from trainfit.reports.plan_html import plan_html
@@ -64,11 +62,11 @@ def plan(arguments: Plan[Setting], given: AbstractSet[str]) -> int:
     """Plan the fastest training that fits a GPU; the exit code is 1 if nothing fits."""
     require_writable((arguments.html, arguments.svg, arguments.out), force=arguments.force)
     setting = arguments.setting
-    gpu = _gpu(arguments)
-    with Progress(f"planning {setting.model} for {gpu.name}...") as progress:
+    with Progress(f"planning {setting.model}...") as progress:
         result = api.plan(
             setting,
-            gpu=gpu,
+            gpu=arguments.gpu,
+            memory=arguments.memory,
             gpus=arguments.gpus,
             data=arguments.data,
             allow_outside=arguments.allow_outside,
@@ -93,14 +91,3 @@ def plan(arguments: Plan[Setting], given: AbstractSet[str]) -> int:
     else:
         print(json.dumps(plan_json(result)) if arguments.as_json else plan_text(result))
     return 0 if result.chosen is not None else 1
-
-
-def _gpu(arguments: Plan[Setting]) -> Gpu:
-    """The card that was named, or the first of this machine with what is free of it."""
-    if arguments.gpu is not None or arguments.memory is not None:
-        return chosen_gpu(arguments.gpu, arguments.memory)
-    return gpu_here(_note)
-
-
-def _note(line: str) -> None:
-    print(line, file=sys.stderr)

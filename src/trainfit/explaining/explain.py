@@ -10,8 +10,7 @@ from trainfit.explaining.growth import Growth, find_growth
 from trainfit.explaining.knobs import Freed, frees
 from trainfit.explaining.message import Message, find_messages
 from trainfit.explaining.snapshot import Snapshot, read_snapshot
-from trainfit.gpus.catalogue import Gpu, gpu_with_memory
-from trainfit.gpus.choice import chosen_gpu
+from trainfit.gpus.catalogue import Gpu, chosen_gpu, gpu_with_memory
 from trainfit.models.setting import Setting, make_setting
 
 PICKLED = b"\x80"

@@ -7,7 +7,7 @@ from itertools import islice
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import Gpu
 from trainfit.models.setting import Setting
-from trainfit.planning.knobs import FREE, STATE, turned
+from trainfit.planning.candidates import FREE, STATE, turned
 from trainfit.planning.predict import predict
 
 

@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -213,4 +213,27 @@ def gpu_with_memory(text: str, *, flag: str = "--memory") -> Gpu:
         nominal_memory_bytes=size_bytes,
         memory_is_nominal=True,
         note="Only the memory was given.",
+    )
+
+
+def chosen_gpu(name: str | None, memory: str | None) -> Gpu:
+    """The card with a name, a memory size, or both.
+
+    Raises:
+        TrainfitError: neither is given, or the name is unknown.
+    """
+    if memory is None:
+        if name is None:
+            raise TrainfitError("which card? give --gpu NAME or --memory 8GiB")
+        return find_gpu(name)
+    by_memory = gpu_with_memory(memory)
+    if name is None:
+        return by_memory
+    gpu = find_gpu(name)
+    return replace(
+        gpu,
+        name=f"{gpu.name} with {memory}",
+        memory_is_nominal=True,
+        memory_bytes=by_memory.memory_bytes,
+        nominal_memory_bytes=by_memory.memory_bytes,
     )

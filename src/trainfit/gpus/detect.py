@@ -1,16 +1,16 @@
-"""Detects the GPUs of this machine through NVML."""
+"""Detects the GPUs of this machine through NVML, and chooses the card to plan for."""
 # ruff: noqa: N802, N815 - the members of Nvml have NVML's own names
 
 import contextlib
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 from trainfit.errors import TrainfitError
 from trainfit.gpus.capability import has_bf16, has_flash_attention
-from trainfit.gpus.catalogue import FLOPS_RATES, Gpu, match_driver_name, scaled
+from trainfit.gpus.catalogue import FLOPS_RATES, GIB, Gpu, chosen_gpu, match_driver_name, scaled
 
 Handle = Any
 """NVML's device handle; opaque here."""
@@ -107,6 +107,56 @@ def detect_gpus(nvml: Nvml | None = None) -> tuple[DetectedGpu, ...]:
         raise TrainfitError(f"the NVIDIA driver did not respond ({error}): name the card with --gpu") from error
     finally:
         nvml.nvmlShutdown()
+
+
+def card_of(gpu: str | Gpu | None, memory: str | None, note: Callable[[str], None]) -> Gpu:
+    """The card with a name, a memory size or both, or given as a value; the first card of this machine if none is given.
+
+    Raises:
+        TrainfitError: the name is unknown, or this machine has no NVIDIA GPU.
+    """
+    if isinstance(gpu, Gpu):
+        return gpu
+    return gpu_here(note) if gpu is None and memory is None else chosen_gpu(gpu, memory)
+
+
+def gpu_here(note: Callable[[str], None]) -> Gpu:
+    """The first card of this machine, with its free memory; `note` is called if other programs use memory of it.
+
+    Raises:
+        TrainfitError: this machine has no NVIDIA GPU.
+    """
+    detected = detect_gpus()
+    if not detected:
+        raise TrainfitError("this machine has no GPU: name one with --gpu NAME, or give --memory 8GiB")
+    first = detected[0]
+    used_bytes = sum(process.used_bytes or 0 for process in first.processes)
+    if used_bytes:
+        names = ", ".join(f"{process.name or process.pid}" for process in first.processes)
+        note(f"{used_bytes / GIB:.1f} GiB of {first.gpu.name} are used by {names}")
+    return with_free_memory(first)
+
+
+def with_free_memory(detected: DetectedGpu) -> Gpu:
+    """The card with its free memory as its memory."""
+    return replace(detected.gpu, memory_bytes=detected.free_bytes, memory_is_nominal=False)
+
+
+def visible(detected: Sequence[DetectedGpu]) -> list[DetectedGpu]:
+    """The devices in CUDA_VISIBLE_DEVICES, in its order; all devices if it is not set.
+
+    As in CUDA, the list ends at the first name that no device has.
+    """
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is None:
+        return list(detected)
+    shown: list[DetectedGpu] = []
+    for name in map(str.strip, names.split(",")):
+        named = [gpu for gpu in detected if name and (name == str(gpu.index) or gpu.uuid.startswith(name))]
+        if not named:
+            break
+        shown += named
+    return shown
 
 
 def _import_nvml() -> Nvml:

@@ -12,9 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from trainfit.cache import cache_folder
 from trainfit.errors import TrainfitError
-from trainfit.files import read_json_lines
+from trainfit.files import cache_folder, read_json_lines
 from trainfit.measuring.search import Measured
 from trainfit.timing import roofline
 from trainfit.tracing.trace_cache import versions

@@ -1,13 +1,17 @@
 """The device that trials run on, and the memory that they may use. Imports no torch."""
 
+from typing import Literal
+
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import GIB, gpu_with_memory
-from trainfit.gpus.choice import visible
 from trainfit.gpus.context import cuda_context_bytes
-from trainfit.gpus.detect import DetectedGpu, detect_gpus
+from trainfit.gpus.detect import DetectedGpu, detect_gpus, visible
+
+Device = Literal["auto", "cpu", "cuda"]
+"""What users choose: auto is a GPU where there is one, else the CPU."""
 
 
-def measured_card(device: str) -> DetectedGpu | None:
+def measured_card(device: Device) -> DetectedGpu | None:
     """The first GPU visible in CUDA_VISIBLE_DEVICES; None: the CPU.
 
     Raises:

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -30,6 +31,20 @@ def read_data(setting: Setting, data: str, *, allow_outside: bool = False) -> Da
         TrainfitError: there is none, or it has an error that training cannot pass over.
     """
     return _task(setting).read(data, allow_outside=allow_outside)
+
+
+def setting_on_data(
+    setting: Setting, data: str | Path | None, *, allow_outside: bool
+) -> tuple[Setting, Dataset | None]:
+    """The setting with what a data set determines of it, and the data set; without data, the setting as it is and None.
+
+    Raises:
+        TrainfitError: as `read_data`.
+    """
+    if data is None:
+        return setting, None
+    dataset = read_data(setting, str(data), allow_outside=allow_outside)
+    return for_data(setting, dataset), dataset
 
 
 def for_data(setting: Setting, dataset: Dataset) -> Setting:

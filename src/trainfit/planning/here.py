@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import GIB, Gpu
-from trainfit.gpus.choice import visible, with_free_memory
-from trainfit.gpus.detect import detect_gpus
+from trainfit.gpus.detect import detect_gpus, visible, with_free_memory
 from trainfit.planning.dataset import for_data
 from trainfit.planning.make import make_plan
 from trainfit.planning.plan import Candidate, Plan
@@ -43,7 +42,7 @@ def planned_here(
     try:
         card = smallest_card(gpus)
         setting = for_data(setting_of(recipe, len(dataset.classes)), dataset)
-        batch = batch_of(recipe.model, recipe.effective_batch)
+        batch = batch_of(recipe.family, recipe.effective_batch)
 
         def lasting(text: str) -> None:
             if not text.endswith("..."):

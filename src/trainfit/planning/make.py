@@ -16,12 +16,12 @@ from trainfit.memory.predict import Prediction, process_budget
 from trainfit.memory.priced import RATES_LIKE, Pricer, rated
 from trainfit.memory.shipped import why_unused
 from trainfit.models.setting import Setting
-from trainfit.planning.comparing import describe, frontier, least_of
+from trainfit.planning.candidates import describe, frontier, least_of
 from trainfit.planning.nearest import nearest, needs_text
 from trainfit.planning.objects import objects_lines
-from trainfit.planning.plan import Loading, Plan
+from trainfit.planning.plan import Loading, Plan, SearchRequest, SearchResult
 from trainfit.planning.rates import learning_rate
-from trainfit.planning.search import SearchRequest, SearchResult, search
+from trainfit.planning.search import search
 from trainfit.step.names import Checkpointing
 from trainfit.timing.roofline import TimeEstimate, with_optimizer_work
 from trainfit.training.headroom import IN_MEMORY_BYTES
@@ -115,7 +115,7 @@ def make_plan(
     Raises:
         TrainfitError: what is wanted cannot be, or a step cannot be traced.
     """
-    effective_batch = batch_of(setting.model, effective_batch)
+    effective_batch = batch_of(setting.family, effective_batch)
     _refuse_impossible(setting, effective_batch, gpus=gpus, micro_batch=micro_batch, allow=allow)
     config = config or AllocatorConfig()
     setting = replace(setting, precision=precision_for(setting, gpu))

@@ -9,10 +9,11 @@ from trainfit.errors import TrainfitError
 from trainfit.files import read_json
 from trainfit.gpus.catalogue import Gpu
 from trainfit.gpus.context import ByteRange
-from trainfit.memory.predict import Prediction
+from trainfit.memory.predict import RESERVE, Prediction
 from trainfit.models.family import family_of
 from trainfit.models.setting import Setting
 from trainfit.planning.rates import scaled_rates
+from trainfit.step.names import Checkpointing
 from trainfit.training.recipe import FROM_DATA, Recipe, make_recipe, recipe_type
 from trainfit.values import given, require_known
 
@@ -67,6 +68,48 @@ class Loading:
     reason: str
     of_this_machine: bool = True
     """Whether the cores were those of the machine that trains; else it chooses its own number of workers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRequest:
+    """The request for a plan."""
+
+    setting: Setting
+    """The user's knobs; micro-batch and accumulation are ignored; precision must not be "auto"."""
+    effective_batch: int
+    """Images per optimizer step over all GPUs."""
+    gpus: int = 1
+    budget_bytes: int
+    """Memory that is certainly available to a process."""
+    reserve: float = RESERVE
+    """Share of the budget that is kept free; 0 if no setting leaves so much."""
+    exchange_s: float = 0.0
+    """Seconds to sum the gradients over the GPUs, once per window."""
+    micro_batch: int | None = None
+    """The only micro-batch to consider; None: all."""
+    checkpointing: Checkpointing | None = None
+    """The only checkpointing to consider; None: the least that fits."""
+    allow: tuple[str, ...] = ()
+    """Knobs of `Family.learns` that may change if nothing fits otherwise."""
+
+    @property
+    def share(self) -> int:
+        """Images of a window on the fullest GPU."""
+        return -(-self.effective_batch // self.gpus)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """The result of a search."""
+
+    chosen: Candidate | None
+    prediction: Prediction | None
+    candidates: tuple[Candidate, ...]
+    knee: int
+    """See `Plan.knee`."""
+    savings: tuple[Saving, ...]
+    not_priced: tuple[str, ...] = ()
+    """A line for each candidate that may be somewhat faster, but that no trace covers yet."""
 
 
 @dataclass(frozen=True, kw_only=True)

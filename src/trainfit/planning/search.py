@@ -8,9 +8,21 @@ from trainfit.gpus.context import ByteRange
 from trainfit.memory.coupled import coupled_batches
 from trainfit.memory.predict import RESERVE, Prediction, has_reserve
 from trainfit.models.setting import Setting
-from trainfit.planning.comparing import KNEE, describe, explained, faster, least_of, seconds_of
-from trainfit.planning.knobs import FREE, MEMORY, STATE, batches, cuts, turned
-from trainfit.planning.plan import Candidate, Saving, Verdict
+from trainfit.planning.candidates import (
+    FREE,
+    KNEE,
+    MEMORY,
+    STATE,
+    batches,
+    cuts,
+    describe,
+    explained,
+    faster,
+    least_of,
+    seconds_of,
+    turned,
+)
+from trainfit.planning.plan import Candidate, Saving, SearchRequest, SearchResult, Verdict
 from trainfit.planning.prices import Prices
 from trainfit.step.names import Checkpointing
 
@@ -18,48 +30,6 @@ EVAL_MICRO_BATCHES = (2, 4, 8, 16, 32)
 PARTIAL_TRIES = 3
 TRACE_GAIN = 0.1
 """Speed that is worth the minutes which tracing a candidate takes; what gains less is named, not priced."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchRequest:
-    """The request for a plan."""
-
-    setting: Setting
-    """The user's knobs; micro-batch and accumulation are ignored; precision must not be "auto"."""
-    effective_batch: int
-    """Images per optimizer step over all GPUs."""
-    gpus: int = 1
-    budget_bytes: int
-    """Memory that is certainly available to a process."""
-    reserve: float = RESERVE
-    """Share of the budget that is kept free; 0 if no setting leaves so much."""
-    exchange_s: float = 0.0
-    """Seconds to sum the gradients over the GPUs, once per window."""
-    micro_batch: int | None = None
-    """The only micro-batch to consider; None: all."""
-    checkpointing: Checkpointing | None = None
-    """The only checkpointing to consider; None: the least that fits."""
-    allow: tuple[str, ...] = ()
-    """Knobs of `Family.learns` that may change if nothing fits otherwise."""
-
-    @property
-    def share(self) -> int:
-        """Images of a window on the fullest GPU."""
-        return -(-self.effective_batch // self.gpus)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchResult:
-    """The result of a search."""
-
-    chosen: Candidate | None
-    prediction: Prediction | None
-    candidates: tuple[Candidate, ...]
-    knee: int
-    """See `plan.Plan.knee`."""
-    savings: tuple[Saving, ...]
-    not_priced: tuple[str, ...] = ()
-    """A line for each candidate that may be somewhat faster, but that no trace covers yet."""
 
 
 @dataclass

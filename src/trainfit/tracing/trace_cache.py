@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import trainfit
-from trainfit.cache import cache_folder
 from trainfit.errors import TrainfitError
-from trainfit.files import read_bytes
+from trainfit.files import cache_folder, read_bytes
 from trainfit.models.family import families, registering_modules
 from trainfit.models.setting import Setting
 from trainfit.process import end_running

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, cast, get_args, get_origin, ge
 
 from trainfit.errors import TrainfitError
 from trainfit.files import read_json
-from trainfit.models.family import family_of, find
+from trainfit.models.family import Family, family_of, find
 from trainfit.models.setting import Setting
 from trainfit.tasks.augment import parse
 from trainfit.training.lines import counted
@@ -187,16 +187,16 @@ def setting_of(recipe: Recipe, classes: int) -> Setting:
     )
 
 
-def batch_of(model: str, effective_batch: int | None) -> int:
-    """The effective batch, or the default where the model's family has one.
+def batch_of(family: Family, effective_batch: int | None) -> int:
+    """The effective batch, or the default where the family has one.
 
     Raises:
         TrainfitError: none is given, and the family asks for one.
     """
     if effective_batch is not None:
         return effective_batch
-    if why := family_of(model)[0].asks_batch:
-        raise TrainfitError(f"--effective-batch is missing: {why}; give --effective-batch N")
+    if family.asks_batch:
+        raise TrainfitError(f"--effective-batch is missing: {family.asks_batch}; give --effective-batch N")
     return DEFAULT_EFFECTIVE_BATCH
 
 
@@ -226,10 +226,10 @@ def resolve_batching(recipe: Recipe, world_size: int) -> Batching:
     micro = recipe.micro_batch if "micro_batch" in chosen else None
     accumulation = recipe.accumulation if "accumulation" in chosen else None
     effective = recipe.effective_batch
-    if micro is not None and accumulation is None and effective is None and family_of(recipe.model)[0].asks_batch:
+    if micro is not None and accumulation is None and effective is None and recipe.family.asks_batch:
         accumulation = 1
     if accumulation is not None:
-        micro = micro or max(1, batch_of(recipe.model, effective) // (accumulation * world_size))
+        micro = micro or max(1, batch_of(recipe.family, effective) // (accumulation * world_size))
         product = micro * accumulation * world_size
         if effective is not None and effective != product:
             raise TrainfitError(
@@ -237,7 +237,7 @@ def resolve_batching(recipe: Recipe, world_size: int) -> Batching:
                 f"x {world_size} GPUs = {product}: leave one of the three out"
             )
         effective = product
-    effective = batch_of(recipe.model, effective)
+    effective = batch_of(recipe.family, effective)
     if effective < world_size:
         raise TrainfitError(
             f"--effective-batch {effective} is less than the {world_size} GPUs: give at least {world_size}"

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from trainfit.cache import cache_folder
 from trainfit.errors import TrainfitError
+from trainfit.files import cache_folder
 from trainfit.tasks.detection.coco import find_coco, read_coco
 from trainfit.tasks.detection.sample_set import SAMPLE_SET_VERSION, write_sample_set
 from trainfit.tasks.detection.samples import Dataset, ImageRecord
