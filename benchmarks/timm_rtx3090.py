@@ -36,6 +36,7 @@ import torch
 
 from trainfit.gpus.catalogue import find_gpu
 from trainfit.memory.allocator import replay
+from trainfit.memory.overwritten import overwriting
 from trainfit.timing.counts import OpCount
 from trainfit.timing.roofline import step_seconds
 from trainfit.tracing.events import Trace
@@ -137,6 +138,8 @@ def weights_of_any_values() -> Generator[None]:
     with ExitStack() as patched:
         for name in ("normal_", "uniform_", "erfinv_"):
             patched.enter_context(patch.object(torch.Tensor, name, _unchanged))
+        # torch draws truncated normals again until all are inside, which values that nobody draws may never be.
+        patched.enter_context(patch.object(torch.nn.init, "_no_grad_trunc_normal_", _unchanged))
         yield
 
 
@@ -183,6 +186,7 @@ def scaled_ops(ops: tuple[OpCount, ...], factor: float) -> Iterator[OpCount]:
 
 def needed_mib(trace: Trace) -> int:
     """The least capacity at which the trace replays without running out of memory, to 16 MiB."""
+    trace = overwriting(trace)
     free = replay(trace, capacity_bytes=None)
     low, high = free.peak_requested_bytes // MIB, -(-free.peak_reserved_bytes // MIB)
     while high - low > 16:

@@ -17,6 +17,7 @@ from trainfit.gpus.context import (
     driver_reserved_bytes,
 )
 from trainfit.memory.errors import ErrorClass
+from trainfit.memory.overwritten import overwriting_events
 from trainfit.memory.ranks import exchange_bytes, nccl_bytes
 from trainfit.timing.counts import MATMULS
 from trainfit.tracing.events import EMPTY_CACHE, TensorInfo, Trace
@@ -122,9 +123,10 @@ def complete(trace: Trace, gpu: Gpu, *, bound: Bound, half_precision: bool) -> C
         tensors.append(_held_within(tensor, len(tensors), nbytes, name, module))
         return len(tensors)
 
-    for event in trace.events:
+    for event, real in zip(trace.events, overwriting_events(trace), strict=True):
         begins.append(len(events))
-        events.append(event)
+        if real:
+            events.append(real)
         if event < 0 or ops[event - 1] not in known:
             continue
         tensor = trace.tensors[event - 1]
