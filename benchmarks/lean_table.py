@@ -22,6 +22,7 @@ from typing import Any
 
 from trainfit.gpus.catalogue import GIB, Gpu, gpu_with_memory
 from trainfit.memory.allocator import AllocatorConfig
+from trainfit.memory.columns import ColumnTrace
 from trainfit.memory.host_ema import ema_for_evaluation, without_ema
 from trainfit.memory.host_state import with_state_on_host
 from trainfit.memory.predict import assess, process_budget, trace_requests
@@ -29,8 +30,6 @@ from trainfit.memory.priced import Pricer, packaged_alone
 from trainfit.memory.profile import last_window
 from trainfit.models.setting import Setting, make_setting
 from trainfit.planning.make import make_plan
-from trainfit.tracing.events import Trace
-from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace_cache import get_trace
 
 RESULTS = Path(__file__).parent / "results"
@@ -99,23 +98,21 @@ def needs_of(setting: Setting) -> dict[str, Any]:
     """
     gpu = gpu_with_memory("4GiB")
     packaged = packaged_alone(Pricer(gpu=gpu).request(setting, "evaluation")) if setting.micro_batch == 1 else None
-    stored = packaged or get_trace(trace_requests(setting, gpu)[1])
+    traced = packaged.priced(packaged.columns) if packaged else get_trace(trace_requests(setting, gpu)[1])
+    stored = ColumnTrace.of(traced)
     found = _assessed(stored, setting, gpu)
-    on_host = replace(stored, trace=with_state_on_host(stored.trace))
+    on_host = replace(stored, columns=with_state_on_host(stored.columns))
     return found | {"on_host": _assessed(on_host, setting, gpu)}
 
 
-def _assessed(stored: StoredTrace, setting: Setting, gpu: Gpu) -> dict[str, Any]:
+def _assessed(stored: ColumnTrace, setting: Setting, gpu: Gpu) -> dict[str, Any]:
     config = AllocatorConfig()
-    end = last_window(stored.trace)
-    trained = Trace(
-        tensors=stored.trace.tensors,
-        events=stored.trace.events[:end],
-        marks=tuple(mark for mark in stored.trace.marks if mark[0] < end),
-    )
-    training = assess(replace(stored, trace=without_ema(trained)), gpu, config)
-    moved = ema_for_evaluation(stored.trace) if setting.keeps_ema else stored.trace
-    both = assess(replace(stored, trace=moved), gpu, config, since=last_window(moved))
+    trace = stored.columns
+    end = last_window(trace)
+    trained = replace(trace, events=trace.events[:end], marks=tuple(mark for mark in trace.marks if mark[0] < end))
+    training = assess(replace(stored, columns=without_ema(trained)), gpu, config)
+    moved = ema_for_evaluation(trace) if setting.keeps_ema else trace
+    both = assess(replace(stored, columns=moved), gpu, config, since=last_window(moved))
     peak = training.profile
     update = [row.peak_allocated_bytes for row in peak.phases if row.phase in ("update", "optimizer")]
     return {

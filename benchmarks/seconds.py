@@ -23,6 +23,7 @@ from typing import Any
 
 from trainfit.gpus.catalogue import find_gpu
 from trainfit.memory import shipped
+from trainfit.memory.columns import Columns
 from trainfit.memory.predict import needed
 from trainfit.memory.priced import Pricer
 from trainfit.memory.quick_replay import QuickReplay
@@ -86,7 +87,7 @@ def compared(number: int) -> dict[str, Any]:
     made = pricer.trace(setting, "training")
     true = get_trace(replace(pricer.request(setting, "training"), setting=setting), cache=False)
     low, high = (needed(each, pricer.gpu, pricer.config) for each in (made, true))
-    alone, ours = (QuickReplay(each.trace, pricer.config) for each in (true, made))
+    alone, ours = (QuickReplay(Columns.of(each.trace), pricer.config) for each in (true, made))
     return row | {
         "sizes": len(true.trace.tensors),
         "differ": sum(

@@ -36,6 +36,7 @@ import torch
 
 from trainfit.gpus.catalogue import find_gpu
 from trainfit.memory.allocator import replay
+from trainfit.memory.columns import Columns
 from trainfit.memory.overwritten import overwriting
 from trainfit.timing.counts import OpCount
 from trainfit.timing.roofline import step_seconds
@@ -186,7 +187,7 @@ def scaled_ops(ops: tuple[OpCount, ...], factor: float) -> Iterator[OpCount]:
 
 def needed_mib(trace: Trace) -> int:
     """The least capacity at which the trace replays without running out of memory, to 16 MiB."""
-    trace = overwriting(trace)
+    trace = overwriting(Columns.of(trace)).trace()
     free = replay(trace, capacity_bytes=None)
     low, high = free.peak_requested_bytes // MIB, -(-free.peak_reserved_bytes // MIB)
     while high - low > 16:

@@ -9,6 +9,7 @@ import torch
 
 from trainfit.gpus.catalogue import find_gpu
 from trainfit.memory.alloc_conf import AllocatorConfig
+from trainfit.memory.columns import ColumnTrace
 from trainfit.memory.host_state import moments_bytes, with_state_on_host
 from trainfit.memory.predict import assess, trace_requests
 from trainfit.memory.priced import Pricer
@@ -104,12 +105,13 @@ def test_the_price_is_that_of_the_trace(monkeypatch: pytest.MonkeyPatch) -> None
     """A trace with the moments on the GPU, moved to the host, against the trace of the setting itself."""
     monkeypatch.undo()
     here, there = get_traces([trace_requests(each, GPU)[0] for each in (SMALL, ON_HOST)])
-    moved = replace(here, trace=with_state_on_host(here.trace))
+    columns = ColumnTrace.of(here)
+    moved = replace(columns, columns=with_state_on_host(columns.columns))
     ours, theirs = (assess(each, GPU, AllocatorConfig()) for each in (moved, there))
     assert ours.profile.peak_allocated_bytes == pytest.approx(theirs.profile.peak_allocated_bytes, rel=0.002)
     assert ours.needs.high_bytes == pytest.approx(theirs.needs.high_bytes, rel=0.01)
     assert ours.profile.peak.phase in ("optimizer", "update")  # so its buffers are in the figure
-    moments = moments_bytes(here.trace)
+    moments = moments_bytes(columns.columns)
     parameters = sum(t.nbytes for t in here.trace.tensors if t.category == "parameters")
     assert moments == pytest.approx(2 * parameters, rel=0.002)
     for end in (TO_HOST, FROM_HOST):

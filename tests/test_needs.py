@@ -9,6 +9,7 @@ from test_profile import make_trace
 from trainfit.gpus.catalogue import MIB, find_gpu
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.allocator import replay
+from trainfit.memory.columns import Columns
 from trainfit.memory.errors import DENSE, DEPTHWISE, HYBRID, MATRIX_PRODUCTS, NEEDS_ERROR, class_of
 from trainfit.memory.least import least_capacity_bytes
 from trainfit.memory.predict import assess, needed
@@ -57,7 +58,7 @@ def test_the_least_capacity_survives(sizes: list[int], life: int) -> None:
     trace = stored(sizes, tuple(events)).trace
     free = replay(trace, capacity_bytes=None)
     low, high = free.peak_requested_bytes, free.peak_reserved_bytes
-    least = least_capacity_bytes(QuickReplay(trace, CONFIG), low_bytes=low, high_bytes=high)
+    least = least_capacity_bytes(QuickReplay(Columns.of(trace), CONFIG), low_bytes=low, high_bytes=high)
     assert low <= least <= high
     assert replay(trace, capacity_bytes=least).oom is None
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from trainfit.memory.columns import Columns
 from trainfit.memory.overwritten import overwriting, overwriting_events
 from trainfit.tracing.events import TensorInfo, Trace
 from trainfit.tracing.fake_cuda import Target
@@ -89,6 +90,11 @@ def of_trace(trace: Trace, events: Sequence[int]) -> list[int]:
     return [size for size in sizes if abs(size) == ONE_BYTES]
 
 
+def events_of(trace: Trace) -> list[int]:
+    """Its events as a real step has them."""
+    return overwriting_events(Columns.of(trace)).tolist()
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "residual": (lambda: Residual(3), True),
     "branches": (lambda: Branches(4), True),
@@ -103,7 +109,7 @@ def test_a_step_allocates_what_the_profiler_saw(build: Callable[[], nn.Module], 
     cpu = torch.device("cpu")
     real = seen_by_the_profiler(Step(cpu, build))
     trace = trace_step(lambda device: Step(device, build), target=Target(capability=(8, 6)), device="cpu").trace
-    assert of_trace(trace, overwriting_events(trace)) == real
+    assert of_trace(trace, events_of(trace)) == real
     assert (of_trace(trace, trace.events) != real) == differs
 
 
@@ -117,21 +123,21 @@ def of(*sizes: int, op: str = "aten.add", events: Sequence[int], marks: tuple[tu
 def test_a_gradient_that_something_else_holds_is_not_overwritten() -> None:
     """One of the two lives on; which of them came first, a trace does not tell."""
     kept = of(8, 8, 8, events=(1, 2, 3, -2, -3))
-    assert overwriting_events(kept) == list(kept.events)
+    assert events_of(kept) == list(kept.events)
     expanded = of(4, 8, 8, events=(1, 2, 3, -1, -2, -3))
-    assert overwriting_events(expanded) == list(expanded.events)
+    assert events_of(expanded) == list(expanded.events)
 
 
 def test_a_forward_sum_is_a_new_tensor() -> None:
     """Autograd sums in backward alone."""
     trace = of(8, 8, 8, events=(1, 2, 3, -1, -2, -3))
     trace.tensors[-1].phase = "forward"
-    assert overwriting_events(trace) == list(trace.events)
+    assert events_of(trace) == list(trace.events)
 
 
 def test_marks_move_with_the_events() -> None:
     """Two of six events are gone; the sum ends as the first of its parts."""
     trace = of(8, 8, 8, events=(1, 2, 3, -1, -2, -3), marks=((0, "backward"), (5, "update"), (6, "end")))
-    real = overwriting(trace)
+    real = overwriting(Columns.of(trace)).trace()
     assert real.events == (1, 2, -2, -1)
     assert real.marks == ((0, "backward"), (3, "update"), (4, "end"))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from trainfit.gpus.catalogue import MIB, find_gpu
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.allocator import replay
+from trainfit.memory.columns import Columns
 from trainfit.memory.hidden import Bound, complete
 from trainfit.memory.predict import Prediction, predict_traced
 from trainfit.memory.profile import SAMPLES, make_profile
@@ -112,17 +113,18 @@ def test_timeline_keeps_the_peak(requests: list[tuple[int, Category, int]]) -> N
 @pytest.mark.parametrize(("card", "workspace"), [("RTX 3090", 8_519_680), ("H100 SXM", 32 * MIB)])
 def test_cublas_workspaces(card: str, workspace: int) -> None:
     """One for forward, one for backward, right after the first matrix product; nothing else at the lowest."""
-    made = complete(make_trace(), find_gpu(card), bound="least", half_precision=True)
-    assert made.cublas_bytes == 2 * workspace
-    ops = [made.trace.tensors[abs(e) - 1].op for e in made.trace.events]
+    completed = complete(Columns.of(make_trace()), find_gpu(card), bound="least", half_precision=True)
+    made = completed.columns.trace()
+    assert completed.cublas_bytes == 2 * workspace
+    ops = [made.tensors[abs(e) - 1].op for e in made.events]
     assert [op for op in ops if op != EMPTY_CACHE][4:8] == [
         "aten.mm",
         "cuBLAS workspace",
         "aten.mm",
         "cuBLAS workspace",
     ]
-    assert [e for e in made.trace.events if abs(e) <= len(ROWS)] == list(EVENTS)
-    assert [made.trace.events[index] for index, _ in made.trace.marks] == [EVENTS[index] for index, _ in MARKS]
+    assert [e for e in made.events if abs(e) <= len(ROWS)] == list(EVENTS)
+    assert [made.events[index] for index, _ in made.marks] == [EVENTS[index] for index, _ in MARKS]
 
 
 def test_temporaries_at_the_highest() -> None:
@@ -133,7 +135,7 @@ def test_temporaries_at_the_highest() -> None:
     sizes: list[dict[str, float]] = []
     bounds: tuple[tuple[Bound, bool], ...] = (("least", True), ("most", True), ("most", False), ("needed", False))
     for bound, half in bounds:
-        made = complete(trace, gpu, bound=bound, half_precision=half).trace
+        made = complete(Columns.of(trace), gpu, bound=bound, half_precision=half).columns.trace()
         sizes.append({t.op.rpartition(".")[2]: t.nbytes / MIB for t in made.tensors if t.op.startswith("within")})
     name = "_scaled_dot_product_flash_attention_backward"
     assert sizes[0] == {name: 20}

@@ -2,15 +2,18 @@
 
 import json
 import random
+from dataclasses import replace
+from itertools import pairwise
 
 import hypothesis
 from hypothesis import strategies as st
 
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.allocator import replay
+from trainfit.memory.columns import Columns
 from trainfit.memory.least import least_capacity_bytes
 from trainfit.memory.quick_replay import QuickReplay
-from trainfit.memory.scaling import ScaledTrace, peak_bytes
+from trainfit.memory.scaling import ScaledTrace
 from trainfit.memory.shipped import archive_path, read_archive
 from trainfit.tracing.events import TensorInfo, Trace
 
@@ -50,22 +53,45 @@ def random_trace(seed: int) -> Trace:
 @hypothesis.given(seed=st.integers(0, 10**9), config=st.sampled_from(CONFIGS), shares=st.lists(st.floats(0.3, 1.1)))
 def test_it_survives_what_the_allocator_survives(seed: int, config: AllocatorConfig, shares: list[float]) -> None:
     trace = random_trace(seed)
-    free, quick = replay(trace, capacity_bytes=None, config=config), QuickReplay(trace, config)
-    assert quick.peak_requested_bytes == free.peak_requested_bytes == peak_bytes(trace)
+    free, quick = replay(trace, capacity_bytes=None, config=config), QuickReplay(Columns.of(trace), config)
+    assert quick.peak_requested_bytes == free.peak_requested_bytes
     assert quick.peak_reserved_bytes == free.peak_reserved_bytes
     for share in shares:
         capacity = int(share * free.peak_reserved_bytes) + 1
         survives = replay(trace, capacity_bytes=capacity, config=config).oom is None
         assert quick.survives(capacity) == survives
-        assert QuickReplay(trace, config).survives(capacity) == survives  # without what the free replay left
+        assert (
+            QuickReplay(Columns.of(trace), config).survives(capacity) == survives
+        )  # without what the free replay left
+
+
+@hypothesis.settings(deadline=None, max_examples=100)
+@hypothesis.given(seed=st.integers(0, 10**9), shares=st.lists(st.floats(0.3, 1.1), min_size=1), data=st.data())
+def test_one_replay_answers_for_temporaries_of_two_sizes(seed: int, shares: list[float], data: st.DataObject) -> None:
+    """Tensors that are freed at once, with more bytes: as the allocator replays the trace that has these."""
+    trace = random_trace(seed)
+    most = list(trace.tensors)
+    for event, after in pairwise(trace.events):
+        if event == -after and event > 0:
+            more = data.draw(st.sampled_from([0, 512, MIB, 9 * MIB, 40 * MIB]))
+            most[event - 1] = replace(most[event - 1], nbytes=most[event - 1].nbytes + more)
+    larger = replace(trace, tensors=tuple(most))
+    quick = QuickReplay(Columns.of(trace), AllocatorConfig(), most_bytes=Columns.of(larger).nbytes)
+    peak = quick.peak_reserved_bytes
+    assert peak == replay(trace, capacity_bytes=None).peak_reserved_bytes
+    for share in shares:
+        capacity = int(share * peak) + 1
+        assert quick.survives(capacity) == (replay(trace, capacity_bytes=capacity).oom is None)
+        assert quick.survives_with_most(capacity) == (replay(larger, capacity_bytes=capacity).oom is None)
 
 
 def test_a_models_training_survives_where_the_allocator_does() -> None:
     """25,000 tensors, from the archive whatever its validity; capacities between what is asked for and what is reserved."""
     entries = read_archive(archive_path("rfdetr-nano"))
     text = next(text for name, text in entries.items() if "training" in name and "any" in name and "laws" not in name)
-    trace = ScaledTrace.from_record(json.loads(text)).at(3)
-    free, quick = replay(trace, capacity_bytes=None), QuickReplay(trace, AllocatorConfig())
+    columns = ScaledTrace.from_record(json.loads(text)).at(3)
+    trace = columns.trace()
+    free, quick = replay(trace, capacity_bytes=None), QuickReplay(columns, AllocatorConfig())
     low, high = free.peak_requested_bytes, free.peak_reserved_bytes
     assert (quick.peak_requested_bytes, quick.peak_reserved_bytes) == (low, high)
     draw = random.Random(0)

@@ -5,9 +5,11 @@ read from pytorch's; the others are limits that follow from the algorithm. None 
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass, replace
 from typing import Literal
+
+import numpy as np
 
 from trainfit.gpus.catalogue import Gpu
 from trainfit.gpus.context import (
@@ -16,11 +18,12 @@ from trainfit.gpus.context import (
     cuda_context_bytes,
     driver_reserved_bytes,
 )
+from trainfit.memory.columns import Columns, Integers
 from trainfit.memory.errors import ErrorClass
 from trainfit.memory.overwritten import overwriting_events
 from trainfit.memory.ranks import exchange_bytes, nccl_bytes
 from trainfit.timing.counts import MATMULS
-from trainfit.tracing.events import EMPTY_CACHE, TensorInfo, Trace
+from trainfit.tracing.events import EMPTY_CACHE, TensorInfo
 
 Within = Literal["reserved", "process", "card"]
 
@@ -89,8 +92,10 @@ PyTorch replaces by smaller ones where memory is short (pytorch native/cudnn/Con
 class Completed:
     """A trace with the hidden part of what the caching allocator gives."""
 
-    trace: Trace
-    begins: tuple[int, ...]
+    columns: Columns
+    least_bytes: Integers
+    """Of each tensor, where kernels allocate as little as they may."""
+    begins: Integers
     """Index into its events of each event of the trace that it was made from, and of the end."""
     cublas_bytes: int
     """All cuBLAS workspaces in it."""
@@ -100,7 +105,7 @@ class Completed:
     """The largest of these."""
 
 
-def complete(trace: Trace, gpu: Gpu, *, bound: Bound, half_precision: bool) -> Completed:
+def complete(trace: Columns, gpu: Gpu, *, bound: Bound, half_precision: bool) -> Completed:
     """Insert cuBLAS workspaces, kernels' temporaries and the ends of searches for algorithms into a trace.
 
     `half_precision`: convolutions run in fp16 or bf16. A workspace comes with the first matrix
@@ -110,80 +115,104 @@ def complete(trace: Trace, gpu: Gpu, *, bound: Bound, half_precision: bool) -> C
     layout_factor = 1 if half_precision else WINOGRAD
     partners = _partners(trace)
     workspace_bytes = cublas_workspace_bytes(gpu)
-    tensors, events = list(trace.tensors), list[int]()
+    rows: list[TensorInfo] = []
+    least: list[int] = []
+    places: list[int] = []
+    events: list[int] = []
     threads: set[bool] = set()
     kernels: dict[str, None] = {}
-    begins: list[int] = []
     largest_bytes = 0
     searched: set[tuple[str, str, int]] = set()
-    ops = [tensor.op for tensor in trace.tensors]
-    known = {*MATMULS, *_CONVOLUTIONS, *TEMPORARIES}.intersection(ops)
 
-    def add(tensor: TensorInfo, nbytes: int, name: str, module: str) -> int:
-        tensors.append(_held_within(tensor, len(tensors), nbytes, name, module))
-        return len(tensors)
+    def add(index: int, row: TensorInfo, *, stays: bool, least_bytes: int) -> None:
+        rows.append(row)
+        least.append(least_bytes)
+        number = len(trace.nbytes) + len(rows)
+        events.append(number)
+        if not stays:
+            events.append(-number)
+        places.extend([index + 1] * (len(events) - len(places)))
 
-    for event, real in zip(trace.events, overwriting_events(trace), strict=True):
-        begins.append(len(events))
-        if real:
-            events.append(real)
-        if event < 0 or ops[event - 1] not in known:
-            continue
-        tensor = trace.tensors[event - 1]
+    for index, tensor in _allocations(trace, {*MATMULS, *_CONVOLUTIONS, *TEMPORARIES}):
         if tensor.op in MATMULS and (tensor.phase == "backward") not in threads:
             threads.add(tensor.phase == "backward")
-            events.append(add(tensor, workspace_bytes, "cuBLAS workspace", ""))
+            workspace = _held_within(tensor, workspace_bytes, "cuBLAS workspace", module="")
+            add(index, workspace, stays=True, least_bytes=workspace_bytes)
         if tensor.op in _CONVOLUTIONS:
             if (key := (tensor.op, tensor.module, tensor.nbytes)) not in searched:
                 searched.add(key)
-                events.append(add(tensor, 0, EMPTY_CACHE, tensor.module))
+                add(index, _held_within(tensor, 0, EMPTY_CACHE), stays=True, least_bytes=0)
+            low = 0.0
             other = partners.get((tensor.op, tensor.module), tensor.nbytes)
             nbytes = (bound == "most") * layout_factor * (tensor.nbytes + other)
         elif kernel := TEMPORARIES.get(tensor.op):
+            low = kernel.low * tensor.nbytes
             nbytes = (kernel.low if bound == "least" else kernel.high) * tensor.nbytes
         else:
             continue
         if nbytes:
             kernels[tensor.op.removeprefix("aten.")] = None
             largest_bytes = max(largest_bytes, int(nbytes))
-            number = add(tensor, int(nbytes), f"within {tensor.op}", tensor.module)
-            events += (number, -number)
-    begins.append(len(events))
-    marks = tuple((begins[index], name) for index, name in trace.marks)
-    completed = Trace(tensors=tuple(tensors), events=tuple(events), marks=marks)
+            add(index, _held_within(tensor, int(nbytes), f"within {tensor.op}"), stays=False, least_bytes=int(low))
+    real, begins = _inserted(overwriting_events(trace), places, events)
+    marks = tuple((int(begins[index]), name) for index, name in trace.marks)
     return Completed(
-        trace=completed,
-        begins=tuple(begins),
+        columns=replace(trace.with_rows(rows), events=real, marks=marks),
+        least_bytes=np.append(trace.nbytes, np.array(least, dtype=np.int64)),
+        begins=begins,
         cublas_bytes=len(threads) * workspace_bytes,
         kernels=tuple(sorted(kernels)),
         largest_bytes=largest_bytes,
     )
 
 
-def _held_within(tensor: TensorInfo, number: int, nbytes: int, name: str, module: str) -> TensorInfo:
+def _inserted(events: Integers, places: list[int], further: list[int]) -> tuple[Integers, Integers]:
+    """Events without those that are 0, and with `further`, each before the event that has the index of its place; and the
+    index that each event, and the end, has then.
+    """
+    kept = np.append(0, np.cumsum(events != 0))
+    where = np.array(places, dtype=np.int64)
+    begins = kept + np.searchsorted(where, np.arange(len(kept)), side="right")
+    return np.insert(events[events != 0], kept[where], np.array(further, dtype=np.int64)), begins
+
+
+def _allocations(trace: Columns, ops: Set[str]) -> Iterator[tuple[int, TensorInfo]]:
+    """(event, tensor) for each allocation by one of some operators; of matrix products only the first in each phase."""
+    known = np.array([name in ops for name in trace.names], dtype=bool)
+    products = np.array([name in MATMULS for name in trace.names], dtype=bool)
+    tensors = np.abs(trace.events) - 1
+    indices = np.flatnonzero((trace.events > 0) & known[trace.op[tensors]])
+    of_product = products[trace.op[tensors[indices]]]
+    _, first = np.unique(trace.phase[tensors[indices[of_product]]], return_index=True)
+    wanted = ~of_product
+    wanted[np.flatnonzero(of_product)[first]] = True
+    for index in indices[wanted].tolist():
+        yield index, trace.tensor(int(tensors[index]))
+
+
+def _held_within(tensor: TensorInfo, nbytes: int, name: str, module: str | None = None) -> TensorInfo:
     """What the operator that makes `tensor` takes beside it."""
     return TensorInfo(
-        id=number,
+        id=tensor.id,
         nbytes=nbytes,
         category="workspace",
         op=name,
-        module=module,
+        module=tensor.module if module is None else module,
         phase=tensor.phase,
         stream=tensor.stream,
     )
 
 
-def _partners(trace: Trace) -> dict[tuple[str, str], int]:
+def _partners(trace: Columns) -> dict[tuple[str, str], int]:
     """(convolution's operator, module) -> bytes of its other image: forward's output for backward, and the reverse.
 
     What backward returns is the gradient of the input, which is as large as the input.
     """
     forward, backward = _CONVOLUTIONS
     sizes: dict[tuple[str, str], int] = defaultdict(int)
-    for tensor in trace.tensors:
-        if tensor.op in _CONVOLUTIONS:
-            key = (forward if tensor.op == backward else backward, tensor.module)
-            sizes[key] = max(sizes[key], tensor.nbytes)
+    for _, tensor in _allocations(trace, set(_CONVOLUTIONS)):
+        key = (forward if tensor.op == backward else backward, tensor.module)
+        sizes[key] = max(sizes[key], tensor.nbytes)
     return sizes
 
 

@@ -2,33 +2,27 @@
 
 from dataclasses import replace
 
+import numpy as np
+
+from trainfit.memory.columns import Columns
 from trainfit.memory.profile import last_window
-from trainfit.tracing.events import Trace
 
 
-def without_ema(trace: Trace) -> Trace:
+def without_ema(trace: Columns) -> Columns:
     """Training with the EMA weights on the host: they take nothing on the GPU."""
-    tensors = tuple(replace(t, nbytes=0) if t.category == "EMA" else t for t in trace.tensors)
-    return replace(trace, tensors=tensors)
+    return replace(trace, nbytes=np.where(trace.of_category("EMA"), 0, trace.nbytes))
 
 
-def ema_for_evaluation(trace: Trace) -> Trace:
+def ema_for_evaluation(trace: Columns) -> Columns:
     """Evaluation with the EMA weights on the host: they come to the GPU when the last window, the evaluation, begins.
 
     So the training before it does without them (`models.build._evaluate` and `training.evaluation.evaluating` move
     them).
     """
-    start = last_window(trace)
-    ema = [index + 1 for index, tensor in enumerate(trace.tensors) if tensor.category == "EMA"]
-    left_out = {*ema, *(-number for number in ema)}
-    events: list[int] = []
-    begins: list[int] = []  # index of each old event in the new list
-    for index, event in enumerate(trace.events):
-        begins.append(len(events))
-        if index == start:
-            events += ema
-        if event not in left_out:
-            events.append(event)
-    begins.append(len(events))
-    marks = tuple((begins[index], name) for index, name in trace.marks)
-    return replace(trace, events=tuple(events), marks=marks)
+    is_ema = trace.of_category("EMA")
+    kept = ~is_ema[np.abs(trace.events) - 1]
+    begins = np.append(0, np.cumsum(kept))
+    marks = tuple((int(begins[index]), name) for index, name in trace.marks)
+    ema = (np.flatnonzero(is_ema) + 1).tolist()
+    start = int(begins[last_window(trace)])
+    return replace(trace, events=trace.events[kept], marks=marks).with_events([start] * len(ema), ema)

@@ -2,43 +2,44 @@
 
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
+from trainfit.memory.columns import Columns
 from trainfit.step.names import UNIT_BYTES
-from trainfit.tracing.events import TensorInfo, Trace
+from trainfit.tracing.events import TensorInfo
 
 COUNT_BYTES = 8
 """Larger optimizer state is moments; what stays on the GPU is a step count for each parameter."""
 
 
-def moments_bytes(trace: Trace) -> int:
+def moments_bytes(trace: Columns) -> int:
     """What the moments hold, wherever they are."""
-    return sum(tensor.nbytes for tensor in trace.tensors if _is_moment(tensor))
+    return int(trace.nbytes[_are_moments(trace)].sum())
 
 
-def with_state_on_host(trace: Trace) -> Trace:
+def with_state_on_host(trace: Columns) -> Columns:
     """The step with the moments on the host.
 
     While the optimizer runs, the GPU holds a copy of one part's parameters (`step.units`) and a buffer for its moments
     (`step.host_adamw`); a bound for all parts stands for each.
     """
-    tensors = [replace(tensor, nbytes=0) if _is_moment(tensor) else tensor for tensor in trace.tensors]
-    moments = moments_bytes(trace)
+    moments = _are_moments(trace)
     # Each parameter has two; `UNIT_BYTES` bounds a part that has more than one.
-    part_bytes = max((t.nbytes for t in trace.tensors if _is_moment(t)), default=0)
-    part_bytes = max(part_bytes, min(UNIT_BYTES, moments // 2))
+    part_bytes = int(trace.nbytes[moments].max(initial=0))
+    part_bytes = max(part_bytes, min(UNIT_BYTES, moments_bytes(trace) // 2))
+    rows: list[TensorInfo] = []
     events: list[int] = []
-    begins: list[int] = []  # index of each old event in the new list
-    steps = {index for index, name in trace.marks if name == "optimizer"}
-    for index in range(len(trace.events) + 1):
-        begins.append(len(events))
-        if index in steps:
-            for nbytes in (part_bytes, 2 * part_bytes):
-                made = TensorInfo(id=len(tensors), nbytes=nbytes, op="aten.empty", module="", phase="optimizer")
-                tensors.append(replace(made, category="temporary"))
-            events += [len(tensors) - 1, len(tensors), 1 - len(tensors), -len(tensors)]
-        events += trace.events[index : index + 1]
-    marks = tuple((begins[index], name) for index, name in trace.marks)
-    return replace(trace, tensors=tuple(tensors), events=tuple(events), marks=marks)
+    places: list[int] = []
+    for place in sorted({index for index, name in trace.marks if name == "optimizer"}):
+        for nbytes in (part_bytes, 2 * part_bytes):
+            rows.append(TensorInfo(id=0, nbytes=nbytes, category="temporary", op="aten.empty", phase="optimizer"))
+        last = len(trace.nbytes) + len(rows)
+        events += [last - 1, last, 1 - last, -last]
+        places += [place] * 4
+    on_host = replace(trace, nbytes=np.where(moments, 0, trace.nbytes))
+    return on_host.with_rows(rows).with_events(places, events)
 
 
-def _is_moment(tensor: TensorInfo) -> bool:
-    return tensor.category == "optimizer state" and tensor.nbytes > COUNT_BYTES
+def _are_moments(trace: Columns) -> NDArray[np.bool_]:
+    return trace.of_category("optimizer state") & (trace.nbytes > COUNT_BYTES)

@@ -11,13 +11,16 @@ in the trace that is taken to other values, which is that with the most.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations_with_replacement
 from math import prod
 from typing import Any
 
-from trainfit.memory.scaling import TOLERANCE, ScaledTrace, matched, peak_bytes, resized
+import numpy as np
+
+from trainfit.memory.columns import Columns, Integers
+from trainfit.memory.scaling import TOLERANCE, ScaledTrace, matched
 from trainfit.timing.counts import OpCount
 from trainfit.tracing.events import TensorInfo
 from trainfit.tracing.stored_trace import StoredTrace
@@ -131,8 +134,8 @@ def find_laws(
     for base, other in pairs:
         laws = Laws(variables=tuple(variables), sizes=sizes, counts=_changes(base, other, sizes, len(variables)))
         values = {each.knob: each.other for each in variables}
-        predicted = peak_bytes(moved(ScaledTrace.of_one(base, 1), laws, values).trace)
-        true = peak_bytes(other.trace)
+        predicted = moved(ScaledTrace.of_one(base, 1), laws, values).columns.peak_bytes()
+        true = Columns.of(other.trace).peak_bytes()
         if not (1 - TOLERANCE) * true <= predicted <= (1 + TOLERANCE_ABOVE) * true:
             return None
         all_laws.append(laws)
@@ -206,17 +209,35 @@ def moved(scaled: ScaledTrace, laws: Laws, values: Mapping[str, int]) -> ScaledT
 
     At the smaller micro-batch a size follows them as at the larger.
     """
-    tensors = list(scaled.trace.tensors)
-    small = list(scaled.small_bytes)
-    ratios = {kind: _ratio(laws.variables, factors, values) for kind, factors in laws.sizes.items()}
-    for number, tensor in enumerate(tensors):
-        ratio = ratios.get(kind_of(tensor))
-        if ratio is not None:
-            tensors[number] = resized(tensor, _times(tensor.nbytes, ratio))
-            small[number] = _times(small[number], ratio)
+    columns = scaled.columns
+    nbytes, small_bytes = columns.nbytes.copy(), scaled.small_bytes.copy()
+    for kind, tensors in _tensors_of(columns, laws.sizes):
+        ratio = _ratio(laws.variables, laws.sizes[kind], values)
+        nbytes[tensors] = _times(kind[3], ratio)
+        small = small_bytes[tensors]
+        for size in np.unique(small).tolist():
+            small_bytes[tensors[small == size]] = _times(size, ratio)
     few, many = (tuple(laws.counted(row, values) for row in rows) for rows in scaled.ops)
-    trace = replace(scaled.trace, tensors=tuple(tensors))
-    return replace(scaled, trace=trace, small_bytes=tuple(small), ops=(few, many))
+    return replace(scaled, columns=replace(columns, nbytes=nbytes), small_bytes=small_bytes, ops=(few, many))
+
+
+def _tensors_of(columns: Columns, kinds: Iterable[Kind]) -> Iterator[tuple[Kind, Integers]]:
+    """Each of `kinds` that the trace has, with the tensors that are of it."""
+    count = len(columns.names)
+    keys = (columns.op * count + columns.module) * count + columns.phase
+    order = np.lexsort((columns.nbytes, keys))
+    keys, nbytes = keys[order], columns.nbytes[order]
+    starts = np.flatnonzero(np.append(True, (np.diff(keys) != 0) | (np.diff(nbytes) != 0))[: len(keys)])
+    ends = np.append(starts[1:], len(keys))
+    names = columns.names
+    there: dict[Kind, Integers] = {}
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        tensor = order[start]
+        place = names[columns.op[tensor]], names[columns.module[tensor]], names[columns.phase[tensor]]
+        there[*place, int(nbytes[start])] = order[start:end]
+    for kind in kinds:
+        if kind in there:
+            yield kind, there[kind]
 
 
 def _times(nbytes: int, ratio: tuple[int, int]) -> int:

@@ -11,52 +11,57 @@ ATen/TensorSubclassLikeUtils.h), and autograd does not write into tensors of sub
 Both leave a pattern: a new tensor, and at once the end of those that it was made from.
 """
 
-from trainfit.tracing.events import Trace
+from dataclasses import replace
+
+import numpy as np
+
+from trainfit.memory.columns import Columns, Integers
 
 SUM = "aten.add"
 SCATTERED = {"aten.index_put", "aten.scatter_add", "aten.scatter", "aten.index_add"}
 ZEROS = {"aten.new_zeros", "aten.zeros", "aten.zeros_like"}
 
 
-def overwriting_events(trace: Trace) -> list[int]:
+def overwriting_events(trace: Columns) -> Integers:
     """The events of a real step, one for each event of the trace; 0 where a real step neither allocates nor frees."""
-    tensors, events = trace.tensors, list(trace.events)
-    holder: dict[int, int] = {}
-    """Number of a tensor that is never allocated -> number of that which has its values; numbers count from 1."""
-    for index, event in enumerate(events):
-        if event < 0:
-            events[index] = -holder.get(-event, -event)
-        elif event > 0:
-            made = tensors[event - 1]
-            if made.phase != "backward" or (made.op != SUM and made.op not in SCATTERED):
-                continue
-            freed = _freed_next(trace, index)
-            alike = [at for at in freed if tensors[-trace.events[at] - 1].nbytes == made.nbytes]
-            if made.op == SUM:
-                # Where one ends and the other lives on, a trace does not tell which of them was the first.
-                alike = alike if len(alike) > 1 else []
-            else:
-                alike = [at for at in alike if tensors[-trace.events[at] - 1].op in ZEROS]
-            if alike:
-                first = -trace.events[alike[0]]
-                holder[event] = holder.get(first, first)
-                events[index] = events[alike[0]] = 0
+    events = trace.events.copy()
+    made, first = _overwritten(trace)
+    holder = np.arange(len(trace.nbytes) + 1)
+    """Number of a tensor -> number of that which has its values; numbers count from 1."""
+    for new, old in zip(events[made].tolist(), (-events[first]).tolist(), strict=True):
+        holder[new] = holder[old]
+    events[made] = events[first] = 0
+    frees = events < 0
+    events[frees] = -holder[-events[frees]]
     return events
 
 
-def _freed_next(trace: Trace, index: int) -> list[int]:
-    """The frees of other tensors that directly follow an allocation."""
-    end = index + 1
-    while end < len(trace.events) and trace.events[end] < 0:
-        end += 1
-    return [at for at in range(index + 1, end) if trace.events[at] != -trace.events[index]]
+def _overwritten(trace: Columns) -> tuple[Integers, Integers]:
+    """Events that allocate a tensor in a trace alone, and for each the event that ends the tensor it is written into.
+
+    That is one of the frees of other tensors that directly follow the allocation.
+    """
+    events = trace.events
+    tensors = np.abs(events) - 1
+    is_sum, is_scattered, is_zeros = (
+        np.array([name in ops for name in trace.names], dtype=bool)[trace.op] for ops in ({SUM}, SCATTERED, ZEROS)
+    )
+    is_backward = np.array([name == "backward" for name in trace.names], dtype=bool)[trace.phase]
+    candidates = (events > 0) & (is_backward & (is_sum | is_scattered))[tensors]
+    before = np.maximum.accumulate(np.where(events > 0, np.arange(len(events)), 0))
+    """Of each event: the last allocation until then."""
+    ends = np.flatnonzero((events < 0) & candidates[before])
+    made, ended = tensors[before[ends]], tensors[ends]
+    alike = (made != ended) & (trace.nbytes[made] == trace.nbytes[ended]) & (is_sum[made] | is_zeros[ended])
+    allocations, first, count = np.unique(before[ends[alike]], return_index=True, return_counts=True)
+    # Where one summand ends and the other lives on, a trace does not tell which of them was the first.
+    certain = (count > 1) | ~is_sum[tensors[allocations]]
+    return allocations[certain], ends[alike][first[certain]]
 
 
-def overwriting(trace: Trace) -> Trace:
+def overwriting(trace: Columns) -> Columns:
     """The trace of the real step."""
     events = overwriting_events(trace)
-    before = [0]
-    for event in events:
-        before.append(before[-1] + (event != 0))
-    marks = tuple((before[index], name) for index, name in trace.marks)
-    return Trace(tensors=trace.tensors, events=tuple(event for event in events if event), marks=marks)
+    before = np.append(0, np.cumsum(events != 0))
+    marks = tuple((int(before[index]), name) for index, name in trace.marks)
+    return replace(trace, events=events[events != 0], marks=marks)

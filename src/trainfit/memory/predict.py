@@ -7,6 +7,7 @@ from trainfit.gpus.capability import kernel_class
 from trainfit.gpus.catalogue import Gpu
 from trainfit.gpus.context import ByteRange, cuda_context_bytes
 from trainfit.memory.allocator import AllocatorConfig, OutOfMemoryAt, Replay, replay
+from trainfit.memory.columns import ColumnTrace
 from trainfit.memory.errors import ALLOCATED_ERROR, NEEDS_ERROR, ErrorClass, class_of
 from trainfit.memory.hidden import KERNEL_TEMPORARIES, Bound, Completed, HiddenRow, complete, hidden_rows, reserved_rows
 from trainfit.memory.least import least_capacity_bytes
@@ -18,6 +19,7 @@ from trainfit.tracing.events import Trace
 from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace_cache import TraceRequest
 
+Traced = StoredTrace | ColumnTrace
 Verdict = Literal["fits", "tight", "does not fit"]
 BENCHMARK_OFF = "torch.backends.cudnn.benchmark is off, as torch leaves it."
 RESERVE = 0.03
@@ -118,13 +120,14 @@ def predict_traced(
     setting: Setting,
     gpu: Gpu,
     *,
-    training: StoredTrace,
-    evaluation: StoredTrace,
+    training: Traced,
+    evaluation: Traced,
     config: AllocatorConfig,
     gpus: int = 1,
     reserved: ByteRange | None = None,
 ) -> Prediction:
     """Predict from the traces that `trace_requests` names; `reserved`: of training, if it is known (`needed`)."""
+    training, evaluation = ColumnTrace.of(training), ColumnTrace.of(evaluation)
     reserved = reserved or needed(training, gpu, config)
     trained = assess(training, gpu, config, gpus=gpus, reserved=reserved)
     if trained.time is not None:
@@ -132,7 +135,7 @@ def predict_traced(
         waits = setting.accumulation * setting.family.host_seconds(setting, setting.micro_batch, gpu.capability)
         trained = replace(trained, time=with_host_work(mean, waits))
     after = needed(evaluation, gpu, config, at_least=reserved)  # training came before it
-    since = last_window(evaluation.trace)
+    since = last_window(evaluation.columns)
     evaluated = assess(evaluation, gpu, config, since=since, gpus=gpus, reserved=after)
     return Prediction(
         setting=setting,
@@ -164,20 +167,21 @@ def process_budget(gpu: Gpu, config: AllocatorConfig, gpus: int = 1) -> ByteRang
     return ByteRange(low_bytes=room.low_bytes + context.high_bytes, high_bytes=room.high_bytes + context.low_bytes)
 
 
-def needed(stored: StoredTrace, gpu: Gpu, config: AllocatorConfig, *, at_least: ByteRange | None = None) -> ByteRange:
+def needed(traced: Traced, gpu: Gpu, config: AllocatorConfig, *, at_least: ByteRange | None = None) -> ByteRange:
     """What the allocator needs to reserve for a trace to run, as `assess` takes it; of the card only its workspaces count.
 
     `at_least`: what a part of the same process needs; where that is enough for the trace too, it is the answer.
     """
-    low, high = completed(stored, gpu, bound="least"), completed(stored, gpu, bound="needed")
-    most = QuickReplay(high.trace, config)
-    if at_least is not None and most.survives(at_least.high_bytes):
+    high = completed(traced, gpu, bound="needed")
+    low = replace(high.columns, nbytes=high.least_bytes)
+    step = QuickReplay(low, config, most_bytes=high.columns.nbytes)
+    if at_least is not None and step.with_most.survives(at_least.high_bytes):
         return at_least
-    step = QuickReplay(low.trace, config)
     peak = step.peak_requested_bytes
     least = top = least_capacity_bytes(step, low_bytes=peak, high_bytes=step.peak_reserved_bytes)
-    if high.largest_bytes > low.largest_bytes and not most.survives(least):
-        top = least_capacity_bytes(most, low_bytes=least, high_bytes=max(least, most.peak_reserved_bytes))
+    if not step.survives_with_most(least):
+        most_bytes = max(least, step.with_most.peak_reserved_bytes)
+        top = least_capacity_bytes(step.with_most, low_bytes=least, high_bytes=most_bytes)
     return ByteRange(
         low_bytes=max(peak, int((1 - NEEDS_ERROR) * least)),
         high_bytes=int((1 + NEEDS_ERROR) * top),
@@ -193,7 +197,7 @@ def with_context(reserved: ByteRange, gpu: Gpu) -> ByteRange:
 
 
 def assess(
-    stored: StoredTrace,
+    stored: Traced,
     gpu: Gpu,
     config: AllocatorConfig,
     *,
@@ -211,9 +215,11 @@ def assess(
         gpus: Cards that train together, one process each.
         reserved: What `needed` says of the trace, if that is known.
     """
-    low, high = completed(stored, gpu, bound="least"), completed(stored, gpu, bound="most")
-    tried = replay_on(gpu, low.trace, config, gpus)
-    likely = tried if tried.oom is None else replay(low.trace, capacity_bytes=None, config=config, timeline=True)
+    stored = ColumnTrace.of(stored)
+    low, high = (completed(stored, gpu, bound=bound) for bound in ("least", "most"))
+    replayed = low.columns.trace()
+    tried = replay_on(gpu, replayed, config, gpus)
+    likely = tried if tried.oom is None else replay(replayed, capacity_bytes=None, config=config, timeline=True)
     reserved = reserved or needed(stored, gpu, config)
     room, error = allocator_room(gpu, config, gpus), class_of(stored.ops)
     verdict: Verdict = "tight"
@@ -234,7 +240,7 @@ def assess(
         verdict=verdict,
         retries=tried.retries,
         oom=tried.oom,
-        profile=make_profile(low.trace, likely, since=low.begins[since]),
+        profile=make_profile(replayed, likely, since=int(low.begins[since])),
         hidden=(*hidden_rows(gpu, gpus), *reserved_rows(low, high, reserved_bytes=peak, error=error)),
         time=step_seconds(stored.ops, gpu) if gpu.bandwidth_bytes_per_s and gpu.fp32_flops_per_s else None,
         made_up=stored.made_up,
@@ -242,10 +248,11 @@ def assess(
     )
 
 
-def completed(stored: StoredTrace, gpu: Gpu, *, bound: Bound) -> Completed:
+def completed(traced: Traced, gpu: Gpu, *, bound: Bound) -> Completed:
     """The trace with what kernels and libraries allocate on the card; see `hidden.complete`."""
-    dtypes = {row.dtype for row in stored.ops if row.op.startswith("aten.convolution")}
-    return complete(stored.trace, gpu, bound=bound, half_precision="float32" not in dtypes)
+    traced = ColumnTrace.of(traced)
+    dtypes = {row.dtype for row in traced.ops if row.op.startswith("aten.convolution")}
+    return complete(traced.columns, gpu, bound=bound, half_precision="float32" not in dtypes)
 
 
 def replay_on(gpu: Gpu, trace: Trace, config: AllocatorConfig, gpus: int = 1) -> Replay:

@@ -13,11 +13,13 @@ from trainfit.gpus.capability import kernel_class
 from trainfit.gpus.catalogue import FLOPS_RATES, Gpu, find_gpu
 from trainfit.gpus.context import ByteRange, cublas_workspace_bytes, cuda_context_bytes
 from trainfit.memory.allocator import AllocatorConfig
+from trainfit.memory.columns import Columns, ColumnTrace
 from trainfit.memory.coupled import between, coupled_ends
 from trainfit.memory.errors import NEEDS_ERROR
 from trainfit.memory.host_ema import ema_for_evaluation, without_ema
 from trainfit.memory.host_state import moments_bytes, with_state_on_host
 from trainfit.memory.laws import moved
+from trainfit.memory.overwritten import overwriting
 from trainfit.memory.predict import Prediction, needed, predict_traced, with_context
 from trainfit.memory.profile import last_window
 from trainfit.memory.scaling import ScaledTrace, scale
@@ -34,6 +36,7 @@ from trainfit.timing.roofline import (
     with_host_work,
     with_optimizer_work,
 )
+from trainfit.tracing.events import Category
 from trainfit.tracing.provenance import Provenance, provenance
 from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace_cache import (
@@ -95,7 +98,7 @@ class Pricer:
             key += f":{self.config}"
         known = self.known_needs(request) if scalable(setting) else {}
         if key not in known:
-            found = needed(self.trace(setting, "training"), self.gpu, self.config)
+            found = needed(self.columns(setting, "training"), self.gpu, self.config)
             known[key] = (found.low_bytes, found.high_bytes)
             if self.cache and scalable(setting) and setting.family.cacheable:
                 store(_path(request, "needs"), with_provenance(request, known, NEEDS_CODE, LAWS_CODE))
@@ -111,9 +114,10 @@ class Pricer:
         scaled = self._scaled(setting, "training") if scalable(setting) else None
         if scaled is None or _state_on_host(setting) or setting.micro_batch < scaled.micro_batches[0]:
             return 0
-        peak = scaled.peak_bytes(setting.micro_batch)
+        trace = scaled.at(setting.micro_batch)
+        peak = overwriting(trace).peak_bytes()
         if setting.ema_on_host:
-            peak -= sum(tensor.nbytes for tensor in scaled.trace.tensors if tensor.category == "EMA")
+            peak -= _bytes_of(trace, "EMA")
         return int((1 + NEEDS_ERROR) * peak) + cuda_context_bytes(self.gpu).high_bytes
 
     def known_needs(self, request: TraceRequest) -> Needs:
@@ -135,14 +139,14 @@ class Pricer:
             if scaled is not None:
                 found = line_seconds(scaled.ops, scaled.micro_batches, setting.accumulation, gpu)
             else:
-                found = step_seconds(self.trace(setting, part).ops, gpu)
+                found = step_seconds(self.columns(setting, part).ops, gpu)
         else:
             traced, most = TRACED_ACCUMULATION if part == "training" else 1, max(cuts)
             if scaled is not None and (part == "evaluation" or most >= scaled.micro_batches[0]):
                 ops, points = scaled.ops, scaled.micro_batches
             else:
                 knob = "micro_batch" if part == "training" else "eval_micro_batch"
-                alone = self.trace(replace(setting, **{knob: most}), part).ops
+                alone = self.columns(replace(setting, **{knob: most}), part).ops
                 ops, points = (alone, alone), (most, most + 1)
             drawn = setting.family.drawn_sizes(setting) if part == "training" else None
             found = window_seconds(ops, points, gpu, cuts=cuts, traced_accumulation=traced, drawn=drawn)
@@ -150,16 +154,15 @@ class Pricer:
             waits = (setting.family.host_seconds(setting, images, self.gpu.capability) for images in cuts)
             found = with_host_work(found, sum(waits))
         if setting.ema_on_host and part == "training":
-            base = scaled or self.trace(replace(setting, ema_on_host=False), part)
-            nbytes = sum(tensor.nbytes for tensor in base.trace.tensors if tensor.category == "EMA")
-            found = with_optimizer_work(found, nbytes / HOST_BYTES_PER_S)
+            base = scaled.columns if scaled else self.columns(replace(setting, ema_on_host=False), part).columns
+            found = with_optimizer_work(found, _bytes_of(base, "EMA") / HOST_BYTES_PER_S)
         if _state_on_host(setting) and part == "training":
             found = with_optimizer_work(found, 2 * self._moments_bytes(setting) / PINNED_BYTES_PER_S)
         return found
 
     def predict(self, setting: Setting, cuts: Sequence[int]) -> Prediction:
         """Training and evaluation, with the time of a window."""
-        training, evaluation = self.trace(setting, "training"), self.trace(setting, "evaluation")
+        training, evaluation = self.columns(setting, "training"), self.columns(setting, "evaluation")
         found = predict_traced(
             setting,
             self.gpu,
@@ -190,11 +193,11 @@ class Pricer:
     def blocks(self, setting: Setting) -> int:
         """Blocks of the model that activation checkpointing may recompute."""
         scaled = self._scaled(setting, "training")
-        return self.trace(setting, "training").blocks if scaled is None else scaled.blocks
+        return self.columns(setting, "training").blocks if scaled is None else scaled.blocks
 
     def _moments_bytes(self, setting: Setting) -> int:
         scaled = self._scaled(setting, "training")
-        base = scaled.trace if scaled is not None else self.trace(_on_gpu(setting), "training").trace
+        base = scaled.columns if scaled is not None else self.columns(_on_gpu(setting), "training").columns
         return moments_bytes(base)
 
     def offloaded_bytes(self, setting: Setting) -> int:
@@ -207,7 +210,7 @@ class Pricer:
             return state_bytes
         scaled = self._scaled(setting, "training")
         if scaled is None:
-            copied = _copied_bytes(self.trace(setting, "training").ops)
+            copied = _copied_bytes(self.columns(setting, "training").ops)
         else:
             small, large = scaled.micro_batches
             low, high = (_copied_bytes(ops) for ops in scaled.ops)
@@ -229,9 +232,10 @@ class Pricer:
 
     def gradient_bytes(self, setting: Setting) -> int:
         """What the GPUs exchange once a window."""
-        trace = self.trace(setting, "training").trace
-        made = (trace.tensors[e - 1] for e in trace.events[last_window(trace) :] if e > 0)
-        return sum(tensor.nbytes for tensor in made if tensor.category == "gradients")
+        trace = self.columns(setting, "training").columns
+        events = trace.events[last_window(trace) :]
+        made = events[events > 0] - 1
+        return int(trace.nbytes[made[trace.of_category("gradients")[made]]].sum())
 
     def request(self, setting: Setting, part: Part) -> TraceRequest:
         """The setting without what a scaled trace serves all values of."""
@@ -256,26 +260,36 @@ class Pricer:
 
     def trace(self, setting: Setting, part: Part) -> StoredTrace:
         """The setting's trace: scaled, or by itself below the micro-batches that are traced for scaling."""
+        return self.columns(setting, part).stored()
+
+    def columns(self, setting: Setting, part: Part) -> ColumnTrace:
+        """`trace` in columns, which takes less time."""
+        base, columns = self._unmoved(setting, part)
+        return base.priced(self._on_host(columns, setting, part))
+
+    def _unmoved(self, setting: Setting, part: Part) -> tuple[ScaledTrace, Columns]:
+        """The traces that the setting is priced from, and that of the setting with everything on the GPU."""
         request, scaled = self.request(setting, part), self._scaled(setting, part)
         evaluated = setting.eval_micro_batch or setting.micro_batch
         if scaled is not None and not scalable(setting):
-            found = scaled.stored(scaled.at(setting.accumulation))
-        elif scaled is None or min(setting.micro_batch, evaluated) < scaled.micro_batches[0]:
+            return scaled, scaled.at(setting.accumulation)
+        if scaled is None or min(setting.micro_batch, evaluated) < scaled.micro_batches[0]:
             exact = request.setting if not scalable(setting) else _at(request, setting.micro_batch).setting
             exact = replace(exact, eval_micro_batch=setting.eval_micro_batch if part == "evaluation" else None)
-            found = self._alone(replace(request, setting=exact))
-        else:
-            since = last_window(scaled.trace) if part == "evaluation" else None
-            made = scaled.at(setting.micro_batch, eval_micro_batch=evaluated, evaluated_from=since)
-            found = scaled.stored(made)
-        if _state_on_host(setting):
-            found = replace(found, trace=with_state_on_host(found.trace))
-        if not setting.ema_on_host:
-            return found
-        moved = without_ema(found.trace) if part == "training" else ema_for_evaluation(found.trace)
-        return replace(found, trace=moved)
+            alone = self._alone(replace(request, setting=exact))
+            return alone, alone.columns
+        since = last_window(scaled.columns) if part == "evaluation" else None
+        return scaled, scaled.at(setting.micro_batch, eval_micro_batch=evaluated, evaluated_from=since)
 
-    def _alone(self, request: TraceRequest) -> StoredTrace:
+    def _on_host(self, trace: Columns, setting: Setting, part: Part) -> Columns:
+        """A trace with what the setting keeps in host memory there."""
+        if _state_on_host(setting):
+            trace = with_state_on_host(trace)
+        if not setting.ema_on_host:
+            return trace
+        return without_ema(trace) if part == "training" else ema_for_evaluation(trace)
+
+    def _alone(self, request: TraceRequest) -> ScaledTrace:
         """The request's own trace: the package has those of micro-batch 1."""
         of_one = request.setting.micro_batch == 1 and request.setting.eval_micro_batch in (None, 1)
         found = packaged_alone(_at(request, 1)) if of_one else None
@@ -283,7 +297,7 @@ class Pricer:
             self.note(
                 f"tracing {request.part} at micro-batch {request.setting.micro_batch}, which no stored trace covers..."
             )
-        return found or get_trace(request, cache=self.cache)
+        return found or ScaledTrace.of_one(get_trace(request, cache=self.cache), request.setting.micro_batch)
 
 
 def packaged(request: TraceRequest) -> ScaledTrace | None:
@@ -293,14 +307,13 @@ def packaged(request: TraceRequest) -> ScaledTrace | None:
     return moved(scaled, found.laws, found.values) if found and found.laws and scaled else scaled
 
 
-def packaged_alone(request: TraceRequest) -> StoredTrace | None:
+def packaged_alone(request: TraceRequest) -> ScaledTrace | None:
     """The package's trace of a request at micro-batch 1."""
     found = source(request, alone=True)
-    traced = shipped(found.request, StoredTrace.from_record, alone=True) if found else None
-    if found is None or found.laws is None or traced is None:
-        return traced
-    made = moved(ScaledTrace.of_one(traced, 1), found.laws, found.values)
-    return made.stored(made.trace)
+    if found is None:
+        return None
+    traced = shipped(found.request, ScaledTrace.from_record_of_one, alone=True)
+    return moved(traced, found.laws, found.values) if found.laws and traced else traced
 
 
 def _state_on_host(setting: Setting) -> bool:
@@ -313,6 +326,10 @@ def _state_on_host(setting: Setting) -> bool:
 def _on_gpu(setting: Setting) -> Setting:
     """The same with the optimizer's state on the GPU: what is traced."""
     return replace(setting, optimizer="adamw-fused") if _state_on_host(setting) else setting
+
+
+def _bytes_of(trace: Columns, category: Category) -> int:
+    return int(trace.nbytes[trace.of_category(category)].sum())
 
 
 def _copied_bytes(ops: Sequence[OpCount]) -> float:

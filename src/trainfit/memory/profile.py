@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from trainfit.memory.allocator import Replay
+from trainfit.memory.columns import Columns
 from trainfit.tracing.events import CATEGORIES, TensorInfo, Trace
 
 SAMPLES = 240
@@ -69,7 +70,7 @@ class Profile:
     """The last window, thinned to its local maxima of allocated memory."""
 
 
-def last_window(trace: Trace) -> int:
+def last_window(trace: Trace | Columns) -> int:
     """Index of the event at which the last window begins."""
     return max((index for index, name in trace.marks if name.startswith("window ")), default=0)
 

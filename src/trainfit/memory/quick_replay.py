@@ -7,9 +7,11 @@ go on from a copy of the state just before.
 """
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate, islice
+from itertools import islice
+
+import numpy as np
 
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.allocator import replay
@@ -20,7 +22,7 @@ from trainfit.memory.caching_allocator import (
     SMALL_SEGMENT_BYTES,
     round_size,
 )
-from trainfit.tracing.events import Trace
+from trainfit.memory.columns import Columns, Integers
 
 STEP = 1.01
 """States are kept for capacities so far apart."""
@@ -48,6 +50,8 @@ class _State:
     """Start -> end."""
     reserved: int = 0
     next_segment: int = _SEGMENT
+    has_missed: bool = False
+    """Whether a tensor would have found no free block at its most bytes."""
 
     def copy(self) -> "_State":
         return _State(
@@ -59,6 +63,7 @@ class _State:
             segments=self.segments.copy(),
             reserved=self.reserved,
             next_segment=self.next_segment,
+            has_missed=self.has_missed,
         )
 
     def empty_cache(self) -> None:
@@ -86,27 +91,29 @@ class _State:
 class QuickReplay:
     """A trace that is replayed at many capacities."""
 
-    def __init__(self, trace: Trace, config: AllocatorConfig) -> None:
-        """Do what does not depend on the capacity."""
-        self.trace, self.config = trace, config
+    def __init__(self, trace: Columns, config: AllocatorConfig, *, most_bytes: Integers | None = None) -> None:
+        """Do what does not depend on the capacity.
+
+        `most_bytes`: bytes that tensors may have instead, for `survives_with_most`; more than in the trace only for tensors
+        that are freed at once.
+        """
+        self.trace, self.config, self.most_bytes = trace, config, most_bytes
         self._is_fast = config == AllocatorConfig(roundup_power2_divisions=config.roundup_power2_divisions)
-        self._requests = [tensor.nbytes for tensor in trace.tensors]
         self._states: list[tuple[int, int, _State]] = []
+        self._roomy: set[int] = set()
         if self._is_fast:
             self._compile()
 
     @cached_property
     def peak_requested_bytes(self) -> int:
         """Of tensors at one time: nothing less is survived."""
-        requests = self._requests
-        signed = (requests[event - 1] if event > 0 else -requests[-event - 1] for event in self.trace.events)
-        return max(accumulate(signed), default=0)
+        return self.trace.peak_bytes()
 
     @cached_property
     def peak_reserved_bytes(self) -> int:
         """Without a limit."""
         if not self._is_fast:
-            return replay(self.trace, capacity_bytes=None, config=self.config).peak_reserved_bytes
+            return replay(self.trace.trace(), capacity_bytes=None, config=self.config).peak_reserved_bytes
         state = self._begin()
         self._run(state, 0, self.peak_requested_bytes // BLOCK_BYTES, keep=True)
         return state.reserved * BLOCK_BYTES
@@ -114,47 +121,74 @@ class QuickReplay:
     def survives(self, capacity_bytes: int) -> bool:
         """Whether `replay` runs out of no memory at a capacity."""
         if not self._is_fast:
-            return replay(self.trace, capacity_bytes=capacity_bytes, config=self.config).oom is None
+            return replay(self.trace.trace(), capacity_bytes=capacity_bytes, config=self.config).oom is None
         capacity = capacity_bytes // BLOCK_BYTES
         begin, state = 0, None
         for reserved, event, kept in self._states:
             if reserved <= capacity:
                 begin, state = event, kept
-        return self._run(state.copy() if state else self._begin(), begin, capacity, keep=False)
+        state = state.copy() if state else self._begin()
+        survives = self._run(state, begin, capacity, keep=False)
+        if survives and not state.has_missed:
+            self._roomy.add(capacity)
+        return survives
+
+    def survives_with_most(self, capacity_bytes: int) -> bool:
+        """`survives` of the trace with `most_bytes`.
+
+        Where the trace itself survives, and each of those tensors finds a free block at its most bytes too, both leave the
+        allocator in the same state: then the one replay answers for both.
+        """
+        assert self.most_bytes is not None
+        return capacity_bytes // BLOCK_BYTES in self._roomy or self.with_most.survives(capacity_bytes)
+
+    @cached_property
+    def with_most(self) -> "QuickReplay":
+        """The trace with `most_bytes`."""
+        assert self.most_bytes is not None
+        return QuickReplay(replace(self.trace, nbytes=self.most_bytes), self.config)
 
     def _compile(self) -> None:
-        """Events without tensors of no bytes, as numbers: i: tensor i is allocated, ~i: freed, tensors + i: both at once."""
-        divisions, requests, count = self.config.roundup_power2_divisions, self._requests, len(self._requests)
-        rounded = {nbytes: round_size(nbytes, divisions) // BLOCK_BYTES for nbytes in set(requests)}
-        self._sizes = [rounded[nbytes] for nbytes in requests]
-        pools: dict[tuple[int, bool], int] = {}
-        self._pools = [
-            pools.setdefault((tensor.stream, size <= _SMALL), len(pools))
-            for tensor, size in zip(self.trace.tensors, self._sizes, strict=True)
-        ]
-        self._pool_count = len(pools)
-        self._ops: list[int] = []
-        last = -1
-        for event in self.trace.events:
-            if event > 0:
-                if requests[event - 1]:
-                    self._ops.append(event - 1)
-            elif last == -event:
-                if requests[last - 1]:
-                    self._ops[-1] += count
-            elif requests[-event - 1]:
-                self._ops.append(event)  # -(i + 1) is ~i
-            last = event
+        """Events without tensors of no bytes, as numbers: i: tensor i is allocated, ~i: freed, tensors + i: both at once;
+        2 * tensors + i, before that: is there a free block for its most bytes, whose size follows those of all tensors?
+        """
+        trace, events = self.trace, self.trace.events
+        count = len(trace.nbytes)
+        most = trace.nbytes if self.most_bytes is None else self.most_bytes
+        sizes = self._rounded(np.concatenate([trace.nbytes, most]))
+        _, pools = np.unique(2 * np.tile(trace.stream, 2) + (sizes <= _SMALL), return_inverse=True)
+        self._sizes: list[int] = sizes.tolist()
+        self._pools: list[int] = pools.tolist()
+        self._count, self._pool_count = count, 1 + max(self._pools, default=-1)
+        tensors = np.abs(events) - 1
+        at_once = np.append(events[1:] == -events[:-1], False)[: len(events)] & (events > 0)
+        ops = np.where(events > 0, tensors, ~tensors) + count * at_once
+        asked = np.flatnonzero(at_once & (most > trace.nbytes)[tensors])
+        kept = trace.nbytes[tensors] > 0
+        kept[1:] &= ~at_once[:-1]
+        ops = np.insert(ops, asked, tensors[asked] + 2 * count)
+        self._ops: list[int] = ops[np.insert(kept, asked, True)].tolist()
+        # Where its most bytes are of another pool, a block for them says nothing of one for its own.
+        elsewhere = (pools[:count] != pools[count:]) & (trace.nbytes > 0)
+        self._misses_some = bool(elsewhere[tensors[asked]].any())
+
+    def _rounded(self, nbytes: Integers) -> Integers:
+        """Sizes in blocks."""
+        distinct, which = np.unique(nbytes, return_inverse=True)
+        divisions = self.config.roundup_power2_divisions
+        rounded = [round_size(each, divisions) // BLOCK_BYTES for each in distinct.tolist()]
+        return np.array(rounded, dtype=np.int64)[which]
 
     def _begin(self) -> _State:
-        count = len(self._sizes)
-        return _State(starts=[0] * count, ends=[0] * count, free=[[] for _ in range(self._pool_count)])
+        count = self._count
+        free: list[list[int]] = [[] for _ in range(self._pool_count)]
+        return _State(starts=[0] * count, ends=[0] * count, free=free, has_missed=self._misses_some)
 
     def _run(self, state: _State, begin: int, limit: int, *, keep: bool) -> bool:
         """From an event to the end, or to where memory runs out: False. Where there is no limit, a state is kept (`keep`)
         before each segment that goes beyond `limit`, which then rises.
         """
-        sizes, pools, count = self._sizes, self._pools, len(self._sizes)
+        sizes, pools, count = self._sizes, self._pools, self._count
         starts, ends, end_of, start_of = state.starts, state.ends, state.end_of, state.start_of
         for index, op in enumerate(islice(self._ops, begin, None), begin):
             if op < 0:
@@ -168,6 +202,9 @@ class QuickReplay:
                         continue
                     start = free.pop(at) & _ADDRESS
                     end = end_of.pop(start)
+                elif op >= 2 * count:
+                    state.has_missed = True
+                    continue
                 else:
                     length = _segment(size)
                     if state.reserved + length > limit:

@@ -8,10 +8,14 @@ ones: the additional images' tensors are found by aligning the two traces, and t
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, groupby
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
+import numpy as np
+
+from trainfit.memory.columns import Columns, ColumnTrace, Integers
 from trainfit.timing.counts import OpCount
 from trainfit.tracing.events import TensorInfo, Trace
 from trainfit.tracing.stored_trace import StoredTrace
@@ -29,17 +33,17 @@ TOLERANCE = 0.003
 """Allowed relative difference between the peaks of the smaller trace and of the scaled trace at its micro-batch."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ScaledTrace:
     """Traces of one step at two micro-batches, aligned. In evaluation the micro-batch is the evaluation's as well."""
 
     micro_batches: tuple[int, int]
     """The smaller and the larger micro-batch."""
-    trace: Trace
+    columns: Columns
     """The trace at the larger micro-batch."""
-    small_bytes: tuple[int, ...]
+    small_bytes: Integers
     """Bytes of each tensor at the smaller micro-batch; 0 if only additional images allocate it."""
-    passing: frozenset[int]
+    passing: Integers
     """Tensors of an additional image that are freed before the next image: one exists at a time, for any number of images."""
     ops: tuple[tuple[OpCount, ...], tuple[OpCount, ...]]
     """Operators of the last window at both micro-batches."""
@@ -48,55 +52,73 @@ class ScaledTrace:
     blocks: int
     """Blocks of the model that activation checkpointing may recompute."""
 
-    def at(self, micro_batch: int, *, eval_micro_batch: int | None = None, evaluated_from: int | None = None) -> Trace:
+    @cached_property
+    def trace(self) -> Trace:
+        """The trace at the larger micro-batch, with an object for each tensor."""
+        return self.columns.trace()
+
+    def at(
+        self, micro_batch: int, *, eval_micro_batch: int | None = None, evaluated_from: int | None = None
+    ) -> Columns:
         """The trace at `micro_batch`, from event `evaluated_from` on at `eval_micro_batch`.
 
         Exact at the two micro-batches, and at others for sizes that are affine in the micro-batch. The tensors of additional
         images share the bytes of all images beyond the smaller micro-batch, so that sums are right, and so is a peak caused
         by one image's tensors.
         """
-        tensors = self.trace.tensors
-        until = len(tensors)
-        if evaluated_from is not None:
-            until = min((e - 1 for e in self.trace.events[evaluated_from:] if e > 0), default=until)
-        sized = [resized(t, self._bytes(t, micro_batch)) for t in tensors[:until]]
-        sized += [resized(t, self._bytes(t, eval_micro_batch or micro_batch)) for t in tensors[until:]]
-        return Trace(tensors=tuple(sized), events=self.trace.events, marks=self.trace.marks)
+        nbytes = self.sizes(micro_batch)
+        if evaluated_from is not None and eval_micro_batch not in (None, micro_batch):
+            events = self.columns.events[evaluated_from:]
+            until = int((events[events > 0] - 1).min(initial=len(nbytes)))
+            nbytes = np.concatenate([nbytes[:until], self.sizes(eval_micro_batch)[until:]])
+        return replace(self.columns, nbytes=nbytes)
 
-    def peak_bytes(self, micro_batch: int) -> int:
-        """The peak of the bytes that the tensors of the trace request at a micro-batch."""
-        sizes = [self._bytes(tensor, micro_batch) for tensor in self.trace.tensors]
-        changes = (sizes[event - 1] if event > 0 else -sizes[-event - 1] for event in self.trace.events)
-        return max(accumulate(changes), default=0)
-
-    def _bytes(self, tensor: TensorInfo, micro_batch: int) -> int:
+    def sizes(self, micro_batch: int) -> Integers:
+        """Bytes of each tensor at a micro-batch."""
         small, large = self.micro_batches
-        before = self.small_bytes[tensor.id]
-        if before == tensor.nbytes:
-            return before
-        if tensor.id in self.passing:
-            return tensor.nbytes if micro_batch > small else 0
-        grown = (tensor.nbytes - before) * (micro_batch - small)
-        return max(0, before + -(-grown // (large - small)))
+        before, after = self.small_bytes, self.columns.nbytes
+        if small == large:
+            return after
+        grown = (after - before) * (micro_batch - small)
+        sizes = np.maximum(0, before - (-grown // (large - small)))
+        sizes[self.passing] = after[self.passing] if micro_batch > small else 0
+        return np.where(before == after, before, sizes)
 
     @classmethod
     def of_one(cls, traced: StoredTrace, micro_batch: int) -> "ScaledTrace":
         """A trace of one micro-batch alone: its sizes are the same at every one."""
+        columns = Columns.of(traced.trace)
         return cls(
             micro_batches=(micro_batch, micro_batch),
-            trace=traced.trace,
-            small_bytes=tuple(tensor.nbytes for tensor in traced.trace.tensors),
-            passing=frozenset(),
+            columns=columns,
+            small_bytes=columns.nbytes,
+            passing=np.zeros(0, dtype=np.int64),
             ops=(traced.ops, traced.ops),
             made_up=traced.made_up,
             upper_bounds=traced.upper_bounds,
             blocks=traced.blocks,
         )
 
-    def stored(self, trace: Trace) -> StoredTrace:
+    @classmethod
+    def from_record_of_one(cls, record: Mapping[str, Any]) -> "ScaledTrace":
+        """Read what `StoredTrace.to_record` gave of micro-batch 1."""
+        columns = Columns.from_record(record["trace"])
+        ops = tuple(map(OpCount.from_row, record["ops"]))
+        return cls(
+            micro_batches=(1, 1),
+            columns=columns,
+            small_bytes=columns.nbytes,
+            passing=np.zeros(0, dtype=np.int64),
+            ops=(ops, ops),
+            made_up=tuple(record["made_up"]),
+            upper_bounds=tuple(record["upper_bounds"]),
+            blocks=record["blocks"],
+        )
+
+    def priced(self, trace: Columns) -> ColumnTrace:
         """`trace`, made from this one, with what goes with it."""
-        return StoredTrace(
-            trace=trace,
+        return ColumnTrace(
+            columns=trace,
             ops=self.ops[1],
             made_up=self.made_up,
             upper_bounds=self.upper_bounds,
@@ -108,8 +130,8 @@ class ScaledTrace:
         return {
             "micro_batches": self.micro_batches,
             "trace": self.trace.to_record(),
-            "small_bytes": self.small_bytes,
-            "passing": sorted(self.passing),
+            "small_bytes": self.small_bytes.tolist(),
+            "passing": sorted(self.passing.tolist()),
             "ops": [[row.to_row() for row in rows] for rows in self.ops],
             "made_up": self.made_up,
             "upper_bounds": self.upper_bounds,
@@ -122,9 +144,9 @@ class ScaledTrace:
         small, large = (tuple(map(OpCount.from_row, rows)) for rows in record["ops"])
         return cls(
             micro_batches=(record["micro_batches"][0], record["micro_batches"][1]),
-            trace=Trace.from_record(record["trace"]),
-            small_bytes=tuple(record["small_bytes"]),
-            passing=frozenset(record["passing"]),
+            columns=Columns.from_record(record["trace"]),
+            small_bytes=np.array(record["small_bytes"], dtype=np.int64),
+            passing=np.array(record["passing"], dtype=np.int64),
             ops=(small, large),
             made_up=tuple(record["made_up"]),
             upper_bounds=tuple(record["upper_bounds"]),
@@ -141,21 +163,6 @@ class ScaledTrace:
         return cls.from_record(json.loads(text))
 
 
-def resized(tensor: TensorInfo, nbytes: int) -> TensorInfo:
-    """The tensor with another size. `dataclasses.replace` takes six times as long, and a trace has tens of thousands."""
-    if nbytes == tensor.nbytes:
-        return tensor
-    return TensorInfo(
-        id=tensor.id,
-        nbytes=nbytes,
-        category=tensor.category,
-        op=tensor.op,
-        module=tensor.module,
-        phase=tensor.phase,
-        stream=tensor.stream,
-    )
-
-
 def scale(small: StoredTrace, large: StoredTrace, micro_batches: tuple[int, int]) -> ScaledTrace | None:
     """Align the traces of one setting at two micro-batches, the smaller first.
 
@@ -165,23 +172,17 @@ def scale(small: StoredTrace, large: StoredTrace, micro_batches: tuple[int, int]
     sizes = tuple(0 if match is None else small.trace.tensors[match].nbytes for match in matches)
     scaled = ScaledTrace(
         micro_batches=micro_batches,
-        trace=large.trace,
-        small_bytes=sizes,
-        passing=_passing(large.trace, matches),
+        columns=Columns.of(large.trace),
+        small_bytes=np.array(sizes, dtype=np.int64),
+        passing=np.array(_passing(large.trace, matches), dtype=np.int64),
         ops=(small.ops, large.ops),
         made_up=large.made_up,
         upper_bounds=large.upper_bounds,
         blocks=large.blocks,
     )
-    true_peak = peak_bytes(small.trace)
-    peak = peak_bytes(scaled.at(micro_batches[0]))
+    true_peak = Columns.of(small.trace).peak_bytes()
+    peak = scaled.at(micro_batches[0]).peak_bytes()
     return scaled if abs(peak - true_peak) <= TOLERANCE * true_peak else None
-
-
-def peak_bytes(trace: Trace) -> int:
-    """The peak of the bytes that a trace's tensors request."""
-    sizes = [tensor.nbytes for tensor in trace.tensors]
-    return max(accumulate(sizes[event - 1] if event > 0 else -sizes[-event - 1] for event in trace.events), default=0)
 
 
 def matched(small: Sequence[TensorInfo], large: Sequence[TensorInfo], *, growth: float) -> list[int | None]:
@@ -245,7 +246,7 @@ def _align(small: Sequence[TensorInfo], large: Sequence[TensorInfo], *, growth: 
     return matches
 
 
-def _passing(trace: Trace, matches: Sequence[int | None]) -> frozenset[int]:
+def _passing(trace: Trace, matches: Sequence[int | None]) -> list[int]:
     """Unmatched tensors that are freed before the next matched one is allocated."""
     allocated = {event - 1: index for index, event in enumerate(trace.events) if event > 0}
     freed = {-event - 1: index for index, event in enumerate(trace.events) if event < 0}
@@ -256,4 +257,4 @@ def _passing(trace: Trace, matches: Sequence[int | None]) -> frozenset[int]:
             end = allocated[number]
         elif freed.get(number, len(trace.events)) <= end:
             passing.add(number)
-    return frozenset(passing)
+    return sorted(passing)

@@ -6,14 +6,13 @@ from typing import Literal
 
 from trainfit.gpus.catalogue import Gpu
 from trainfit.memory.alloc_conf import AllocatorConfig
-from trainfit.memory.predict import Prediction, predict_traced, trace_requests
+from trainfit.memory.predict import Prediction, Traced, predict_traced, trace_requests
 from trainfit.memory.priced import Pricer
 from trainfit.memory.shipped import why_unused
 from trainfit.models.setting import Setting
 from trainfit.planning.make import precision_for
 from trainfit.planning.nearest import nearest, needs_text
 from trainfit.planning.objects import objects_lines
-from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace_cache import get_traces, is_stored
 
 _DEFAULTS = AllocatorConfig()
@@ -39,7 +38,7 @@ def predict_with_trace(
     cache: bool = True,
     device: Literal["cuda", "cpu"] = "cuda",
     note: Callable[[str], None] = lambda _: None,
-) -> tuple[Prediction, StoredTrace]:
+) -> tuple[Prediction, Traced]:
     """The prediction of a setting, and the trace of training that it is made from.
 
     A setting that the package has traces for is answered from them, with the numbers that `make_plan` gives for it. Any
@@ -64,7 +63,7 @@ def predict_with_trace(
             cuts = (setting.micro_batch,) * setting.accumulation
             found = pricer.predict(resolved, cuts)
             lines = (*found.assumptions, *objects_lines(pricer, resolved))
-            return replace(found, setting=setting, assumptions=lines), pricer.trace(resolved, "training")
+            return replace(found, setting=setting, assumptions=lines), pricer.columns(resolved, "training")
         if reason := why_unused(setting):
             note(reason)
         if near := nearest(resolved, pricer):

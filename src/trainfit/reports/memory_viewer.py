@@ -9,14 +9,13 @@ from typing import Any
 
 from trainfit.gpus.catalogue import Gpu
 from trainfit.memory.allocator import AllocatorConfig, Replay
-from trainfit.memory.predict import completed, replay_on
+from trainfit.memory.predict import Traced, completed, replay_on
 from trainfit.tracing.events import TensorInfo, Trace
-from trainfit.tracing.stored_trace import StoredTrace
 
 
-def snapshot(stored: StoredTrace, gpu: Gpu, config: AllocatorConfig) -> dict[str, Any]:
+def snapshot(traced: Traced, gpu: Gpu, config: AllocatorConfig) -> dict[str, Any]:
     """A trace replayed on the card, unknowns at their lowest; see `to_snapshot`."""
-    trace = completed(stored, gpu, bound="least").trace
+    trace = completed(traced, gpu, bound="least").columns.trace()
     return to_snapshot(trace, replay_on(gpu, trace, config))
 
 
