@@ -30,7 +30,7 @@ from trainfit.values import flag
         ),
         (("--grad-accum-steps", 4), "--grad-accum-steps: that is --accumulation 4"),
         (("--imgsz", 640), "--imgsz: the size of the input is --resolution 640"),
-        (("--classes", "car"), "--classes: to train on some classes alone give --only-classes car"),
+        (("--classes", "car"), "--classes: to train on some of the classes give --only-classes car"),
         (("--device", "0"), "--device 0: choose GPUs by CUDA_VISIBLE_DEVICES=0 trainfit train ..."),
         (("--device", "cuda:1"), "--device cuda:1: choose GPUs by CUDA_VISIBLE_DEVICES=1 trainfit train ..."),
         (

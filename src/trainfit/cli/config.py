@@ -107,8 +107,10 @@ def _words(leaf: Leaf, value: Any, path: Path) -> list[str]:
     name = flag(leaf.name)
     if isinstance(value, bool) and leaf.hint is not bool and "on" in get_args(leaf.hint):
         return [name, "on" if value else "off"]
-    if isinstance(value, bool):
-        return [name] if value else ([] if name == "--json" else [f"--no-{name[2:]}"])
+    if value is True:
+        return [name]
+    if value is False:
+        return [] if name == "--json" else [f"--no-{name[2:]}"]
     if isinstance(value, Mapping):
         raise TrainfitError(f"{CONFIG} {path}: {name[2:]} must be a value, not a table")
     return [name, *(str(each) for each in _several(value))]

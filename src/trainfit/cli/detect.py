@@ -88,19 +88,19 @@ def _detected(arguments: Detect, media: "list[Medium]", files: ExitStack) -> Ite
         rows_files.append(files.enter_context(JsonRows(arguments.out)))
     coco = files.enter_context(CocoFile(arguments.coco, name, classes)) if arguments.coco else None
     drawings = files.enter_context(Drawings(arguments.draw, task, classes, arguments.every)) if arguments.draw else None
-    for found in detect_in(loaded, media, every=arguments.every):
-        rows = task.rows(found.medium.path, found.output, classes, arguments.threshold)
+    for detection in detect_in(loaded, media, every=arguments.every):
+        rows = task.rows(detection.medium.path, detection.output, classes, arguments.threshold)
         if drawings:  # from the image file, which of a video is not `file`
-            drawings.add(found, rows)
-        if found.frame is not None:
-            at: dict[str, Any] = {"frame": found.frame, "time_s": round(found.time_s or 0.0, 3)}
+            drawings.add(detection, rows)
+        if detection.frame is not None:
+            at: dict[str, Any] = {"frame": detection.frame, "time_s": round(detection.time_s or 0.0, 3)}
             rows = [row | at for row in rows]
         for file in rows_files:
             file.add(rows)
         if coco:
-            coco.add(found, rows)
+            coco.add(detection, rows)
         for row in rows:
-            moment = "" if found.frame is None else f"frame {found.frame}  "
+            moment = "" if detection.frame is None else f"frame {detection.frame}  "
             yield printable(moment + task.row_text(row))
 
 

@@ -84,11 +84,11 @@ class CocoFile:
         self._file.write(f'{{"categories": {json.dumps(categories)}, "annotations": [')
         self._separator = "\n"
 
-    def add(self, found: "Detected", rows: Sequence[Mapping[str, Any]]) -> None:
+    def add(self, detection: "Detected", rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the rows of an image, or of a frame."""
-        medium = found.medium
+        medium = detection.medium
         image = {"id": len(self._images) + 1, "file_name": str(medium.path)}
-        frame = {} if found.frame is None else {"frame": found.frame}
+        frame = {} if detection.frame is None else {"frame": detection.frame}
         self._images.append(image | {"width": medium.width, "height": medium.height} | frame)
         for row in rows:
             ids = {"id": next(self._ids), "image_id": image["id"]}
@@ -117,10 +117,10 @@ class Drawings:
         self._taken: set[str] = set()
         self._video: tuple[Medium, Path, VideoWriter] | None = None
 
-    def add(self, found: "Detected", rows: Sequence[Mapping[str, Any]]) -> None:
+    def add(self, detection: "Detected", rows: Sequence[Mapping[str, Any]]) -> None:
         """Draw the rows of an image, or of a frame."""
-        medium = found.medium
-        picture = self._task.drawn(found.picture, rows, self._classes)
+        medium = detection.medium
+        picture = self._task.drawn(detection.picture, rows, self._classes)
         if self._video is not None and self._video[0] != medium:
             self._end_video()
         if not medium.is_video:

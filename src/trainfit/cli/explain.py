@@ -40,9 +40,11 @@ class Explain:
 def explain(arguments: Explain, _given: AbstractSet[str]) -> int:
     """Explain an out-of-memory error; nothing of the file is run."""
     if arguments.file == STDIN:
-        data, source = sys.stdin.buffer.read(MOST_BYTES + 1), "what was piped in"
+        data = sys.stdin.buffer.read(MOST_BYTES + 1)
+        source = "what was piped in"
     else:
-        data, source = _content(Path(arguments.file)), arguments.file
+        data = _content(Path(arguments.file))
+        source = arguments.file
     setting = make_setting(arguments.model, micro_batch=arguments.micro_batch) if arguments.model is not None else None
     known = arguments.gpu is not None or arguments.memory is not None
     result = explain_bytes(

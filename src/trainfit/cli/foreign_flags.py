@@ -49,7 +49,8 @@ def answer_foreign_flags(words: Sequence[str]) -> None:
         return
     for word, after in zip_longest(words, words[1:], fillvalue=""):
         name, equals, value = word.replace("_", "-").partition("=") if word.startswith("--") else (word, "", "")
-        value = value if equals else ("" if after.startswith("-") else after)
+        if not equals and not after.startswith("-"):
+            value = after
         if name in OF_TRAINING and words[0] != "train":
             continue
         if name == "--device" and value and value not in DEVICES:

@@ -6,8 +6,10 @@ import time
 from types import TracebackType
 from typing import TextIO
 
-FIRST_S, NEXT_S = 1.0, 10.0
-"""Where stderr is no terminal: when the first line comes, and how often another."""
+FIRST_S = 1.0
+"""Seconds before the first line where stderr is no terminal."""
+NEXT_S = 10.0
+"""Seconds between two lines there."""
 
 
 class Progress:
@@ -22,9 +24,12 @@ class Progress:
         self.stream = stream or sys.stderr
         self.is_terminal = self.stream.isatty()
         self._started = self._last_s = time.monotonic()
-        self._count, self._current, self._shown = -1, first, False
+        self._count = -1
+        self._current = first
+        self._shown = False
         self._lasting: list[str] = []
-        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
 
     def __enter__(self) -> "Progress":
         """Show the first line, and keep the time running."""
@@ -73,7 +78,8 @@ class Progress:
             return
         else:
             print(status, file=self.stream, flush=True)
-        self._shown, self._last_s = True, now
+        self._shown = True
+        self._last_s = now
 
     def _clear(self) -> None:
         if self.is_terminal and self._shown:

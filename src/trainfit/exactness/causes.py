@@ -19,11 +19,11 @@ FIT = 1e-6
 
 def events(micro: Run, alone: Run, windows: Windows, *, accumulation: int) -> list[Finding]:
     """What is wrong whatever the gradient: steps, averages, schedules, scalers, exchanges at the wrong moment."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
 
     def say(cause: Cause, explanation: str) -> None:
-        if cause not in [each.cause for each in found]:
-            found.append(Finding(cause=cause, explanation=explanation))
+        if cause not in [each.cause for each in findings]:
+            findings.append(Finding(cause=cause, explanation=explanation))
 
     batches = sum(len(window) for window in windows)
     if len(micro.windows) > len(alone.windows):
@@ -47,7 +47,7 @@ def events(micro: Run, alone: Run, windows: Windows, *, accumulation: int) -> li
             )
         for cause, explanation in _moments(window):
             say(cause, explanation)
-    return found
+    return findings
 
 
 def steps_of(alone: Run, windows: Windows) -> int:
@@ -110,13 +110,13 @@ def differences(
     micro: Run,
     alone: Run,
     windows: Windows,
-    found: Sequence[Finding],
+    findings: Sequence[Finding],
     *,
     accumulation: int,
     limit: float,
 ) -> list[Finding]:
     """Why the gradient of a window is not the big batch's, where it is not."""
-    known = [finding.cause for finding in found]
+    known = [finding.cause for finding in findings]
     if any(cause in known for cause in ("step", "zero_grad", "clip")):
         return []  # they change the gradient themselves
     result: list[Finding] = []
@@ -138,7 +138,8 @@ def _of_later_window(
     runner: Runner, micro: Run, alone: Run, windows: Windows, number: int, *, accumulation: int, limit: float
 ) -> list[Finding]:
     """The first window is exact and a later one is not: for the number of its micro-batches, or what is in it."""
-    one, other = micro.windows[number], alone.windows[number]
+    one = micro.windows[number]
+    other = alone.windows[number]
     ratio = _ratio(one.gradients, other.gradients)
     rest = windows[number // steps_of(alone, windows) :]
     size = len(rest[0])
@@ -211,10 +212,12 @@ def _differs(with_cause: Sequence[Window], without: Sequence[Window], limit: flo
     """Whether a cause changes how far micro-batches and big batch are apart, beyond what is left without it."""
 
     def gap(pair: Sequence[Window]) -> Gradients:
-        mine, truth = pair[0].gradients, pair[1].gradients
+        mine = pair[0].gradients
+        truth = pair[1].gradients
         return {name: mine.get(name, torch.zeros_like(value)) - value for name, value in truth.items()}
 
-    one, other = gap(with_cause), gap(without)
+    one = gap(with_cause)
+    other = gap(without)
     size = max(_norm(with_cause[1].gradients), 1e-300)
     return _norm({name: one[name] - other[name] for name in one if name in other}) / size > limit
 
@@ -239,7 +242,8 @@ def _weights(
     runner: Runner, micro: Run, alone: Run, window: Sequence[Sequence[Any]], *, how: How, limit: float
 ) -> list[Finding]:
     """Judge the weight that the loop gives each micro-batch against the weight that it has in the big batch."""
-    mine, truth = micro.windows[0].gradients, alone.windows[0].gradients
+    mine = micro.windows[0].gradients
+    truth = alone.windows[0].gradients
     parts = len(window)
     ratio = _ratio(mine, truth)
     if ratio is not None:

@@ -85,9 +85,9 @@ def _here(
             f"the loop steps its optimizer with accumulation 1, but never with accumulation {accumulation}"
         )
     limit = tolerance or _tolerance((alone, micro), double=runner.double)
-    found = events(micro, alone, windows, accumulation=accumulation)
-    found += differences(runner, micro, alone, windows, found, accumulation=accumulation, limit=limit)
-    return micro, alone, found, limit
+    findings = events(micro, alone, windows, accumulation=accumulation)
+    findings += differences(runner, micro, alone, windows, findings, accumulation=accumulation, limit=limit)
+    return micro, alone, findings, limit
 
 
 def _on_ranks(
@@ -98,10 +98,10 @@ def _on_ranks(
     with processes.alone():
         alone = _reference(runner, windows)
     limit = tolerance or _tolerance((alone, *many), double=runner.double)
-    found = processes.synchronised(many, alone, limit)
-    known = [finding.cause for finding in found]
+    findings = processes.synchronised(many, alone, limit)
+    known = [finding.cause for finding in findings]
     of_rank = events(many[0], alone, windows, accumulation=accumulation)
-    return many[0], alone, [*found, *(each for each in of_rank if each.cause not in known)], limit
+    return many[0], alone, [*findings, *(each for each in of_rank if each.cause not in known)], limit
 
 
 def _reference(runner: Runner, windows: Sequence[Sequence[Sequence[Any]]]) -> Run:

@@ -155,7 +155,7 @@ def named_function(name: str) -> Callable[[], Any]:
     if not module or not function:
         raise TrainfitError(f"{name!r} names no function: write module:function, for instance train:check")
     module = module.removesuffix(".py").replace("/", ".")
-    found = load_named(module, function, name)
-    if not callable(found):
+    value = load_named(module, function, name)
+    if not callable(value):
         raise TrainfitError(f"{name} is no function")
-    return found
+    return value

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ class Watch:
         self, model: torch.nn.Module, *, mute: bool = False, freeze_norms: bool = False, double: bool = True
     ) -> None:
         """`mute` takes random numbers away, `freeze_norms` the batch's statistics."""
-        self.model, self.freeze_norms = model, freeze_norms
+        self.model = model
+        self.freeze_norms = freeze_norms
         self.taken: Callable[[], int] = lambda: 0
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.parameters = dict(model.named_parameters())
@@ -84,8 +85,9 @@ class Watch:
 
     def _wrappers(self) -> list[tuple[Any, str, Callable[[Any], Any]]]:
         """(Owner, name, original -> replacement) of everything that is not offered as a hook."""
-        scaler, ddp = torch.amp.GradScaler, torch.nn.parallel.DistributedDataParallel
-        found: list[tuple[Any, str, Callable[[Any], Any]]] = [
+        scaler = torch.amp.GradScaler
+        ddp = torch.nn.parallel.DistributedDataParallel
+        replaced: list[tuple[Any, str, Callable[[Any], Any]]] = [
             (torch.autograd, "backward", self._backward),
             (torch.autocast, "__init__", self._no_autocast),
             (clip_grad, "_clip_grads_with_norm_", self._clip),
@@ -104,8 +106,8 @@ class Watch:
         schedulers: list[Any] = [LRScheduler]
         for kind in schedulers:
             schedulers += [each for each in kind.__subclasses__() if each not in schedulers]
-        found += [(kind, "step", self._schedule) for kind in schedulers if "step" in kind.__dict__]
-        return found
+        replaced += [(kind, "step", self._schedule) for kind in schedulers if "step" in kind.__dict__]
+        return replaced
 
     # Modules
 
@@ -201,9 +203,11 @@ class Watch:
 
     def _is_gradients(self, given: Any) -> bool:
         """Whether these tensors are the model's parameters or their gradients: norms of others are no clip."""
-        tensors = (
-            [given] if isinstance(given, torch.Tensor) else list(given) if isinstance(given, (list, tuple)) else []
-        )
+        tensors: list[Any] = []
+        if isinstance(given, torch.Tensor):
+            tensors = [given]
+        elif isinstance(given, (list, tuple)):
+            tensors = list(cast("list[Any] | tuple[Any, ...]", given))
         own = {id(p) for p in self.parameters.values()} | {id(p.grad) for p in self.parameters.values()}
         return not tensors or any(id(t) in own for t in tensors)
 
@@ -238,7 +242,8 @@ class Watch:
                 for p in group["params"]:
                     if id(p) not in self.names:
                         name = f"parameter {len(self.parameters)}, which is none of the model's"
-                        self.names[id(p)], self.parameters[name] = name, p
+                        self.names[id(p)] = name
+                        self.parameters[name] = p
         if window.backwards:
             self._capture()
         place = self.optimizers.index(optimizer)
@@ -302,7 +307,8 @@ class Watch:
             with self._scalers_format():
                 result = original(scaler, outputs)
             if scaler.is_enabled():
-                self._scaler, self._scaled = scaler, True
+                self._scaler = scaler
+                self._scaled = True
             return result
 
         return scale
@@ -328,7 +334,8 @@ class Watch:
     @contextmanager
     def _scalers_format(self) -> Generator[None]:
         """Around the scaler's own arithmetic, whose kernels take a scale in float32 alone."""
-        double, self.operators.double = self.operators.double, False
+        double = self.operators.double
+        self.operators.double = False
         self._inside += 1
         try:
             yield

@@ -19,7 +19,9 @@ class Operators(TorchDispatchMode):
     def __init__(self, *, mute: bool, double: bool, outside: Callable[[], bool]) -> None:
         """`outside` says whether the loop is neither in a forward, nor in a backward, nor in an optimizer's step."""
         super().__init__()
-        self.mute, self.double, self.outside = mute, double, outside
+        self.mute = mute
+        self.double = double
+        self.outside = outside
         self.random: set[str] = set()
         """Operators that drew random numbers."""
         self.low = False
@@ -111,7 +113,9 @@ def _muted(name: str, func: Any, args: Sequence[Any], named: dict[str, Any]) -> 
         return result.fill_(0.5)
     if plain in ("randn", "randn_like", "normal"):
         return result.zero_()
+    if plain == "randint" and len(args) > 2:  # randint(low, high, size)
+        return result.fill_(args[0])
     if plain in ("randint", "randint_like", "random"):
-        return result.zero_() if plain != "randint" else result.fill_(args[0] if len(args) > 2 else 0)
+        return result.zero_()
     torch.manual_seed(0)
     return func(*args, **named)

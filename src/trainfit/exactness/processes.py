@@ -47,8 +47,10 @@ def run_ranks(
                 _rank, args=(loop, sizes, ranks, accumulation, double, port, folder), nprocs=ranks, join=True
             )
         except Exception as error:
-            said = [file.read_text() for file in sorted(Path(folder).glob("*.txt"))]
-            raise TrainfitError(said[0] if said else f"a rank failed: {' '.join(str(error).split())[-300:]}") from error
+            messages = [file.read_text() for file in sorted(Path(folder).glob("*.txt"))]
+            raise TrainfitError(
+                messages[0] if messages else f"a rank failed: {' '.join(str(error).split())[-300:]}"
+            ) from error
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 

@@ -38,7 +38,9 @@ class Runner:
 
     def __init__(self, loop: OwnLoop, *, micro_batch: int, double: bool) -> None:
         """Make the weights that every run starts from."""
-        self.loop, self.micro_batch, self.double = loop, micro_batch, double
+        self.loop = loop
+        self.micro_batch = micro_batch
+        self.double = double
         with numbers(seed=0, double=double):
             self.state = {name: value.clone() for name, value in self._make().state_dict().items()}
 
@@ -105,14 +107,14 @@ class Runner:
 
     def shapes(self, micro_batches: Sequence[Sequence[Any]]) -> set[tuple[Any, ...]]:
         """The shapes behind the first dimension of every batch's tensors, and the sizes of images in lists."""
-        found: set[tuple[Any, ...]] = set()
+        shapes_seen: set[tuple[Any, ...]] = set()
         for items in micro_batches:
             batch = self.loop.collate(list(items))
             sides = [tuple(t.shape[-2:]) for t in image_list(batch)]
             largest = tuple(max(each) for each in zip(*sides, strict=True)) if sides else ()
             stacked = tuple(tuple(t.shape[1:]) for t in _tensors(batch) if t.dim() and len(t) == len(items))
-            found.add((largest, () if sides else stacked))
-        return found
+            shapes_seen.add((largest, () if sides else stacked))
+        return shapes_seen
 
 
 def _tensors(batch: Any) -> list[torch.Tensor]:
@@ -130,7 +132,9 @@ def seed_everything(seed: int) -> None:
 def numbers(*, seed: int, double: bool) -> Generator[None]:
     """Seeded random numbers and, where asked, float64 as the default; everything is put back."""
     states: list[Callable[[], None]] = []
-    python, legacy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    python = random.getstate()
+    legacy = np.random.get_state()
+    torch_state = torch.get_rng_state()
     states += [lambda: random.setstate(python), lambda: np.random.set_state(legacy)]
     states.append(lambda: torch.set_rng_state(torch_state))
     dtype = torch.get_default_dtype()
@@ -155,13 +159,14 @@ def whole(windows: Sequence[Sequence[Sequence[Any]]]) -> list[list[Sequence[Any]
     return [[[item for micro_batch in window for item in micro_batch]] for window in windows]
 
 
-def parameter_errors(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> dict[str, float]:
-    """|found - truth| / |truth| of each parameter; a tiny |truth| counts as 1e-5 of the whole gradient."""
+def parameter_errors(gradients: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> dict[str, float]:
+    """|gradients - truth| / |truth| of each parameter; a tiny |truth| counts as 1e-5 of the whole gradient."""
     norm = math.sqrt(sum(float(value.norm()) ** 2 for value in truth.values()))
     errors: dict[str, float] = {}
-    for name in {**truth, **found}:
-        zero = torch.zeros_like(truth[name] if name in truth else found[name])
-        one, other = found.get(name, zero), truth.get(name, zero)
+    for name in {**truth, **gradients}:
+        zero = torch.zeros_like(truth[name] if name in truth else gradients[name])
+        one = gradients.get(name, zero)
+        other = truth.get(name, zero)
         size = max(float(other.norm()), 1e-5 * norm)
         difference = float((one - other).norm())
         errors[name] = difference / size if size else float(difference > 0)

@@ -66,7 +66,8 @@ def explain_bytes(
         if len(data) > MOST_TEXT_BYTES:
             raise TrainfitError(f"{source} has {len(data) >> 20} MiB: give the part of the log around the error")
         text = data.decode("utf-8", errors="replace")
-        messages, growth = find_messages(text), find_growth(text)
+        messages = find_messages(text)
+        growth = find_growth(text)
         if not messages and growth is None:
             raise TrainfitError(
                 f"{source} has no out-of-memory message, no memory figures, and is no snapshot of "
@@ -111,10 +112,20 @@ def explain(
         TrainfitError: there is nothing to explain, or no such model or card.
         OSError: the file cannot be read.
     """
-    data = what.read_bytes() if isinstance(what, Path) else what.encode() if isinstance(what, str) else what
+    source = "the text"
+    if isinstance(what, Path):
+        data = what.read_bytes()
+        source = str(what)
+    elif isinstance(what, str):
+        data = what.encode()
+    else:
+        data = what
+    card: Gpu | None = None
+    if isinstance(gpu, Gpu):
+        card = gpu
+    elif gpu or memory:
+        card = chosen_gpu(gpu, memory)
     setting = make_setting(model, **knobs) if isinstance(model, str) else model
-    card = gpu if isinstance(gpu, Gpu) else chosen_gpu(gpu, memory) if gpu or memory else None
-    source = str(what) if isinstance(what, Path) else "the text"
     return explain_bytes(data, source, setting=setting, gpu=card, note=note)
 
 

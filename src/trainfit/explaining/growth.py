@@ -78,7 +78,7 @@ def _running(series: Sequence[int]) -> list[int]:
 
 def _from_json(lines: Iterable[str]) -> list[int]:
     """`reserved_bytes`, `memory_bytes` or `memory` (MiB, mmengine) of JSON lines."""
-    found: list[int] = []
+    readings: list[int] = []
     for line in lines:
         if not line.startswith("{"):
             continue
@@ -89,14 +89,14 @@ def _from_json(lines: Iterable[str]) -> list[int]:
         for key, unit in (("reserved_bytes", 1), ("memory_bytes", 1), ("memory", 2**20)):
             value = row.get(key)
             if isinstance(value, (int, float)) and not isinstance(value, bool):
-                found.append(int(value * unit))
+                readings.append(int(value * unit))
                 break
-    return found
+    return readings
 
 
 def _from_lines(lines: Sequence[str]) -> list[int]:
     for pattern, unit in _PATTERNS:
-        found = [int(float(match[1]) * unit) for line in lines if (match := pattern.search(line))]
-        if len(found) > 1:
-            return found
+        readings = [int(float(match[1]) * unit) for line in lines if (match := pattern.search(line))]
+        if len(readings) > 1:
+            return readings
     return []

@@ -46,12 +46,12 @@ def frees(setting: Setting, gpu: Gpu, *, note: Callable[[str], None] = lambda _:
         TrainfitError: the setting itself cannot be predicted.
     """
     base = predict(setting, gpu).needs.high_bytes
-    found: list[Freed] = []
+    freed: list[Freed] = []
     for knob, changed, same in changes(setting):
         note(f"predicting {knob}")
         try:
             needs = predict(changed, gpu).needs.high_bytes
-            found.append(Freed(knob=knob, frees_bytes=base - needs, needs_bytes=needs, same_result=same))
+            freed.append(Freed(knob=knob, frees_bytes=base - needs, needs_bytes=needs, same_result=same))
         except TrainfitError as error:
-            found.append(Freed(knob=knob, frees_bytes=0, needs_bytes=0, same_result=same, failure=str(error)))
-    return base, tuple(sorted(found, key=lambda each: -each.frees_bytes))
+            freed.append(Freed(knob=knob, frees_bytes=0, needs_bytes=0, same_result=same, failure=str(error)))
+    return base, tuple(sorted(freed, key=lambda each: -each.frees_bytes))

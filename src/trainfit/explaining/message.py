@@ -86,7 +86,7 @@ _PHASES = (
 
 def find_messages(text: str) -> tuple[Message, ...]:
     """Every out-of-memory message of a text, in order; the same message printed again counts once."""
-    found: list[Message] = []
+    messages: list[Message] = []
     end = 0
     for start in _START.finditer(text):
         if start.start() < end:
@@ -100,18 +100,20 @@ def find_messages(text: str) -> tuple[Message, ...]:
             if "Tried to allocate" not in line and "ried to allocate" in text[end : end + 200]
             else ""
         )
-        message = _read((line + " " + " ".join(more.split())).strip(), text[end_of_previous(found, text) : line_start])
-        if all((message.text, message.where) != (each.text, each.where) for each in found):
-            found.append(message)
-    return tuple(found)
+        message = _read(
+            (line + " " + " ".join(more.split())).strip(), text[end_of_previous(messages, text) : line_start]
+        )
+        if all((message.text, message.where) != (each.text, each.where) for each in messages):
+            messages.append(message)
+    return tuple(messages)
 
 
-def end_of_previous(found: Sequence[Message], text: str) -> int:
+def end_of_previous(messages: Sequence[Message], text: str) -> int:
     """Where the last message ends: its traceback is not the next one's."""
-    if not found:
+    if not messages:
         return 0
-    place = text.find(found[-1].text)
-    return place + len(found[-1].text) if place >= 0 else 0
+    place = text.find(messages[-1].text)
+    return place + len(messages[-1].text) if place >= 0 else 0
 
 
 def _read(line: str, before: str) -> Message:

@@ -117,7 +117,9 @@ def read_snapshot(data: bytes, source: str) -> list[Snapshot]:
 def _judge(device: int, entries: Sequence[Mapping[str, Any]], segments: Sequence[Mapping[str, Any]]) -> Snapshot:
     pieces = [b["size"] for s in segments for b in s["blocks"] if b["state"] == "inactive"]
     ooms = [number for number, entry in enumerate(entries) if entry["action"] == "oom"]
-    at: Literal["out of memory", "peak", "end"] = "out of memory" if ooms else "peak" if entries else "end"
+    at: Literal["out of memory", "peak", "end"] = "peak" if entries else "end"
+    if ooms:
+        at = "out of memory"
     live = _before(entries, segments)
     total = sum(size for size, _, _ in live.values())
     reserved_end = sum(s["total_size"] for s in segments)
@@ -161,13 +163,20 @@ def _steps(totals: Sequence[int]) -> int:
     least = FALL * (max(totals) - min(totals))
     if not least:
         return 0
-    steps, low, high, rising = 0, totals[0], totals[0], False
+    steps = 0
+    low = totals[0]
+    high = totals[0]
+    rising = False
     for total in totals:
         if rising and total <= high - least:
-            steps, rising, low = steps + 1, False, total
+            steps += 1
+            rising = False
+            low = total
         elif not rising and total >= low + least:
-            rising, high = True, total
-        low, high = min(low, total), max(high, total)
+            rising = True
+            high = total
+        low = min(low, total)
+        high = max(high, total)
     return steps
 
 
@@ -236,9 +245,9 @@ def _leaks(live: Iterable[tuple[int, Mapping[str, Any], int]], events: int) -> t
         if place and number >= 0 and entry.get("category", "") not in ("parameters", "optimizer"):
             parts[place][number * BURSTS // max(events, 1)] += 1
             nbytes[place] += size
-    found = [
+    leaks = [
         Leak(place=place, tensors=sum(counts.values()), nbytes=nbytes[place])
         for place, counts in parts.items()
         if len(counts) == BURSTS and min(counts.values()) >= 2
     ]
-    return tuple(sorted(found, key=lambda leak: -leak.nbytes))
+    return tuple(sorted(leaks, key=lambda leak: -leak.nbytes))

@@ -27,7 +27,8 @@ class AccumulationCheck(TrainerCallback):
         Raises:
             TrainfitError: the model does not use the count.
         """
-        model, loader = given.get("model"), given.get("train_dataloader")
+        model = given.get("model")
+        loader = given.get("train_dataloader")
         if args.gradient_accumulation_steps == 1 or model is None or loader is None:
             return
         if drops_count(model, next(iter(loader))):

@@ -121,7 +121,9 @@ class _Run:
 
     def through(self, events: Sequence[int], *, timeline: bool) -> None:
         """Allocate for every positive event and free for every negative one, until memory runs out."""
-        allocator, requests, blocks = self.allocator, self.requests, self.blocks
+        allocator = self.allocator
+        requests = self.requests
+        blocks = self.blocks
         for index, event in enumerate(events):
             allocator.event = index
             if event < 0:

@@ -297,7 +297,8 @@ class CachingAllocator:
             for key in pool.free
         ]
         ages = {b: self._large_searches - b.searches for b in blocks if b.previous is None and b.next is None}
-        reclaimed, total_age = 0, sum(ages.values())
+        reclaimed = 0
+        total_age = sum(ages.values())
         while target > reclaimed and ages:
             threshold = total_age / len(ages)
             old = [block for block, age in ages.items() if age >= threshold]
@@ -329,7 +330,8 @@ class CachingAllocator:
         for block in pool.unmapped:
             if block.previous is not None and not block.previous.allocated:
                 block = block.previous
-            room, piece = 0, block
+            room = 0
+            piece = block
             while piece is not None and not piece.allocated and room < size:
                 room += piece.size
                 piece = piece.next
@@ -359,7 +361,8 @@ class CachingAllocator:
 
     def _unmap(self, block: Block) -> None:
         """Give the whole pages inside a free block back ("unmap_block", "release_expandable_segment")."""
-        page, origin = block.pool.page_bytes, block.range_start
+        page = block.pool.page_bytes
+        origin = block.range_start
         start = origin - (origin - block.address) // page * page
         end = origin + (block.address + block.size - origin) // page * page
         if start >= end:
@@ -368,7 +371,8 @@ class CachingAllocator:
         if end < block.address + block.size:
             self._put_free(self._split(block, end - block.address))
         if start > block.address:
-            before, block = block, self._split(block, start - block.address)
+            before = block
+            block = self._split(block, start - block.address)
             self._put_free(before)
         block.mapped = False
         self._reserve("segment_unmap", start, start - end, block.pool)

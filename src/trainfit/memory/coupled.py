@@ -5,8 +5,10 @@ from dataclasses import replace
 from trainfit.models.setting import Setting
 from trainfit.timing.roofline import TimeEstimate, with_optimizer_work
 
-COUPLED_MOST, COUPLED_STEPS = 256, 6
-"""The largest micro-batch that is considered of a contrastive window, and how many powers of two from there."""
+COUPLED_MOST = 256
+"""The largest micro-batch that is considered for a contrastive window."""
+COUPLED_STEPS = 6
+"""How many powers of two are considered from there down."""
 
 
 def coupled_batches(share: int) -> tuple[int, ...]:
@@ -21,7 +23,8 @@ def coupled_ends(setting: Setting) -> tuple[Setting, Setting] | None:
     """The setting with fewer and with more micro-batches, whose times tell its own; None where it is traced itself."""
     share = setting.micro_batch * setting.accumulation
     sizes = coupled_batches(share)
-    few, many = sizes[-1], sizes[max(0, len(sizes) - 4)]
+    few = sizes[-1]
+    many = sizes[max(0, len(sizes) - 4)]
     if share % few or setting.micro_batch not in sizes or setting.micro_batch in (few, many):
         return None
     return (

@@ -80,7 +80,8 @@ def make_profile(trace: Trace, replay: Replay, *, since: int = 0) -> Profile:
 
     `replay` was made with `timeline=True` and did not run out of memory; the trace allocates something from `since` on.
     """
-    allocated, reserved = replay.allocated_timeline, replay.reserved_timeline
+    allocated = replay.allocated_timeline
+    reserved = replay.reserved_timeline
     at = max(range(since, len(allocated)), key=allocated.__getitem__)
     start = last_window(trace)
     chosen = _local_maxima(allocated, start)

@@ -30,7 +30,8 @@ from trainfit.tracing.trace_cache import DAMAGE, TraceRequest, has_values
 
 SETTINGS = "settings.json"
 """Entry of an archive: name of an entry -> setting of its trace."""
-MADE_WITH, NEEDS = "made_with.json", "needs.json.xz"
+MADE_WITH = "made_with.json"
+NEEDS = "needs.json.xz"
 NEEDS_CODE = "trainfit.memory.predict"
 """What computes needs from traces."""
 NAMED_CHANGES = 3

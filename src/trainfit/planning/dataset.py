@@ -88,7 +88,8 @@ def _decoder_seconds(setting: Setting, dataset: Dataset, records: Sequence[Any])
     from trainfit.models.build import build_trainable
 
     workload = build_trainable(setting, dataset.classes)
-    decode, size = workload.decoder(), max(workload.sizes())
+    decode = workload.decoder()
+    size = max(workload.sizes())
     torch.set_num_threads(1)  # as in a loader process
     times: list[float] = []
     for record in records:

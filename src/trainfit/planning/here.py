@@ -65,10 +65,10 @@ def smallest_card(gpus: int) -> Gpu:
     Raises:
         TrainfitError: the driver does not show them.
     """
-    found = visible(detect_gpus())
-    if not found:
+    cards = visible(detect_gpus())
+    if not cards:
         raise TrainfitError("the driver shows no GPU")
-    return with_free_memory(min(found[:gpus], key=lambda each: each.free_bytes))
+    return with_free_memory(min(cards[:gpus], key=lambda each: each.free_bytes))
 
 
 def line(plan: Plan, chosen: Candidate) -> str:

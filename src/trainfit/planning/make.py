@@ -43,12 +43,13 @@ class Calibrated:
     """A `prices.Prices` corrected by what was measured on the card."""
 
     pricer: Pricer
-    found: Calibration | None
+    calibration: Calibration | None
+    """None: nothing was measured on it."""
 
     def needs(self, setting: Setting) -> ByteRange:
         """As the pricer says, but at least what measured runs needed more than was predicted."""
         needs = self.pricer.needs(setting)
-        factor = self.found.reserved_factors[1] if self.found else 1.0
+        factor = self.calibration.reserved_factors[1] if self.calibration else 1.0
         return replace(needs, high_bytes=max(needs.high_bytes, ceil(factor * needs.low_bytes)))
 
     def least(self, setting: Setting) -> int:
@@ -60,7 +61,7 @@ class Calibrated:
     ) -> TimeEstimate:
         """As the pricer says, times the measured factor."""
         estimate = self.pricer.seconds(setting, cuts, part)
-        factor = (self.found.time_factor if self.found else None) or 1.0
+        factor = (self.calibration.time_factor if self.calibration else None) or 1.0
         return (
             estimate
             if factor == 1
@@ -69,8 +70,8 @@ class Calibrated:
 
     def predict(self, setting: Setting, cuts: Sequence[int]) -> Prediction:
         """As the pricer says, with the corrected time."""
-        found = self.pricer.predict(setting, cuts)
-        return replace(found, training=replace(found.training, time=self.seconds(setting, cuts)))
+        prediction = self.pricer.predict(setting, cuts)
+        return replace(prediction, training=replace(prediction.training, time=self.seconds(setting, cuts)))
 
     def blocks(self, setting: Setting) -> int:
         """As the pricer says."""
@@ -121,7 +122,7 @@ def make_plan(
     setting = replace(setting, precision=precision_for(setting, gpu))
     pricer = Pricer(gpu=gpu, config=config, cache=cache, gpus=gpus, note=note)
     calibration = load(gpu.name)
-    prices = Calibrated(pricer=pricer, found=calibration)
+    prices = Calibrated(pricer=pricer, calibration=calibration)
     if reason := why_unused(setting):
         note(reason)
     budget = process_budget(gpu, config, gpus)
@@ -136,19 +137,19 @@ def make_plan(
         allow=allow,
     )
     _tell_provisional(request, prices, note)
-    found = _with_objects(search(request, prices, note=note), pricer)
-    offloaded = pricer.offloaded_bytes(found.chosen.setting) if found.chosen else 0
+    result = _with_objects(search(request, prices, note=note), pricer)
+    offloaded = pricer.offloaded_bytes(result.chosen.setting) if result.chosen else 0
     host: dict[str, Any] = {"gpus": gpus, "decode_s": decode_s, "cores": cores, "offloaded_bytes": offloaded}
     load_for = partial(loading, setting, request.share, **host)
-    return _plan(request, found, gpu, budget, load_for, calibration)
+    return _plan(request, result, gpu, budget, load_for, calibration)
 
 
-def _with_objects(found: SearchResult, pricer: Pricer) -> SearchResult:
+def _with_objects(result: SearchResult, pricer: Pricer) -> SearchResult:
     """The search's end with what the number of objects does to the chosen setting's need."""
-    if found.chosen is None or found.prediction is None:
-        return found
-    lines = (*found.prediction.assumptions, *objects_lines(pricer, found.chosen.setting))
-    return replace(found, prediction=replace(found.prediction, assumptions=lines))
+    if result.chosen is None or result.prediction is None:
+        return result
+    lines = (*result.prediction.assumptions, *objects_lines(pricer, result.chosen.setting))
+    return replace(result, prediction=replace(result.prediction, assumptions=lines))
 
 
 def _tell_provisional(request: SearchRequest, prices: Calibrated, note: Callable[[str], None]) -> None:
@@ -158,8 +159,8 @@ def _tell_provisional(request: SearchRequest, prices: Calibrated, note: Callable
     if near is None:
         return
     other, flags = near
-    found = search(replace(request, setting=other), prices).chosen
-    plan = "nothing fits" if found is None else f"{describe(found.setting)}, {needs_text(found.needs)}"
+    chosen = search(replace(request, setting=other), prices).chosen
+    plan = "nothing fits" if chosen is None else f"{describe(chosen.setting)}, {needs_text(chosen.needs)}"
     note(f"provisional, from stored traces without {flags}: {plan}; the setting itself is being traced")
 
 
@@ -186,7 +187,7 @@ def _exchange_s(pricer: Pricer, setting: Setting, gpus: int) -> float:
 
 def _plan(
     request: SearchRequest,
-    found: SearchResult,
+    result: SearchResult,
     gpu: Gpu,
     budget: ByteRange,
     load_for: Callable[..., Loading],
@@ -194,24 +195,24 @@ def _plan(
 ) -> Plan:
     """The plan's record of what the search chose."""
     setting = request.setting
-    speed = found.chosen.images_per_s if found.chosen else None
+    speed = result.chosen.images_per_s if result.chosen else None
     return Plan(
         model=setting.model,
         gpu=gpu,
         gpus=request.gpus,
         effective_batch=request.effective_batch,
         budget=budget,
-        chosen=found.chosen,
-        prediction=found.prediction,
-        knee=found.knee,
-        frontier=frontier(found.candidates),
-        candidates=found.candidates,
-        smallest=least_of(found.candidates),
-        savings=found.savings,
+        chosen=result.chosen,
+        prediction=result.prediction,
+        knee=result.knee,
+        frontier=frontier(result.candidates),
+        candidates=result.candidates,
+        smallest=least_of(result.candidates),
+        savings=result.savings,
         loading=load_for(images_per_s=speed),
         learning_rate=learning_rate(setting, request.effective_batch),
         calibrated=calibration is not None and calibration.time_factor is not None,
-        assumptions=(*_assumptions(request, gpu, found.prediction, calibration), *found.not_priced),
+        assumptions=(*_assumptions(request, gpu, result.prediction, calibration), *result.not_priced),
     )
 
 
@@ -239,7 +240,8 @@ def loading(
     `offloaded_bytes`: what waits for backward in each trainer's host memory.
     """
     most = max(1, min(8, cores // gpus - 1)) if cores else 8
-    workers, reason = min(4, most), "not measured: give --data, or look at the waiting share of a run"
+    workers = min(4, most)
+    reason = "not measured: give --data, or look at the waiting share of a run"
     if decode_s is not None and images_per_s is not None:
         wanted = max(1, ceil(images_per_s / gpus * decode_s * 1.2))
         workers = min(wanted, most)

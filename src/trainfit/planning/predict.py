@@ -61,9 +61,9 @@ def predict_with_trace(
         pricer = Pricer(gpu=gpu, config=config, gpus=gpus, note=note)
         if pricer.answers(resolved):
             cuts = (setting.micro_batch,) * setting.accumulation
-            found = pricer.predict(resolved, cuts)
-            lines = (*found.assumptions, *objects_lines(pricer, resolved))
-            return replace(found, setting=setting, assumptions=lines), pricer.columns(resolved, "training")
+            prediction = pricer.predict(resolved, cuts)
+            assumptions = (*prediction.assumptions, *objects_lines(pricer, resolved))
+            return replace(prediction, setting=setting, assumptions=assumptions), pricer.columns(resolved, "training")
         if reason := why_unused(setting):
             note(reason)
         if near := nearest(resolved, pricer):

@@ -31,15 +31,15 @@ def rate_factor(setting: Setting, effective_batch: int) -> float | None:
 
 def learning_rate(setting: Setting, effective_batch: int) -> str:
     """What the effective batch means for the learning rate, in a sentence."""
-    said = "The learning rate follows the effective batch, not how it is cut"
+    rule = "The learning rate follows the effective batch, not how it is cut"
     reference = setting.family.reference_batches
     if reference is None:
-        return f"{said}."
+        return f"{rule}."
     least, largest = reference
     if least <= effective_batch <= largest:
-        return f"{said}: upstream takes the recipe's rate for {least} as for {largest}, so it stays."
+        return f"{rule}: upstream takes the recipe's rate for {least} as for {largest}, so it stays."
     nearest = largest if effective_batch > largest else least
     ratio = effective_batch / nearest
     if setting.optimizer.startswith("sgd"):
-        return f"{said}: the recipe's is for {nearest}; for SGD multiply it by {ratio:.3g} (linear; Goyal 2017)."
-    return f"{said}: the recipe's is for {nearest}; for Adam multiply it by {sqrt(ratio):.3g} (root; Malladi 2022)."
+        return f"{rule}: the recipe's is for {nearest}; for SGD multiply it by {ratio:.3g} (linear; Goyal 2017)."
+    return f"{rule}: the recipe's is for {nearest}; for Adam multiply it by {sqrt(ratio):.3g} (root; Malladi 2022)."

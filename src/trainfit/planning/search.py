@@ -329,38 +329,38 @@ def search(request: SearchRequest, prices: Prices, *, note: Callable[[str], None
     Where nothing fits, the reserve is given up; then allowed knobs are turned one after the other, the gentlest first,
     until something does.
     """
-    found = _Search(request, prices, note)
-    best = found.best()
+    state = _Search(request, prices, note)
+    best = state.best()
     if best is None and request.reserve:
         request = replace(request, reserve=0.0)
-        found = _Search(request, prices, note, found.seen, found.times)
-        best = found.best()
+        state = _Search(request, prices, note, state.seen, state.times)
+        best = state.best()
     knobs = [knob for knob in request.setting.family.learns if knob in request.allow]
     while best is None and knobs:
         for flag, setting in turned(request.setting, knobs.pop(0)):
             note(f"nothing fits: trying {flag}")
             request = replace(request, setting=setting)
-            found = _Search(request, prices, note, found.seen, found.times)
-            best = found.best()
+            state = _Search(request, prices, note, state.seen, state.times)
+            best = state.best()
             if best is not None:
                 break
-    found.price_neighbours([best.setting] if best is not None else list(found.seen))
-    evaluated = found.evaluation(best) if best is not None else None
+    state.price_neighbours([best.setting] if best is not None else list(state.seen))
+    evaluated = state.evaluation(best) if best is not None else None
     chosen, prediction = evaluated or (None, None)
     candidates = tuple(
-        explained(each, best if evaluated else None, chosen, request.budget_bytes) for each in found.seen.values()
+        explained(each, best if evaluated else None, chosen, request.budget_bytes) for each in state.seen.values()
     )
     smallest = least_of(candidates)
     base = replace(request.setting, checkpointing=request.checkpointing or "none")
-    ideal = found.ideal(base)
-    savings = found.frees(chosen) if chosen is not None else found.savings(smallest)
+    ideal = state.ideal(base)
+    savings = state.frees(chosen) if chosen is not None else state.savings(smallest)
     return SearchResult(
         chosen=next((each for each in candidates if each.verdict == "chosen"), None),
         prediction=prediction,
         candidates=candidates,
-        knee=next(b for b in found.worth(request.share) if found.speed(base, b) <= (1 + KNEE) * ideal),
+        knee=next(b for b in state.worth(request.share) if state.speed(base, b) <= (1 + KNEE) * ideal),
         savings=tuple(sorted(savings, key=_cost)),
-        not_priced=tuple(found.not_priced),
+        not_priced=tuple(state.not_priced),
     )
 
 

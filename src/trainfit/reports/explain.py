@@ -5,6 +5,7 @@ from typing import Any
 
 from trainfit.explaining.explain import Explanation
 from trainfit.explaining.growth import Growth
+from trainfit.explaining.knobs import Freed
 from trainfit.explaining.message import Message
 from trainfit.explaining.snapshot import Snapshot
 
@@ -87,7 +88,8 @@ def _snapshot(snapshot: Snapshot) -> str:
         lines.append(
             f"  asked for      {_size(snapshot.request_bytes)}{place}; {_size(snapshot.device_free_bytes)} free on the card"
         )
-    free, largest = _size(snapshot.free_pieces_bytes), _size(snapshot.largest_free_bytes)
+    free = _size(snapshot.free_pieces_bytes)
+    largest = _size(snapshot.largest_free_bytes)
     pieces = f"{free} free in reserved segments, the largest piece {largest}"
     if snapshot.fragmented:
         lines.append(f"  fragmentation  {pieces}: {_REPAIR['fragmentation']}")
@@ -129,14 +131,15 @@ def _knobs(result: Explanation) -> str:
         f"{setting.model} at micro-batch {setting.micro_batch} needs up to {_size(result.needs_bytes)} on a {result.gpu.name}"
         f" ({_size(result.gpu.memory_bytes)}); one knob at a time:"
     )
-    lines = [
-        f"  {freed.knob:<28} {freed.failure}"
-        if freed.failure
-        else f"  {freed.knob:<28} frees {_size(freed.frees_bytes):>10}, then {_size(freed.needs_bytes)}"
-        + ("" if freed.same_result else "; changes what is learned")
-        for freed in result.knobs
-    ]
+    lines = [f"  {freed.knob:<28} {_effect(freed)}" for freed in result.knobs]
     return "\n".join([head, *(lines or ["  no knob is left to turn"])])
+
+
+def _effect(freed: Freed) -> str:
+    if freed.failure:
+        return freed.failure
+    effect = f"frees {_size(freed.frees_bytes):>10}, then {_size(freed.needs_bytes)}"
+    return effect if freed.same_result else f"{effect}; changes what is learned"
 
 
 def _size(nbytes: int) -> str:

@@ -230,9 +230,9 @@ def _rescue(plan: Plan) -> list[str]:
     """The card that would hold the smallest, and what each knob frees."""
     need = plan.smallest.needs.high_bytes
     card = smallest_card(need, plan.smallest.setting.precision)
-    held = f"{card.name} ({gib(card.memory_bytes)} GiB)" if card else "none"
+    card_name = f"{card.name} ({gib(card.memory_bytes)} GiB)" if card else "none"
     missing = need - plan.budget.low_bytes
-    return [f"The smallest card of the catalogue that would hold it: {held}.", *savings_lines(plan, missing)]
+    return [f"The smallest card of the catalogue that would hold it: {card_name}.", *savings_lines(plan, missing)]
 
 
 def frees_lines(plan: Plan) -> list[str]:
@@ -270,8 +270,8 @@ def room_bytes(gpu: Gpu) -> int:
 def smallest_card(need_bytes: int, precision: Precision) -> Gpu | None:
     """The card of the catalogue with the least memory that holds a need and computes in a precision."""
     able = [gpu for gpu in all_gpus() if precision != "bf16" or gpu.has_bf16]
-    held = [gpu for gpu in able if room_bytes(gpu) >= need_bytes]
-    return min(held, key=lambda gpu: (gpu.memory_bytes, gpu.name), default=None)
+    large_enough = [gpu for gpu in able if room_bytes(gpu) >= need_bytes]
+    return min(large_enough, key=lambda gpu: (gpu.memory_bytes, gpu.name), default=None)
 
 
 def card_room_bytes(size_gib: int) -> int:
@@ -288,8 +288,8 @@ def budget_bars(candidates: Sequence[Candidate], sizes_gib: Sequence[int] = CARD
     bars: list[BudgetBar] = []
     for size in sizes_gib:
         room = card_room_bytes(size)
-        held = [c for c in candidates if c.needs.high_bytes <= room and not c.needs_more]
-        bars.append(BudgetBar(card_gib=size, candidate=min(held, key=_fastest_first, default=None)))
+        fitting = [c for c in candidates if c.needs.high_bytes <= room and not c.needs_more]
+        bars.append(BudgetBar(card_gib=size, candidate=min(fitting, key=_fastest_first, default=None)))
     return tuple(bars)
 
 

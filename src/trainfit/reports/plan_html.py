@@ -26,7 +26,11 @@ from trainfit.reports.plan import (
 from trainfit.reports.profile import category_rows, gib, limit_bytes
 from trainfit.reports.profile_html import CATEGORY_COLORS, modules, timeline
 
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 960, 320, 56, 24, 46
+_WIDTH = 960
+_HEIGHT = 320
+_LEFT = 56
+_TOP = 24
+_BOTTOM = 46
 _COLORS = {"chosen": "#2f6fdb", "fits": "#3a9a54", "fits, no reserve": "#b8960b", "does not fit": "#c4654f"}
 """Readable on white and on near-black."""
 
@@ -77,9 +81,9 @@ def _command(command: str) -> str:
 def _rescue(plan: Plan) -> str:
     need = plan.smallest.needs.high_bytes
     card = smallest_card(need, plan.smallest.setting.precision)
-    held = f"{card.name} ({gib(card.memory_bytes)} GiB)" if card else "none"
+    card_name = f"{card.name} ({gib(card.memory_bytes)} GiB)" if card else "none"
     savings = "\n".join(savings_lines(plan, need - plan.budget.low_bytes))
-    return f"<p>The smallest card of the catalogue that would hold it: {escape(held)}.</p>{_command(savings)}"
+    return f"<p>The smallest card of the catalogue that would hold it: {escape(card_name)}.</p>{_command(savings)}"
 
 
 def _frees(plan: Plan) -> list[str]:
@@ -125,7 +129,8 @@ def _scatter(plan: Plan) -> str:
         words = f"budget {gib(budget)} GiB, right of the picture"
         shapes.append(svg.text(_WIDTH - 6, _TOP - 8, words, anchor="end", css="limit"))
     shapes += [_dot(plan, c, *at(c)) for c in sorted(known, key=lambda c: c.verdict == "chosen")]
-    unit = "images/s" if plan.calibrated else f"speed, 1 is the {'chosen' if plan.chosen else 'smallest'} one"
+    reference = "chosen" if plan.chosen else "smallest"
+    unit = "images/s" if plan.calibrated else f"speed, 1 is the {reference} one"
     shapes.append(
         svg.text(_WIDTH / 2, _HEIGHT - 4, f"upwards: {unit}; to the right: GiB needed at most", anchor="middle")
     )

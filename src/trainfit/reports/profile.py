@@ -14,7 +14,8 @@ from trainfit.timing.roofline import stated_error
 from trainfit.tracing.events import CATEGORIES
 
 SCHEMA = 1
-_WIDTH, _HEIGHT = 72, 12
+_WIDTH = 72
+_HEIGHT = 12
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 _MODULES_SHOWN = 8
 
@@ -26,7 +27,8 @@ def profile_json(prediction: Prediction) -> dict[str, Any]:
 
 def profile_text(prediction: Prediction) -> str:
     """One sentence, what the memory is for, what no operator shows, and the last window as a picture."""
-    training, evaluation = prediction.training, prediction.evaluation
+    training = prediction.training
+    evaluation = prediction.evaluation
     profile = training.profile
     sections = [
         [sentence(prediction)],
@@ -46,11 +48,13 @@ def profile_text(prediction: Prediction) -> str:
 
 def sentence(prediction: Prediction) -> str:
     """Model, card, verdict, needs, and what dominates."""
-    setting, training = prediction.setting, prediction.training
+    setting = prediction.setting
+    training = prediction.training
     spare = "" if prediction.verdict != "fits" or has_reserve(prediction.needs, prediction.budget) else ", no reserve"
     where = f"{setting.model}, micro-batch {setting.micro_batch}, on {prediction.gpu.name}"
     what = f"{where}: {prediction.verdict}{spare}."
-    needs, budget = prediction.needs, prediction.budget
+    needs = prediction.needs
+    budget = prediction.budget
     bound = ", an upper bound," if training.upper_bounds else ""
     have = f"of {spread(budget)} usable"
     numbers = f"It needs {spread(needs)}{bound} {have}; where there is room it takes {spread(prediction.takes)}."
@@ -58,7 +62,8 @@ def sentence(prediction: Prediction) -> str:
 
 
 def _speed(prediction: Prediction) -> str:
-    time, setting = prediction.training.time, prediction.setting
+    time = prediction.training.time
+    setting = prediction.setting
     if time is None:
         return ""
     images = setting.micro_batch * setting.accumulation
@@ -79,8 +84,9 @@ def _trouble(prediction: Prediction) -> str:
     """Of training; of the evaluation, which comes after a training window, only what training has not got."""
     for name, memory in (("training", prediction.training), ("evaluation", prediction.evaluation)):
         if memory.oom is not None:
-            wanted, held = memory.oom.wanted_bytes / MIB, gib(memory.oom.reserved_bytes)
-            return f" At best {name} dies asking for {wanted:.1f} MiB while {held} GiB are reserved."
+            wanted = memory.oom.wanted_bytes / MIB
+            reserved = gib(memory.oom.reserved_bytes)
+            return f" At best {name} dies asking for {wanted:.1f} MiB while {reserved} GiB are reserved."
         if memory.retries:
             return f" At best {name} empties the allocator's cache {memory.retries} times, which stalls the GPU."
     return ""

@@ -13,7 +13,11 @@ from trainfit.reports.html_tables import bullets, byte_bars
 from trainfit.reports.profile import category_rows, doubts, gib, limit_bytes, scale_bytes, sentence, spread
 from trainfit.tracing.events import CATEGORIES
 
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 960, 340, 56, 34, 26
+_WIDTH = 960
+_HEIGHT = 340
+_LEFT = 56
+_TOP = 34
+_BOTTOM = 26
 _COLORS = ("#4ea5b7", "#7f8fa9", "#e889ab", "#b39ddb", "#e38a42", "#c9b458", "#6aa84f", "#8c6d5a", "#9e9e9e", "#bdbdbd")
 """One for each of CATEGORIES; parameters, gradients, optimizer state and activations as the Ultra-Scale Playbook has them."""
 CATEGORY_COLORS: dict[str, str] = dict(zip(CATEGORIES, _COLORS, strict=True))
@@ -22,7 +26,8 @@ _CACHED = "reserved, not allocated"
 
 def profile_html(prediction: Prediction) -> str:
     """Timeline by category with the limit and the peak, categories, modules, hidden memory, evaluation, assumptions."""
-    training, setting = prediction.training, prediction.setting
+    training = prediction.training
+    setting = prediction.setting
     title = f"{setting.model}, micro-batch {setting.micro_batch}, {prediction.gpu.name}"
     css = {"fits": "fits", "tight": "tight", "does not fit": "not"}[prediction.verdict]
     evaluation = prediction.evaluation
@@ -51,7 +56,8 @@ def timeline(profile: Profile, limit: int) -> str:
     top, in_picture = scale_bytes(profile, limit)
     top = round(top * 1.06)
     samples = profile.timeline
-    first, last = samples[0].event, samples[-1].event
+    first = samples[0].event
+    last = samples[-1].event
 
     def x(sample: Sample) -> float:
         return _LEFT + (sample.event - first) / max(1, last - first) * (_WIDTH - _LEFT)

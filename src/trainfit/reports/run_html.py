@@ -25,7 +25,12 @@ from trainfit.reports.words import duration
 from trainfit.training.lines import counted
 from trainfit.training.run_files import PICTURES
 
-_BLUE, _GREY, _PINK, _VIOLET, _ORANGE, _GREEN = "#4ea5b7", "#7f8fa9", "#e889ab", "#9575cd", "#e38a42", "#6aa84f"
+_BLUE = "#4ea5b7"
+_GREY = "#7f8fa9"
+_PINK = "#e889ab"
+_VIOLET = "#9575cd"
+_ORANGE = "#e38a42"
+_GREEN = "#6aa84f"
 _FIGURES = (_BLUE, _GREY, _PINK, _VIOLET, _ORANGE, _GREEN)
 _PILLS = {"finished": "fits", "going on": "fits", "interrupted": "tight", "not started": "tight", "broken off": "not"}
 

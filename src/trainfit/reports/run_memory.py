@@ -38,8 +38,10 @@ def growths(readings: Sequence[Row], pauses: Sequence[Row] = ()) -> list[Growth]
     share, least = GROWTH[key]
     paused = {row["step"] for row in pauses}
     most: dict[str, float] = {}
-    found: list[Growth] = []
-    peak, windows, last_step = 0, 0, 0
+    increases: list[Growth] = []
+    peak = 0
+    windows = 0
+    last_step = 0
     for row in readings:
         larger = _larger(row, most)
         size = row.get(key) or 0
@@ -47,9 +49,13 @@ def growths(readings: Sequence[Row], pauses: Sequence[Row] = ()) -> list[Growth]
             evaluated = (
                 ["the evaluation or save before it"] if any(last_step <= s < row["step"] for s in paused) else []
             )
-            found.append(Growth(step=row["step"], before_bytes=peak, after_bytes=size, because=(*larger, *evaluated)))
-        peak, windows, last_step = max(peak, size), windows + (row.get("windows") or 1), row["step"]
-    return found
+            increases.append(
+                Growth(step=row["step"], before_bytes=peak, after_bytes=size, because=(*larger, *evaluated))
+            )
+        peak = max(peak, size)
+        windows += row.get("windows") or 1
+        last_step = row["step"]
+    return increases
 
 
 def _larger(row: Row, most: dict[str, float]) -> list[str]:
@@ -73,11 +79,11 @@ def growth_words(readings: Sequence[Row], pauses: Sequence[Row] = ()) -> str | N
     windows = sum(row.get("windows") or 1 for row in readings)
     if windows <= WARM_WINDOWS or not any(row.get("largest") for row in readings):
         return None
-    found = growths(readings, pauses)
-    if not found:
+    increases = growths(readings, pauses)
+    if not increases:
         return f"no growth after the first {WARM_WINDOWS} windows: no leak"
-    total = f"grew {found[0].before_bytes / GIB:.2f} -> {found[-1].after_bytes / GIB:.2f} GiB"
-    unexplained = [each for each in found if not each.because]
+    total = f"grew {increases[0].before_bytes / GIB:.2f} -> {increases[-1].after_bytes / GIB:.2f} GiB"
+    unexplained = [each for each in increases if not each.because]
     if unexplained:
         steps = ", ".join(str(each.step) for each in unexplained[:5])
         more = f" and {len(unexplained) - 5} more" if len(unexplained) > 5 else ""
@@ -85,5 +91,5 @@ def growth_words(readings: Sequence[Row], pauses: Sequence[Row] = ()) -> str | N
             f"{total}; at step {steps}{more} nothing explains it: no larger image, and no more objects or regions than "
             "before. Perhaps a leak: trainfit explain SNAPSHOT names what keeps tensors"
         )
-    largest = max(found, key=lambda each: each.after_bytes - each.before_bytes)
+    largest = max(increases, key=lambda each: each.after_bytes - each.before_bytes)
     return f"{total} with its input, no leak; most at step {largest.step}: {', '.join(largest.because[:3])}"

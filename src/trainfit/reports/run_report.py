@@ -264,7 +264,11 @@ def evaluation_words(report: RunReport) -> str | None:
 def rate_words(report: RunReport) -> str | None:
     """The learning rate from first to last."""
     rates = [row["lr"] for row in report.windows]
-    return None if not rates else f"{rates[0]:.3g} -> {rates[-1]:.3g}" if rates[0] != rates[-1] else f"{rates[0]:.3g}"
+    if not rates:
+        return None
+    if rates[0] == rates[-1]:
+        return f"{rates[0]:.3g}"
+    return f"{rates[0]:.3g} -> {rates[-1]:.3g}"
 
 
 def speed_words(report: RunReport) -> str | None:

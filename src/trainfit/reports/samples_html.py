@@ -55,18 +55,21 @@ def _figure(caption: str, sample: Shown, colours: Colours) -> str:
         shapes.append(f"<image href='{overlay}' width='{width}' height='{height}'/>")
     if sample.boxes:
         shapes += _boxes(sample, colours, size=max(height, width))
-    alone = "" if sample.boxes else ", ".join(sample.names)
     words = f"{caption}, {width} x {height}"
-    objects = f", {counted(len(sample.boxes), 'object')}" if sample.boxes else (f": {alone}" if alone else "")
+    if sample.boxes:
+        words += f", {counted(len(sample.boxes), 'object')}"
+    elif sample.names:
+        words += f": {', '.join(sample.names)}"
     return (
         f"<figure>{svg.picture(width, height, caption, shapes)}"
-        f"<figcaption>{escape(printable(words + objects))}</figcaption></figure>"
+        f"<figcaption>{escape(printable(words))}</figcaption></figure>"
     )
 
 
 def _boxes(sample: Shown, colours: Colours, *, size: int) -> list[str]:
     """Frames, and names that stay legible: as high as a thirtieth of the image."""
-    line, text = max(1.0, size / 250), size / 28
+    line = max(1.0, size / 250)
+    text = size / 28
     shapes: list[str] = []
     for (x0, y0, x1, y1), name in zip(sample.boxes, sample.names, strict=True):
         colour = "rgb({},{},{})".format(*colours[name])

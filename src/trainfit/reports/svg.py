@@ -106,9 +106,11 @@ def chart(
     bottom = 24
     thin = [(curve, thinned(curve.points)) for curve in curves]
     values = [y for _, points in thin for _, y in points if y is not None]
-    low, high = 0.0 if zero else min(values), max(values)
+    low = 0.0 if zero else min(values)
+    high = max(values)
     high = high + 0.04 * (high - low) if high > low else low + (abs(low) or 1.0)
-    first, last = across[0], max(across[1], across[0] + 1)
+    first = across[0]
+    last = max(across[1], across[0] + 1)
 
     def at(x: float, y: float) -> tuple[float, float]:
         place = left + (x - first) / (last - first) * (width - left - 18)

@@ -83,16 +83,21 @@ def parse(text: str, family: frozenset[str] = OWN) -> Augmentation:
     if len(functions) > 1:
         raise TrainfitError(f"--augment {text}: name one function; it may call others")
     rest = [word for word in words if word not in functions]
-    alone = bool(functions) and not rest
+    name = "default"
+    switches = rest
     if rest and rest[0] in PRESETS:
         name, *switches = rest
-    else:
-        name, switches = "none" if alone else "default", rest
+    elif functions and not rest:
+        name = "none"
     preset = PRESETS[name]
-    wanted = set(preset.names & (family if "flip" not in family else OWN)) if name != "default" else set(family)
-    colour, scale = preset.colour, preset.scale
+    wanted = set(family)
+    if name != "default":
+        wanted = set(preset.names & (OWN if "flip" in family else family))
+    colour = preset.colour
+    scale = preset.scale
     for word in switches:
-        switch, on = word.removeprefix("no-").replace("color", "colour"), not word.startswith("no-")
+        switch = word.removeprefix("no-").replace("color", "colour")
+        on = not word.startswith("no-")
         if switch not in SWITCHES:
             raise TrainfitError(_unknown(text, word))
         if switch == "colour":

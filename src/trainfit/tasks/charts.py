@@ -29,12 +29,16 @@ def drawn(graphic: Graphic) -> Image.Image:
 
 def draw_plot(plot: Plot) -> Image.Image:
     """Lines over a grid, with a legend beside it."""
-    left, top, side, legend = 56, 34, 360, 200
+    left = 56
+    top = 34
+    side = 360
+    legend = 200
     image, pen = _canvas(left + side + legend, top + side + 46)
     _write(pen, (left, 8), plot.title, 15)
     for tick in range(6):
         share = tick / 5
-        x, y = left + share * side, top + (1 - share) * side
+        x = left + share * side
+        y = top + (1 - share) * side
         _line(pen, [(left, y), (left + side, y)], (225, 228, 233), 1)
         _line(pen, [(x, top), (x, top + side)], (225, 228, 233), 1)
         _write(pen, (left - 8, y), f"{share:.1f}", 11, anchor="rm")
@@ -61,8 +65,10 @@ def draw_matrix(matrix: Matrix) -> Image.Image:
     cell = max(26, min(64, 560 // max(1, len(matrix.columns))))
     names = [*matrix.rows, *matrix.columns]
     margin = min(180, 16 + max((round(font(12).getlength(_short(name))) for name in names), default=0))
-    left, top = margin + 26, 40
-    width, height = left + cell * len(matrix.columns) + 16, top + cell * len(matrix.rows) + margin + 30
+    left = margin + 26
+    top = 40
+    width = left + cell * len(matrix.columns) + 16
+    height = top + cell * len(matrix.rows) + margin + 30
     image, pen = _canvas(max(width, 360), height)
     _write(pen, (10, 8), matrix.title, 15)
     for i, (name, values) in enumerate(zip(matrix.rows, matrix.values, strict=True)):

@@ -47,21 +47,21 @@ def find_media(names: Sequence[str | Path], note: Callable[[str], None]) -> list
     Raises:
         TrainfitError: there is none, or one that was named cannot be read.
     """
-    found: dict[Path, Medium] = {}
+    media: dict[Path, Medium] = {}
     for name in names:
         path = Path(name)
         several = path.is_dir() or (has_magic(str(name)) and not path.exists())
         for each in _within(path, str(name)) if several else [path]:
             medium = _opened(each)
             if isinstance(medium, Medium):
-                found.setdefault(each, medium)
+                media.setdefault(each, medium)
             elif several:
                 note(f"left out: {medium}")
             else:
                 raise TrainfitError(medium)
-    if not found:
+    if not media:
         raise TrainfitError(f"{', '.join(map(str, names))}: nothing in it can be read")
-    return list(found.values())
+    return list(media.values())
 
 
 def _within(path: Path, pattern: str) -> list[Path]:

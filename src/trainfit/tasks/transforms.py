@@ -60,7 +60,8 @@ def _has_image(sample: Any) -> bool:
 @contextmanager
 def _seeded(seed: int) -> Generator[None]:
     """Torch's, Python's and NumPy's global generators from a seed; they come back as they were."""
-    python, legacy = random.getstate(), np.random.get_state()
+    python = random.getstate()
+    legacy = np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         random.seed(seed)
@@ -112,7 +113,8 @@ def _cropped(values: Values) -> Values:
         return values
     height, width = values["image"].shape[-2:]
     side = CROP_SIDE + (1 - CROP_SIDE) * torch.rand(()).item()
-    h, w = max(1, round(side * height)), max(1, round(side * width))
+    h = max(1, round(side * height))
+    w = max(1, round(side * width))
     top, left = (int(torch.randint(most + 1, ()).item()) for most in (height - h, width - w))
     return _each(values, lambda value: functional.resized_crop(value, top, left, h, w, [height, width]))
 
@@ -156,14 +158,16 @@ def user_transform(name: str) -> Callable[[Values], Values]:
     """
     module, _, attribute = name.partition(":")
     try:
-        found = load_named(module, attribute, f"--augment {name}")
+        transform = load_named(module, attribute, f"--augment {name}")
     except TrainfitError as error:
         raise AugmentationError(str(error)) from error
     except Exception as error:
         raise AugmentationError(f"--augment {name}: {module} cannot be imported: {where(error)}") from error
-    if not callable(found):
-        raise AugmentationError(f"--augment {name} is a {type(found).__name__}: it must be a transform or a function")
-    return cast(Callable[[Values], Values], found)
+    if not callable(transform):
+        raise AugmentationError(
+            f"--augment {name} is a {type(transform).__name__}: it must be a transform or a function"
+        )
+    return cast(Callable[[Values], Values], transform)
 
 
 def _sample(sample: Any, values: Any, function: str) -> Any:
@@ -189,7 +193,9 @@ def _objects(sample: Any, values: Mapping[str, Any], what: str) -> Values:
     boxes = torch.as_tensor(values["boxes"]).as_subclass(torch.Tensor).to(torch.float32).reshape(-1, 4)
     labels = torch.as_tensor(values.get("labels", ())).to(torch.int64)
     masks: Any = values.get("masks")
-    counts = {len(boxes), len(labels), *(() if sample.masks is None else (len(masks) if masks is not None else -1,))}
+    counts = {len(boxes), len(labels)}
+    if sample.masks is not None:
+        counts.add(-1 if masks is None else len(masks))
     if len(counts) > 1:
         raise AugmentationError(f"{what} must return as many labels and masks as boxes ({len(boxes)})")
     low = boxes.new_zeros(4)

@@ -121,7 +121,9 @@ def main() -> None:
     """Take requests from stdin, a line each, until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     children: dict[int, Path] = {}
-    waiting, started, idle = b"", False, time.monotonic()
+    waiting = b""
+    started = False
+    idle = time.monotonic()
     while children or time.monotonic() - idle < IDLE_S:
         ready, _, _ = select.select([0], [], [], POLL_S if children else 1.0)
         if ready:

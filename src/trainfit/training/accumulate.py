@@ -35,7 +35,10 @@ class Accumulation:
         scaler: torch.amp.GradScaler | None,
     ) -> None:
         """Note everything; nothing is read yet."""
-        self.loader, self.model, self.counts, self.reduction = loader, model, counts, reduction
+        self.loader = loader
+        self.model = model
+        self.counts = counts
+        self.reduction = reduction
         self.scaler = scaler
         self.complete = False
         """Whether the micro-batch at hand is the last of its window: then step."""
@@ -124,7 +127,8 @@ class Accumulation:
 
     def _share(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """One micro-batch's part of a term: DDP averages over the ranks, so the sum is taken as many times."""
-        total, own = self._totals[name], self._own[name]
+        total = self._totals[name]
+        own = self._own[name]
         copies = ranks.world_size() if _exchanges(self.model) else 1
         if self.reduction == "sum":
             return value * (copies / max(total, 1.0))
@@ -193,14 +197,14 @@ def accumulate(
         raise TrainfitError(f"accumulation or micro_batch must be at least 1, not {size}")
 
     def grouped(batches: Iterable[Any]) -> Iterator[Sequence[Any]]:
-        held: list[Any] = []
+        window: list[Any] = []
         for batch in batches:
-            held.append(batch)
-            if len(held) == size:
-                yield held
-                held = []
-        if held:
-            yield held
+            window.append(batch)
+            if len(window) == size:
+                yield window
+                window = []
+        if window:
+            yield window
 
     def cut(batches: Iterable[Any]) -> Iterator[Sequence[Any]]:
         for batch in batches:

@@ -19,7 +19,8 @@ class Best:
         better = score is not None and (self.score is None or score > self.score)
         chosen = better or score is None or self.step is None
         if chosen:
-            self.score, self.step = score, step
+            self.score = score
+            self.step = step
         return better, chosen
 
     def stale_epochs(self, step: int, steps_per_epoch: int) -> float:
@@ -32,4 +33,5 @@ class Best:
 
     def load(self, state: dict[str, Any]) -> None:
         """Take what `state` gave."""
-        self.score, self.step = state["score"], state["step"]
+        self.score = state["score"]
+        self.step = state["step"]

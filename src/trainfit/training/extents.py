@@ -15,21 +15,21 @@ def largest_of(task: Task, samples: Loaded, step: int) -> Largest:
     measured: object = task
     if not isinstance(measured, Extents):
         return {}
-    found: dict[str, dict[str, Any]] = {}
+    largest: dict[str, dict[str, Any]] = {}
     for path, sample in zip(samples.paths, samples, strict=True):
         if isinstance(sample, Unreadable):
             continue
         for name, value in measured.extent(sample).items():
-            if name not in found or value > found[name]["value"]:
-                found[name] = {"value": value, "item": path, "step": step}
-    return found
+            if name not in largest or value > largest[name]["value"]:
+                largest[name] = {"value": value, "item": path, "step": step}
+    return largest
 
 
 def largest_over(windows: Iterable[Largest]) -> Largest:
     """The largest of each number over some windows, the first that has it."""
-    found: dict[str, Mapping[str, Any]] = {}
+    largest: dict[str, Mapping[str, Any]] = {}
     for window in windows:
         for name, entry in window.items():
-            if name not in found or entry["value"] > found[name]["value"]:
-                found[name] = entry
-    return found
+            if name not in largest or entry["value"] > largest[name]["value"]:
+                largest[name] = entry
+    return largest

@@ -77,8 +77,8 @@ def fit(
         show = progress if progress is not None and ranks.rank() == 0 else Silent()
         recipe = resume_recipe(recipe) if recipe.resume else with_weights(on_earlier_run(recipe))
         require_task(recipe)
-        name, resume = family_of(recipe.model)[1], recipe.resume is not None
-        with run_folder.opened(recipe.out, name, resume=resume) as folder:
+        name = family_of(recipe.model)[1]
+        with run_folder.opened(recipe.out, name, resume=recipe.resume is not None) as folder:
             return _Run(recipe, folder, device, show, choose).train(stop)
 
 
@@ -87,24 +87,29 @@ class _Run:
 
     def __init__(self, recipe: Recipe, folder: Path, device: torch.device, show: Progress, choose: Choose) -> None:
         began = time.perf_counter()
-        self.task = task_of(str(family_of(recipe.model)[0].task))
+        self.task = task_of(str(recipe.family.task))
         self.dataset = load_data(recipe, self.task, show)
         recipe = with_choice(recipe, self.dataset, device, choose, show)
-        self.recipe, self.folder, self.device, self.show = recipe, folder, device, show
+        self.recipe = recipe
+        self.folder = folder
+        self.device = device
+        self.show = show
         self.batching = resolve_batching(recipe, ranks.world_size())
         self.augmentation = augmentation_of(recipe)
         self.workload = workload_of(recipe, self.dataset.classes)
         self.task.require(self.dataset, self.workload)
         self.precision: Precision = resolve_precision(recipe.precision, device)
         self.workers = default_workers() if recipe.workers is None else recipe.workers
-        records, batch = self.dataset.splits["train"], self.batching.effective_batch
+        records = self.dataset.splits["train"]
+        batch = self.batching.effective_batch
         self.plan = window_plan(self.workload, records, effective_batch=batch, seed=recipe.seed)
         self.steps_per_epoch = self.plan.windows_per_epoch
         self.total_steps = min(recipe.epochs * self.steps_per_epoch, recipe.max_steps or 10**12)
         self.skipped: list[str] = []
         self.evaluation: Evaluation | None = None
         self.best = Best()
-        self.step, self.done = make_step(self.workload, recipe, device, show), 0
+        self.step = make_step(self.workload, recipe, device, show)
+        self.done = 0
         self.survivor = Survivor(self.batching.micro_batch, blocks=self.workload.blocks(self.step.model))
         self.eval_micro_batch = recipe.eval_micro_batch or self.batching.micro_batch
         self.in_parts = Halving(self.eval_micro_batch, device, self.survivor.survived)
@@ -170,8 +175,10 @@ class _Run:
     def _loop(self, stop: Callable[[], bool]) -> bool:
         """A window, its numbers, and what is due after it; whether `stop` ended it."""
         interrupted = False
-        train, steps = self.dataset.splits["train"], range(self.done, self.total_steps)
-        size, share = max(self.plan.sizes), -(-self.batching.effective_batch // ranks.world_size())
+        train = self.dataset.splits["train"]
+        steps = range(self.done, self.total_steps)
+        size = max(self.plan.sizes)
+        share = -(-self.batching.effective_batch // ranks.world_size())
         rehearse(
             self.step,
             self.survivor,
@@ -353,15 +360,15 @@ class _Run:
         path = self.folder / name
         state = run_folder.load_state(path, require_state)
         restore(self.step, state, path)
-        self.done, self.skipped = state["step"], state["skipped"]
+        self.done = state["step"]
+        self.skipped = state["skipped"]
         self.best.load(state["best"])
         self.survivor.load(state["survivor"])
         self.pending_evaluation = state["pending_evaluation"]
         self.saved_step = self.began_at = self.done
         self.show.note(f"going on after step {self.done}")
         if state["world_size"] != ranks.world_size():
-            now, batch = ranks.world_size(), self.batching.effective_batch
-            self.show.note(other_ranks(now, state["world_size"], batch))
+            self.show.note(other_ranks(ranks.world_size(), state["world_size"], self.batching.effective_batch))
 
     def _finish(self, interrupted: bool) -> RunSummary:
         if not interrupted and ranks.rank() == 0:

@@ -15,6 +15,9 @@ FEWEST_WINDOWS = 10
 WORKER_BYTES = 440 * 2**20
 """Host memory of one more loader process where there is none to look at (RF-DETR Nano's, on the CPU, had 433 MiB)."""
 
+Bound = Literal["loader", "compute", "unknown"]
+Limit = Literal["", "cores", "host memory"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderFacts:
@@ -41,7 +44,7 @@ class LoaderFacts:
 class LoaderVerdict:
     """Who sets the pace, and what to do."""
 
-    bound: Literal["loader", "compute", "unknown"]
+    bound: Bound
     """`unknown`: fewer than `FEWEST_WINDOWS` windows."""
     wait_share: float
     """Of the training time (0..1)."""
@@ -51,7 +54,7 @@ class LoaderVerdict:
     """Workers that load a window in the time that one is computed."""
     suggested_workers: int
     """The same, within the machine's limits; the present number where more would not help."""
-    limit: Literal["", "cores", "host memory"]
+    limit: Limit
     """What keeps `suggested_workers` below `needed_workers`."""
     expected_wait_share: float
     """With the suggested workers."""
@@ -66,13 +69,19 @@ def judge(facts: LoaderFacts) -> LoaderVerdict:
     slow = share > LOADER_BOUND
     suggested = max(facts.workers, min(needed, facts.cores, free)) if slow else facts.workers
     expected_s = max(facts.load_s / suggested, facts.compute_s) if suggested > facts.workers else 0.0
+    bound: Bound = "loader" if slow else "compute"
+    if facts.windows < FEWEST_WINDOWS:
+        bound = "unknown"
+    limit: Limit = ""
+    if slow and suggested < needed:
+        limit = "cores" if facts.cores <= free else "host memory"
     return LoaderVerdict(
-        bound="unknown" if facts.windows < FEWEST_WINDOWS else "loader" if slow else "compute",
+        bound=bound,
         wait_share=share,
         headroom=total_s / (facts.windows * facts.compute_s) if facts.windows else 1.0,
         needed_workers=needed,
         suggested_workers=suggested,
-        limit="" if suggested >= needed or not slow else "cores" if facts.cores <= free else "host memory",
+        limit=limit,
         expected_wait_share=1 - facts.compute_s / expected_s if expected_s else share,
     )
 

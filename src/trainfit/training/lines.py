@@ -9,7 +9,9 @@ from trainfit.tasks.task import Evaluation, percent
 
 def counted(number: int, noun: str) -> str:
     """1 step, 2 steps, 2 processes."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}es" if noun.endswith("s") else f"{number} {noun}s"
 
 
 def opening_lines(data: str, workload: Any, how: str) -> Sequence[str]:

@@ -212,13 +212,13 @@ def _loaded_here(make: Making, parts: Iterable[Part], note: Callable[[str], None
 def _waiting(loaded: Loaded) -> Loaded:
     """The samples where they wait for the trainer, in memory or in a file."""
     try:
-        found = spooled(loaded)
+        spooled_window = spooled(loaded)
     except OSError as error:
         raise LoaderDiedError(
             f"a window cannot wait in {loaded.folder} ({error.strerror}): make room there, or give another --out"
         ) from error
-    assert isinstance(found, Loaded)
-    return found
+    assert isinstance(spooled_window, Loaded)
+    return spooled_window
 
 
 def _whole(parts: Sequence[Loaded]) -> Loaded:

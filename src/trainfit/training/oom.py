@@ -317,7 +317,8 @@ class Halving:
             if failure is not None:
                 free_cached(self.device)
                 same = may_repeat and cause_of(shortage(failure), outside_bytes=None) != "memory"
-                smaller = len(part) if same else -(-len(part) // 2) if len(part) > 1 else 0
+                half = -(-len(part) // 2) if len(part) > 1 else 0
+                smaller = len(part) if same else half
                 known: dict[str, Any] = {"step": step, "where": where, "micro_batch": len(part)}
                 self.survived.append(survival(failure, self.device, next_micro_batch=smaller, **known))
                 if not smaller:

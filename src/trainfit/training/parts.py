@@ -38,9 +38,9 @@ def image_list(batch: Any) -> list[torch.Tensor]:
     if isinstance(batch, (list, tuple)):
         if batch and all(isinstance(e, torch.Tensor) and e.dim() == IMAGE_DIMENSIONS for e in batch):
             return list(batch) if all(e.is_floating_point() or e.dtype == torch.uint8 for e in batch) else []
-        return next((found for element in batch if (found := image_list(element))), [])
+        return next((images for element in batch if (images := image_list(element))), [])
     if isinstance(batch, dict):
-        return next((found for element in batch.values() if (found := image_list(element))), [])
+        return next((images for element in batch.values() if (images := image_list(element))), [])
     return []
 
 

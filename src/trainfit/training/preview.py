@@ -59,7 +59,7 @@ def previews(
     drawing = Making(decode=workload.decoder(), augment=augmentation)
     step = max(1, len(records) // count)
     size = workload.eval_size
-    found: list[Preview] = []
+    made: list[Preview] = []
     for number in range(0, len(records), step):
         record = records[number]
         keys = [SampleKey(record=record, size=size, seed=mix(seed, SAMPLE, epoch, number)) for epoch in range(EPOCHS)]
@@ -68,12 +68,12 @@ def previews(
             continue
         first, *others = (_shown(sample, classes) for sample in samples)
         texts = record.texts if "texts" in _names(record) else ()
-        found.append(Preview(path=str(record.path), caption=" / ".join(texts), plain=first, drawn=others))
-        if len(found) == count:
+        made.append(Preview(path=str(record.path), caption=" / ".join(texts), plain=first, drawn=others))
+        if len(made) == count:
             break
-    if not found:
+    if not made:
         raise TrainfitError("no sample can be shown: none of the images can be decoded")
-    return found
+    return made
 
 
 def _names(values: Any) -> set[str]:

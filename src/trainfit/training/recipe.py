@@ -21,8 +21,10 @@ from trainfit.values import In, Range, changed, flag, from_record, given, keeps_
 DEFAULT_EFFECTIVE_BATCH = 16
 """Why this many: docs/training.md. A family may ask for one instead (`Family.asks_batch`)."""
 DEFAULT_MICRO_BATCH = 4
-RANDOM, PRETRAINED = "random", "pretrained"
-"""Values of --weights that name no file."""
+RANDOM = "random"
+"""Value of --weights: start from random weights."""
+PRETRAINED = "pretrained"
+"""Value of --weights: download upstream's weights."""
 
 
 @keeps_given

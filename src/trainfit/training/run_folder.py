@@ -29,7 +29,9 @@ from trainfit.weights import (
 
 __all__ = ["BEST", "LAST", "METRICS", "RECIPE", "TELEMETRY", "load_weights", "save_weights", "write_atomically"]
 
-STATE, PREVIOUS, DAMAGED = "state.pt", "state.previous.pt", "state.damaged.pt"
+STATE = "state.pt"
+PREVIOUS = "state.previous.pt"
+DAMAGED = "state.damaged.pt"
 
 
 @contextmanager
@@ -41,11 +43,11 @@ def opened(out: Path | None, model: str, *, resume: bool) -> Generator[Path]:
     Raises:
         TrainfitError: it holds another run, is in use by another process, or cannot be written.
     """
-    with ExitStack() as held:
+    with ExitStack() as resources:
 
         def prepare() -> str:
             folder = _made(out, model)
-            held.enter_context(locked(folder))
+            resources.enter_context(locked(folder))
             if not resume and (folder / RECIPE).exists():
                 raise TrainfitError(
                     f"{folder} already holds a run: go on with --resume {folder}, or choose another --out"

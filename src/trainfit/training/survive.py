@@ -22,7 +22,9 @@ class SurvivingStep:
         self, loss: Loss, counts: Callable[[Any], float | torch.Tensor], *, mean: bool, survivor: Survivor, **step: Any
     ) -> None:
         """Build the step; no batch yet."""
-        self._loss, self._counts, self._mean = loss, counts, mean
+        self._loss = loss
+        self._counts = counts
+        self._mean = mean
         self._batch: Any = None
         self._items = 0
         self.survivor = survivor
@@ -37,7 +39,8 @@ class SurvivingStep:
         Raises:
             OutOfMemory: one item alone does not fit; parameters, random numbers and buffers are as before.
         """
-        self._batch, self._items = batch, int(items_in(batch))
+        self._batch = batch
+        self._items = int(items_in(batch))
         try:
             result = self.survivor.run(self.step, range(self._items), number=self.steps)
         finally:

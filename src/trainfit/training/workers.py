@@ -47,8 +47,10 @@ STUCK_S = 600
 """A worker that reads one image for so long is given up: a disk may be slow, but not without end."""
 MEMORY_SHARE = 0.5
 """Of the free host memory that windows made ahead may take."""
-FILES_PER_WORKER, SPARE_FILES = 5, 24
-"""Open files in the trainer: two pipes, the process, a task and a window on their way; and for everything else."""
+FILES_PER_WORKER = 5
+"""Open files of the trainer for each worker: two pipes, the process, a task and a window on their way."""
+SPARE_FILES = 24
+"""Open files of the trainer for everything else."""
 LONGEST_REPORT = 400
 """Characters: a report is written as a whole or not at all if it is shorter than 4096 bytes (PIPE_BUF)."""
 _REPAIR = "take fewer --workers or a smaller --effective-batch, or raise the limits (ulimit -n, container memory)"

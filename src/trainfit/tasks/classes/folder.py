@@ -22,8 +22,8 @@ def recognises(data: str) -> bool:
     """Whether there are folders of classes that hold images."""
     root = Path(data)
     try:
-        found = _split_folders(root)
-        folders = _folders(found["train"]) if "train" in found else _folders(root)
+        splits = _split_folders(root)
+        folders = _folders(splits["train"]) if "train" in splits else _folders(root)
         return sum(any(True for _ in _images(folder)) for folder in folders) >= 2
     except OSError:
         return False
@@ -41,23 +41,23 @@ def read_folder(data: str, *, val_fraction: float = 0.1, seed: int = 0, allow_ou
     root = Path(data)
     if not os.path.isdir(root):  # noqa: PTH112 - Path.is_dir raises for names that no file can have
         raise TrainfitError(f"{data}: no such folder; give the folder that holds train/CLASS/*.jpg, or CLASS/*.jpg")
-    found = _split_folders(root) or {"train": root}
-    if "train" not in found:
-        raise TrainfitError(f"{data}: no train folder, only {', '.join(found)}; name one train")
-    classes = tuple(folder.name for folder in _folders(found["train"]))
+    folders = _split_folders(root) or {"train": root}
+    if "train" not in folders:
+        raise TrainfitError(f"{data}: no train folder, only {', '.join(folders)}; name one train")
+    classes = tuple(folder.name for folder in _folders(folders["train"]))
     if len(classes) < 2:
         raise TrainfitError(
-            f"{found['train']}: {len(classes)} folders of classes; a classifier needs two, each with its images (CLASS/*.jpg)"
+            f"{folders['train']}: {len(classes)} folders of classes; a classifier needs two, each with its images (CLASS/*.jpg)"
         )
     findings = Findings(str(root))
     splits: dict[str, tuple[ClassRecord, ...]] = {}
     number = 0
-    for split, folder in found.items():
+    for split, folder in folders.items():
         splits[split] = tuple(_records(folder, classes, findings, root=root, first=number, outside=allow_outside))
         number += len(splits[split])
     if not splits["train"]:
         raise TrainfitError(
-            f"{found['train']}: no usable image; looked for {', '.join(IMAGE_SUFFIXES)}{_first(findings)}"
+            f"{folders['train']}: no usable image; looked for {', '.join(IMAGE_SUFFIXES)}{_first(findings)}"
         )
     for row, name in enumerate(classes):
         if all(record.label != row for record in splits["train"]):
@@ -71,8 +71,8 @@ def read_folder(data: str, *, val_fraction: float = 0.1, seed: int = 0, allow_ou
 
 def _split_folders(root: Path) -> dict[str, Path]:
     names = {folder.name.lower(): folder for folder in _folders(root)}
-    found = {split: next((names[n] for n in known if n in names), None) for split, known in SPLITS.items()}
-    return {split: folder for split, folder in found.items() if folder is not None}
+    folders = {split: next((names[n] for n in known if n in names), None) for split, known in SPLITS.items()}
+    return {split: folder for split, folder in folders.items() if folder is not None}
 
 
 def _folders(root: Path) -> list[Path]:
@@ -117,30 +117,30 @@ def _held_out(
     splits: dict[str, tuple[ClassRecord, ...]], fraction: float, seed: int, root: Path, findings: Findings
 ) -> dict[str, tuple[ClassRecord, ...]]:
     train = splits["train"]
-    held: set[int] = set()
+    val_ids: set[int] = set()
     for label in sorted({record.label for record in train}):
         own = [record for record in train if record.label == label]
         ranked = sorted(
             own, key=lambda r: hashlib.sha256(f"{seed} {r.path.relative_to(root)}".encode(errors="replace")).digest()
         )
         wanted = max(1, round(fraction * len(own))) if len(own) > 1 else 0
-        held |= {record.id for record in ranked[: min(wanted, len(own) - 1)]}
-    if not 0 < fraction < 1 or not held:
+        val_ids |= {record.id for record in ranked[: min(wanted, len(own) - 1)]}
+    if not 0 < fraction < 1 or not val_ids:
         raise TrainfitError(
             f"{root}: no val folder, and {fraction:g} of {len(train)} images cannot be held out by class; give a val "
             "folder, or at least two images of a class and a fraction between 0 and 1"
         )
-    what = f"no val folder: {len(held)} of the {len(train)} train images are held out for it, by class (seed {seed})"
+    what = f"no val folder: {len(val_ids)} of the {len(train)} train images are held out for it, by class (seed {seed})"
     findings.append(_finding("note", "val held out", "train", what))
     return splits | {
-        "train": tuple(record for record in train if record.id not in held),
-        "val": tuple(record for record in train if record.id in held),
+        "train": tuple(record for record in train if record.id not in val_ids),
+        "val": tuple(record for record in train if record.id in val_ids),
     }
 
 
 def _first(findings: Findings) -> str:
-    found = findings.all()
-    return f"; the first: {found[0].where}: {found[0].message}" if found else ""
+    listed = findings.all()
+    return f"; the first: {listed[0].where}: {listed[0].message}" if listed else ""
 
 
 def _finding(severity: str, kind: str, where: str, message: str) -> Finding:

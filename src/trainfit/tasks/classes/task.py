@@ -65,7 +65,8 @@ def check(
     findings = [*dataset.findings]
     splits = dict(dataset.splits)
     if decode:
-        done, total = 0, sum(map(len, splits.values()))
+        done = 0
+        total = sum(map(len, splits.values()))
         for split, records in dataset.splits.items():
             bad: set[int] = set()
             for record in records:

@@ -74,7 +74,7 @@ def check_dataset(dataset: Dataset, *, progress: Progress | None = None) -> Data
             faults[id(record)] = fault
             what = f"{fault}; its {len(record.classes)} objects are left out"
             findings.append(Finding(severity="skipped", kind="undecodable image", where=where, message=what))
-    splits = {split: tuple(r for r in held if id(r) not in faults) for split, held in dataset.splits.items()}
+    splits = {split: tuple(r for r in read if id(r) not in faults) for split, read in dataset.splits.items()}
     if not splits["train"]:
         what = "no image of train can be decoded; give a data set with images"
         findings.append(Finding(severity="error", kind="no images", where="train", message=what))

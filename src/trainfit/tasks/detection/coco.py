@@ -176,7 +176,8 @@ def _classes(files: Mapping[str, _CocoFile], root: Path) -> tuple[dict[int, str]
     for file in files.values():
         ids = {name: category for category, name in names.items()}
         for category, entry in file.categories.items():
-            name, where = entry["name"], f"{relative(file.path, root)} category {category}"
+            name = entry["name"]
+            where = f"{relative(file.path, root)} category {category}"
             if names.setdefault(category, name) != name:
                 what = f"is {name!r} here, but {names[category]!r} in another split; export all splits together"
             elif ids.get(name, category) != category:
@@ -300,9 +301,11 @@ def _new_id(entry: Mapping[str, Any], unique: int, where: str) -> Iterator[Findi
     """What is said of an annotation whose id is taken or no integer; a missing one is not worth a word."""
     if entry.get("id") is None:
         return
-    kind, what = "duplicate annotation id", "another object"
+    kind = "duplicate annotation id"
+    what = "another object"
     if _id(entry) is None:
-        kind, what = "broken annotation id", f"the id is {shown(entry['id'])}, no integer up to 2**53"
+        kind = "broken annotation id"
+        what = f"the id is {shown(entry['id'])}, no integer up to 2**53"
     yield Finding(severity="mended", kind=kind, where=where, message=f"{what}: gets the id {unique}")
 
 
@@ -376,7 +379,7 @@ def _image_folders(file: Path, root: Path, split: str) -> list[Path]:
     return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
 
 
-def _locate(names: Sequence[str], folders: Sequence[Path], held: DataFolder) -> list[Path]:
+def _locate(names: Sequence[str], folders: Sequence[Path], data: DataFolder) -> list[Path]:
     """The path of each image: as named in one of the folders, else its last part in one; as named if nowhere.
 
     What lies outside of the data set is taken only where nothing inside has the name.
@@ -387,7 +390,7 @@ def _locate(names: Sequence[str], folders: Sequence[Path], held: DataFolder) -> 
         portable = Path(name.replace("\\", "/"))
         tries = [(folder, folder / part) for part in (portable, portable.name) for folder in order]
         there = ((folder, path) for folder, path in tries if is_file_name(name) and is_file(path))
-        inside = next(((folder, path) for folder, path in there if held.holds(path)), None)
+        inside = next(((folder, path) for folder, path in there if data.holds(path)), None)
         outside = next(((folder, path) for folder, path in tries if inside is None and is_file(path)), None)
         folder, path = inside or outside or (order[0], order[0] / name)
         order.remove(folder)  # where one was found, the next is found at the first try

@@ -30,16 +30,18 @@ def chosen(records: Sequence[ImageRecord]) -> list[ImageRecord]:
     return [good[place] for place in places]
 
 
-def picture(number: int, record: ImageRecord, found: Detections, classes: Sequence[str], *, masks: bool) -> Picture:
+def picture(
+    number: int, record: ImageRecord, detections: Detections, classes: Sequence[str], *, masks: bool
+) -> Picture:
     """The picture of one image, drawn from its file when it is written; masks are drawn where they are compared."""
     return Picture(
         name=f"val-{number}",
         title=record.path.name,
-        draw=partial(side_by_side, record, found, tuple(classes), masks=masks),
+        draw=partial(side_by_side, record, detections, tuple(classes), masks=masks),
     )
 
 
-def side_by_side(record: ImageRecord, found: Detections, classes: Sequence[str], *, masks: bool) -> Image.Image:
+def side_by_side(record: ImageRecord, detections: Detections, classes: Sequence[str], *, masks: bool) -> Image.Image:
     """The objects on the left, the detections with a score of at least `LEAST_SCORE` on the right.
 
     Raises:
@@ -48,8 +50,8 @@ def side_by_side(record: ImageRecord, found: Detections, classes: Sequence[str],
     image = read_image(record)
     scale = min(3.0, SIDE / max(image.size))
     image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-    order = [i for i in np.argsort(-found.scores, kind="stable").tolist() if found.scores[i] >= LEAST_SCORE]
-    order = [i for i in order if 0 <= found.classes[i] < len(classes)][:MOST_SHOWN]
+    order = [i for i in np.argsort(-detections.scores, kind="stable").tolist() if detections.scores[i] >= LEAST_SCORE]
+    order = [i for i in order if 0 <= detections.classes[i] < len(classes)][:MOST_SHOWN]
     truth = list(range(len(record.classes)))
     left = _objects(
         image,
@@ -65,10 +67,10 @@ def side_by_side(record: ImageRecord, found: Detections, classes: Sequence[str],
     right = _objects(
         image,
         record,
-        found.boxes[order],
-        [found.masks[i] for i in order] if masks and found.masks is not None else None,
-        [int(found.classes[i]) for i in order],
-        [f"{classes[int(found.classes[i])]} {found.scores[i]:.2f}" for i in order],
+        detections.boxes[order],
+        [detections.masks[i] for i in order] if masks and detections.masks is not None else None,
+        [int(detections.classes[i]) for i in order],
+        [f"{classes[int(detections.classes[i])]} {detections.scores[i]:.2f}" for i in order],
     )
     sheet = Image.new("RGB", (2 * image.width + 6, image.height + _HEAD), (255, 255, 255))
     pen = ImageDraw.Draw(sheet)

@@ -39,13 +39,13 @@ class Matching:
         self._labels: list[NDArray[np.int32]] = []
         self._hits: list[NDArray[np.bool_]] = []
 
-    def add(self, record: ImageRecord, found: Detections) -> None:
+    def add(self, record: ImageRecord, detections: Detections) -> None:
         """Compare the detections of one image with its objects."""
-        known = (found.classes >= 0) & (found.classes < len(self.classes))
-        order = np.argsort(-found.scores[known], kind="stable")
-        boxes = found.boxes[known][order]
-        scores = found.scores[known][order]
-        labels = found.classes[known][order]
+        known = (detections.classes >= 0) & (detections.classes < len(self.classes))
+        order = np.argsort(-detections.scores[known], kind="stable")
+        boxes = detections.boxes[known][order]
+        scores = detections.scores[known][order]
+        labels = detections.classes[known][order]
         single = ~record.crowd
         truth = record.boxes[single]
         truth_labels = record.classes[single]
@@ -116,17 +116,17 @@ class Curves:
     def precision(self, c: int) -> Numbers:
         """Precision at the 101 recalls of COCO: the best at this recall or a higher one, 0 where none is reached."""
         hits = self.hits[self.labels == c]
-        found = np.cumsum(hits)
-        precision = np.maximum.accumulate((found / np.arange(1, len(hits) + 1))[::-1])[::-1]
-        places = np.searchsorted(found / self.objects[c], RECALLS, side="left")
+        true_positives = np.cumsum(hits)
+        precision = np.maximum.accumulate((true_positives / np.arange(1, len(hits) + 1))[::-1])[::-1]
+        places = np.searchsorted(true_positives / self.objects[c], RECALLS, side="left")
         return np.append(precision, 0.0)[np.minimum(places, len(hits))]
 
     def f1(self, c: int) -> Numbers:
         """F1 of one class where detections of at least each of 101 scores count: 2 TP / (detections + objects)."""
         own = self.labels == c
-        found = np.append(0, np.cumsum(self.hits[own]))
+        true_positives = np.append(0, np.cumsum(self.hits[own]))
         counted = np.searchsorted(-self.scores[own], -RECALLS, side="right")
-        return 2 * found[counted] / (counted + self.objects[c])
+        return 2 * true_positives[counted] / (counted + self.objects[c])
 
     def plots(self) -> tuple[Plot, ...]:
         """Both curves: the mean over the classes first, then the classes with the most objects."""
@@ -211,7 +211,8 @@ def _confuse(
     free = np.ones(len(labels), np.bool_)
     missed = np.ones(len(truth_labels), np.bool_)
     for k in order:
-        i, j = rows[k], columns[k]
+        i = rows[k]
+        j = columns[k]
         if free[i] and missed[j]:
             free[i] = missed[j] = False
             confusion[truth_labels[j], labels[i]] += 1

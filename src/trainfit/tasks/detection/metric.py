@@ -91,8 +91,8 @@ class DetectionMetric:
     def _graphics(self) -> tuple[Graphic, ...]:
         masks = "segm" in self.evaluators
         pictures = (
-            picture(number, record, found, self.classes, masks=masks)
-            for number, (record, found) in enumerate(self.pictured.values(), 1)
+            picture(number, record, detections, self.classes, masks=masks)
+            for number, (record, detections) in enumerate(self.pictured.values(), 1)
         )
         return (*pictures, *self.matching.graphics())
 

@@ -68,7 +68,8 @@ def _write_split(folder: Path, seed: list[int], count: int) -> None:
 
 def _annotation(number: int, image: int, category: int, polygon: NDArray[np.float64]) -> dict[str, Any]:
     points = polygon.round(2)
-    low, high = points.min(axis=0), points.max(axis=0)
+    low = points.min(axis=0)
+    high = points.max(axis=0)
     x, y = points.T
     return {
         "id": number,
@@ -137,7 +138,8 @@ def _background(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
 
 def _paint(image: Image.Image, polygon: NDArray[np.float64], colour: tuple[int, int, int]) -> None:
     """Fills a polygon with smooth edges; pixel i spans i to i + 1, as in COCO."""
-    low, high = np.floor(polygon.min(axis=0)).astype(int), np.ceil(polygon.max(axis=0)).astype(int)
+    low = np.floor(polygon.min(axis=0)).astype(int)
+    high = np.ceil(polygon.max(axis=0)).astype(int)
     extent = (int(high[0] - low[0]), int(high[1] - low[1]))
     mask = Image.new("L", (extent[0] * _OVERSAMPLING, extent[1] * _OVERSAMPLING))
     points = [(float(x), float(y)) for x, y in (polygon - low) * _OVERSAMPLING - 0.5]

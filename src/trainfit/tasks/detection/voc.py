@@ -57,8 +57,8 @@ def find_voc(path: Path, data: DataFolder | None = None) -> dict[str, list[Path]
         return beside
     splits = {name: _stems(lists / f"{name}.txt", data) for name in ("train", "trainval", "val", "test")}
     whole = splits.pop("trainval")
-    held = set(splits["val"])
-    splits["train"] = splits["train"] or [stem for stem in whole if stem not in held]
+    val_stems = set(splits["val"])
+    splits["train"] = splits["train"] or [stem for stem in whole if stem not in val_stems]
     if not any(splits.values()):
         return {"train": sorted(folder.glob("*.xml"))}
     return {split: [folder / f"{stem}.xml" for stem in stems] for split, stems in splits.items() if stems}
@@ -75,16 +75,16 @@ def read_voc(path: Path, *, allow_outside: bool = False) -> Dataset:
     Raises:
         TrainfitError: no XML files.
     """
-    held = DataFolder(path, allow_outside=allow_outside)
-    files = find_voc(path, held)
+    folder = DataFolder(path, allow_outside=allow_outside)
+    files = find_voc(path, folder)
     if not files:
         raise TrainfitError(f"{path}: not Pascal VOC; looked for Annotations/*.xml and train/*.xml")
     findings = Findings("Annotations")
-    parsed = {split: list(_parse_all(xmls, held, findings)) for split, xmls in files.items()}
-    classes = _classes(held, [file for split in parsed.values() for file in split])
+    parsed = {split: list(_parse_all(xmls, folder, findings)) for split, xmls in files.items()}
+    classes = _classes(folder, [file for split in parsed.values() for file in split])
     splits: dict[str, tuple[ImageRecord, ...]] = {}
     for split, xmls in parsed.items():
-        splits[split], own = admit(list(_raw_images(xmls, held, classes, findings)), path, split)
+        splits[split], own = admit(list(_raw_images(xmls, folder, classes, findings)), path, split)
         findings.extend(own)
     difficult = sum(hard for split in parsed.values() for file in split for _, _, hard in file.objects)
     if difficult:
@@ -100,24 +100,24 @@ def read_voc(path: Path, *, allow_outside: bool = False) -> Dataset:
     )
 
 
-def _classes(held: DataFolder, files: list[_Parsed]) -> tuple[str, ...]:
+def _classes(folder: DataFolder, files: list[_Parsed]) -> tuple[str, ...]:
     """The classes of the label file, each once, else the ones in use by name."""
-    for listed in (held.root / "labels.txt", held.root / "classes.txt"):
+    for listed in (folder.root / "labels.txt", folder.root / "classes.txt"):
         if is_file(listed):
-            return tuple(dict.fromkeys(name for _, name in held.read_lines(listed)))
+            return tuple(dict.fromkeys(name for _, name in folder.read_lines(listed)))
     return tuple(sorted({name for file in files for name, _, _ in file.objects if name}))
 
 
-def _stems(file: Path, held: DataFolder) -> list[str]:
+def _stems(file: Path, folder: DataFolder) -> list[str]:
     """First word of each line (a second says whether a class is in the image); none where there is no file."""
-    return [line.split()[0] for _, line in held.read_lines(file)] if is_file(file) else []
+    return [line.split()[0] for _, line in folder.read_lines(file)] if is_file(file) else []
 
 
-def _parse_all(files: list[Path], held: DataFolder, findings: Findings) -> Iterator[_Parsed]:
+def _parse_all(files: list[Path], folder: DataFolder, findings: Findings) -> Iterator[_Parsed]:
     for file in files:
-        where = relative(file, held.root)
+        where = relative(file, folder.root)
         try:
-            tree = parse_xml(held.read_bytes(file, XML_BYTES))
+            tree = parse_xml(folder.read_bytes(file, XML_BYTES))
         except FileNotFoundError:
             what = "is listed in ImageSets/Main, but not there: its image is left out"
             findings.append(Finding(severity="skipped", kind="missing annotation", where=where, message=what))
@@ -160,11 +160,11 @@ def _number(text: str | None) -> float:
 
 
 def _raw_images(
-    files: list[_Parsed], held: DataFolder, classes: tuple[str, ...], findings: Findings
+    files: list[_Parsed], folder: DataFolder, classes: tuple[str, ...], findings: Findings
 ) -> Iterator[RawImage]:
     indices = {name: index for index, name in enumerate(classes)}
     object_id = 0
-    for number, (file, header) in enumerate(zip(files, held.headers([file.image for file in files]), strict=True)):
+    for number, (file, header) in enumerate(zip(files, folder.headers([file.image for file in files]), strict=True)):
         objects: list[RawObject] = []
         for position, (name, box, _) in enumerate(file.objects, 1):
             object_id += 1

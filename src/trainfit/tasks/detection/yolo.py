@@ -62,21 +62,21 @@ def read_yolo(path: Path, *, allow_outside: bool = False) -> Dataset:
     file = find_yolo(path)
     if file is None:
         raise TrainfitError(f"{path}: no YOLO data file; looked for data.yaml, or one *.yaml with names")
-    held = DataFolder(file.parent, allow_outside=allow_outside)
-    document = _parse(file, held)
+    folder = DataFolder(file.parent, allow_outside=allow_outside)
+    document = _parse(file, folder)
     names = _names(file, document)
-    findings = Findings(relative(file, held.root))
+    findings = Findings(relative(file, folder.root))
     splits: dict[str, tuple[ImageRecord, ...]] = {}
     for key, split in (("train", "train"), ("val", "val"), ("valid", "val"), ("test", "test")):
         if document.get(key) in _NOTHING or split in splits:
             continue
-        images = _images(file, document, key, held, findings)
+        images = _images(file, document, key, folder, findings)
         if images is not None:
-            raws = list(_raw_images(images, held, len(names), findings))
-            splits[split], own = admit(raws, held.root, split)
+            raws = list(_raw_images(images, folder, len(names), findings))
+            splits[split], own = admit(raws, folder.root, split)
             findings.extend(own)
     return Dataset(
-        root=held.root,
+        root=folder.root,
         format="yolo",
         classes=names,
         category_ids=tuple(range(len(names))),
@@ -85,9 +85,9 @@ def read_yolo(path: Path, *, allow_outside: bool = False) -> Dataset:
     )
 
 
-def _parse(file: Path, held: DataFolder) -> Mapping[str, Any]:
+def _parse(file: Path, folder: DataFolder) -> Mapping[str, Any]:
     try:
-        document = parse_yaml(held.read_text(file, YAML_BYTES))
+        document = parse_yaml(folder.read_text(file, YAML_BYTES))
     except (FileNotFoundError, Malformed) as error:
         raise named(file, error) from error
     if not isinstance(document, dict) or document.get("names") in _NOTHING or document.get("train") in _NOTHING:
@@ -108,7 +108,7 @@ def _names(file: Path, document: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _images(
-    file: Path, document: Mapping[str, Any], key: str, held: DataFolder, findings: Findings
+    file: Path, document: Mapping[str, Any], key: str, folder: DataFolder, findings: Findings
 ) -> list[Path] | None:
     """The images of a split: its folder, list of folders, or text list; None if a split other than train is not there.
 
@@ -124,7 +124,7 @@ def _images(
             )
         tries = [base / text for text in (entry, entry.removeprefix("../")) for base in bases]
         there = [path for path in tries if os.path.exists(path)]  # noqa: PTH110 - Path.exists raises for long names
-        place = next((path for path in there if held.holds(path)), None)
+        place = next((path for path in there if folder.holds(path)), None)
         if place is None and there:
             raise TrainfitError(f"{file}: `{key}` is {shown(entry)}, which {OUTSIDE_REPAIR}")
         if place is None and key == "train":
@@ -134,7 +134,7 @@ def _images(
             what = f"`{key}` is {shown(entry)}, which is not there: the split is left out"
             findings.append(Finding(severity="note", kind="missing split", where=file.name, message=what))
             return None
-        images += _in_folder(place) if place.is_dir() else _listed(place, bases, held, findings)
+        images += _in_folder(place) if place.is_dir() else _listed(place, bases, folder, findings)
     return [Path(os.path.normpath(image)) for image in images]  # one file, one path: the checks compare them
 
 
@@ -151,17 +151,17 @@ def _in_folder(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def _listed(file: Path, bases: Sequence[Path], held: DataFolder, findings: Findings) -> list[Path]:
+def _listed(file: Path, bases: Sequence[Path], folder: DataFolder, findings: Findings) -> list[Path]:
     """The images that a text file lists. Lines that name none are not quoted: the file may be anything."""
     images: list[Path] = []
-    for number, line in held.read_lines(file):
+    for number, line in folder.read_lines(file):
         if not is_file_name(line) or Path(line).suffix.lower() not in IMAGE_SUFFIXES:
-            where = f"{relative(file, held.root)} line {number}"
+            where = f"{relative(file, folder.root)} line {number}"
             findings.append(Finding(severity="skipped", kind="no image name", where=where, message=_NO_IMAGE))
             continue
         tries = [base / line for base in (file.parent, *bases)]
         there = [path for path in tries if is_file(path)]
-        images.append(next((path for path in there if held.holds(path)), (there or tries)[0]))
+        images.append(next((path for path in there if folder.holds(path)), (there or tries)[0]))
     return images
 
 
@@ -176,27 +176,27 @@ def _label_file(image: Path, root: Path) -> Path:
     return root / label if inside else label
 
 
-def _raw_images(images: Sequence[Path], held: DataFolder, classes: int, findings: Findings) -> Iterator[RawImage]:
+def _raw_images(images: Sequence[Path], folder: DataFolder, classes: int, findings: Findings) -> Iterator[RawImage]:
     object_id = 1
-    for number, (image, header) in enumerate(zip(images, held.headers(images), strict=True)):
+    for number, (image, header) in enumerate(zip(images, folder.headers(images), strict=True)):
         objects: list[RawObject] = []
         if isinstance(header, ImageHeader):
-            for where, line in _lines(_label_file(image, held.root), held, findings):
+            for where, line in _lines(_label_file(image, folder.root), folder, findings):
                 parsed = _object(line, where, header.upright, classes, object_id)
                 if isinstance(parsed, Finding):
                     findings.append(parsed)
                 else:
                     objects.append(parsed)
                     object_id += 1
-        where = relative(image, held.root)
+        where = relative(image, folder.root)
         yield RawImage(where=where, id=number, path=image, header=header, size=None, objects=tuple(objects))
 
 
-def _lines(label: Path, held: DataFolder, findings: Findings) -> list[tuple[str, str]]:
+def _lines(label: Path, folder: DataFolder, findings: Findings) -> list[tuple[str, str]]:
     """Place and text of each object of a label file, those written twice once."""
-    where = relative(label, held.root)
+    where = relative(label, folder.root)
     try:
-        text = held.read_text(label, LABEL_BYTES)
+        text = folder.read_text(label, LABEL_BYTES)
     except FileNotFoundError:
         return []
     except Outside as error:

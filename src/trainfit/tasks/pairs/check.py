@@ -28,7 +28,8 @@ def check_dataset(dataset: PairDataset, *, progress: Progress | None = None) -> 
     findings = Findings("all splits")
     too_long = _token_counter(findings)
     splits: dict[str, tuple[PairRecord, ...]] = {}
-    total, done = sum(map(len, dataset.splits.values())), 0
+    total = sum(map(len, dataset.splits.values()))
+    done = 0
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         for split, records in dataset.splits.items():
             kept: list[PairRecord] = []
@@ -91,9 +92,9 @@ def _token_counter(findings: Findings) -> Callable[[Sequence[str]], Sequence[int
 def _too_long(record: PairRecord, where: str, count: Callable[[Sequence[str]], Sequence[int]] | None) -> list[Finding]:
     if count is None:
         return []
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for text, tokens in zip(record.texts, count(record.texts), strict=True):
         if tokens > CONTEXT:
             what = f"{shown(text)} has {tokens} tokens of CLIP's tokenizer: training cuts it to {CONTEXT}"
-            found.append(Finding(severity="note", kind="over-long text", where=where, message=what))
-    return found
+            findings.append(Finding(severity="note", kind="over-long text", where=where, message=what))
+    return findings

@@ -24,7 +24,8 @@ class RetrievalMetric:
 
     def __init__(self) -> None:
         """Start without features."""
-        self.images, self.texts = FeatureStore(), FeatureStore()
+        self.images = FeatureStore()
+        self.texts = FeatureStore()
 
     def add(self, outputs: Sequence[PairFeatures]) -> None:
         """Take the features of some records."""
@@ -40,11 +41,12 @@ class RetrievalMetric:
             "text_to_image": _hits(self.texts, self.images),
         }
         numbers = {
-            f"{name}_{k}": float(found) for name, of in hits.items() for k, found in zip(RECALLS, of, strict=True)
+            f"{name}_{k}": float(recall) for name, of in hits.items() for k, recall in zip(RECALLS, of, strict=True)
         }
         sizes = {"images": float(len(self.images)), "texts": float(len(self.texts))}
         total = ranks.sum_over_ranks(numbers | sizes)
-        images, texts = int(total["images"]), int(total["texts"])
+        images = int(total["images"])
+        texts = int(total["texts"])
         of = {"image_to_text": images, "text_to_image": texts}
         recalls = {
             f"{name}_r{k}": total[f"{name}_{k}"] / of[name] if of[name] else None
@@ -78,14 +80,14 @@ def _hits(queries: FeatureStore, gallery: FeatureStore) -> list[int]:
     """
     best = [torch.full((len(rows),), -torch.inf) for rows, _ in queries.blocks()]
     for others, of in gallery.blocks():
-        for found, (rows, numbers) in zip(best, queries.blocks(), strict=True):
+        for best_scores, (rows, numbers) in zip(best, queries.blocks(), strict=True):
             similar = (rows @ others.T).masked_fill_(numbers[:, None] != of, -torch.inf)
-            torch.maximum(found, similar.amax(1), out=found)
-    before = [torch.zeros(len(found)) for found in best]
+            torch.maximum(best_scores, similar.amax(1), out=best_scores)
+    before = [torch.zeros(len(best_scores)) for best_scores in best]
     for others, of in _everywhere(gallery):
-        for count, found, (rows, numbers) in zip(before, best, queries.blocks(), strict=True):
+        for count, best_scores, (rows, numbers) in zip(before, best, queries.blocks(), strict=True):
             similar = (rows @ others.T).masked_fill_(numbers[:, None] == of, -torch.inf)
-            count += (similar > found[:, None]).sum(1) + (similar == found[:, None]).sum(1) / 2
+            count += (similar > best_scores[:, None]).sum(1) + (similar == best_scores[:, None]).sum(1) / 2
     counts = torch.cat(before) if before else torch.zeros(0)
     return [int((counts < k).sum()) for k in RECALLS]
 
@@ -128,7 +130,8 @@ class ZeroShotMetric:
         labels = sorted(known)
         right = torch.zeros(3, len(self.classes), dtype=torch.float64)  # images, first, among the first five
         if labels:
-            classifier, names = torch.stack([known[label] for label in labels]), torch.tensor(labels)
+            classifier = torch.stack([known[label] for label in labels])
+            names = torch.tensor(labels)
             for rows, truth in self.images.blocks():
                 order = names[(rows @ classifier.T).topk(min(5, len(labels)), dim=1).indices]
                 hits = order == truth[:, None]

@@ -44,7 +44,7 @@ def statistics(records: Sequence[PairRecord]) -> PairStatistics:
 
 def table_of(splits: Mapping[str, Sequence[PairRecord]]) -> Table:
     """The counts of each split as a table for a person."""
-    found = {split: asdict(statistics(records)) for split, records in splits.items()}
+    by_split = {split: asdict(statistics(records)) for split, records in splits.items()}
     words = {
         "images": "images",
         "texts": "texts",
@@ -53,8 +53,8 @@ def table_of(splits: Mapping[str, Sequence[PairRecord]]) -> Table:
         "shared_texts": "texts of several images",
         "characters_max": "characters of the longest text",
     }
-    rows = tuple((label, *(of_split[key] for of_split in found.values())) for key, label in words.items())
-    return Table(title="", columns=("", *found), rows=rows)
+    rows = tuple((label, *(of_split[key] for of_split in by_split.values())) for key, label in words.items())
+    return Table(title="", columns=("", *by_split), rows=rows)
 
 
 def lengths_of(splits: Mapping[str, Sequence[PairRecord]]) -> Histogram:

@@ -16,8 +16,8 @@ from trainfit.tasks.task import DataCheck, Metric, Progress
 
 def recognises(data: str) -> bool:
     """Whether a path holds pairs, by names of files alone."""
-    found = look(data)
-    return found is not None and found[0] != "classes"
+    layout = look(data)
+    return layout is not None and layout[0] != "classes"
 
 
 def read(

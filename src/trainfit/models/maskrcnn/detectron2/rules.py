@@ -94,8 +94,10 @@ def _sampling(value: Any) -> list[str]:
 
 
 _DATA = "--data names the data set, which trainfit reads from a folder or file"
-MULTI_STEP, COSINE = "WarmupMultiStepLR", "WarmupCosineLR"
-"""Values of SOLVER.LR_SCHEDULER_NAME."""
+MULTI_STEP = "WarmupMultiStepLR"
+"""SOLVER.LR_SCHEDULER_NAME of the step schedule."""
+COSINE = "WarmupCosineLR"
+"""SOLVER.LR_SCHEDULER_NAME of the cosine schedule."""
 _SGD = "of torch.optim.SGD with momentum 0.9, as `--optimizer sgd` has it"
 RULES: Mapping[str, Flags | Same | Instead] = {
     "VERSION": Same(value=2, instead="trainfit reads version 2"),

@@ -12,8 +12,12 @@ from trainfit.models.maskrcnn.detectron2.zoo import WARMUP_ITERS
 
 TRAIN_DEFAULTS = ("--optimizer", "sgd", "--epochs", "1000000", "--eval-every", "0")
 """Of `trainfit train`: a configuration counts steps, not epochs, and Detectron2 trains with SGD."""
-CLIP_VALUE, STEPS, MAX_ITER = 1.0, [30000], 40000
-"""Of config/defaults.py."""
+CLIP_VALUE = 1.0
+"""Default of SOLVER.CLIP_GRADIENTS.CLIP_VALUE (Detectron2's config/defaults.py, as the two below)."""
+STEPS = [30000]
+"""Default of SOLVER.STEPS."""
+MAX_ITER = 40000
+"""Default of SOLVER.MAX_ITER."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +82,8 @@ def translated(name: str) -> Translation:
             instead.append((key, rule.text))
         else:
             unknown.append(key)
-    batch, accumulation = (
-        _whole(values, "SOLVER.IMS_PER_BATCH", name),
-        _whole(values, "SOLVER.ACCUMULATION_STEPS", name),
-    )
+    batch = _whole(values, "SOLVER.IMS_PER_BATCH", name)
+    accumulation = _whole(values, "SOLVER.ACCUMULATION_STEPS", name)
     return Translation(
         model=_model(values, name),
         values=values,
@@ -108,31 +110,31 @@ def with_configuration(arguments: Sequence[str]) -> list[str]:
     command = words[0] if words else ""
     if command not in ("plan", "predict", "measure", "train"):
         raise TrainfitError("--detectron2 goes with plan, predict, measure and train")
-    found = translated(name)
+    translation = translated(name)
     rest = words[1:]
     if rest and not rest[0].startswith("-"):
         from trainfit.models.family import family_of
 
         model = family_of(rest.pop(0))[1]
-        if model != found.model:
-            raise TrainfitError(f"{name} is of {found.model}, not {model}: leave the model out")
-    added: list[str] = list(found.knobs)
+        if model != translation.model:
+            raise TrainfitError(f"{name} is of {translation.model}, not {model}: leave the model out")
+    added: list[str] = list(translation.knobs)
     if command == "train":
-        added += [*found.training, *TRAIN_DEFAULTS]
-    added += _batch(found, command)
-    for line in found.lines():
+        added += [*translation.training, *TRAIN_DEFAULTS]
+    added += _batch(translation, command)
+    for line in translation.lines():
         print(line, file=sys.stderr)
-    return [command, found.model, *_not_given(added, rest), *rest]
+    return [command, translation.model, *_not_given(added, rest), *rest]
 
 
-def _batch(found: Translation, command: str) -> list[str]:
+def _batch(translation: Translation, command: str) -> list[str]:
     """Of a plan and a training the effective batch is held; a step without accumulation has it at once, as Detectron2."""
-    if found.effective_batch is None:
+    if translation.effective_batch is None:
         return []
-    if command == "plan" or (command == "train" and found.accumulation == 1):
-        return ["--effective-batch", str(found.effective_batch)]
-    micro_batch = found.effective_batch // found.accumulation
-    return ["--micro-batch", str(micro_batch), "--accumulation", str(found.accumulation)]
+    if command == "plan" or (command == "train" and translation.accumulation == 1):
+        return ["--effective-batch", str(translation.effective_batch)]
+    micro_batch = translation.effective_batch // translation.accumulation
+    return ["--micro-batch", str(micro_batch), "--accumulation", str(translation.accumulation)]
 
 
 def _not_given(added: Sequence[str], rest: Sequence[str]) -> list[str]:
@@ -157,7 +159,8 @@ def _bare(word: str) -> str:
 
 
 def _without_flag(arguments: Sequence[str]) -> tuple[list[str], str]:
-    words, name = list[str](), ""
+    words = list[str]()
+    name = ""
     rest = list(arguments)
     while rest:
         word = rest.pop(0)

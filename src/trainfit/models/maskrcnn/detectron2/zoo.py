@@ -54,5 +54,9 @@ ZOO: Mapping[str, Mapping[str, Any]] = {
     "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml": _zoo(101, False, THREE_TIMES),
 }
 """Name below detectron2's folder configs/ -> values by key; `_BASE_` is resolved."""
-EVAL_PERIOD, CHECKPOINT_PERIOD, WARMUP_ITERS = 0, 5000, 1000
-"""Of config/defaults.py: TEST.EVAL_PERIOD, SOLVER.CHECKPOINT_PERIOD, SOLVER.WARMUP_ITERS."""
+EVAL_PERIOD = 0
+"""Default of TEST.EVAL_PERIOD (Detectron2's config/defaults.py, as the two below)."""
+CHECKPOINT_PERIOD = 5000
+"""Default of SOLVER.CHECKPOINT_PERIOD."""
+WARMUP_ITERS = 1000
+"""Default of SOLVER.WARMUP_ITERS."""
