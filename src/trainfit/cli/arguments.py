@@ -22,8 +22,8 @@ AnySetting = TypeVar("AnySetting", bound=Setting)
 def setting_type(words: Sequence[str]) -> type[Setting]:
     """The kind of setting that a command line is about: that of the first word that names a model.
 
-    Words behind a flag come last, because they may be its value. Without a model: that of the plan or run that a flag
-    names; else the knobs that every family has.
+    Words after a flag are tried last, because they may be its value. Without a model, it is that of the plan or run that a
+    flag names; else the setting has the knobs of every family.
     """
     free = [word for before, word in zip(("", *words), words, strict=False) if not before.startswith("--")]
     for word in (*free, *words):

@@ -82,7 +82,7 @@ def _prints_blocks() -> bool:
 
 
 class _Progress:
-    """On stderr from the second second on: one live line in a terminal, else a line every ten seconds."""
+    """Progress on stderr after the first second: one live line in a terminal, else a line every ten seconds."""
 
     def __init__(self) -> None:
         self.live = sys.stderr.isatty()

@@ -30,7 +30,7 @@ class Detect:
     threshold: Annotated[float, Range(0, 1)] = 0.5
     """Least score that is shown."""
     every: Annotated[int, Range(1, 1_000_000)] = 1
-    """Of a video: every so many frames."""
+    """Take every N-th frame of a video."""
     draw: Annotated[Path | None, In("output")] = None
     """Folder for pictures with masks, boxes and labels drawn in; of a video an MP4 file."""
     out: Annotated[Path | None, In("output")] = None
@@ -40,7 +40,7 @@ class Detect:
     force: Annotated[bool, In("output")] = False
     """Overwrite those files."""
     device: Device = "auto"
-    """Where to run."""
+    """Device to run on."""
     as_json: Annotated[bool, In("output")] = False
     """Print JSON (schema 1) instead of text."""
 

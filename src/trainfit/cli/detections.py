@@ -1,4 +1,4 @@
-"""Where `trainfit detect` writes what it detects: one result at a time, so that a long video needs no memory."""
+"""Writes what `trainfit detect` detects, one result at a time, so that a long video needs no memory."""
 
 import json
 import sys

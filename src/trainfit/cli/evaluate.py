@@ -31,9 +31,9 @@ class Evaluate:
     only_classes: str = ""
     """Names of the data set's classes that count, with commas between; all unless given."""
     max_detections: Annotated[int | None, Range(1)] = None
-    """Of detection: detections for each image and class that count; as many as upstream counts unless given."""
+    """Detections for each image and class that count (detection only); as many as upstream counts unless given."""
     device: Device = "auto"
-    """Where to run."""
+    """Device to run on."""
     allow_outside: bool = False
     """Read files that the data set names but does not hold."""
     pictures: Annotated[Path | None, In("output")] = None

@@ -28,7 +28,7 @@ class Explain:
     model: str | None = None
     """The model that ran, for what each of its knobs would free."""
     micro_batch: int = 1
-    """Of that model when memory ran out."""
+    """Micro-batch of that model when memory ran out."""
     gpu: str | None = None
     """The card, where the message does not say how much memory it has."""
     memory: str | None = None

@@ -39,7 +39,7 @@ class Leaf:
     """Its type without annotations."""
     where: In
     default: Any
-    """`MISSING` where there is none."""
+    """Default value, or `MISSING`."""
     text: str
     """Its docstring."""
     chosen: bool
@@ -157,7 +157,7 @@ def _member(leaf: Leaf) -> tuple[str, Any, Any]:
 
 
 def _hint(leaf: Leaf) -> str | None:
-    """What stands behind the help; None: the default, as tyro writes it."""
+    """What follows the help text; None: the default, as tyro writes it."""
     if leaf.default is MISSING:
         return "(required)"
     # The docstring of an open field says what happens without it; "(default: None)" would add nothing.

@@ -12,7 +12,7 @@ ANSWERS: Mapping[str, str] = {
     "--imgsz": "the size of the input is --resolution {}",
     "--img-size": "the size of the input is --resolution {}",
     "--image-size": "the size of the input is --resolution {}",
-    "--classes": "to train on some classes alone give --only-classes {}; their number follows from the data",
+    "--classes": "to train on some of the classes give --only-classes {}; their number follows from the data",
     "--num-classes": "the number of classes follows from the data: leave it out",
     "--patience": "that is --early-stopping {}",
     "--early-stopping-patience": "that is --early-stopping {}",

@@ -20,7 +20,7 @@ from trainfit.values import In
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Generic[AnySetting]):
-    """Of all settings that fit a GPU, the fastest; the GPU need not be there."""
+    """The fastest setting that fits a GPU, which need not be in this machine."""
 
     setting: AnySetting
     """The model, and its knobs as wanted. --micro-batch and --checkpointing, where given, are planned with alone."""
@@ -39,7 +39,7 @@ class Plan(Generic[AnySetting]):
     allow: Annotated[tuple[str, ...], In("model")] = ()
     """Knobs that change what is learned and may be turned where nothing fits otherwise."""
     alloc_conf: Annotated[str, In("card")] = ""
-    """As PYTORCH_ALLOC_CONF, for instance expandable_segments:True."""
+    """Value of PYTORCH_ALLOC_CONF, for instance expandable_segments:True."""
     emit: Annotated[
         Literal["rfdetr", "detectron2", "open_clip", "lightning", "transformers", "accelerate"] | None, In("output")
     ] = None

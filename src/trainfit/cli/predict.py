@@ -38,7 +38,7 @@ class Predict(Generic[AnySetting]):
     allow_outside: Annotated[bool, In("data")] = False
     """Read files that the data set names but does not hold."""
     alloc_conf: Annotated[str, In("card")] = ""
-    """As PYTORCH_ALLOC_CONF, for instance expandable_segments:True."""
+    """Value of PYTORCH_ALLOC_CONF, for instance expandable_segments:True."""
     cudnn_benchmark: Annotated[bool, In("card")] = False
     """torch.backends.cudnn.benchmark is on: each convolution's first run empties the allocator's cache. trainfit leaves it off."""
     as_json: Annotated[bool, In("output")] = False

@@ -13,9 +13,9 @@ BROKEN_PIPE_CODE = 128 + 13
 
 
 class Stream(io.TextIOWrapper):
-    """A standard stream that goes nowhere once it cannot be written, and remembers why.
+    """A standard stream that drops its text once it cannot be written, and remembers why.
 
-    A command thus goes on to its end, so that its other results (a training, a file) are not lost with the text.
+    The command then runs to its end, so that its other results (a training, a file) are not lost with the text.
     """
 
     fault: int | None = None

@@ -1,4 +1,4 @@
-"""From what was seen of a loop to the causes for which its windows are not the big batch's."""
+"""Derives, from what was recorded of a loop, why its windows do not have the gradient of the big batch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,13 +12,13 @@ from trainfit.exactness.runs import How, Runner, parameter_errors, whole
 
 Windows = Sequence[Sequence[Sequence[Any]]]
 IGNORED = (-100, -1, 255)
-"""Labels that usually count nowhere: of torch's losses, of detection and of segmentation."""
+"""Labels that losses usually ignore: torch's losses, detection and segmentation."""
 FIT = 1e-6
 """Relative residual below which weights of the micro-batches explain the big batch's gradient."""
 
 
 def events(micro: Run, alone: Run, windows: Windows, *, accumulation: int) -> list[Finding]:
-    """What is wrong whatever the gradient: steps, averages, schedules, scalers, exchanges at the wrong moment."""
+    """Faults that can be seen without the gradient: steps, EMA, schedulers, scalers and exchanges at the wrong moment."""
     findings: list[Finding] = []
 
     def say(cause: Cause, explanation: str) -> None:
@@ -43,7 +43,7 @@ def events(micro: Run, alone: Run, windows: Windows, *, accumulation: int) -> li
         if window.cleared:
             say(
                 "zero_grad",
-                "gradients vanish within the window, so the last micro-batches alone count: call zero_grad after the step",
+                "gradients vanish within the window, so only the last micro-batches count: call zero_grad after the step",
             )
         for cause, explanation in _moments(window):
             say(cause, explanation)
@@ -51,7 +51,7 @@ def events(micro: Run, alone: Run, windows: Windows, *, accumulation: int) -> li
 
 
 def steps_of(alone: Run, windows: Windows) -> int:
-    """Steps behind backwards of their own that the loop takes for a window: two where two optimizers take turns."""
+    """Optimizer steps per window that follow a backward of their own: two if two optimizers take turns."""
     return max(1, len(alone.windows) // max(len(windows), 1))
 
 
@@ -69,7 +69,7 @@ def _dropped(micro: Run, alone: Run, windows: Windows, batches: int) -> Iterator
 
 
 def _moments(window: Window) -> Iterator[tuple[Cause, str]]:
-    """Of one window: what happens more than once, or too late."""
+    """Yield what happens more than once, or too late, within one window."""
     if window.backwards > 1:
         if len(window.averages) > 1:
             yield (
@@ -115,7 +115,7 @@ def differences(
     accumulation: int,
     limit: float,
 ) -> list[Finding]:
-    """Why the gradient of a window is not the big batch's, where it is not."""
+    """Find out why the gradient of a window differs from that of the big batch; nothing if it does not."""
     known = [finding.cause for finding in findings]
     if any(cause in known for cause in ("step", "zero_grad", "clip")):
         return []  # they change the gradient themselves
@@ -137,7 +137,7 @@ def _error(one: Window, other: Window) -> float:
 def _of_later_window(
     runner: Runner, micro: Run, alone: Run, windows: Windows, number: int, *, accumulation: int, limit: float
 ) -> list[Finding]:
-    """The first window is exact and a later one is not: for the number of its micro-batches, or what is in it."""
+    """Explain a window that is not exact although the first one is, by the number or the contents of its micro-batches."""
     one = micro.windows[number]
     other = alone.windows[number]
     ratio = _ratio(one.gradients, other.gradients)
@@ -166,7 +166,7 @@ def _of_later_window(
 def _of_first_window(
     runner: Runner, micro: Run, alone: Run, window: Sequence[Sequence[Any]], *, accumulation: int, limit: float
 ) -> list[Finding]:
-    """Take possible causes away, all and all but one: those that bring a difference are causes; then judge the weights."""
+    """Remove all possible causes, then all but one: those that make a difference are causes. Then judge the weights."""
     error = _error(micro.windows[0], alone.windows[0])
     whole_window = whole([window])
     canvases = runner.shapes([*window, whole_window[0][0]])
@@ -209,7 +209,7 @@ def _of_first_window(
 
 
 def _differs(with_cause: Sequence[Window], without: Sequence[Window], limit: float) -> bool:
-    """Whether a cause changes how far micro-batches and big batch are apart, beyond what is left without it."""
+    """Whether a cause changes the distance between micro-batches and big batch, beyond what remains without it."""
 
     def gap(pair: Sequence[Window]) -> Gradients:
         mine = pair[0].gradients
@@ -231,7 +231,7 @@ def _inherent(cause: Cause, micro: Run, canvases: set[tuple[Any, ...]]) -> str:
         )
     if cause == "RNG":
         kinds = ", ".join(sorted(micro.random)) or "the loop"
-        return f"random numbers ({kinds}) are drawn by micro-batch, others than for the big batch: equal in distribution alone"
+        return f"random numbers ({kinds}) are drawn by micro-batch, others than for the big batch: equal only in distribution"
     return (
         f"micro-batches are padded to {len(canvases)} different canvases, and padding changes the result: pad each to "
         "the canvas of its window"
@@ -241,7 +241,7 @@ def _inherent(cause: Cause, micro: Run, canvases: set[tuple[Any, ...]]) -> str:
 def _weights(
     runner: Runner, micro: Run, alone: Run, window: Sequence[Sequence[Any]], *, how: How, limit: float
 ) -> list[Finding]:
-    """Judge the weight that the loop gives each micro-batch against the weight that it has in the big batch."""
+    """Compare the weight that the loop gives each micro-batch with its weight in the big batch."""
     mine = micro.windows[0].gradients
     truth = alone.windows[0].gradients
     parts = len(window)
@@ -307,7 +307,7 @@ def _ignored(micro: Run, weights: Sequence[float]) -> str:
 
 
 def _ignored_in_data(runner: Runner, window: Sequence[Sequence[Any]], weights: Sequence[float]) -> str:
-    """Where the big batch's weights are the numbers of labels that are none of the usual marks of an ignored one."""
+    """Describe the case that the weights equal the numbers of labels other than a usual mark of ignored ones; else empty."""
     tensors = [runner.tensors(m) for m in window]
     for value in IGNORED:
         for several in zip(*tensors, strict=False):
@@ -319,7 +319,7 @@ def _ignored_in_data(runner: Runner, window: Sequence[Sequence[Any]], weights: S
 
 
 def _label_shares(micro: Run) -> list[list[int]]:
-    """Labels that count in each backward, of the cross entropies that ignored some."""
+    """Numbers of counted labels in each backward, for the cross entropies that ignored some."""
     backwards = micro.windows[0].backwards if micro.windows else 0
     calls = micro.labels
     if not calls or not backwards or len(calls) % backwards or not any(ignored for _, ignored in calls):
@@ -334,7 +334,7 @@ def _same(weights: Sequence[float], counts: Sequence[float]) -> bool:
 
 
 def _ratio(mine: Gradients, truth: Gradients) -> float | None:
-    """C where the one gradient is c times the other, but for rounding."""
+    """The factor c if `mine` is c times `truth` up to rounding, else None."""
     square = sum(float((value * value).sum()) for value in truth.values())
     if not square:
         return None
@@ -353,7 +353,7 @@ def _counted_again(mine: Gradients, truth: Gradients, parts: int, limit: float) 
 
 
 def _fit(parts: Sequence[Gradients], whole_gradient: Gradients) -> tuple[list[float], float]:
-    """Least squares weights of the parts' gradients for the whole, and the relative residual."""
+    """Least-squares weights with which the parts' gradients add up to the whole gradient, and the relative residual."""
     names = sorted(whole_gradient)
     columns = [
         torch.cat([(part[n] if n in part else torch.zeros_like(whole_gradient[n])).flatten() for n in names])

@@ -77,7 +77,7 @@ def check_exactness(
 def _here(
     runner: Runner, windows: Sequence[Any], accumulation: int, tolerance: float | None
 ) -> tuple[Run, Run, list[Finding], float]:
-    """The run in one process, the reference, what was found, and the errors that count as rounding."""
+    """The run in one process, the reference, the findings, and the largest error that counts as rounding."""
     alone = _reference(runner, windows)
     micro = runner.run(windows, accumulation=accumulation)
     if not micro.windows:
@@ -93,7 +93,7 @@ def _here(
 def _on_ranks(
     loop: Any, runner: Runner, windows: Sequence[Any], ranks: int, accumulation: int, tolerance: float | None
 ) -> tuple[Run, Run, list[Finding], float]:
-    """As `_here`, of the first rank's run."""
+    """Return what `_here` does, for the first rank's run."""
     many = processes.run_ranks(loop, windows, ranks=ranks, accumulation=accumulation, double=runner.double)
     with processes.alone():
         alone = _reference(runner, windows)
@@ -134,7 +134,7 @@ def _notes(windows: Sequence[Any], alone: Run, accumulation: int, *, double: boo
     if len(windows[-1]) == accumulation:
         notes.append("no short last window was tried: give items that do not fill the last one")
     if len(windows) == 1:
-        notes.append("one window alone was tried, so that a forgotten zero_grad cannot be seen: give more items")
+        notes.append("only one window was tried, so that a forgotten zero_grad cannot be seen: give more items")
     if double and alone.low:
         notes.append("parts of the loop compute in less than float64, so that the tolerance is that of float32")
     return tuple(notes)

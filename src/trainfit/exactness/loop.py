@@ -1,4 +1,4 @@
-"""What a user hands over to be checked, and what the check gives back."""
+"""The input and the result of the check of exactness."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -94,7 +94,7 @@ class GroupError:
     """How far the gradient of one of the optimizer's parameter groups is off, in the worst window."""
 
     name: str
-    """For instance "group 0"."""
+    """Name of the group, for instance "group 0"."""
     parameters: int
     """Tensors of the group."""
     relative_error: float
@@ -134,7 +134,7 @@ def resolve(loop: OwnLoop | Callable[[], OwnLoop] | str) -> OwnLoop:
     """The loop that was given, or named, or that a function makes.
 
     Raises:
-        TrainfitError: there is none.
+        TrainfitError: there is no such loop.
     """
     if isinstance(loop, OwnLoop):
         return loop

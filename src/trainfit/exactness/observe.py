@@ -25,7 +25,7 @@ class Watch:
     def __init__(
         self, model: torch.nn.Module, *, mute: bool = False, freeze_norms: bool = False, double: bool = True
     ) -> None:
-        """`mute` takes random numbers away, `freeze_norms` the batch's statistics."""
+        """`mute` removes random numbers, `freeze_norms` the batch's statistics."""
         self.model = model
         self.freeze_norms = freeze_norms
         self.taken: Callable[[], int] = lambda: 0
@@ -84,7 +84,7 @@ class Watch:
             self.operators.random |= {n for n, one, other in zip(names, before, after, strict=True) if one != other}
 
     def _wrappers(self) -> list[tuple[Any, str, Callable[[Any], Any]]]:
-        """(Owner, name, original -> replacement) of everything that is not offered as a hook."""
+        """(Owner, name, original -> replacement) of everything for which torch offers no hook."""
         scaler = torch.amp.GradScaler
         ddp = torch.nn.parallel.DistributedDataParallel
         replaced: list[tuple[Any, str, Callable[[Any], Any]]] = [
@@ -178,11 +178,11 @@ class Watch:
         return backward
 
     def _scale_now(self) -> float:
-        """The loss scale of the backward that comes, or of gradients that are not yet unscaled; 1 without one."""
+        """The loss scale of the next backward, or of gradients that are not yet unscaled; 1 without a scaler."""
         return float(self._scaler.get_scale()) if self._scaler is not None and self._scaled else 1.0
 
     def _capture(self) -> None:
-        """Keep the gradients as they are, unscaled, unless they were kept behind this backward already."""
+        """Keep the present gradients, unscaled, unless they were already kept after this backward."""
         if self._captured[0] != self.window.backwards:
             scale = 1.0 if self._unscaled else self._scale_now()
             self._captured = (
@@ -202,7 +202,7 @@ class Watch:
         return clip
 
     def _is_gradients(self, given: Any) -> bool:
-        """Whether these tensors are the model's parameters or their gradients: norms of others are no clip."""
+        """Whether these tensors are the model's parameters or their gradients; norms of other tensors are not clipping."""
         tensors: list[Any] = []
         if isinstance(given, torch.Tensor):
             tensors = [given]
@@ -212,7 +212,7 @@ class Watch:
         return not tensors or any(id(t) in own for t in tensors)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, named: Any) -> Any:
-        """A closure, which makes the gradients within the step (Lightning, LBFGS), is watched until it has run once."""
+        """Watch a closure, which computes the gradients within the step (Lightning, LBFGS), until it has run once."""
         closure = named.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._note_step(optimizer)
@@ -269,7 +269,7 @@ class Watch:
         if self.window.backwards or not self.windows:
             self._last = self._captured[1]
             self.windows.append(self.window)
-        else:  # another optimizer's step behind the same backwards
+        else:  # another optimizer's step after the same backwards
             last = self.windows[-1]
             last.groups += self.window.groups
             last.gradients |= {n: g for n, g in self._last.items() for _, names in self.window.groups if n in names}
@@ -282,7 +282,7 @@ class Watch:
     # Loss scaling
 
     def _no_autocast(self, original: Any) -> Any:
-        """Autocast that is switched off: the check compares in one number format."""
+        """Turn autocast off: the check compares in one number format."""
 
         @wraps(original)
         def init(autocast: Any, device_type: str, *_args: Any, **_named: Any) -> None:
@@ -291,7 +291,7 @@ class Watch:
         return init
 
     def _make_scaler(self, original: Any) -> Any:
-        """A scaler that scales, also where the loop asks for one of a GPU that is not here."""
+        """Make a scaler that scales, even if the loop asks for that of a GPU that this machine does not have."""
 
         @wraps(original)
         def init(scaler: Any, device: Any = "cuda", *args: Any, **named: Any) -> None:
@@ -333,7 +333,7 @@ class Watch:
 
     @contextmanager
     def _scalers_format(self) -> Generator[None]:
-        """Around the scaler's own arithmetic, whose kernels take a scale in float32 alone."""
+        """Context of the scaler's own arithmetic, whose kernels take a scale in float32 only."""
         double = self.operators.double
         self.operators.double = False
         self._inside += 1

@@ -12,7 +12,7 @@ class Window:
     """What happened up to one optimizer step, since the one before."""
 
     gradients: Gradients = field(default_factory=dict)
-    """By parameter, at the first clip behind the last backward, or at the step; unscaled."""
+    """Parameter -> its unscaled gradient at the first clip after the last backward, or at the step."""
     groups: list[tuple[str, list[str]]] = field(default_factory=list)
     """(name of an optimizer's group, names of its parameters)."""
     backwards: int = 0
@@ -34,7 +34,7 @@ class Window:
     rates: set[tuple[float, ...]] = field(default_factory=set)
     """Learning rates at the backwards."""
     synchronised: list[bool] = field(default_factory=list)
-    """Of each forward of a DistributedDataParallel with gradients: whether its backward exchanges gradients."""
+    """Whether the backward exchanges gradients, for each forward of a DistributedDataParallel with gradients."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -43,7 +43,7 @@ class Run:
 
     windows: list[Window]
     trailing_backwards: int
-    """Behind the last step."""
+    """Backward passes after the last step."""
     taken: int
     """Batches that the loop took."""
     batch_norms: list[str]

@@ -30,7 +30,7 @@ class How:
     mute: bool = False
     """torch's random numbers are replaced by their expectation."""
     seed: int = 0
-    """Of random numbers that are drawn behind the first batch, where torch's are replaced."""
+    """Seed of random numbers that are drawn after the first batch, if torch's are replaced."""
 
 
 class Runner:
@@ -56,7 +56,7 @@ class Runner:
         Args:
             windows: The items of each micro-batch, by window.
             accumulation: As the loop takes it.
-            how: What is taken away.
+            how: Which causes of a difference are removed.
 
         Raises:
             TrainfitError: the loop raised.
@@ -106,7 +106,7 @@ class Runner:
         return _tensors(self.loop.collate(list(items)))
 
     def shapes(self, micro_batches: Sequence[Sequence[Any]]) -> set[tuple[Any, ...]]:
-        """The shapes behind the first dimension of every batch's tensors, and the sizes of images in lists."""
+        """The shapes of every batch's tensors without the first dimension, and the sizes of images in lists."""
         shapes_seen: set[tuple[Any, ...]] = set()
         for items in micro_batches:
             batch = self.loop.collate(list(items))

@@ -23,9 +23,9 @@ class Explanation:
 
     source: str
     messages: tuple[Message, ...] = ()
-    """Of a text."""
+    """Messages in the text."""
     growth: Growth | None = None
-    """Of a log with memory figures."""
+    """Growth of memory over a log with memory figures."""
     snapshots: tuple[Snapshot, ...] = ()
     """One a device."""
     setting: Setting | None = None

@@ -16,11 +16,11 @@ class Freed:
     """One knob turned, all others as they are."""
 
     knob: str
-    """As on the command line."""
+    """The flag on the command line."""
     frees_bytes: int
     """Less reserved memory at most; negative where it needs more."""
     needs_bytes: int
-    """At most, with the CUDA context."""
+    """The most that it needs afterwards, with the CUDA context."""
     same_result: bool
     """Whether training learns the same with it."""
     failure: str = ""

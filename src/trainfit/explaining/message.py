@@ -30,13 +30,13 @@ class Message:
     request_bytes: int = 0
     """What was asked for; 0 where the message has no numbers."""
     allocated_bytes: int = 0
-    """In tensors."""
+    """Bytes of tensors."""
     cached_bytes: int = 0
     """Reserved by PyTorch, in no tensor."""
     free_bytes: int = 0
     total_bytes: int = 0
     others_bytes: int = 0
-    """Of other processes, as far as the message shows."""
+    """Bytes of other processes, as far as the message shows."""
     where: str = ""
     """The innermost line of the traceback that is no library's, as "file.py:12, in forward: x = self.conv(x)"."""
     operator: str = ""
@@ -109,7 +109,7 @@ def find_messages(text: str) -> tuple[Message, ...]:
 
 
 def end_of_previous(messages: Sequence[Message], text: str) -> int:
-    """Where the last message ends: its traceback is not the next one's."""
+    """The end of the last message: its traceback does not belong to the next one."""
     if not messages:
         return 0
     place = text.find(messages[-1].text)

@@ -1,4 +1,4 @@
-"""Where in the code a tensor was made: from the frames of a memory snapshot. Imports no torch.
+"""Finds where in the code a tensor was made, from the frames of a memory snapshot. Imports no torch.
 
 Snapshots that are recorded with C++ frames (torch's default) mix frames of torch, of the interpreter's C sources and of the C
 library with those of Python; what the thread of backward makes has often no Python frame at all.

@@ -11,11 +11,11 @@ from trainfit.errors import TrainfitError
 from trainfit.explaining.places import place_of
 
 MOST_BYTES = 4 * 2**30
-"""Of a file: a history of a million events takes about 1 GiB."""
+"""Largest file that is read: a history of a million events takes about 1 GiB."""
 BURSTS = 4
 """Parts of a history; tensors of one place that stay alive from as many parts are a leak."""
 FALL = 0.1
-"""Of the range of allocated memory: after so much of a rise and a fall a step is over."""
+"""Share of the range of allocated memory: a rise and then a fall by this much end a step."""
 LEAST_STEPS = 3
 """A single forward keeps tensors of every layer, which is no leak: a history of fewer steps tells of none."""
 
@@ -43,7 +43,7 @@ class Holder:
 
 @dataclass(frozen=True, kw_only=True)
 class Leak:
-    """Tensors of one place that stay alive as the history goes on."""
+    """Tensors made at one place that stay alive over the history."""
 
     place: str
     tensors: int
@@ -69,7 +69,7 @@ class Snapshot:
     free_pieces_bytes: int
     """All free pieces."""
     holders: tuple[Holder, ...]
-    """By bytes, the most first."""
+    """Holders of memory, largest first."""
     steps: int
     """Times that allocated memory rose and fell again in the history."""
     leaks: tuple[Leak, ...]
@@ -208,7 +208,7 @@ def _live_at(
     segments: Sequence[Mapping[str, Any]],
     best: tuple[int, int, dict[int, Any], int],
 ) -> tuple[int, int, dict[int, Any], int]:
-    """The same moment with what was alive at it: a second walk, because a copy at every new peak would be quadratic."""
+    """What was alive at the peak. This is a second pass, because a copy at every new peak would be quadratic."""
     live = _before(entries, segments)
     for number, entry in enumerate(entries[: best[1] + 1]):
         if entry["action"] == "alloc":

@@ -79,7 +79,7 @@ def cublas_workspace_bytes(gpu: Gpu) -> int:
     """Workspace of one cuBLAS handle on one stream, which comes from the caching allocator and is never freed.
 
     torch 2.15, default of CUBLAS_WORKSPACE_CONFIG: `:4096:2:16:8` (8,519,680 B), 32 MiB for major 9, 10 and 12;
-    cublasLt shares it. hipBLASLt on AMD: 76 MiB. A card whose memory alone is known gets the larger CUDA value.
+    cublasLt shares it. hipBLASLt on AMD: 76 MiB. A card of which only the memory is known gets the larger CUDA value.
     """
     if gpu.gfx is not None:
         return 76 * MIB

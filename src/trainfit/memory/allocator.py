@@ -35,15 +35,15 @@ class Replay:
     peak_reserved_bytes: int
     """Most memory held from the driver (`reserved_bytes.all.peak`): what has to fit into the budget."""
     allocated_bytes: int
-    """In use after the last event."""
+    """Bytes in use after the last event."""
     requested_bytes: int
-    """Asked for by what is in use after the last event."""
+    """Bytes requested by what is in use after the last event."""
     reserved_bytes: int
-    """Held from the driver after the last event."""
+    """Bytes held from the driver after the last event."""
     retries: int
     """How often the cache was emptied to satisfy a request (`num_alloc_retries`); each stalls the GPU."""
     oom: OutOfMemoryAt | None
-    """Where it ran out of memory, or None."""
+    """The allocation that ran out of memory, or None."""
     capacity_bytes: int | None
     """The capacity that it was replayed at."""
     addresses: tuple[int, ...]

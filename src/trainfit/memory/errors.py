@@ -14,10 +14,11 @@ from trainfit.timing.counts import MATMULS, OpCount
 SPREAD = 8.6 / 2.2
 """90th percentile over median of the source's errors."""
 NEEDS_ERROR = 0.03
-"""Of the smallest capacity that a replay survives, to both sides: the share of the card that a plan keeps free. Chosen with
+"""Relative error, to both sides, of the smallest capacity that a replay survives; a plan keeps this share of it free. Chosen with
 xMem's capped reruns in sight."""
 ALLOCATED_ERROR = 0.01
-"""Of the peak of tensors; a trace agrees with a run on the CPU to 0.1 MiB, and an operator's own temporaries are bounds."""
+"""Relative error of the peak of tensors; a trace agrees with a run on the CPU to 0.1 MiB, and an operator's own temporaries
+are bounds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class ErrorClass:
 
     name: str
     median: float
-    """Of the source's relative errors of reserved memory."""
+    """Median of the source's relative errors of reserved memory."""
 
     @property
     def spread(self) -> float:
@@ -35,7 +36,7 @@ class ErrorClass:
 
     @property
     def source(self) -> str:
-        """In words, for reports."""
+        """The source in words, for reports."""
         return f"{self.name}: {self.spread:.1%}, {SPREAD:.1f} times the median error of such models on an A100"
 
 

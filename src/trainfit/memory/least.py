@@ -3,7 +3,7 @@
 from trainfit.memory.quick_replay import QuickReplay
 
 TOLERANCE = 0.005
-"""Of the result: a closer one costs replays, and repeated runs differ by 1 %."""
+"""Relative precision of the result: a closer one costs replays, and repeated runs differ by 1 %."""
 
 
 def least_capacity_bytes(step: QuickReplay, *, low_bytes: int, high_bytes: int) -> int:

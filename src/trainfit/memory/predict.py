@@ -39,22 +39,22 @@ class MemoryPrediction:
     takes_bytes: int
     """The likeliest of these."""
     error: ErrorClass
-    """By what it may be off."""
+    """How far the prediction may be off."""
     verdict: Verdict
     """fits: the top of `needs` is there; does not fit: not even its low end is; tight: anything between."""
     retries: int
     """How often the cache has to be emptied on the card; each stalls the GPU."""
     oom: OutOfMemoryAt | None
-    """Where the replay on the card runs out of memory, if it does."""
+    """The allocation at which the replay on the card runs out of memory, or None."""
     profile: Profile
-    """On the card; of a card with memory enough, if the replay runs out of it."""
+    """Profile of the replay on the card, or on a card with enough memory if the replay runs out of it."""
     hidden: tuple[HiddenRow, ...]
     time: TimeEstimate | None
-    """Of the last window; None for a card whose rates are not known."""
+    """Time of the last window; None for a card whose rates are not known."""
     made_up: tuple[str, ...]
     """Operators that needed a value which no trace knows."""
     upper_bounds: tuple[str, ...]
-    """Those of them that got the largest shape: a real step may need less."""
+    """Operators among them that got the largest possible shape: a real step may need less."""
 
     @property
     def allocated(self) -> ByteRange:
@@ -256,7 +256,7 @@ def completed(traced: Traced, gpu: Gpu, *, bound: Bound) -> Completed:
 
 
 def replay_on(gpu: Gpu, trace: Trace, config: AllocatorConfig, gpus: int = 1) -> Replay:
-    """With all the memory that the process may get."""
+    """Replay with all the memory that the process may get."""
     return replay(
         trace,
         capacity_bytes=allocator_room(gpu, config, gpus).high_bytes,

@@ -61,11 +61,11 @@ class Profile:
     peak_module: str
     """Module that ran then, named as in `modules`."""
     modules: tuple[ModuleRow, ...]
-    """By the first part of the module's name, most bytes first."""
+    """Rows by the first part of the module's name, most bytes first."""
     deep_modules: tuple[ModuleRow, ...]
-    """By the whole name."""
+    """Rows by the module's whole name."""
     phases: tuple[PhaseRow, ...]
-    """In order of their first event."""
+    """Phases in the order of their first event."""
     timeline: tuple[Sample, ...]
     """The last window, thinned to its local maxima of allocated memory."""
 

@@ -9,7 +9,7 @@ CONNECTION_BYTES = 12 * MIB
 """NCCL's buffers of one connection, of all three protocols: 10 MiB and 2 MiB, as NCCL_DEBUG_SUBSYS=ALLOC listed them on
 H100s (NVIDIA/nccl issue 1685)."""
 CONNECTIONS = 2
-"""Of each channel: rings have two however many ranks there are, and memory is linear in the channels
+"""Connections of each channel: rings have two however many ranks there are, and memory is linear in the channels
 (NVIDIA/nccl issues 864 and 986)."""
 FEWEST_CHANNELS = 2
 MOST_CHANNELS = {(7, 0): 32, (8, 0): 32, (9, 0): 32, (10, 0): 32}

@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 def shipped_folder() -> Path:
-    """Where the package has them."""
+    """The folder of the package that holds them."""
     return Path(str(resources.files("trainfit.memory").joinpath("shipped")))
 
 

@@ -1,4 +1,4 @@
-"""The candidates of a plan: what may be turned, and how candidates compare. Pure functions."""
+"""Candidates of a plan: how a window may be cut, which knobs free memory, and how candidates compare. Pure functions."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -7,13 +7,13 @@ from trainfit.models.setting import Setting
 from trainfit.planning.plan import Candidate
 
 FREE = ("ema-on-host",)
-"""Knobs that change memory and time alone and go with any checkpointing: the plan turns them by itself."""
+"""Knobs that change only memory and time and go with any checkpointing: the plan turns them by itself."""
 STATE = "state-on-host"
-"""AdamW's moments in host memory: the same values, bit for bit."""
+"""The knob that keeps AdamW's moments in host memory: the same values, bit for bit."""
 MEMORY = (*FREE, STATE, "checkpointing")
-"""All knobs that change memory and time alone."""
+"""All knobs that change only memory and time."""
 KNEE = 0.03
-"""Speed that is not worth more memory, or a trace."""
+"""Gain in speed that is not worth more memory, or a trace."""
 
 
 def batches(share: int) -> tuple[int, ...]:
@@ -43,19 +43,19 @@ def turned(setting: Setting, knob: str) -> Iterator[tuple[str, Setting]]:
 
 
 def describe(setting: Setting) -> str:
-    """What tells candidates of one search apart, in a few words."""
+    """The knobs by which candidates of one search differ, in a few words."""
     blocks = {"none": "", "all": ", all blocks recomputed", "offload": ", activations on the host"}
     recomputed = blocks.get(str(setting.checkpointing), f", {setting.checkpointing} blocks recomputed")
     return f"micro-batch {setting.micro_batch}{recomputed}{', EMA weights on the host' if setting.ema_on_host else ''}"
 
 
 def least_of(candidates: Iterable[Candidate]) -> Candidate:
-    """The one that needs least."""
+    """The candidate that needs the least memory."""
     return min(candidates, key=lambda each: (each.needs_more, each.needs.high_bytes))
 
 
 def frontier(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """Those that fit and that nothing at least as fast needs less than; fastest first."""
+    """The candidates that fit and of which no other needs less memory and is at least as fast; fastest first."""
     best: list[Candidate] = []
     for each in sorted(
         (c for c in candidates if c.verdict != "does not fit"), key=lambda c: (seconds_of(c), c.needs.high_bytes)
@@ -66,7 +66,7 @@ def frontier(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
 
 
 def explained(each: Candidate, best: Candidate | None, chosen: Candidate | None, budget_bytes: int) -> Candidate:
-    """With the reason, in words and numbers."""
+    """The candidate with the reason for which it was chosen or not, in words and numbers."""
     if best is not None and chosen is not None and each.setting == best.setting:
         return replace(chosen, verdict="chosen", reason=f"smallest within {KNEE:.0%} of the fastest that fits")
     if each.verdict == "does not fit":
@@ -84,13 +84,13 @@ def explained(each: Candidate, best: Candidate | None, chosen: Candidate | None,
 
 
 def seconds_of(candidate: Candidate) -> float:
-    """Of a window, on a card with rates."""
+    """Seconds of a window, for a card whose rates are known."""
     assert candidate.seconds is not None
     return candidate.seconds
 
 
 def faster(one: Candidate | None, other: Candidate | None) -> Candidate | None:
-    """The faster of two, either of which may not be there."""
+    """The faster of two candidates; either may be None."""
     if one is None or other is None:
         return one or other
     return one if seconds_of(one) <= seconds_of(other) else other

@@ -28,7 +28,7 @@ def read_data(setting: Setting, data: str, *, allow_outside: bool = False) -> Da
     """The data set as the task of the setting's family reads it; families that are only predicted take detection's.
 
     Raises:
-        TrainfitError: there is none, or it has an error that training cannot pass over.
+        TrainfitError: there is no data set, or it has an error that training cannot ignore.
     """
     return _task(setting).read(data, allow_outside=allow_outside)
 

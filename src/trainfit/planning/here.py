@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 CHOSEN = ("micro_batch", "checkpointing", "ema_on_host", "optimizer")
 """Knobs that training takes from the plan: they change memory and time, and not what is learned."""
 BY_HAND = frozenset({"micro_batch", "accumulation", "plan"})
-"""Where one of these is given, nothing is planned."""
+"""Nothing is planned if one of these is given."""
 
 
 def planned_here(
@@ -60,7 +60,7 @@ def planned_here(
 
 
 def smallest_card(gpus: int) -> Gpu:
-    """Of the first `gpus` cards that CUDA shows to this process, the one with the least free memory, which is its memory.
+    """The card with the least free memory among the first `gpus` that this process can use, with that as its memory.
 
     Raises:
         TrainfitError: the driver does not show them.

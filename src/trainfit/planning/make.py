@@ -1,4 +1,4 @@
-"""From what is wanted and a card to a plan: the library's side of `trainfit plan`."""
+"""Makes a plan from a setting and a card: the library's side of `trainfit plan`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -47,7 +47,7 @@ class Calibrated:
     """None: nothing was measured on it."""
 
     def needs(self, setting: Setting) -> ByteRange:
-        """As the pricer says, but at least what measured runs needed more than was predicted."""
+        """The predicted need, its high end raised by the ratio with which measured runs exceeded their predictions."""
         needs = self.pricer.needs(setting)
         factor = self.calibration.reserved_factors[1] if self.calibration else 1.0
         return replace(needs, high_bytes=max(needs.high_bytes, ceil(factor * needs.low_bytes)))
@@ -59,7 +59,7 @@ class Calibrated:
     def seconds(
         self, setting: Setting, cuts: Sequence[int], part: Literal["training", "evaluation"] = "training"
     ) -> TimeEstimate:
-        """As the pricer says, times the measured factor."""
+        """The predicted time, times the measured factor."""
         estimate = self.pricer.seconds(setting, cuts, part)
         factor = (self.calibration.time_factor if self.calibration else None) or 1.0
         return (
@@ -69,7 +69,7 @@ class Calibrated:
         )
 
     def predict(self, setting: Setting, cuts: Sequence[int]) -> Prediction:
-        """As the pricer says, with the corrected time."""
+        """The prediction, with the corrected time."""
         prediction = self.pricer.predict(setting, cuts)
         return replace(prediction, training=replace(prediction.training, time=self.seconds(setting, cuts)))
 
@@ -145,7 +145,7 @@ def make_plan(
 
 
 def _with_objects(result: SearchResult, pricer: Pricer) -> SearchResult:
-    """The search's end with what the number of objects does to the chosen setting's need."""
+    """The result of the search, with a line on how the number of objects changes the need of the chosen setting."""
     if result.chosen is None or result.prediction is None:
         return result
     lines = (*result.prediction.assumptions, *objects_lines(pricer, result.chosen.setting))
@@ -153,7 +153,7 @@ def _with_objects(result: SearchResult, pricer: Pricer) -> SearchResult:
 
 
 def _tell_provisional(request: SearchRequest, prices: Calibrated, note: Callable[[str], None]) -> None:
-    """Where no trace that is there covers the setting, say what the plan of the nearest that is covered would be."""
+    """Report the plan of the nearest setting that stored traces cover, if they do not cover this one."""
     setting = replace(request.setting, micro_batch=2, checkpointing=request.checkpointing or "none")
     near = None if prices.known(setting) else nearest(setting, prices.pricer)
     if near is None:
@@ -193,7 +193,7 @@ def _plan(
     load_for: Callable[..., Loading],
     calibration: Calibration | None,
 ) -> Plan:
-    """The plan's record of what the search chose."""
+    """The plan that records what the search chose."""
     setting = request.setting
     speed = result.chosen.images_per_s if result.chosen else None
     return Plan(

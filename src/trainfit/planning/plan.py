@@ -32,15 +32,15 @@ class Candidate:
     needs: ByteRange
     """The least that training runs in, its CUDA context included (`memory.predict.MemoryPrediction.needs`)."""
     seconds: float | None
-    """Of one window; None for a card whose rates are not known."""
+    """Seconds of one window; None for a card whose rates are not known."""
     images_per_s: float | None
     """Over all GPUs."""
     verdict: Verdict
-    """fits: the most that it may need is there, and `memory.predict.RESERVE` of it beside."""
+    """fits: the most that it may need is available, and `memory.predict.RESERVE` of the budget in addition."""
     reason: str
     """Why it was not chosen, with its number; of the chosen one, why it was."""
     needs_more: bool = False
-    """`needs` is what its tensors alone hold at their peak, already too much: it was not searched for more exactly."""
+    """Whether `needs` is only a lower bound, which is already too much: the need was not computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +50,16 @@ class Saving:
     knob: str
     """The flag and its value, for instance "--groups 1"."""
     saved_bytes: int
-    """Of the need of the chosen setting's training; of the smallest setting's where nothing fits."""
+    """Bytes that training with the chosen setting would need less; with the smallest setting if nothing fits."""
     learns_differently: bool
     """Whether it changes what is learned, so that only the user may choose it."""
     slower: float | None = None
-    """By which share of its time a window takes longer; less than 0 where it is faster; None: not known."""
+    """Share of its time by which a window takes longer, negative if it is faster; None if it is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """What feeding the GPUs takes of the host."""
+    """What feeding the GPUs requires of the host."""
 
     workers: int
     """Loader processes per GPU."""
@@ -126,11 +126,11 @@ class Plan:
     chosen: Candidate | None
     """None: nothing fits."""
     prediction: Prediction | None
-    """Of the chosen setting, evaluation included; None: nothing fits."""
+    """Prediction of the chosen setting, evaluation included; None if nothing fits."""
     knee: int | None
     """Smallest micro-batch within 3 % of the best speed, whether it fits or not; None for a card without rates."""
     frontier: tuple[Candidate, ...]
-    """Those that fit and that nothing faster needs less than; fastest first."""
+    """The candidates that fit and of which no faster one needs less memory; fastest first."""
     candidates: tuple[Candidate, ...]
     """All that were considered, the chosen one too."""
     smallest: Candidate

@@ -73,7 +73,7 @@ def predict_with_trace(
             )
     requests = trace_requests(setting, gpu, device=device)
     if not (cache and all(map(is_stored, requests))):
-        note(f"tracing {setting.model}, some 10 s; the next time it is stored...")
+        note(f"tracing {setting.model}, about 10 s; the next time it is stored...")
     training, evaluation = get_traces(requests, cache=cache)
     prediction = predict_traced(setting, gpu, training=training, evaluation=evaluation, config=config, gpus=gpus)
     return prediction, training

@@ -21,7 +21,7 @@ def scaled_rates(setting: Setting, effective_batch: int) -> dict[str, Any]:
 
 
 def rate_factor(setting: Setting, effective_batch: int) -> float | None:
-    """By what the recipe's learning rates are multiplied at an effective batch; None: the family has no recipe."""
+    """The factor for the recipe's learning rates at an effective batch; None if the family has no recipe."""
     reference = setting.family.reference_batches
     if reference is None:
         return None

@@ -365,5 +365,5 @@ def search(request: SearchRequest, prices: Prices, *, note: Callable[[str], None
 
 
 def _cost(saving: Saving) -> tuple[bool, float, int]:
-    """What changes memory and time alone comes first, and of that what costs least time."""
+    """Sort key: savings that change only memory and time come first, and among these the fastest."""
     return saving.learns_differently, saving.slower or 0.0, -saving.saved_bytes

@@ -33,7 +33,7 @@ def check_data_text(check: DataCheck, *, ascii_only: bool = False) -> str:
 
 
 def check_data_json(check: DataCheck) -> dict[str, Any]:
-    """The same as values: `schema` 1, the task's statistics, all findings."""
+    """The check as JSON values: `schema` 1, the task's statistics and all findings."""
     return {"schema": SCHEMA, **check.record, "findings": [asdict(finding) for finding in check.findings]}
 
 

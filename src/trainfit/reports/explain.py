@@ -12,7 +12,7 @@ from trainfit.explaining.snapshot import Snapshot
 _WHY = {
     "shortage": "the card is full with tensors",
     "fragmentation": "fragmentation: PyTorch holds enough unused memory, in pieces that are each too small",
-    "one tensor too large": "one tensor alone is larger than the card",
+    "one tensor too large": "a single tensor is larger than the card",
     "other processes": "other processes hold what was missing",
     "limit": "not a shortage: the card had more than enough free when the message was written",
     "spilled": "the driver has moved tensors to the host's memory: more is allocated than the card has",

@@ -19,7 +19,7 @@ from trainfit.training.recipe import DEFAULT_EFFECTIVE_BATCH, recipe_type
 
 SCHEMA = 1
 ROWS = 14
-"""Of the table of candidates, at most."""
+"""Largest number of rows in the table of candidates."""
 CARDS_GIB = (4, 6, 8, 12, 16, 24, 40, 48, 80)
 
 
@@ -184,7 +184,7 @@ def varied(plan: Plan) -> tuple[str, ...]:
 
 
 def table_head(plan: Plan) -> tuple[str, ...]:
-    """Of `table_cells`."""
+    """The head of `table_cells`."""
     others = [name.replace("_", " ") for name in varied(plan)]
     return ("", "micro-batch", "checkpointed", *others, "needs GiB", speed_head(plan), "verdict", "why")
 
@@ -284,7 +284,7 @@ def card_room_bytes(size_gib: int) -> int:
 
 
 def budget_bars(candidates: Sequence[Candidate], sizes_gib: Sequence[int] = CARDS_GIB) -> tuple[BudgetBar, ...]:
-    """For cards of each size, the fastest candidate whose largest need all of them hold; see `card_room_bytes`."""
+    """The fastest candidate that fits all cards of each size; see `card_room_bytes`."""
     bars: list[BudgetBar] = []
     for size in sizes_gib:
         room = card_room_bytes(size)
@@ -294,7 +294,7 @@ def budget_bars(candidates: Sequence[Candidate], sizes_gib: Sequence[int] = CARD
 
 
 def assumptions(plan: Plan) -> tuple[str, ...]:
-    """Those of the plan, of its prediction, and what the trace does not know; each once."""
+    """Assumptions of the plan and of its prediction, and what the trace does not know; each once."""
     made = plan.prediction
     return tuple(dict.fromkeys((*plan.assumptions, *((*made.assumptions, *doubts(made)) if made else ()))))
 

@@ -187,7 +187,7 @@ def _cards_bars(plan: Plan) -> str:
 
 
 def _speed(plan: Plan, candidate: Candidate | None) -> tuple[str, float]:
-    """As text, and as the length of a bar."""
+    """The speed as text, and as the length of a bar."""
     if candidate is None:
         return "-", 0.0
     text = speed_text(plan, candidate)

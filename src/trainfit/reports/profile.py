@@ -81,7 +81,7 @@ def _peak(memory: MemoryPrediction) -> str:
 
 
 def _trouble(prediction: Prediction) -> str:
-    """Of training; of the evaluation, which comes after a training window, only what training has not got."""
+    """Sentences on training that runs out of memory, or on evaluation if only that does."""
     for name, memory in (("training", prediction.training), ("evaluation", prediction.evaluation)):
         if memory.oom is not None:
             wanted = memory.oom.wanted_bytes / MIB
@@ -186,7 +186,7 @@ def timeline_lines(profile: Profile, limit: int) -> list[str]:
 
 
 def _columns(timeline: Sequence[Sample]) -> list[Sequence[Sample]]:
-    """At most `_WIDTH` groups of samples, equal in number."""
+    """Groups of samples, equal in number, at most `_WIDTH` of them."""
     count = min(_WIDTH, len(timeline))
     edges = [i * len(timeline) // count for i in range(count + 1)]
     return [timeline[a:b] for a, b in pairwise(edges)]

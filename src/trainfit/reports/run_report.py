@@ -1,4 +1,4 @@
-"""A run, read from its folder while it goes on or afterwards; as text and as JSON. Needs no torch."""
+"""A run, read from its folder during training or afterwards; as text and as JSON. Needs no torch."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ class TimeSpent:
     """Reading data, building the model, the first window's loading."""
     compute_s: float
     waited_s: float
-    """For the loader."""
+    """Seconds of waiting for the loader."""
     paused_s: float
     """Evaluation and saving."""
     other_s: float
@@ -66,9 +66,9 @@ class RunReport:
     """Peak that torch reserved; None on the CPU."""
     allocated_bytes: int | None
     resident_bytes: int | None
-    """Of the process, the largest; None on a GPU."""
+    """Largest resident memory of the process; None on a GPU."""
     predicted: Row | None
-    """Of the plan that the run was started with."""
+    """Prediction of the plan that the run was started with."""
     growth: str | None
     """Whether memory grew with the input or without a reason, in words; None: not known."""
     alloc_retries: int | None
@@ -81,7 +81,7 @@ class RunReport:
 
 
 def read_run(folder: Path, now: float | None = None) -> RunReport:
-    """Read a run folder; `now` is the time (time.time) that tells whether a run still goes on.
+    """Read a run folder; `now` is the time (time.time) by which a run counts as still training or stopped.
 
     Raises:
         TrainfitError: not a run folder.
@@ -137,7 +137,7 @@ def _evaluation(row: Row) -> Row:
 
 
 def _object(path: Path) -> Row | None:
-    """A JSON file; None where there is none."""
+    """The content of a JSON file; None if it does not exist."""
     try:
         return read_json(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -149,7 +149,7 @@ def _object(path: Path) -> Row | None:
 
 
 def _state(telemetry: Sequence[Row], now: float) -> State:
-    """By the last start and end; a run that is silent three times longer than ever before, or 5 minutes, is broken off."""
+    """The state by the last start and end; a run without an event for 5 minutes and three times its longest gap has stopped."""
     marks = [row for row in telemetry if row.get("event") in ("start", "end")]
     if not marks:
         return "not started"

@@ -35,7 +35,7 @@ figure { margin: 0; } figcaption { font-weight: 600; } figure p { margin: 0; fon
 
 
 def ticks(top: float, low: float = 0.0) -> list[float]:
-    """At most six round numbers from `low` to `top`.
+    """Round numbers from `low` to `top`, at most six.
 
     Raises:
         ValueError: they are further apart than a float can tell.
@@ -140,7 +140,7 @@ _POINTS = 240
 
 
 def thinned(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
-    """At most `_POINTS` points: means of neighbours."""
+    """The points, or means of neighbours if there are more than `_POINTS`."""
     size = ceil(len(points) / _POINTS) or 1
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     known = [(group[-1][0], [y for _, y in group if y is not None]) for group in groups]

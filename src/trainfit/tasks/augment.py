@@ -24,11 +24,11 @@ class Augmentation:
     own: frozenset[str] = frozenset()
     """What the family's decoder draws, of `OWN`."""
     crop: bool = False
-    """After decoding: a part of the image, resized to the image's size, half of the time."""
+    """Resize a part of the image to the image's size, after decoding, half of the time."""
     flip: bool = False
-    """After decoding: mirrored from left to right, half of the time."""
+    """Mirror the image from left to right, after decoding, half of the time."""
     turns: bool = False
-    """After decoding: upside down half of the time, and square images turned by quarters."""
+    """Turn the image upside down, after decoding, half of the time, and square images by quarters."""
     colour: float = 0.0
     """Strength of changes of brightness and contrast; 0: none."""
     saturation: bool = False

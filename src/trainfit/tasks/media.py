@@ -33,7 +33,7 @@ class Frame:
     """A picture of a video."""
 
     number: int
-    """From 0."""
+    """Number of the frame, from 0."""
     time_s: float
     image: "Image.Image"
 
@@ -45,7 +45,7 @@ def find_media(names: Sequence[str | Path], note: Callable[[str], None]) -> list
     and noted where a folder or a pattern named it.
 
     Raises:
-        TrainfitError: there is none, or one that was named cannot be read.
+        TrainfitError: there is no image or video, or one that was named cannot be read.
     """
     media: dict[Path, Medium] = {}
     for name in names:

@@ -20,7 +20,7 @@ from trainfit.tasks.augment import CROP_SIDE, Augmentation
 from trainfit.user_code import load_named
 
 FILL = (124, 116, 104)
-"""Behind an image that is made smaller: ImageNet's mean, which is 0 after normalisation."""
+"""Colour around an image that is made smaller: ImageNet's mean, which is 0 after normalisation."""
 SMALLEST_SIDE = 1.0
 """Pixels: an object whose box is less high or wide afterwards is left out."""
 Values = dict[str, Any]
@@ -87,7 +87,7 @@ def _values(sample: Any) -> Values:
 
 
 def _transforms(chosen: Augmentation) -> Iterator[Callable[[Values], Values]]:
-    """In the order in which they are applied."""
+    """The transforms in the order in which they are applied."""
     if chosen.crop:
         yield _cropped
     if chosen.flip:
@@ -154,7 +154,7 @@ def user_transform(name: str) -> Callable[[Values], Values]:
     """The callable that "module:name" names; its module may lie in the working directory.
 
     Raises:
-        AugmentationError: there is none.
+        AugmentationError: there is no such module or transform.
     """
     module, _, attribute = name.partition(":")
     try:

@@ -14,7 +14,8 @@ Counts = Callable[[Any], float | torch.Tensor | Mapping[str, float | torch.Tenso
 """Batch -> what its loss is a mean over: a number, or a number for each of several loss terms by name."""
 
 CHECKED = 3
-"""Windows behind which gradients that are still there are looked for: it waits for the GPU, and a loop that clears clears."""
+"""Windows after which remaining gradients are looked for. Looking waits for the GPU, and a loop that clears them keeps doing
+so."""
 
 
 class Accumulation:
@@ -93,7 +94,7 @@ class Accumulation:
         scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         after_step: Callable[[], None] | None = None,
     ) -> bool:
-        """At a window's end: unscale, clip, step, update the scale, step the scheduler, clear; before it nothing.
+        """Unscale, clip, step, update the scale, step the scheduler and clear at a window's end; do nothing before it.
 
         Args:
             optimizer: Steps once a window.
@@ -231,7 +232,7 @@ def _exchanges(model: torch.nn.Module) -> bool:
 
 
 def _sum_over_ranks(counts: Mapping[str, float], model: torch.nn.Module) -> dict[str, float]:
-    """Sum counts over the ranks, on the device where the group can: NCCL alone takes no CPU tensors."""
+    """Sum counts over the ranks, on the device where the group can: NCCL takes no CPU tensors."""
     if ranks.world_size() == 1:
         return dict(counts)
     device = next(model.parameters()).device if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -24,7 +24,7 @@ class Detected:
     picture: Path
     """The image file; of a video a file that is there until the next result is asked for."""
     output: Any
-    """As the task has outputs."""
+    """The output of the task."""
 
 
 def detect_in(loaded: LoadedModel, media: Sequence[Medium], *, every: int = 1) -> Iterator[Detected]:

@@ -195,7 +195,7 @@ class _Run:
             self._save_state()
         if self._ends_early():
             return False
-        # One rank alone must not leave its window out.
+        # A single rank must not leave its window out.
         options: Any = {"note": self.show.note, "stop": stop if ranks.world_size() == 1 else lambda: False}
         options |= {"augment": self.augmentation, "workers": self.workers, "folder": self.folder}
         loader = training_loader(train, self.workload.decoder(), self.plan, steps=steps, **options)

@@ -1,4 +1,4 @@
-"""Whether the loader or the model sets the pace, and how many loader processes would do. Imports no torch."""
+"""Judges whether the loader or the model sets the pace, and how many loader processes are enough. Imports no torch."""
 
 import multiprocessing
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from typing import Literal
 IN_MEMORY_BYTES = 64 * 2**20
 """A window that takes more waits in a file of the run folder, so that host memory does not follow the effective batch."""
 LOADER_BOUND = 0.10
-"""A larger share of waiting than this is worth more workers."""
+"""Share of waiting above which more workers are worthwhile."""
 FEWEST_WINDOWS = 10
-"""Before this many windows the loader's head start decides what is seen."""
+"""Windows without a verdict: until then the loader's head start decides what is measured."""
 WORKER_BYTES = 440 * 2**20
-"""Host memory of one more loader process where there is none to look at (RF-DETR Nano's, on the CPU, had 433 MiB)."""
+"""Assumed host memory of one more loader process if none can be measured (RF-DETR Nano's, on the CPU, had 433 MiB)."""
 
 Bound = Literal["loader", "compute", "unknown"]
 Limit = Literal["", "cores", "host memory"]
@@ -21,43 +21,43 @@ Limit = Literal["", "cores", "host memory"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderFacts:
-    """What a verdict is made of. Seconds are this rank's."""
+    """Measurements that a verdict is made from. Seconds are those of this rank."""
 
     windows: int
     compute_s: float
-    """From a window's arrival to the end of its optimizer step, the mean: a window's time on cached data."""
+    """Mean time from a window's arrival to the end of its optimizer step: a window's time on cached data."""
     waited_s: float
-    """Blocked in the loader, over all windows."""
+    """Time blocked in the loader, over all windows."""
     load_s: float
-    """Reading and decoding one window in one process, the mean."""
+    """Mean time to read and decode one window in one process."""
     workers: int
     """Loader processes; 0: the training process loads."""
     cores: int
     """Cores that this rank may use."""
     available_bytes: int | None
-    """Host memory to be had; None where the system does not tell: then it limits nothing."""
+    """Available host memory; None if the system does not report it, and then it limits nothing."""
     worker_bytes: int
     """Host memory that one more worker takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderVerdict:
-    """Who sets the pace, and what to do."""
+    """Whether the loader or the model sets the pace, and what to do about it."""
 
     bound: Bound
     """`unknown`: fewer than `FEWEST_WINDOWS` windows."""
     wait_share: float
-    """Of the training time (0..1)."""
+    """Share of the training time that was spent waiting for the loader (0..1)."""
     headroom: float
     """How many times as fast the run would be if data were always there."""
     needed_workers: int
     """Workers that load a window in the time that one is computed."""
     suggested_workers: int
-    """The same, within the machine's limits; the present number where more would not help."""
+    """`needed_workers` within the machine's limits; the present number if more would not help."""
     limit: Limit
     """What keeps `suggested_workers` below `needed_workers`."""
     expected_wait_share: float
-    """With the suggested workers."""
+    """Expected `wait_share` with the suggested workers."""
 
 
 def judge(facts: LoaderFacts) -> LoaderVerdict:

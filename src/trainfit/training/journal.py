@@ -25,10 +25,11 @@ from trainfit.training.telemetry import Clock, Progress, StepUpdate, memory_byte
 from trainfit.training.trackers import Trackers
 
 FLUSH_STEPS = 10
-"""On a GPU losses are read this often: reading waits for the GPU."""
+"""Steps between two readings of losses on a GPU: reading waits for the GPU."""
 WARN_WINDOWS = 30
+"""Windows after which a running training may warn that it waits for its loader, once."""
 WARN_SHARE = 0.25
-"""After so many windows a run says once, while it goes on, that it waits for its loader more than this."""
+"""Share of waiting above which it warns."""
 
 
 class Journal:

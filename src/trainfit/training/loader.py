@@ -116,7 +116,7 @@ class Loaded(Spooled):
     load_s: float
     """Seconds that reading and decoding took, in the process that did."""
     paths: Sequence[str] = ()
-    """Of each sample."""
+    """Path of each sample."""
     ends_window: bool = True
 
 
@@ -150,7 +150,7 @@ class Making:
     decode: Decoder
     augment: Augmentation
     folder: Path | None = None
-    """Where windows of more than `IN_MEMORY_BYTES` wait; None: in memory, too."""
+    """Folder in which windows of more than `IN_MEMORY_BYTES` wait; None: they wait in memory, too."""
 
     def __call__(self, part: Part, report: Callable[[str], None] = lambda _: None) -> Loaded:
         """Decode one image after the other; `report` is called with the path of each before it is read."""

@@ -22,9 +22,9 @@ class NoiseSample:
     """Unbiased estimates from one window; single ones scatter widely, and either may be negative."""
 
     trace: float
-    """Of tr(S)."""
+    """Estimate of tr(S)."""
     square: float
-    """Of |G|^2."""
+    """Estimate of |G|^2."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,9 +33,9 @@ class Survival:
     where: str
     """`worst window` (before training), `window` (forward or backward), `update` or `evaluation`."""
     micro_batch: int
-    """At the error."""
+    """Micro-batch at the error."""
     next_micro_batch: int
-    """Afterwards; the same where giving back cached memory was tried first, 0 where nothing was left to try."""
+    """Micro-batch afterwards; the same if cached memory was freed first, 0 if nothing was left to try."""
     cause: Cause
     checkpointing: bool = False
     """Whether activation checkpointing was switched on."""
@@ -161,7 +161,7 @@ class Survivor:
         self._outside_bytes: int | None = None
 
     def state(self) -> dict[str, int]:
-        """Where on the ladder it is, for a saved state."""
+        """The position on the ladder, for a saved state."""
         return {
             "asked": self._asked,
             "micro_batch": self.micro_batch,
@@ -218,7 +218,7 @@ class Survivor:
         )
 
     def _agree(self, failure: str | None, images: int) -> dict[str, float]:
-        """After a failure: how many ranks only less would help, their mean numbers, and the window's images."""
+        """Agree after a failure: the number of ranks that need a smaller cut, their mean numbers, and the window's images."""
         short = shortage(failure or "")
         small = failure is not None and cause_of(short, outside_bytes=self._outside_bytes) in ("memory", "taken")
         numbers = {"needs": short.needs_bytes, "usable": short.usable_bytes} if short else {"needs": 0, "usable": 0}

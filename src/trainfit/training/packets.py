@@ -1,7 +1,7 @@
 """Objects with many tensors between processes: each travels as one anonymous file, whose pages both sides share.
 
 `multiprocessing` sends every tensor through a file of its own in /dev/shm, which is 64 MiB in a container and takes a file
-descriptor for each: a window of some hundred samples exhausts either. Here all tensors lie behind each other in one file made
+descriptor for each: a window of a few hundred samples exhausts either. Here all tensors lie one after another in one file made
 by `memfd_create`, which needs no /dev/shm, and one descriptor is open for as long as it takes to map it.
 """
 
@@ -23,7 +23,8 @@ import torch
 ALIGNMENT = 64
 """Bytes: each part begins at a multiple, as torch's own allocations do."""
 BY_DESCRIPTOR = sys.platform == "linux"
-"""Elsewhere the bytes themselves go through the pipe: slower, and the receiver waits for the sender while they do."""
+"""Whether a file descriptor is sent. Elsewhere the bytes themselves go through the pipe, which is slower, and the receiver
+waits for the sender meanwhile."""
 
 
 class Spooled(list[Any]):

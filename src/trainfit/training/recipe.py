@@ -94,7 +94,7 @@ class Recipe(Setting):
     seed: Annotated[int, Range(0, 2**63 - 1), In("run")] = 0
     """Weights, order of data and augmentation follow from it."""
     device: Annotated[Literal["auto", "cpu", "cuda"], In("run")] = "auto"
-    """Where to train."""
+    """Device to train on."""
     eval_steps: Annotated[int | None, Range(1), In("run", rare=True)] = None
     """Evaluate after every so many optimizer steps, besides --eval-every."""
     eval_every: Annotated[int, Range(0), In("run")] = 1
@@ -265,7 +265,7 @@ RESUMABLE = frozenset(
         *("workers", "tensorboard", "track"),
     }
 )
-"""What may change when a run goes on: none of it changes what a step computes."""
+"""Values that may change when a run is resumed: none of them changes what a step computes."""
 
 
 def resume_recipe(wanted: Recipe) -> Recipe:

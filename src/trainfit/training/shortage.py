@@ -18,10 +18,10 @@ class Shortage:
     cached_bytes: int
     """Reserved, but in no tensor: free pieces of segments that are in use."""
     free_bytes: int
-    """Of the device."""
+    """Free memory of the device."""
     total_bytes: int
     allowed_bytes: int
-    """By `set_per_process_memory_fraction`; else `total_bytes`."""
+    """Memory that `set_per_process_memory_fraction` allows; without it, `total_bytes`."""
 
     @property
     def needs_bytes(self) -> int:

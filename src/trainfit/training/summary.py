@@ -16,7 +16,7 @@ class RunSummary:
     steps: int
     """Optimizer steps done, those before a resume included."""
     steps_here: int
-    """Of these, the ones since the start or the resume."""
+    """The steps of them since the start or the resume."""
     total_steps: int
     images_per_s: float
     """While training; evaluation and saving left out."""

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: numbers for the screen and for telemetry.jsonl."""
+"""Figures of a run in progress, for the screen and for telemetry.jsonl."""
 
 import os
 import time
@@ -15,7 +15,7 @@ from trainfit.training.loader import Loaded
 
 @dataclass(frozen=True, kw_only=True)
 class StepUpdate:
-    """Where training is."""
+    """The progress of training."""
 
     step: int
     """Optimizer steps done."""
@@ -23,7 +23,7 @@ class StepUpdate:
     epoch: int
     epochs: int
     loss: float
-    """Of the last window."""
+    """Loss of the last window."""
     images_per_s: float
     """Over all ranks, since the last update, evaluation left out."""
     remaining_s: float
@@ -52,16 +52,16 @@ class Silent(Progress):
 
 @dataclass(frozen=True, kw_only=True)
 class Spent:
-    """Where the training time of some windows went, evaluation and saving left out."""
+    """How the training time of some windows was spent, evaluation and saving left out."""
 
     windows: int = 0
     images: int = 0
     """This rank's."""
     elapsed_s: float = 0.0
     waited_s: float = 0.0
-    """For the loader. On a GPU only as far as the GPU had nothing to do."""
+    """Time waited for the loader; on a GPU only as far as the GPU had nothing to do."""
     compute_s: float = 0.0
-    """From each window's arrival to the end of its work on the device."""
+    """Time from each window's arrival to the end of its work on the device."""
     load_s: float = 0.0
     """Reading and decoding, summed over the loader's processes."""
 
@@ -81,9 +81,9 @@ class Clock:
         """Start at `began` (time.perf_counter)."""
         self.device = device
         self.total = Spent()
-        """Of all readings."""
+        """Sum of all readings."""
         self.start_s: float | None = None
-        """From the clock's start to the first window's arrival."""
+        """Time from the clock's start to the first window's arrival."""
         self._arrived = 0.0
         self._first: torch.cuda.Event | None = None
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -118,7 +118,7 @@ class Clock:
             self._spans.append((self._first, self._event()))
 
     def read(self) -> Spent:
-        """Where the time since the last reading went; then start anew. Waits for the GPU."""
+        """How the time since the last reading was spent; starts a new reading. Waits for the GPU."""
         if self._spans:
             self._spans[-1][1].synchronize()
             compute_s = sum(first.elapsed_time(last) for first, last in self._spans) / 1000

@@ -18,11 +18,11 @@ from trainfit.training.run_files import RECIPE
 
 PROJECT = "trainfit"
 IDS = "trackers.json"
-"""The file of a run that says under which names the trackers know it, so that a resumed run goes on there."""
+"""The file of a run with its names in the trackers, so that a resumed run continues there."""
 
 
 class Tracker(Protocol):
-    """Where figures go, step by step."""
+    """A destination of figures, step by step."""
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         """Take the figures of a step; `step` counts from 1 and never falls in one process."""
@@ -74,7 +74,7 @@ def require_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """The trackers of a run. One that fails while training goes on is dropped, which is noted."""
+    """The trackers of a run. One that fails during training is dropped, with a note."""
 
     def __init__(self, names: Sequence[str], folder: Path, note: Callable[[str], None]) -> None:
         """Start them.

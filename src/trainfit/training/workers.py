@@ -38,15 +38,15 @@ PREFETCH = 2
 LOOK_S = 1.0
 """Between two looks at a worker that the trainer waits for."""
 JOIN_S = 5.0
-"""For a killed process to end."""
+"""Seconds that a killed process is given to end."""
 NOTE_S = 30
-"""After so long without a window a line says what is waited for, and again after as long."""
+"""Seconds without a window after which a line says what is waited for, and between two such lines."""
 STOPPED_S = 20
 """A worker that is stopped (SIGSTOP, a debugger) for so long is given up."""
 STUCK_S = 600
 """A worker that reads one image for so long is given up: a disk may be slow, but not without end."""
 MEMORY_SHARE = 0.5
-"""Of the free host memory that windows made ahead may take."""
+"""Share of the free host memory that windows made ahead may take."""
 FILES_PER_WORKER = 5
 """Open files of the trainer for each worker: two pipes, the process, a task and a window on their way."""
 SPARE_FILES = 24

@@ -90,7 +90,7 @@ class Classifier:
 
     @property
     def remarks(self) -> Sequence[str]:
-        """Where accumulation cannot be exact."""
+        """Warnings about layers with which accumulation cannot be exact."""
         with torch.device("meta"):
             model = build_model(self.name, classes=len(self.classes), resolution=self.setting.resolution)
         if self.setting.freeze == "body" or not any(isinstance(module, _BatchNorm) for module in model.modules()):
@@ -104,7 +104,7 @@ class Classifier:
         return _only_heads_train(model) if self.setting.freeze == "body" else model
 
     def load(self, model: torch.nn.Module, weights: str) -> list[str]:
-        """From a file of trainfit or timm (safetensors), or `pretrained`, which timm downloads; the head only if it fits."""
+        """Load a file of trainfit or timm (safetensors), or `pretrained`, which timm downloads; the head only if it fits."""
         if weights == "pretrained":
             state = _published(self.name)
             names = None
@@ -165,7 +165,7 @@ class Classifier:
         return {"model": knobs.pop("model"), "classes": json.dumps(self.classes), "knobs": json.dumps(knobs)}
 
     def export(self, weights: Mapping[str, torch.Tensor], path: Path) -> None:
-        """As `timm.create_model(NAME, num_classes=N, checkpoint_path=PATH)` loads it."""
+        """Write what `timm.create_model(NAME, num_classes=N, checkpoint_path=PATH)` loads."""
         safetensors.torch.save_file({name: value.contiguous() for name, value in weights.items()}, path)
 
 

@@ -103,7 +103,7 @@ def check(
 
 def _require_format(file_format: str | None) -> None:
     if file_format not in (None, FORMAT):
-        raise TrainfitError(f"--format {file_format}: data of classes are read as {FORMAT} alone")
+        raise TrainfitError(f"--format {file_format}: data of classes are only read as {FORMAT}")
 
 
 def only_classes(dataset: ImageFolder, rows: Sequence[int]) -> ImageFolder:

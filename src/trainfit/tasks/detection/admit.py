@@ -1,4 +1,4 @@
-"""From what a reader read to what training may use: every check that needs no decoding. Pure: reads no file."""
+"""Decides which of the records that a reader read training may use: every check without decoding. Reads no file."""
 
 import math
 from collections import Counter

@@ -108,7 +108,7 @@ def _is_export(file: Path) -> bool:
 
 
 def _jsons(folder: Path) -> list[Path]:
-    """Annotation files of a folder; COCO's detection task alone where a folder has it and others."""
+    """Annotation files of a folder; only those of COCO's detection task if the folder has others besides."""
     files = [file for file in sorted(folder.glob("*.json")) if not file.name.startswith(_OTHER_TASKS)]
     return [file for file in files if file.name.startswith("instances_")] or files
 

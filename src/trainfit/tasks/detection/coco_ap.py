@@ -72,7 +72,7 @@ class ApResult:
     ar_medium: float | None
     ar_large: float | None
     per_class: tuple[ClassAp, ...]
-    """In the order of the classes."""
+    """AP of each class, in the order of the classes."""
     images: int
     objects: int
     """Without crowds."""

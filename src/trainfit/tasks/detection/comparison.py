@@ -24,7 +24,7 @@ _HEAD = 26
 
 
 def chosen(records: Sequence[ImageRecord]) -> list[ImageRecord]:
-    """At most `PICTURES` records with objects, spread evenly; the first ones where none has an object."""
+    """Records with objects, spread evenly, at most `PICTURES`; the first ones if none has an object."""
     good = [record for record in records if len(record.classes)] or list(records)
     places = np.unique(np.linspace(0, len(good) - 1, PICTURES).round().astype(int)) if good else ()
     return [good[place] for place in places]

@@ -34,7 +34,7 @@ def read_dataset(
     The format is recognised by looking, unless it is given (`coco`, `yolo`, `voc`). Records are what training may
     use, as far as it can be told without decoding (`check_dataset` decodes); findings list the rest. Without a val
     split, max(1, round(val_fraction * n)) images of train are held out, chosen by their names and `seed`. Files that the
-    data set names but does not hold are read with `allow_outside` alone; else each is an `error` finding, or one here.
+    data set names but does not hold are only read with `allow_outside`; else each is an `error` finding, or one here.
 
     Raises:
         TrainfitError: nothing there, nothing recognised, a broken file, no usable image in train.

@@ -29,11 +29,11 @@ class DatasetStatistics:
     objects_per_image_max: int
     objects_per_image_mean: float
     objects_per_image_percentiles: Mapping[int, float]
-    """By the percentile: 50, 90, 95, 99."""
+    """Percentile (50, 90, 95, 99) -> objects per image."""
     objects_per_image_histogram: tuple[tuple[int, int, int], ...]
     """(fewest, most, images) of each bin; bins double in width, up to the one of the maximum."""
     objects_per_class: Mapping[int, int]
-    """By class index; classes without objects are missing."""
+    """Class index -> its objects; classes without objects are missing."""
     width_max: int
     """Pixels."""
     height_max: int

@@ -50,7 +50,7 @@ def read(
     """The data set in a folder, a COCO JSON file or a YOLO data file, or the built-in `sample`.
 
     Raises:
-        TrainfitError: there is none, or it has an error that training cannot pass over.
+        TrainfitError: there is no data set, or it has an error that training cannot ignore.
     """
     dataset = read_dataset(data, format=file_format, val_fraction=val_fraction, seed=seed, allow_outside=allow_outside)
     require_no_errors(dataset)

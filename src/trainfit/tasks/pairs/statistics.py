@@ -24,7 +24,7 @@ class PairStatistics:
     shared_texts: int
     """Different texts that more than one image has."""
     characters_max: int
-    """Of the longest text."""
+    """Characters of the longest text."""
 
 
 def statistics(records: Sequence[PairRecord]) -> PairStatistics:

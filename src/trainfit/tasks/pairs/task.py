@@ -98,7 +98,7 @@ def statistics(records: Sequence[PairRecord]) -> PairStatistics:
 
 
 def worst_first(records: Sequence[PairRecord]) -> Sequence[PairRecord]:
-    """As they are: all need the same memory."""
+    """The records in their order: all need the same memory."""
     return records
 
 

@@ -9,7 +9,7 @@ from trainfit.errors import TrainfitError
 from trainfit.models.maskrcnn.detectron2.zoo import ZOO
 
 MOST_BYTES = 2**20
-"""Of a file; Detectron2's own have less than 2 KiB."""
+"""Largest file that is read; Detectron2's own have less than 2 KiB."""
 DEEPEST = 8
 """Files that name each other as `_BASE_`, and maps within maps."""
 

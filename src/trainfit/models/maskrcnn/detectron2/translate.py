@@ -11,7 +11,7 @@ from trainfit.models.maskrcnn.detectron2.rules import COSINE, DIFFERENCES, RULES
 from trainfit.models.maskrcnn.detectron2.zoo import WARMUP_ITERS
 
 TRAIN_DEFAULTS = ("--optimizer", "sgd", "--epochs", "1000000", "--eval-every", "0")
-"""Of `trainfit train`: a configuration counts steps, not epochs, and Detectron2 trains with SGD."""
+"""Flags of `trainfit train`: a configuration counts steps, not epochs, and Detectron2 trains with SGD."""
 CLIP_VALUE = 1.0
 """Default of SOLVER.CLIP_GRADIENTS.CLIP_VALUE (Detectron2's config/defaults.py, as the two below)."""
 STEPS = [30000]
@@ -26,7 +26,7 @@ class Translation:
 
     model: str
     values: Mapping[str, Any]
-    """By key, `_BASE_` resolved."""
+    """Key -> value, with `_BASE_` resolved."""
     knobs: tuple[str, ...]
     """Words for the command line of every command."""
     training: tuple[str, ...]
@@ -128,7 +128,7 @@ def with_configuration(arguments: Sequence[str]) -> list[str]:
 
 
 def _batch(translation: Translation, command: str) -> list[str]:
-    """Of a plan and a training the effective batch is held; a step without accumulation has it at once, as Detectron2."""
+    """The flags of the batch: plans and trainings hold the effective batch, other commands take how it is cut."""
     if translation.effective_batch is None:
         return []
     if command == "plan" or (command == "train" and translation.accumulation == 1):
