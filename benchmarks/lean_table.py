@@ -26,7 +26,7 @@ from trainfit.memory.columns import ColumnTrace
 from trainfit.memory.host_ema import ema_for_evaluation, without_ema
 from trainfit.memory.host_state import with_state_on_host
 from trainfit.memory.predict import assess, process_budget, trace_requests
-from trainfit.memory.priced import Pricer, packaged_alone
+from trainfit.memory.priced import Pricer, packaged
 from trainfit.memory.profile import last_window
 from trainfit.models.setting import Setting, make_setting
 from trainfit.planning.make import make_plan
@@ -97,8 +97,10 @@ def needs_of(setting: Setting) -> dict[str, Any]:
     allocated between the last backward and the next forward.
     """
     gpu = gpu_with_memory("4GiB")
-    packaged = packaged_alone(Pricer(gpu=gpu).request(setting, "evaluation")) if setting.micro_batch == 1 else None
-    traced = packaged.priced(packaged.columns) if packaged else get_trace(trace_requests(setting, gpu)[1])
+    of_package = (
+        packaged(Pricer(gpu=gpu).request(setting, "evaluation"), alone=True) if setting.micro_batch == 1 else None
+    )
+    traced = of_package.priced(of_package.columns) if of_package else get_trace(trace_requests(setting, gpu)[1])
     stored = ColumnTrace.of(traced)
     found = _assessed(stored, setting, gpu)
     on_host = replace(stored, columns=with_state_on_host(stored.columns))

@@ -15,7 +15,7 @@ from trainfit.gpus.catalogue import find_gpu
 from trainfit.memory import shipped
 from trainfit.memory.allocator import replay
 from trainfit.memory.laws import Laws, Variable, find_laws, missing, moved
-from trainfit.memory.priced import Pricer, packaged, packaged_alone
+from trainfit.memory.priced import Pricer, packaged
 from trainfit.memory.scaling import ScaledTrace, scale
 from trainfit.models.rfdetr.family import RfDetrSetting
 from trainfit.timing.roofline import step_seconds
@@ -176,7 +176,7 @@ def test_the_package_answers_for_other_data(
     shipped.forget()
 
     of_data = replace(request, setting=replace(request.setting, objects_per_image=61, classes=19))
-    found, alone = packaged(of_data), packaged_alone(of_data)
+    found, alone = packaged(of_data), packaged(of_data, alone=True)
     assert found is not None
     assert alone is not None
     assert sizes(found.trace) == sizes(alone.trace) == sizes(traced["61 19"].trace)

@@ -218,7 +218,8 @@ def _partners(trace: Columns) -> dict[tuple[str, str], int]:
 
 def hidden_rows(gpu: Gpu, gpus: int = 1) -> tuple[HiddenRow, ...]:
     """What the traced step's allocator never gets: the process's own, one of `gpus`, and what others hold of the card."""
-    context, driver = cuda_context_bytes(gpu), driver_reserved_bytes(gpu)
+    context = cuda_context_bytes(gpu)
+    driver = driver_reserved_bytes(gpu)
     rows = [_row("CUDA context", context, "process", context.source)]
     if gpu.memory_is_nominal:
         rows.append(_row("driver", driver, "card", "nominal memory less the driver's total, over the catalogue"))

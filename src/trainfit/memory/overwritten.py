@@ -51,7 +51,8 @@ def _overwritten(trace: Columns) -> tuple[Integers, Integers]:
     before = np.maximum.accumulate(np.where(events > 0, np.arange(len(events)), 0))
     """Of each event: the last allocation until then."""
     ends = np.flatnonzero((events < 0) & candidates[before])
-    made, ended = tensors[before[ends]], tensors[ends]
+    made = tensors[before[ends]]
+    ended = tensors[ends]
     alike = (made != ended) & (trace.nbytes[made] == trace.nbytes[ended]) & (is_sum[made] | is_zeros[ended])
     allocations, first, count = np.unique(before[ends[alike]], return_index=True, return_counts=True)
     # Where one summand ends and the other lives on, a trace does not tell which of them was the first.

@@ -59,10 +59,8 @@ class MemoryPrediction:
     @property
     def allocated(self) -> ByteRange:
         """Peak of what tensors and kernels' workspaces hold (`torch.cuda.max_memory_allocated`)."""
-        peak, within = (
-            self.profile.peak_allocated_bytes,
-            max(r.high_bytes for r in self.hidden if r.name == KERNEL_TEMPORARIES),
-        )
+        peak = self.profile.peak_allocated_bytes
+        within = max(r.high_bytes for r in self.hidden if r.name == KERNEL_TEMPORARIES)
         off = int(ALLOCATED_ERROR * peak)
         return ByteRange(low_bytes=peak - off, high_bytes=peak + off + within)
 
@@ -127,7 +125,8 @@ def predict_traced(
     reserved: ByteRange | None = None,
 ) -> Prediction:
     """Predict from the traces that `trace_requests` names; `reserved`: of training, if it is known (`needed`)."""
-    training, evaluation = ColumnTrace.of(training), ColumnTrace.of(evaluation)
+    training = ColumnTrace.of(training)
+    evaluation = ColumnTrace.of(evaluation)
     reserved = reserved or needed(training, gpu, config)
     trained = assess(training, gpu, config, gpus=gpus, reserved=reserved)
     if trained.time is not None:
@@ -163,7 +162,8 @@ def allocator_room(gpu: Gpu, config: AllocatorConfig, gpus: int = 1) -> ByteRang
 
 def process_budget(gpu: Gpu, config: AllocatorConfig, gpus: int = 1) -> ByteRange:
     """What one process may have of the card, its CUDA context included, at worst and at best."""
-    room, context = allocator_room(gpu, config, gpus), cuda_context_bytes(gpu)
+    room = allocator_room(gpu, config, gpus)
+    context = cuda_context_bytes(gpu)
     return ByteRange(low_bytes=room.low_bytes + context.high_bytes, high_bytes=room.high_bytes + context.low_bytes)
 
 
@@ -221,13 +221,15 @@ def assess(
     tried = replay_on(gpu, replayed, config, gpus)
     likely = tried if tried.oom is None else replay(replayed, capacity_bytes=None, config=config, timeline=True)
     reserved = reserved or needed(stored, gpu, config)
-    room, error = allocator_room(gpu, config, gpus), class_of(stored.ops)
+    room = allocator_room(gpu, config, gpus)
+    error = class_of(stored.ops)
     verdict: Verdict = "tight"
     if reserved.high_bytes <= room.low_bytes:
         verdict = "fits"
     elif reserved.low_bytes > room.high_bytes:
         verdict = "does not fit"
-    peak, context = likely.peak_reserved_bytes, cuda_context_bytes(gpu)
+    peak = likely.peak_reserved_bytes
+    context = cuda_context_bytes(gpu)
     least = max(likely.peak_allocated_bytes, int((1 - error.spread) * peak))
     most = int((1 + error.spread) * peak)
     if tried.oom is None:  # it cannot take more than there is

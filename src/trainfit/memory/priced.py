@@ -55,13 +55,15 @@ PAIRS = ((2, 4), (4, 8))
 """Micro-batches that are traced; the second pair where a step does other things at 2 than at 4."""
 TRACED_ACCUMULATION = 2
 PRICED_LIKE_TWO = "One micro-batch a window is priced like two, whose gradients stay: a little too much."
-SCALING_CODE, LAWS_CODE = "trainfit.memory.scaling", "trainfit.memory.laws"
-"""What makes scaled traces of traces, and takes them to other objects and classes."""
+SCALING_CODE = "trainfit.memory.scaling"
+"""The module that makes scaled traces of traces."""
+LAWS_CODE = "trainfit.memory.laws"
+"""The module that moves scaled traces to other numbers of objects and classes."""
 RATES_LIKE = "RTX 3060"
-"""Whose rates rank settings for a card of which only the memory is known."""
+"""The card whose rates rank settings for a card of which only the memory is known."""
 Part = Literal["training", "evaluation"]
 Needs = dict[str, tuple[int, int]]
-"""By micro-batch, EMA, workspace, place of the optimizer's state and allocator: (low, high) bytes."""
+"""(Micro-batch, EMA, workspace, place of the optimizer's state, allocator) as text -> (low, high) bytes."""
 
 
 def scalable(setting: Setting) -> bool:
@@ -98,8 +100,8 @@ class Pricer:
             key += f":{self.config}"
         known = self.known_needs(request) if scalable(setting) else {}
         if key not in known:
-            found = needed(self.columns(setting, "training"), self.gpu, self.config)
-            known[key] = (found.low_bytes, found.high_bytes)
+            needs = needed(self.columns(setting, "training"), self.gpu, self.config)
+            known[key] = (needs.low_bytes, needs.high_bytes)
             if self.cache and scalable(setting) and setting.family.cacheable:
                 store(_path(request, "needs"), with_provenance(request, known, NEEDS_CODE, LAWS_CODE))
         low, high = known[key]
@@ -137,33 +139,37 @@ class Pricer:
         scaled = self._scaled(setting, part)
         if not scalable(setting):
             if scaled is not None:
-                found = line_seconds(scaled.ops, scaled.micro_batches, setting.accumulation, gpu)
+                estimate = line_seconds(scaled.ops, scaled.micro_batches, setting.accumulation, gpu)
             else:
-                found = step_seconds(self.columns(setting, part).ops, gpu)
+                estimate = step_seconds(self.columns(setting, part).ops, gpu)
         else:
-            traced, most = TRACED_ACCUMULATION if part == "training" else 1, max(cuts)
+            traced = TRACED_ACCUMULATION if part == "training" else 1
+            most = max(cuts)
             if scaled is not None and (part == "evaluation" or most >= scaled.micro_batches[0]):
-                ops, points = scaled.ops, scaled.micro_batches
+                ops = scaled.ops
+                points = scaled.micro_batches
             else:
                 knob = "micro_batch" if part == "training" else "eval_micro_batch"
                 alone = self.columns(replace(setting, **{knob: most}), part).ops
-                ops, points = (alone, alone), (most, most + 1)
+                ops = (alone, alone)
+                points = (most, most + 1)
             drawn = setting.family.drawn_sizes(setting) if part == "training" else None
-            found = window_seconds(ops, points, gpu, cuts=cuts, traced_accumulation=traced, drawn=drawn)
+            estimate = window_seconds(ops, points, gpu, cuts=cuts, traced_accumulation=traced, drawn=drawn)
         if part == "training":
             waits = (setting.family.host_seconds(setting, images, self.gpu.capability) for images in cuts)
-            found = with_host_work(found, sum(waits))
+            estimate = with_host_work(estimate, sum(waits))
         if setting.ema_on_host and part == "training":
             base = scaled.columns if scaled else self.columns(replace(setting, ema_on_host=False), part).columns
-            found = with_optimizer_work(found, _bytes_of(base, "EMA") / HOST_BYTES_PER_S)
+            estimate = with_optimizer_work(estimate, _bytes_of(base, "EMA") / HOST_BYTES_PER_S)
         if _state_on_host(setting) and part == "training":
-            found = with_optimizer_work(found, 2 * self._moments_bytes(setting) / PINNED_BYTES_PER_S)
-        return found
+            estimate = with_optimizer_work(estimate, 2 * self._moments_bytes(setting) / PINNED_BYTES_PER_S)
+        return estimate
 
     def predict(self, setting: Setting, cuts: Sequence[int]) -> Prediction:
         """Training and evaluation, with the time of a window."""
-        training, evaluation = self.columns(setting, "training"), self.columns(setting, "evaluation")
-        found = predict_traced(
+        training = self.columns(setting, "training")
+        evaluation = self.columns(setting, "evaluation")
+        prediction = predict_traced(
             setting,
             self.gpu,
             training=training,
@@ -173,8 +179,8 @@ class Pricer:
             reserved=self.reserved(setting),
         )
         if scalable(setting) and setting.accumulation < TRACED_ACCUMULATION:
-            found = replace(found, assumptions=(*found.assumptions, PRICED_LIKE_TWO))
-        return replace(found, training=replace(found.training, time=self.seconds(setting, cuts)))
+            prediction = replace(prediction, assumptions=(*prediction.assumptions, PRICED_LIKE_TWO))
+        return replace(prediction, training=replace(prediction.training, time=self.seconds(setting, cuts)))
 
     def answers(self, setting: Setting) -> bool:
         """Whether `predict` needs no tracing, because the package has the traces that it is made from."""
@@ -269,7 +275,8 @@ class Pricer:
 
     def _unmoved(self, setting: Setting, part: Part) -> tuple[ScaledTrace, Columns]:
         """The traces that the setting is priced from, and that of the setting with everything on the GPU."""
-        request, scaled = self.request(setting, part), self._scaled(setting, part)
+        request = self.request(setting, part)
+        scaled = self._scaled(setting, part)
         evaluated = setting.eval_micro_batch or setting.micro_batch
         if scaled is not None and not scalable(setting):
             return scaled, scaled.at(setting.accumulation)
@@ -292,28 +299,22 @@ class Pricer:
     def _alone(self, request: TraceRequest) -> ScaledTrace:
         """The request's own trace: the package has those of micro-batch 1."""
         of_one = request.setting.micro_batch == 1 and request.setting.eval_micro_batch in (None, 1)
-        found = packaged_alone(_at(request, 1)) if of_one else None
-        if found is None and not (self.cache and is_stored(request)):
+        packaged_trace = packaged(_at(request, 1), alone=True) if of_one else None
+        if packaged_trace is None and not (self.cache and is_stored(request)):
             self.note(
                 f"tracing {request.part} at micro-batch {request.setting.micro_batch}, which no stored trace covers..."
             )
-        return found or ScaledTrace.of_one(get_trace(request, cache=self.cache), request.setting.micro_batch)
+        return packaged_trace or ScaledTrace.of_one(get_trace(request, cache=self.cache), request.setting.micro_batch)
 
 
-def packaged(request: TraceRequest) -> ScaledTrace | None:
-    """The package's trace of a request for any micro-batch, taken to its objects and classes."""
-    found = source(request)
-    scaled = shipped(found.request, ScaledTrace.from_record) if found else None
-    return moved(scaled, found.laws, found.values) if found and found.laws and scaled else scaled
-
-
-def packaged_alone(request: TraceRequest) -> ScaledTrace | None:
-    """The package's trace of a request at micro-batch 1."""
-    found = source(request, alone=True)
-    if found is None:
+def packaged(request: TraceRequest, *, alone: bool = False) -> ScaledTrace | None:
+    """The package's trace of a request, for any micro-batch or for micro-batch 1 `alone`, moved to its objects and classes."""
+    origin = source(request, alone=alone)
+    if origin is None:
         return None
-    traced = shipped(found.request, ScaledTrace.from_record_of_one, alone=True)
-    return moved(traced, found.laws, found.values) if found.laws and traced else traced
+    read = ScaledTrace.from_record_of_one if alone else ScaledTrace.from_record
+    scaled = shipped(origin.request, read, alone=alone)
+    return moved(scaled, origin.laws, origin.values) if origin.laws and scaled else scaled
 
 
 def _state_on_host(setting: Setting) -> bool:
@@ -324,7 +325,7 @@ def _state_on_host(setting: Setting) -> bool:
 
 
 def _on_gpu(setting: Setting) -> Setting:
-    """The same with the optimizer's state on the GPU: what is traced."""
+    """The setting with the optimizer's state on the GPU, which is the one that is traced."""
     return replace(setting, optimizer="adamw-fused") if _state_on_host(setting) else setting
 
 
@@ -345,16 +346,16 @@ def rated(gpu: Gpu) -> Gpu:
 
 
 def _at(request: TraceRequest, number: int) -> TraceRequest:
-    """At a micro-batch, or for a contrastive window at an accumulation."""
+    """The request at a micro-batch, or for a contrastive window at an accumulation."""
     knob = "micro_batch" if scalable(request.setting) else "accumulation"
     return replace(request, setting=replace(request.setting, **{knob: number}))
 
 
 def _load(request: TraceRequest, *, cache: bool, note: Callable[[str], None]) -> ScaledTrace | None:
-    """From the package, from the disk, or traced now; None where the step's traces cannot be scaled."""
-    found = packaged(request)
-    if found is not None:
-        return found
+    """A scaled trace from the package, from the disk, or traced now; None if the step's traces cannot be scaled."""
+    packaged_trace = packaged(request)
+    if packaged_trace is not None:
+        return packaged_trace
     known = read_stored(_path(request, "scaled"), partial(_optional_scaled, request)) if cache else None
     if known is not None:
         return known[0]

@@ -29,16 +29,18 @@ STEP = 1.01
 # Sizes and addresses are multiples of BLOCK_BYTES and counted in these. A free block is one integer, as in `caching_allocator`.
 _ADDRESS_BITS = 36
 _ADDRESS = (1 << _ADDRESS_BITS) - 1
-_SMALL, _SEGMENT = SMALL_BYTES // BLOCK_BYTES, SMALL_SEGMENT_BYTES // BLOCK_BYTES
-_LARGE, _LARGEST_SHARED = AllocatorConfig().large_segment_size_bytes // BLOCK_BYTES, MIN_LARGE_BYTES // BLOCK_BYTES
+_SMALL = SMALL_BYTES // BLOCK_BYTES
+_SEGMENT = SMALL_SEGMENT_BYTES // BLOCK_BYTES
+_LARGE = AllocatorConfig().large_segment_size_bytes // BLOCK_BYTES
+_LARGEST_SHARED = MIN_LARGE_BYTES // BLOCK_BYTES
 
 
 @dataclass(kw_only=True, slots=True)
 class _State:
-    """Of the allocator, between two events."""
+    """State of the allocator between two events."""
 
     starts: list[int]
-    """Of each tensor's block."""
+    """Start of each tensor's block."""
     ends: list[int]
     free: list[list[int]]
     """For each pool its free blocks, sorted by size and address."""
@@ -71,7 +73,8 @@ class _State:
         for number, pool in enumerate(self.free):
             kept: list[int] = []
             for key in pool:
-                start, end = key & _ADDRESS, (key & _ADDRESS) + (key >> _ADDRESS_BITS)
+                start = key & _ADDRESS
+                end = start + (key >> _ADDRESS_BITS)
                 if self.segments.get(start) == end:
                     del self.end_of[start], self.start_of[end], self.segments[start]
                     self.reserved -= end - start
@@ -97,7 +100,9 @@ class QuickReplay:
         `most_bytes`: bytes that tensors may have instead, for `survives_with_most`; more than in the trace only for tensors
         that are freed at once.
         """
-        self.trace, self.config, self.most_bytes = trace, config, most_bytes
+        self.trace = trace
+        self.config = config
+        self.most_bytes = most_bytes
         self._is_fast = config == AllocatorConfig(roundup_power2_divisions=config.roundup_power2_divisions)
         self._states: list[tuple[int, int, _State]] = []
         self._roomy: set[int] = set()
@@ -106,7 +111,7 @@ class QuickReplay:
 
     @cached_property
     def peak_requested_bytes(self) -> int:
-        """Of tensors at one time: nothing less is survived."""
+        """The most bytes that tensors request at one time: no smaller capacity is survived."""
         return self.trace.peak_bytes()
 
     @cached_property
@@ -123,10 +128,12 @@ class QuickReplay:
         if not self._is_fast:
             return replay(self.trace.trace(), capacity_bytes=capacity_bytes, config=self.config).oom is None
         capacity = capacity_bytes // BLOCK_BYTES
-        begin, state = 0, None
+        begin = 0
+        state = None
         for reserved, event, kept in self._states:
             if reserved <= capacity:
-                begin, state = event, kept
+                begin = event
+                state = kept
         state = state.copy() if state else self._begin()
         survives = self._run(state, begin, capacity, keep=False)
         if survives and not state.has_missed:
@@ -152,14 +159,16 @@ class QuickReplay:
         """Events without tensors of no bytes, as numbers: i: tensor i is allocated, ~i: freed, tensors + i: both at once;
         2 * tensors + i, before that: is there a free block for its most bytes, whose size follows those of all tensors?
         """
-        trace, events = self.trace, self.trace.events
+        trace = self.trace
+        events = self.trace.events
         count = len(trace.nbytes)
         most = trace.nbytes if self.most_bytes is None else self.most_bytes
         sizes = self._rounded(np.concatenate([trace.nbytes, most]))
         _, pools = np.unique(2 * np.tile(trace.stream, 2) + (sizes <= _SMALL), return_inverse=True)
         self._sizes: list[int] = sizes.tolist()
         self._pools: list[int] = pools.tolist()
-        self._count, self._pool_count = count, 1 + max(self._pools, default=-1)
+        self._count = count
+        self._pool_count = 1 + max(self._pools, default=-1)
         tensors = np.abs(events) - 1
         at_once = np.append(events[1:] == -events[:-1], False)[: len(events)] & (events > 0)
         ops = np.where(events > 0, tensors, ~tensors) + count * at_once
@@ -185,17 +194,25 @@ class QuickReplay:
         return _State(starts=[0] * count, ends=[0] * count, free=free, has_missed=self._misses_some)
 
     def _run(self, state: _State, begin: int, limit: int, *, keep: bool) -> bool:
-        """From an event to the end, or to where memory runs out: False. Where there is no limit, a state is kept (`keep`)
+        """Replay from an event to the end; False if memory runs out. Where there is no limit, a state is kept (`keep`)
         before each segment that goes beyond `limit`, which then rises.
         """
-        sizes, pools, count = self._sizes, self._pools, self._count
-        starts, ends, end_of, start_of = state.starts, state.ends, state.end_of, state.start_of
+        sizes = self._sizes
+        pools = self._pools
+        count = self._count
+        starts = state.starts
+        ends = state.ends
+        end_of = state.end_of
+        start_of = state.start_of
         for index, op in enumerate(islice(self._ops, begin, None), begin):
             if op < 0:
-                start, end, free = starts[~op], ends[~op], state.free[pools[~op]]
+                start = starts[~op]
+                end = ends[~op]
+                free = state.free[pools[~op]]
             else:
                 tensor = op if op < count else op - count
-                size, free = sizes[tensor], state.free[pools[tensor]]
+                size = sizes[tensor]
+                free = state.free[pools[tensor]]
                 at = bisect_left(free, size << _ADDRESS_BITS)
                 if at < len(free):
                     if op >= count:
@@ -227,7 +244,8 @@ class QuickReplay:
                         end = cut
                     else:
                         start_of.pop(end, None)
-                    starts[tensor], ends[tensor] = start, end
+                    starts[tensor] = start
+                    ends[tensor] = end
                     continue
             after = end_of.pop(end, 0)
             if after:
@@ -244,7 +262,7 @@ class QuickReplay:
 
 
 def _segment(size: int) -> int:
-    """Of a request, in blocks ("get_allocation_size")."""
+    """Size of a request's segment, in blocks ("get_allocation_size")."""
     if size <= _SMALL:
         return _SEGMENT
     return _LARGE if size < _LARGEST_SHARED else -(-size // _SEGMENT) * _SEGMENT
