@@ -197,17 +197,13 @@ class QuickReplay:
         """Replay from an event to the end; False if memory runs out. Where there is no limit, a state is kept (`keep`)
         before each segment that goes beyond `limit`, which then rises.
         """
-        sizes = self._sizes
-        pools = self._pools
+        sizes, pools = self._sizes, self._pools
         count = self._count
-        starts = state.starts
-        ends = state.ends
-        end_of = state.end_of
-        start_of = state.start_of
+        starts, ends = state.starts, state.ends
+        end_of, start_of = state.end_of, state.start_of
         for index, op in enumerate(islice(self._ops, begin, None), begin):
             if op < 0:
-                start = starts[~op]
-                end = ends[~op]
+                start, end = starts[~op], ends[~op]
                 free = state.free[pools[~op]]
             else:
                 tensor = op if op < count else op - count
@@ -244,8 +240,7 @@ class QuickReplay:
                         end = cut
                     else:
                         start_of.pop(end, None)
-                    starts[tensor] = start
-                    ends[tensor] = end
+                    starts[tensor], ends[tensor] = start, end
                     continue
             after = end_of.pop(end, 0)
             if after:
