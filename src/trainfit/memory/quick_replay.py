@@ -199,8 +199,7 @@ class QuickReplay:
         """
         sizes, pools = self._sizes, self._pools
         count = self._count
-        starts, ends = state.starts, state.ends
-        end_of, start_of = state.end_of, state.start_of
+        starts, ends, end_of, start_of = state.starts, state.ends, state.end_of, state.start_of
         for index, op in enumerate(islice(self._ops, begin, None), begin):
             if op < 0:
                 start, end = starts[~op], ends[~op]
