@@ -1,16 +1,18 @@
 """Detectron2's configurations in: every key is somewhere in the report; what cannot be trained is refused in one line."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from conftest import run
+from conftest import rows, run, shared_data
 from trainfit.errors import TrainfitError
 from trainfit.models.maskrcnn.detectron2.read import read_configuration
 from trainfit.models.maskrcnn.detectron2.translate import Translation, translated, with_configuration
 from trainfit.models.maskrcnn.detectron2.zoo import ZOO
+from trainfit.training import run_folder
 from trainfit.training.recipe import make_recipe
 from trainfit.training.schedule import lr_factor
 
@@ -107,6 +109,43 @@ def own(folder: Path, text: str) -> str:
 
 def after(words: list[str], flag: str, count: int = 1) -> list[str]:
     return words[words.index(flag) + 1 : words.index(flag) + 1 + count]
+
+
+FASTER = ["--resolution", 64, "--max-size", 96, "--short-sides", 64, "--proposals", 40, 40]
+"""What the examples do not set, small enough for a CPU."""
+EXAMPLES = {
+    "batch and workers": (
+        "SOLVER: {IMS_PER_BATCH: 4}\nDATALOADER: {NUM_WORKERS: 2}\nMODEL: {ROI_HEADS: {BATCH_SIZE_PER_IMAGE: 512}}\n",
+        FASTER,
+        {"effective_batch": 4, "workers": 2, "rois_per_image": 512},
+    ),
+    "image size": (
+        "INPUT: {MIN_SIZE_TRAIN: '(600,)', MAX_SIZE_TRAIN: 800, MIN_SIZE_TEST: '(600,)', MAX_SIZE_TEST: 800}\n",
+        ["--effective-batch", 1, "--rois-per-image", 16, "--proposals", 40, 40, "--workers", 0],
+        {"resolution": 600, "max_size": 800},
+    ),
+    "accumulation": (
+        "SOLVER: {ACCUMULATION_STEPS: 2, IMS_PER_BATCH: 2}\n",
+        [*FASTER, "--rois-per-image", 16, "--workers", 0],
+        {"micro_batch": 2, "effective_batch": 4},
+    ),
+}
+"""Name -> (keys of the source's example, flags beside it, what the recipe must hold)."""
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_sources_examples_train(tmp_path: Path, name: str) -> None:
+    """How to resolve GPU memory issues during Detectron2 Mask R-CNN training, each for one step on the CPU."""
+    text, flags, wanted = EXAMPLES[name]
+    out = tmp_path / "run"
+    data = ["--data", shared_data("fruits_nuts"), "--val-fraction", 0.03, "--out", out, "--device", "cpu"]
+    assert run("train", "--detectron2", own(tmp_path, text), *data, *flags, "--max-steps", 1) == 0
+    recipe = json.loads((out / run_folder.RECIPE).read_text())
+    assert {key: recipe[key] for key in wanted} == wanted
+    trained = rows(out)
+    assert trained[0]["images"] == {"batch and workers": 4, "image size": 1, "accumulation": 4}[name]
+    assert trained[0]["size"] == wanted.get("resolution", 64)
+    assert "segm_ap" in trained[-1]
 
 
 def test_the_three_examples_of_the_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
