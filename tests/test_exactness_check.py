@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import exactness_cases as cases
 import trainfit
 from conftest import run
 from exactness_cases import CORRECT, FAULTS
+from trainfit.exactness.processes import run_ranks
 from trainfit.exactness.runs import Runner, whole, windows_of
 
 ROOT = Path(__file__).parents[1]
@@ -72,9 +74,34 @@ def test_several_causes_are_told_apart() -> None:
     assert trainfit.check_exactness(loop).causes == ("BatchNorm", "RNG", "ignored labels")
 
 
+def test_ignored_labels_and_a_wrongly_weighted_short_window_are_both_named() -> None:
+    result = trainfit.check_exactness(
+        cases.loop(cases.plain(cases.valid_pixels, fixed_divisor=True), model=cases.dense, items=cases.pixels(20))
+    )
+    assert result.causes == ("ignored labels", "short last window")
+    assert "its gradient is 0.5 of what it is by itself: it has 2 micro-batches" in result.findings[1].explanation
+
+
 def test_ranks_that_exchange_too_early_are_named() -> None:
     assert trainfit.check_exactness(cases.ddp_case, ranks=2).exact
     assert trainfit.check_exactness(cases.ddp_first, ranks=2).causes[0] == "not synchronised"
+
+
+def waits_for_nobody(_model: torch.nn.Module, _batches: Any, _accumulation: int) -> None:
+    if torch.distributed.get_rank() == 1:
+        time.sleep(600)
+    torch.distributed.barrier()
+
+
+def make_waiting() -> trainfit.OwnLoop:
+    return cases.loop(waits_for_nobody)
+
+
+def test_ranks_that_stand_still_are_ended_with_the_place() -> None:
+    windows = windows_of(cases.images(16), micro_batch=4, accumulation=4)
+    with pytest.raises(trainfit.TrainfitError, match="the ranks did not end within 20 s: rank 0 in ") as caught:
+        run_ranks(make_waiting, windows, ranks=2, accumulation=4, double=True, timeout_s=20)
+    assert "\n" not in str(caught.value)
 
 
 def test_nothing_is_left_behind() -> None:

@@ -23,6 +23,7 @@ from trainfit.explaining.message import find_messages
 from trainfit.explaining.places import place_of
 from trainfit.explaining.snapshot import read_snapshot
 from trainfit.memory.allocator import replay
+from trainfit.memory.shipped import why_unused
 from trainfit.reports.memory_viewer import to_snapshot
 from trainfit.tracing.events import TensorInfo, Trace
 
@@ -263,6 +264,31 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert run("explain", tmp_path / "nowhere") == 2
     assert run("explain", log, "--model", "rfdetr-nanno") == 2
     assert "Perhaps you meant rfdetr-nano" in capsys.readouterr().err
+
+
+def test_what_each_knob_frees_is_of_stored_traces(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is traced: a knob that no stored trace covers is named with the flag that prices it."""
+    if reason := why_unused(trainfit.make_setting("rfdetr-nano", precision="bf16")):
+        pytest.skip(reason)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    log = tmp_path / "log.txt"
+    log.write_text(LAST)
+    assert run("explain", log, "--model", "rfdetr-nano", "--micro-batch", 8, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    freed = {knob["knob"]: knob for knob in result["knobs"]}
+    moments = freed["--optimizer adamw-host"]["frees_bytes"]
+    assert moments == pytest.approx(8 * 30.5e6, rel=0.06)  # upstream's table: 30.5 million parameters, two float32 each
+    half, all_blocks = freed["--micro-batch 4"], freed["--checkpointing all"]
+    assert (
+        half["needs_bytes"]
+        == trainfit.predict("rfdetr-nano", memory="8GiB", micro_batch=4, accumulation=2).needs.high_bytes
+    )
+    assert half["same_result"]
+    assert all_blocks["frees_bytes"] > 2**30
+    assert "--trace prices it too" in freed["--resolution 288"]["failure"]
+    assert not freed["--resolution 288"]["same_result"]
 
 
 def predicted(setting: Any, _gpu: Any) -> Any:

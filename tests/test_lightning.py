@@ -65,6 +65,27 @@ def test_the_callback_makes_any_window_exact() -> None:
         assert max(group.relative_error for group in result.groups) < 1e-12
 
 
+def two_ranks() -> trainfit.OwnLoop:
+    from trainfit.integrations.lightning import ExactAccumulation, lightning_loop
+
+    return lightning_loop(
+        lambda: module(dense), pixels(32), callbacks=lambda: [ExactAccumulation(valid)], gradient_clip_val=0.01
+    )
+
+
+def test_the_callback_is_exact_on_two_ranks() -> None:
+    """Lightning's DDP by gloo, every rank with other counts of pixels, against one process with the whole window."""
+    result = trainfit.check_exactness(two_ranks, ranks=2)
+    assert result.exact, result.findings
+    assert result.windows == 2
+    assert max(group.relative_error for group in result.groups) < 1e-12
+
+
+def test_the_check_chooses_the_processes() -> None:
+    with pytest.raises(trainfit.TrainfitError, match="leave devices out: check_exactness"):
+        check(small, images(16), devices=2, strategy="ddp")
+
+
 def len_of(batch: Any) -> float:
     return float(len(batch[1]))
 

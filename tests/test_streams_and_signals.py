@@ -169,3 +169,78 @@ def test_a_tracing_process_ends_with_its_parent(number: signal.Signals) -> None:
         *progress, last = error.decode().splitlines()
         assert last == "trainfit: stopped"
         assert all("tracing" in line or "predicting" in line for line in progress)
+
+
+SLOW_LOOP = """
+import time
+from pathlib import Path
+import torch
+import trainfit
+
+def train(model, batches, accumulation):
+    Path("began").touch()
+    time.sleep(120)
+
+def check():
+    return trainfit.OwnLoop(model=lambda: torch.nn.Linear(2, 1), items=[torch.ones(2)] * 32, train=train)
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_ends_a_check_of_a_loop_in_one_line(ranks: int, tmp_path: Path) -> None:
+    """A terminal sends it to every process of the command, so to the ranks as well."""
+    (tmp_path / "slow.py").write_text(SLOW_LOOP)
+    words = ["check-exactness", "slow:check", "--ranks", str(ranks)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "trainfit", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        start_new_session=True,
+    ) as process:
+        wait_for_file(process, tmp_path / "began")
+        os.killpg(process.pid, signal.SIGINT)
+        printed, error = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert (printed, error.decode()) == (b"", "trainfit: stopped\n")
+    began = time.monotonic()
+    while any(is_alive(pid) for pid in of_session(process.pid)):  # no rank is left, nor what Python starts beside them
+        assert time.monotonic() - began < 10
+        time.sleep(0.02)
+
+
+def of_session(number: int) -> list[int]:
+    """Processes of a session, which has the number of the process that began it."""
+    found: list[int] = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = file.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended
+            continue
+        if int(fields[3]) == number:
+            found.append(int(file.parent.name))
+    return found
+
+
+def wait_for_file(process: "subprocess.Popen[bytes]", file: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not file.exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+
+
+def test_ctrl_c_ends_explain_in_one_line() -> None:
+    """Also while it waits for what is piped in."""
+    command = [sys.executable, "-c", "import sys; from trainfit.cli import main; main(sys.argv[1:])", "explain", "-"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        wchan = Path(f"/proc/{process.pid}/wchan")
+        deadline = time.monotonic() + 60
+        while "pipe_read" not in wchan.read_text():
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        assert process.stderr.read() == b"trainfit: stopped\n"
+        assert process.wait(timeout=30) == 130

@@ -15,8 +15,8 @@ HELP_ALL = "--help-all"
 """The help with the flags that `--help` leaves out."""
 
 
-def commands(words: Sequence[str]) -> Mapping[str, Callable[..., int]]:
-    """Command name -> function; the parameters are the flags, the result is the exit code.
+def commands(words: Sequence[str]) -> Mapping[str, Callable[..., Callable[[], int]]]:
+    """Command name -> function; the parameters are the flags, the result runs the command and returns its exit code.
 
     `words` is the command line: flags of a model's commands are those of its family.
     """
@@ -106,10 +106,11 @@ def _command(arguments: Sequence[str], handlers: signals.Signals) -> int:
 
     from trainfit.cli.arguments import todays_flags
     from trainfit.cli.config import PRINT_CONFIG, with_config
-    from trainfit.cli.foreign_flags import answer_foreign_flags
+    from trainfit.cli.foreign_flags import with_own_flags
+    from trainfit.cli.mistyped import flags_of_leaves, parsed, require_command, require_flags
     from trainfit.models.family import families
 
-    words = list(arguments)
+    words = list(arguments) or ["--help"]
     if words[:1] == ["--version"]:
         print(f"trainfit {version('trainfit')}")
         return 0
@@ -117,7 +118,12 @@ def _command(arguments: Sequence[str], handlers: signals.Signals) -> int:
     for family in families().values():
         words = family.translate(words)
     words = todays_flags(words)
-    answer_foreign_flags(words)
+    leaves = _leaves(words)
+    require_command(words[0], leaves)
+    if words[0] in leaves:
+        flags = flags_of_leaves(leaves[words[0]])
+        words = with_own_flags(words, flags, lambda line: print(f"trainfit: {line}", file=sys.stderr))
+        require_flags(words, flags)
     known = dict(commands(words))
     handlers.ready = True
     about = (
@@ -125,7 +131,10 @@ def _command(arguments: Sequence[str], handlers: signals.Signals) -> int:
         "--help-all all of them; --config FILE reads flags from YAML, --print-config writes them; --version the version."
     )
     words = ["--help" if word == HELP_ALL else word for word in words if word != PRINT_CONFIG]
-    return tyro.extras.subcommand_cli_from_dict(known, prog="trainfit", description=about, args=words)
+    command = parsed(
+        lambda: tyro.extras.subcommand_cli_from_dict(known, prog="trainfit", description=about, args=words)
+    )
+    return command()
 
 
 def _complain(text: str) -> None:

@@ -82,10 +82,14 @@ def todays_flags(words: Sequence[str]) -> list[str]:
 
 def typed(
     command: Callable[[Any, AbstractSet[str]], int], arguments: Any, words: Sequence[str], chosen: Container[str] = ()
-) -> Callable[..., int]:
-    """A command as tyro takes it, which is given its arguments and the names of the flags that stand in the command line.
+) -> Callable[..., Callable[[], int]]:
+    """A command as tyro takes it: a function from its flags to one that runs it.
 
-    `arguments` is the dataclass of its flags; `chosen` are those that it chooses where they are not given.
+    Args:
+        command: Takes its arguments, and the names of the flags that stand in the command line.
+        arguments: The dataclass of its flags.
+        words: The command line.
+        chosen: Fields that the command chooses where they are not given.
     """
     given = given_flags(words) - {PRINT_CONFIG[2:].replace("-", "_")}
     made, build = flags_of(arguments, chosen, rare=not {"-h", "--help"} & set(words))
@@ -96,6 +100,9 @@ def typed(
             return 0
         return command(build(flags, given), given)
 
-    run.__doc__ = command.__doc__
-    run.__annotations__ = {"flags": Annotated[made, tyro.conf.arg(name="")], "return": int}
-    return run
+    def parsed(flags: Any) -> Callable[[], int]:
+        return lambda: run(flags)
+
+    parsed.__doc__ = command.__doc__
+    parsed.__annotations__ = {"flags": Annotated[made, tyro.conf.arg(name="")]}
+    return parsed

@@ -33,6 +33,8 @@ class Explain:
     """The card, where the message does not say how much memory it has."""
     memory: str | None = None
     """Memory of the card, for instance 8GiB."""
+    trace: bool = False
+    """Price knobs that no stored trace covers too: some 10 s each."""
     as_json: bool = False
     """Print JSON (schema 1) instead of text."""
 
@@ -52,6 +54,7 @@ def explain(arguments: Explain, _given: AbstractSet[str]) -> int:
         source,
         setting=setting,
         gpu=chosen_gpu(arguments.gpu, arguments.memory) if known else None,
+        trace=arguments.trace,
         note=_note,
     )
     print(json.dumps(explain_json(result)) if arguments.as_json else explain_text(result))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from trainfit.exactness.fitting import FIT, counted_again, fitted, norm_of, ratio_of
 from trainfit.exactness.loop import Cause, Finding
 from trainfit.exactness.record import Gradients, Run, Window
 from trainfit.exactness.runs import How, Runner, parameter_errors, whole
@@ -13,8 +14,6 @@ from trainfit.exactness.runs import How, Runner, parameter_errors, whole
 Windows = Sequence[Sequence[Sequence[Any]]]
 IGNORED = (-100, -1, 255)
 """Labels that losses usually ignore: torch's losses, detection and segmentation."""
-FIT = 1e-6
-"""Relative residual below which weights of the micro-batches explain the big batch's gradient."""
 
 
 def events(micro: Run, alone: Run, windows: Windows, *, accumulation: int) -> list[Finding]:
@@ -122,6 +121,7 @@ def differences(
     result: list[Finding] = []
     if _error(micro.windows[0], alone.windows[0]) > limit:
         result = _of_first_window(runner, micro, alone, windows[0], accumulation=accumulation, limit=limit)
+        result += _short_window(runner, micro, windows, steps_of(alone, windows), accumulation=accumulation)
     else:
         for number in range(1, min(len(micro.windows), len(alone.windows))):
             if _error(micro.windows[number], alone.windows[number]) > limit:
@@ -140,7 +140,7 @@ def _of_later_window(
     """Explain a window that is not exact although the first one is, by the number or the contents of its micro-batches."""
     one = micro.windows[number]
     other = alone.windows[number]
-    ratio = _ratio(one.gradients, other.gradients)
+    ratio = ratio_of(one.gradients, other.gradients)
     rest = windows[number // steps_of(alone, windows) :]
     size = len(rest[0])
     if size < accumulation and ratio is not None:
@@ -161,6 +161,25 @@ def _of_later_window(
         ):
             return _of_first_window(runner, again_micro, again_alone, rest[0], accumulation=accumulation, limit=limit)
     return [_unknown(_error(one, other), f"in window {number + 1}, which is exact on its own")]
+
+
+def _short_window(runner: Runner, micro: Run, windows: Windows, each: int, *, accumulation: int) -> Iterator[Finding]:
+    """Whether a short last window has another weight than by itself, with its own count: whatever else is wrong too."""
+    size = len(windows[-1])
+    if size == accumulation or len(windows) == 1 or len(micro.windows) != each * len(windows):
+        return
+    how = How(one_canvas=True, freeze_norms=bool(micro.batch_norms), mute=bool(micro.random))
+    among = runner.run(windows, accumulation=accumulation, how=how).windows
+    by_itself = runner.run(windows[-1:], accumulation=size, how=how).windows
+    if len(among) != each * len(windows) or not by_itself:
+        return
+    ratio = ratio_of(among[-each].gradients, by_itself[0].gradients)
+    if ratio is not None and abs(ratio - 1) > FIT:
+        yield Finding(
+            cause="short last window",
+            explanation=f"its gradient is {ratio:.4g} of what it is by itself: it has {size} micro-batches, and its losses "
+            f"are weighted as those of {accumulation}: divide by its own count (the normaliser)",
+        )
 
 
 def _of_first_window(
@@ -218,8 +237,8 @@ def _differs(with_cause: Sequence[Window], without: Sequence[Window], limit: flo
 
     one = gap(with_cause)
     other = gap(without)
-    size = max(_norm(with_cause[1].gradients), 1e-300)
-    return _norm({name: one[name] - other[name] for name in one if name in other}) / size > limit
+    size = max(norm_of(with_cause[1].gradients), 1e-300)
+    return norm_of({name: one[name] - other[name] for name in one if name in other}) / size > limit
 
 
 def _inherent(cause: Cause, micro: Run, canvases: set[tuple[Any, ...]]) -> str:
@@ -245,7 +264,7 @@ def _weights(
     mine = micro.windows[0].gradients
     truth = alone.windows[0].gradients
     parts = len(window)
-    ratio = _ratio(mine, truth)
+    ratio = ratio_of(mine, truth)
     if ratio is not None:
         if abs(ratio - parts) < FIT * parts:
             why = f"losses of {parts} micro-batches are added, not divided by their number: divide each by {parts}"
@@ -254,7 +273,7 @@ def _weights(
         else:
             why = "every micro-batch has the same wrong weight"
         return [Finding(cause="normaliser", explanation=f"the gradient is {ratio:.6g} x the big batch's: {why}")]
-    scaled = _counted_again(mine, truth, parts, limit)
+    scaled = counted_again(mine, truth, parts, limit)
     if scaled:
         return [
             Finding(
@@ -264,9 +283,9 @@ def _weights(
             )
         ]
     own = [each.gradients for each in runner.run([window], accumulation=1, how=how).windows]
-    weights, residual = _fit(own, truth)
+    weights, residual = fitted(own, truth)
     if residual < FIT:
-        used, _ = _fit(own, mine)
+        used, _ = fitted(own, mine)
         text = f"micro-batches weigh {_numbers(used)}, in the big batch {_numbers(weights)}"
         ignored = _ignored(micro, weights) or _ignored_in_data(runner, window, weights)
         if ignored:
@@ -331,43 +350,6 @@ def _label_shares(micro: Run) -> list[list[int]]:
 def _same(weights: Sequence[float], counts: Sequence[float]) -> bool:
     total = sum(counts)
     return total > 0 and all(abs(w - c / total) < FIT for w, c in zip(weights, counts, strict=True))
-
-
-def _ratio(mine: Gradients, truth: Gradients) -> float | None:
-    """The factor c if `mine` is c times `truth` up to rounding, else None."""
-    square = sum(float((value * value).sum()) for value in truth.values())
-    if not square:
-        return None
-    c = sum(float((mine[name] * value).sum()) for name, value in truth.items() if name in mine) / square
-    scaled = {name: c * value for name, value in truth.items()}
-    return c if c and max(parameter_errors(mine, scaled).values()) < FIT else None
-
-
-def _counted_again(mine: Gradients, truth: Gradients, parts: int, limit: float) -> list[str]:
-    """Parameters whose gradient is `parts` times the true one, if all others are exact."""
-    errors = parameter_errors(mine, truth)
-    wrong = [name for name, error in errors.items() if error > limit]
-    again = parameter_errors(mine, {n: parts * value if n in wrong else value for n, value in truth.items()})
-    right = len(wrong) < len(errors) and max(again.values()) < max(limit, FIT)
-    return wrong if right else []
-
-
-def _fit(parts: Sequence[Gradients], whole_gradient: Gradients) -> tuple[list[float], float]:
-    """Least-squares weights with which the parts' gradients add up to the whole gradient, and the relative residual."""
-    names = sorted(whole_gradient)
-    columns = [
-        torch.cat([(part[n] if n in part else torch.zeros_like(whole_gradient[n])).flatten() for n in names])
-        for part in parts
-    ]
-    matrix = torch.stack(columns, dim=1).double().cpu()
-    goal = torch.cat([whole_gradient[n].flatten() for n in names]).double().cpu()
-    solution = torch.linalg.lstsq(matrix, goal[:, None], driver="gelsd").solution[:, 0]
-    residual = float((matrix @ solution - goal).norm() / goal.norm().clamp_min(1e-300))
-    return [round(w, 9) for w in solution.tolist()], residual
-
-
-def _norm(gradients: Gradients) -> float:
-    return float(sum(float(value.norm()) ** 2 for value in gradients.values()) ** 0.5)
 
 
 def _numbers(weights: Sequence[float]) -> str:

@@ -1,10 +1,15 @@
 """A loop on several ranks, each a process of its own on the CPU, against one process with the whole window."""
 
+import faulthandler
 import os
+import signal
 import socket
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +22,8 @@ from trainfit.exactness.loop import Finding, OwnLoop, resolve
 from trainfit.exactness.record import Run
 from trainfit.exactness.runs import Runner, parameter_errors
 
-TIMEOUT_S = 300
+TIMEOUT_S = 300.0
+"""How long the ranks may take, most of which is the import of torch on a busy machine."""
 
 
 def run_ranks(
@@ -27,11 +33,12 @@ def run_ranks(
     ranks: int,
     accumulation: int,
     double: bool,
+    timeout_s: float = TIMEOUT_S,
 ) -> list[Run]:
     """Each rank's run on its share of every micro-batch; the process group (gloo) is there before the loop begins.
 
     Raises:
-        TrainfitError: a rank failed, or the loop cannot be sent to another process.
+        TrainfitError: a rank failed or did not end in time, or the loop cannot be sent to another process.
     """
     if isinstance(loop, OwnLoop):
         raise TrainfitError(
@@ -43,15 +50,64 @@ def run_ranks(
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         try:
-            torch.multiprocessing.spawn(
-                _rank, args=(loop, sizes, ranks, accumulation, double, port, folder), nprocs=ranks, join=True
-            )
+            with _deaf():
+                group = torch.multiprocessing.spawn(
+                    _rank,
+                    args=(loop, sizes, ranks, accumulation, double, port, folder, timeout_s),
+                    nprocs=ranks,
+                    join=False,
+                )
+            ended = _join(group, timeout_s)
         except Exception as error:
             messages = [file.read_text() for file in sorted(Path(folder).glob("*.txt"))]
             raise TrainfitError(
                 messages[0] if messages else f"a rank failed: {' '.join(str(error).split())[-300:]}"
             ) from error
+        if not ended:
+            raise TrainfitError(
+                f"the ranks did not end within {timeout_s:g} s: {_places(Path(folder), ranks)}; one waits for what another "
+                "does not do"
+            )
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+@contextmanager
+def _deaf() -> Generator[None]:
+    """Processes that begin here do not hear Ctrl-C, which a terminal sends to all: this process ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _join(group: Any, timeout_s: float) -> bool:
+    """Whether all ranks ended in time; they are killed otherwise, and where this process is stopped."""
+    end = time.monotonic() + timeout_s
+    try:
+        while time.monotonic() < end:
+            if group.join(timeout=1.0):
+                return True
+        return False
+    finally:
+        for process in group.processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _places(folder: Path, ranks: int) -> str:
+    """Where each rank stands: the innermost line of its stack that is in no installed package."""
+    found: list[str] = []
+    for rank in range(ranks):
+        file = folder / f"{rank}.stack"
+        lines = [line.strip() for line in file.read_text().splitlines()] if file.exists() else []
+        own = [line for line in lines if line.startswith("File") and "packages" not in line and "/python3" not in line]
+        found.append(f"rank {rank} {f'in {own[0]}' if own else 'in its start'}")
+    return ", ".join(found)
 
 
 @contextmanager
@@ -76,12 +132,32 @@ def _rank(
     double: bool,
     port: int,
     folder: str,
+    timeout_s: float,
 ) -> None:
     """One process."""
     torch.set_num_threads(1)
+    with (Path(folder) / f"{rank}.stack").open("w") as stack:
+        faulthandler.dump_traceback_later(0.8 * timeout_s, file=stack)
+        try:
+            _run(rank, loop, sizes, ranks, accumulation, double, port, folder)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def _run(
+    rank: int,
+    loop: Any,
+    sizes: Sequence[Sequence[int]],
+    ranks: int,
+    accumulation: int,
+    double: bool,
+    port: int,
+    folder: str,
+) -> None:
+    """The loop on one rank; its run is written to the folder."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=timedelta(seconds=TIMEOUT_S))
     try:
         own = resolve(loop)
         windows: list[list[list[Any]]] = []

@@ -41,6 +41,7 @@ def explain_bytes(
     *,
     setting: Setting | None = None,
     gpu: Gpu | None = None,
+    trace: bool = False,
     note: Callable[[str], None] = lambda _: None,
 ) -> Explanation:
     """Explain a text or a pickled snapshot.
@@ -50,6 +51,7 @@ def explain_bytes(
         source: Its name, for messages.
         setting: The model that ran, for what each knob would free.
         gpu: The card; that of the last message unless given.
+        trace: Trace what no stored trace covers (some 10 s a knob).
         note: Called with one line before anything that takes seconds.
 
     Raises:
@@ -76,7 +78,7 @@ def explain_bytes(
     if setting is None:
         return Explanation(source=source, messages=messages, growth=growth, snapshots=snapshots)
     card = gpu or _card(messages)
-    needs, knobs = frees(setting, card, note=note)
+    needs, knobs = frees(setting, card, trace=trace, note=note)
     return Explanation(
         source=source,
         messages=messages,
@@ -95,6 +97,7 @@ def explain(
     model: str | Setting | None = None,
     gpu: str | Gpu | None = None,
     memory: str | None = None,
+    trace: bool = False,
     note: Callable[[str], None] = lambda _: None,
     **knobs: Any,
 ) -> Explanation:
@@ -105,6 +108,7 @@ def explain(
         model: The model that ran, for what each of its knobs would free; `knobs` are its other knobs.
         gpu: The card, where the message does not say how much memory it has.
         memory: Memory of the card, for instance "8GiB".
+        trace: Trace what no stored trace covers too (some 10 s a knob).
         note: Called with one line before anything that takes seconds.
         knobs: Knobs of the model's family, for instance `micro_batch=8`.
 
@@ -126,7 +130,7 @@ def explain(
     elif gpu or memory:
         card = chosen_gpu(gpu, memory)
     setting = make_setting(model, **knobs) if isinstance(model, str) else model
-    return explain_bytes(data, source, setting=setting, gpu=card, note=note)
+    return explain_bytes(data, source, setting=setting, gpu=card, trace=trace, note=note)
 
 
 def _card(messages: tuple[Message, ...]) -> Gpu:

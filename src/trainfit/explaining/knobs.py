@@ -6,8 +6,10 @@ from itertools import islice
 
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import Gpu
+from trainfit.memory.priced import Pricer
 from trainfit.models.setting import Setting
 from trainfit.planning.candidates import FREE, STATE, turned
+from trainfit.planning.make import precision_for
 from trainfit.planning.predict import predict
 
 
@@ -39,19 +41,35 @@ def changes(setting: Setting) -> Iterator[tuple[str, Setting, bool]]:
             yield flag, changed, knob in (*FREE, STATE)
 
 
-def frees(setting: Setting, gpu: Gpu, *, note: Callable[[str], None] = lambda _: None) -> tuple[int, tuple[Freed, ...]]:
+def frees(
+    setting: Setting, gpu: Gpu, *, trace: bool = False, note: Callable[[str], None] = lambda _: None
+) -> tuple[int, tuple[Freed, ...]]:
     """What the setting needs at most, and what each knob would free.
+
+    Where the setting itself is answered from stored traces, a knob that is not is left without a figure unless `trace`:
+    each would take some 10 s.
 
     Raises:
         TrainfitError: the setting itself cannot be predicted.
     """
+    pricer = Pricer(gpu=gpu)
+
+    def is_stored(each: Setting) -> bool:
+        return pricer.answers(replace(each, precision=precision_for(each, gpu)))
+
+    quick = not trace and is_stored(setting)
     base = predict(setting, gpu).needs.high_bytes
     freed: list[Freed] = []
     for knob, changed, same in changes(setting):
-        note(f"predicting {knob}")
+        failure, needs = "", 0
         try:
-            needs = predict(changed, gpu).needs.high_bytes
-            freed.append(Freed(knob=knob, frees_bytes=base - needs, needs_bytes=needs, same_result=same))
+            if quick and not is_stored(changed):
+                failure = "no stored trace covers it: --trace prices it too, in some 10 s"
+            else:
+                note(f"predicting {knob}")
+                needs = predict(changed, gpu).needs.high_bytes
         except TrainfitError as error:
-            freed.append(Freed(knob=knob, frees_bytes=0, needs_bytes=0, same_result=same, failure=str(error)))
-    return base, tuple(sorted(freed, key=lambda each: -each.frees_bytes))
+            failure = str(error)
+        frees_bytes = 0 if failure else base - needs
+        freed.append(Freed(knob=knob, frees_bytes=frees_bytes, needs_bytes=needs, same_result=same, failure=failure))
+    return base, tuple(sorted(freed, key=lambda each: (bool(each.failure), -each.frees_bytes)))

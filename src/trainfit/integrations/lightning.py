@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, default_collate
 
@@ -22,8 +23,8 @@ class ExactAccumulation(Callback):
     Here a loss that is a mean over `counts(batch)` things is taken as many times, and before the optimizer's step the gradients
     are divided by the window's count over all ranks. Nothing is read ahead. Logged losses stay as they are.
 
-    Known limits: not tested on several ranks; automatic optimization alone, and one count for the whole loss (several losses with
-    counts of their own need `trainfit.accumulate`).
+    Known limits: automatic optimization alone, and one count for the whole loss (several losses with counts of their own need
+    `trainfit.accumulate`). On several ranks every rank needs as many micro-batches as the others.
     """
 
     def __init__(self, counts: Callable[[Any], float | torch.Tensor] = items_in) -> None:
@@ -105,23 +106,34 @@ def lightning_loop(
     callbacks: Callable[[], Sequence[Callback]] = list,
     **arguments: Any,
 ) -> OwnLoop:
-    """Lightning's loop as `check_exactness` takes it.
+    """Lightning's loop as `check_exactness` takes it, in one process or, with its `ranks`, on several by DDP.
 
     Args:
         make_module: Makes the module.
         items: Items of the data set.
         collate: Items -> batch, as the `DataLoader`'s `collate_fn`.
         callbacks: Makes the Trainer's callbacks, anew for each run.
-        arguments: Of the Trainer, for instance `gradient_clip_val=1.0`.
+        arguments: Of the Trainer, for instance `gradient_clip_val=1.0`; `strategy` is used on several ranks alone.
+
+    Raises:
+        TrainfitError: the arguments choose the processes, which the check does.
     """
+    if chosen := sorted({"devices", "num_nodes", "use_distributed_sampler"} & arguments.keys()):
+        # With devices=2 Lightning would start the running program again as the second rank, and wait for it.
+        raise TrainfitError(
+            f"lightning_loop: leave {', '.join(chosen)} out: check_exactness(..., ranks=N) starts the ranks"
+        )
 
     def train(model: torch.nn.Module, batches: Batches, accumulation: int) -> None:
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
         quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        quiet |= {"enable_model_summary": False, "accelerator": "cpu", "devices": 1, "max_epochs": 1}
+        quiet |= {"enable_model_summary": False, "accelerator": "cpu", "devices": ranks, "max_epochs": 1}
+        quiet |= {"strategy": "ddp"} | arguments if ranks > 1 else arguments | {"strategy": "auto"}
+        quiet["use_distributed_sampler"] = False  # the batches are this rank's share
         assert isinstance(model, LightningModule)
         with warnings.catch_warnings(), _silent("lightning.pytorch"):
             warnings.simplefilter("ignore")
-            trainer = Trainer(accumulate_grad_batches=accumulation, callbacks=list(callbacks()), **quiet | arguments)
+            trainer = Trainer(accumulate_grad_batches=accumulation, callbacks=list(callbacks()), **quiet)
             trainer.fit(model, train_dataloaders=DataLoader(batches, batch_size=None))  # pyright: ignore[reportArgumentType]
 
     return OwnLoop(model=make_module, items=items, train=train, collate=collate)

@@ -57,6 +57,8 @@ def choose_device(device: str, local_rank: int) -> torch.device:
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if device == "cpu" or (device == "auto" and gpus == 0):
         return torch.device("cpu")
+    if not gpus:
+        raise TrainfitError("--device cuda: torch finds no GPU here; --device cpu trains on the CPU")
     if local_rank >= gpus:
         raise TrainfitError(
             f"process {local_rank} has no GPU ({gpus} found): use --nproc-per-node {gpus} or --device cpu"
