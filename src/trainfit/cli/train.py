@@ -14,7 +14,7 @@ from trainfit.values import given_by_flags
 def train(recipe: Recipe, given: AbstractSet[str]) -> int:
     """Train a model on your data, with the exact gradient of the effective batch.
 
-    Ctrl-C saves the state and stops, a second one stops at once; --resume RUN continues.
+    Ctrl-C saves the state and stops, a second stops at once; --resume continues.
     """
     if (
         "torch" not in sys.modules and os.environ.get("RANK", "0") == "0"
