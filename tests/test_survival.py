@@ -24,8 +24,8 @@ from trainfit.step.terms import LossTerm, Objective
 from trainfit.tasks.detection.sample_set import write_sample_set
 from trainfit.tasks.detection.samples import Sample
 from trainfit.training import fit, oom, run_folder
-from trainfit.training.oom import Halving, Ran, Survival, Survivor, others_on, stop_message, survival_line
-from trainfit.training.shortage import cause_of, shortage
+from trainfit.training.oom import Halving, Survivor, others_on
+from trainfit.training.shortage import Ran, Survival, cause_of, shortage, stop_message, survival_line
 
 GIB = 2**30
 CPU = torch.device("cpu")
@@ -143,7 +143,7 @@ def test_the_stop_says_what_fits() -> None:
     ran = Ran(canvas=(448, 512), micro_batch=3, reserved_bytes=int(6.4 * GIB))
     assert stop_message(event, ran).startswith(
         "one image does not fit the memory at step 4001 (window): needs 7.90 GiB, 7.60 usable; "
-        "micro-batch 3 fits at 6.40 with 512 x 448 px: lower --resolution"
+        "micro-batch 3 fits at 6.40 with 512 x 448 px: lower the resolution"
     )
 
 
@@ -259,7 +259,7 @@ def test_checkpointing_comes_after_the_last_halving_and_changes_no_bit() -> None
 def test_the_end_of_the_ladder_has_numbers() -> None:
     step = frugal_step(0, [])
     survivor = Survivor(2, blocks=list(step.model.blocks))
-    with pytest.raises(OutOfMemory, match=r"needs 7\.90 GiB, 7\.60 usable.*lower --resolution") as caught:
+    with pytest.raises(OutOfMemory, match=r"needs 7\.90 GiB, 7\.60 usable.*lower the resolution") as caught:
         survivor.run(step, WINDOW, number=6)
     assert caught.value.exit_code == 3
     assert [s.next_micro_batch for s in survivor.survived] == [1, 1, 0]

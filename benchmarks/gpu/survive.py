@@ -52,7 +52,8 @@ def train(setting: Setting, share: float, windows: int, device_name: str) -> dic
     from trainfit.errors import OutOfMemory
     from trainfit.models.build import build_step
     from trainfit.step.checkpointing import repeated_blocks
-    from trainfit.training.oom import Survivor, free_cached, survival_line
+    from trainfit.training.oom import Survivor, free_cached
+    from trainfit.training.shortage import survival_line
 
     device = torch.device(device_name)
     step = build_step(setting=setting.to_json(), device=device)

@@ -14,7 +14,7 @@ from trainfit.models.family import family_of
 from trainfit.models.setting import Setting
 from trainfit.planning.rates import scaled_rates
 from trainfit.step.names import Checkpointing
-from trainfit.training.recipe import FROM_DATA, Recipe, make_recipe, recipe_type
+from trainfit.training.recipe import FROM_DATA, Recipe, make_recipe, recipe_type, with_todays_names
 from trainfit.values import given, require_known
 
 SCHEMA = 1
@@ -48,7 +48,7 @@ class Saving:
     """What one knob would free."""
 
     knob: str
-    """The flag and its value, for instance "--groups 1"."""
+    """The flag and its value, for instance "--checkpointing all"."""
     saved_bytes: int
     """Bytes that training with the chosen setting would need less; with the smallest setting if nothing fits."""
     learns_differently: bool
@@ -232,6 +232,6 @@ def read_plan(path: Path) -> Mapping[str, Any]:
             )
     kind = recipe_type(family_of(record["model"])[0].setting)
     taken = {field.name for field in fields(kind)} - {*NOT_TAKEN, *OF_THE_RUN}
-    former = {"stage" if name == "recipe" else name: value for name, value in record["knobs"].items()}  # version 0.1
-    require_known(former, taken, f"--plan {path}, knobs")
-    return {**record, "knobs": former}
+    todays_knobs = with_todays_names(record["knobs"], kind)
+    require_known(todays_knobs, taken, f"--plan {path}, knobs")
+    return {**record, "knobs": todays_knobs}

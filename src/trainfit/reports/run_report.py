@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
@@ -17,6 +17,7 @@ from trainfit.tasks.task import percent
 from trainfit.training.lines import counted
 from trainfit.training.noise_scale import NoiseSample, NoiseScale, noise_line, noise_scale
 from trainfit.training.run_files import METRICS, PLAN, RECIPE, TELEMETRY, read_rows
+from trainfit.training.shortage import Survival, survival_words
 
 SCHEMA = 1
 Row = Mapping[str, Any]
@@ -342,18 +343,7 @@ GPU_UNITS = {
 
 
 def oom_words(row: Row) -> str:
-    """One out-of-memory error and what was done, or a larger micro-batch tried again; see `training.oom.Survival`."""
-    where = f"step {row['step'] + 1} ({row['where']}, micro-batch {row['micro_batch']})"
-    done = f"micro-batch now {row['next_micro_batch']}"
-    if row.get("cause") == "quiet":
-        return f"{where}: {done}, tried again after a quiet stretch"
-    if row.get("checkpointing"):
-        done = "activation checkpointing switched on"
-    elif row["next_micro_batch"] in (0, row["micro_batch"]):
-        done = "tried again" if row["next_micro_batch"] else "nothing left to try"
-    numbers = ""
-    if row.get("needs_bytes"):
-        numbers = f"needs {row['needs_bytes'] / GIB:.2f} GiB, {row['usable_bytes'] / GIB:.2f} usable"
-    causes = {"fragmented": "fragmented", "taken": "another process took memory", "other rank": "on another rank"}
-    why = [numbers or row.get("message"), causes.get(row.get("cause", "")), row.get("hint")]
-    return f"{where}: {done}; {', '.join(filter(None, why))}"
+    """One out-of-memory error and what was done, or a larger micro-batch tried again."""
+    names = [field.name for field in fields(Survival)]
+    values: dict[str, Any] = {"cause": "unknown"} | {name: row[name] for name in names if name in row}
+    return survival_words(Survival(**values))

@@ -6,9 +6,9 @@ from trainfit.reports.tables import table_text
 from trainfit.reports.words import duration
 from trainfit.tasks.task import Inference, percent, task_of
 from trainfit.training.lines import counted
-from trainfit.training.oom import survival_line
 from trainfit.training.run_files import PICTURES
 from trainfit.training.run_folder import BEST, TELEMETRY
+from trainfit.training.shortage import survival_line
 from trainfit.training.summary import RunSummary
 
 

@@ -27,7 +27,7 @@ from trainfit.training.journal import Journal
 from trainfit.training.lines import counted, diverged, evaluated_line, opening_lines, other_ranks
 from trainfit.training.loader import STEP, Unreadable, default_workers, training_loader, window_plan
 from trainfit.training.noise_watch import NoiseWatch
-from trainfit.training.oom import HalfUpdated, Halving, Survivor, survival_line, survivals
+from trainfit.training.oom import HalfUpdated, Halving
 from trainfit.training.recipe import Recipe, resolve_batching, resume_recipe
 from trainfit.training.rehearsal import rehearse
 from trainfit.training.saved_state import require_state
@@ -37,6 +37,7 @@ from trainfit.training.setup import (
     augmentation_of,
     load_data,
     make_step,
+    make_survivor,
     require_task,
     restore,
     take_defaults,
@@ -45,6 +46,7 @@ from trainfit.training.setup import (
     workload_of,
     write_recipe,
 )
+from trainfit.training.shortage import survival_line, survivals
 from trainfit.training.summary import RunSummary
 from trainfit.training.telemetry import Progress, Silent, memory_bytes
 from trainfit.training.window_progress import WindowProgress
@@ -110,7 +112,7 @@ class _Run:
         self.best = Best()
         self.step = make_step(self.workload, recipe, device, show)
         self.done = 0
-        self.survivor = Survivor(self.batching.micro_batch, blocks=self.workload.blocks(self.step.model))
+        self.survivor = make_survivor(self.workload, self.step, self.batching)
         self.eval_micro_batch = recipe.eval_micro_batch or self.batching.micro_batch
         self.in_parts = Halving(self.eval_micro_batch, device, self.survivor.survived)
         self.began_at = self.reported = 0
@@ -118,8 +120,7 @@ class _Run:
         self.saved_step: int | None = None
         if recipe.resume:
             self._resume()
-            rows = run_folder.events(self.folder, "oom")
-            self.survivor.survived += survivals(rows, self.folder / run_folder.TELEMETRY)
+            self.survivor.survived += survivals(run_folder.events(folder, "oom"), folder / run_folder.TELEMETRY)
             self.reported = len(self.survivor.survived)
         else:
             ranks.on_first_rank(partial(write_recipe, recipe, self.batching, folder))

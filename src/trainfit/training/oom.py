@@ -2,10 +2,8 @@
 
 import gc
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,62 +16,9 @@ from trainfit.step.checkpointing import checkpoint_first
 from trainfit.step.contrastive import Contrastive
 from trainfit.step.random_state import RandomState
 from trainfit.step.training_step import StepResult, TrainingStep
-from trainfit.training.shortage import Cause, cause_of, shortage
-from trainfit.values import require_valid
+from trainfit.training.shortage import Cause, Ran, Survival, cause_of, gib, shortage, stop_message
 
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Survival:
-    """One out-of-memory error and what was done."""
-
-    step: int
-    """Optimizer steps done before the window."""
-    where: str
-    """`worst window` (before training), `window` (forward or backward), `update` or `evaluation`."""
-    micro_batch: int
-    """Micro-batch at the error."""
-    next_micro_batch: int
-    """Micro-batch afterwards; the same if cached memory was freed first, 0 if nothing was left to try."""
-    cause: Cause
-    checkpointing: bool = False
-    """Whether activation checkpointing was switched on."""
-    needs_bytes: int = 0
-    """See `Shortage`; 0 where unknown. Of the rank that failed."""
-    usable_bytes: int = 0
-    hint: str = ""
-    """Who took the memory, or what avoids the fragmentation."""
-    message: str = ""
-    """The first line of the error; empty where another rank had it."""
-
-
-def survivals(rows: Iterable[Mapping[str, Any]], source: Path) -> list[Survival]:
-    """The events of a run's earlier stretches, from the lines of its telemetry file `source`.
-
-    Raises:
-        TrainfitError: a line has a value that trainfit does not write.
-    """
-    try:
-        events = [Survival(**row) for row in rows]
-        for event in events:
-            require_valid(event)
-    except (TypeError, TrainfitError) as error:
-        raise TrainfitError(
-            f"{source}: an out-of-memory event has a value that trainfit does not write ({error!s:.150}): "
-            "remove that line"
-        ) from error
-    return events
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ran:
-    """The largest window that fitted."""
-
-    canvas: tuple[int, int]
-    """(height, width) in pixels; (0, 0) where the family has none."""
-    micro_batch: int
-    reserved_bytes: int
 
 
 def others_on(device: torch.device) -> str:
@@ -85,7 +30,7 @@ def others_on(device: torch.device) -> str:
         processes = [process for gpu in detect_gpus() if gpu.uuid.endswith(uuid) for process in gpu.processes]
     except TrainfitError:  # no NVML: the numbers stand without the names
         return ""
-    return ", ".join(f"{p.name or 'a process'} (pid {p.pid}) {_gib(p.used_bytes or 0)} GiB" for p in processes)
+    return ", ".join(f"{p.name or 'a process'} (pid {p.pid}) {gib(p.used_bytes or 0)} GiB" for p in processes)
 
 
 def survival(
@@ -138,16 +83,31 @@ def snapshot(model: torch.nn.Module, device: torch.device) -> Callable[[], None]
 class Survivor:
     """Runs windows of a `TrainingStep`, and starts a window again where memory runs out.
 
-    The ladder: where memory is there but in pieces, or the error has no numbers, give cached memory back and try the
-    same cut once more; halve the micro-batch, down to one; compute the model's blocks again in backward (activation
-    checkpointing); stop. After a quiet stretch the micro-batch before the last halving is tried again, once. The
-    effective batch, the samples and the gradient stay what they are. All ranks go down and up together.
+    The ladder: if there is enough memory but in pieces, or if the error has no numbers, free cached memory and try the
+    same cut once more; halve the micro-batch, down to one; recompute the model's blocks in backward (activation
+    checkpointing); stop. After a stretch without errors the micro-batch before the last halving is tried again, once. The
+    effective batch, the samples and the gradient stay the same. All ranks go down and up together.
     """
 
-    def __init__(self, micro_batch: int, *, blocks: Sequence[torch.nn.Module] = (), quiet_windows: int = 200) -> None:
-        """Start with this micro-batch. `blocks` are what activation checkpointing may recompute."""
+    def __init__(
+        self,
+        micro_batch: int,
+        *,
+        blocks: Sequence[torch.nn.Module] = (),
+        quiet_windows: int = 200,
+        freeing_flags: Sequence[str] = (),
+    ) -> None:
+        """Start with this micro-batch.
+
+        Args:
+            micro_batch: Items in one forward and backward.
+            blocks: The modules that activation checkpointing may recompute.
+            quiet_windows: Windows without an error after which the larger micro-batch is tried again.
+            freeing_flags: Flags that free memory and change what is learned, for the message of the stop.
+        """
         self.micro_batch = micro_batch
         self.blocks = blocks
+        self.freeing_flags = freeing_flags
         self.quiet_windows = quiet_windows
         self.checkpointing = False
         """Whether the ladder switched activation checkpointing on."""
@@ -261,7 +221,7 @@ class Survivor:
         event = survival(failure, device, outside_bytes=self._outside_bytes, agreed=agreed, **known)
         self.survived.append(event)
         if not smaller:
-            raise OutOfMemory(stop_message(event, self._ran))
+            raise OutOfMemory(stop_message(event, self._ran, self.freeing_flags))
         self.micro_batch = smaller
         self._quiet = 0
 
@@ -353,44 +313,6 @@ class Halving:
             self.survived.append(Survival(cause="other rank", next_micro_batch=smallest, **known))
             self.micro_batch = smallest
         return result[0]
-
-
-def survival_line(event: Survival) -> str:
-    """One line for the user."""
-    if event.cause == "quiet":
-        return f"a quiet stretch before step {event.step + 1}: micro-batch {event.next_micro_batch} tried again, once"
-    what = f"micro-batch now {event.next_micro_batch}"
-    if event.checkpointing:
-        what = "activation checkpointing switched on"
-    elif event.next_micro_batch in (0, event.micro_batch):
-        what = "tried again" if event.next_micro_batch else "nothing left to try"
-    why = {"fragmented": "fragmented", "taken": "another process took memory", "other rank": "on another rank"}
-    parts = [_numbers(event) or event.message, why.get(event.cause, ""), event.hint]
-    where = f"step {event.step + 1} ({event.where}, micro-batch {event.micro_batch})"
-    return f"out of memory at {where}: {what}; {', '.join(filter(None, parts))}"
-
-
-def stop_message(event: Survival, ran: Ran | None) -> str:
-    """Cause, numbers and the smallest change that fits, at the end of the ladder."""
-    fits = "" if ran is None else f"; micro-batch {ran.micro_batch} fits at {_gib(ran.reserved_bytes)}"
-    if ran is not None and ran.canvas[0]:
-        fits += f" with {ran.canvas[1]} x {ran.canvas[0]} px"
-    others = f" (other processes: {event.hint})" if event.cause == "taken" else ""
-    numbers = _numbers(event) or event.message or "on another rank"
-    return (
-        f"one image does not fit the memory at step {event.step + 1} ({event.where}): {numbers}{others}{fits}: "
-        "lower --resolution, --groups or --num-queries, or give the memory of other programs back"
-    )
-
-
-def _numbers(event: Survival) -> str:
-    if not event.needs_bytes:
-        return ""
-    return f"needs {_gib(event.needs_bytes)} GiB, {_gib(event.usable_bytes)} usable"
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.2f}"
 
 
 def free_cached(device: torch.device) -> None:

@@ -303,7 +303,7 @@ def _read(folder: Path) -> Recipe:
         raise TrainfitError(f"{path} is damaged ({error}): start a new run") from error
     if not isinstance(record, dict):
         return from_record(Recipe, record, path)
-    values = _renamed(cast(dict[str, Any], record))
+    values = cast(dict[str, Any], record)
     model = values.get("model")
     if not isinstance(model, str):
         raise TrainfitError(f"{path}: --model must be text, not {model!r}")
@@ -311,16 +311,31 @@ def _read(folder: Path) -> Recipe:
         family, _ = family_of(model)
     except TrainfitError as error:
         raise TrainfitError(f"{path}: {error}") from error
-    return from_record(recipe_type(family.setting), values, path)
+    return from_record(recipe_type(family.setting), _of_today(values, family.setting), path)
 
 
-def _renamed(record: dict[str, Any]) -> dict[str, Any]:
+FORMERLY = "formerly "
+"""Begins a text in the annotation of a knob: files of version 0.1 and earlier have the knob by the name that follows."""
+
+
+def with_todays_names(values: Mapping[str, Any], kind: type[Setting]) -> dict[str, Any]:
+    """Knobs of a file of an earlier version by the names that they have today."""
+    todays: dict[str, str] = {}
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        texts = (
+            [extra for extra in get_args(hint)[1:] if isinstance(extra, str)] if get_origin(hint) is Annotated else []
+        )
+        todays |= {text.removeprefix(FORMERLY): name for text in texts if text.startswith(FORMERLY)}
+    return {todays.get(name, name): value for name, value in values.items()}
+
+
+def _of_today(record: Mapping[str, Any], kind: type[Setting]) -> dict[str, Any]:
     """A recipe as it is written today.
 
-    Until version 0.1 `stage` was called `recipe`, the run that `weights` may name was `from_run`, null meant "not given", and
+    Until version 0.1 some knobs had other names, the run that `weights` may name was `from_run`, null meant "not given", and
     `augment` was yes or no.
     """
-    values = {"stage" if key == "recipe" else key: value for key, value in record.items()}
+    values = with_todays_names(record, kind)
     earlier_run = values.pop("from_run", None)
     if earlier_run is not None:
         values["weights"] = earlier_run

@@ -22,6 +22,7 @@ from trainfit.tasks.task import Task
 from trainfit.training import run_folder
 from trainfit.training.earlier_run import evaluated_weights
 from trainfit.training.loader import usable_cores
+from trainfit.training.oom import Survivor
 from trainfit.training.recipe import PRETRAINED, RANDOM, Batching, Recipe, encode, resolve_batching, setting_of
 from trainfit.training.run_files import PLAN
 from trainfit.training.run_folder import has_state
@@ -109,7 +110,7 @@ def augmentation_of(recipe: Recipe) -> Augmentation:
     Raises:
         TrainfitError: there is no such augmentation, or the user's transform cannot be imported.
     """
-    chosen = parse(recipe.augment, family_of(recipe.model)[0].augments)
+    chosen = parse(recipe.augment, recipe.family.augments)
     if chosen.function:
         from trainfit.tasks.transforms import user_transform
 
@@ -120,6 +121,17 @@ def augmentation_of(recipe: Recipe) -> Augmentation:
 def workload_of(recipe: Recipe, classes: tuple[str, ...]) -> TrainableWorkload:
     """The recipe's model for these classes."""
     return build_trainable(setting_of(recipe, len(classes)), classes)
+
+
+def make_survivor(workload: TrainableWorkload, step: TrainingStep, batching: Batching) -> Survivor:
+    """What runs the windows of a step and survives out-of-memory errors; its last message names the family's flags."""
+    setting = workload.setting
+    turns = [next((flag for flag, _ in setting.family.turns(setting, knob)), "") for knob in setting.family.learns]
+    return Survivor(
+        batching.micro_batch,
+        blocks=workload.blocks(step.model),
+        freeing_flags=[flag for flag in turns if flag],
+    )
 
 
 def make_step(workload: TrainableWorkload, recipe: Recipe, device: torch.device, show: Progress) -> TrainingStep:

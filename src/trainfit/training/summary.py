@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainfit.tasks.task import Evaluation
-from trainfit.training.oom import Survival
+from trainfit.training.shortage import Survival
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,9 @@ from trainfit.errors import TrainfitError
 from trainfit.step.names import Precision
 from trainfit.step.terms import LossTerm, Objective
 from trainfit.step.training_step import StepResult, TrainingStep
-from trainfit.training.oom import Survival, Survivor
+from trainfit.training.oom import Survivor
 from trainfit.training.parts import items_in, part_of
+from trainfit.training.shortage import Survival
 
 Loss = Callable[[torch.nn.Module, Any], torch.Tensor]
 

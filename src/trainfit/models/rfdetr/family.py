@@ -86,7 +86,7 @@ class RfDetrKnobs:
     given."""
     drop_path: Annotated[float, Range(0, 0.9), In("model", rare=True)] = 0.0
     """Stochastic depth in the encoder: the last layer is left out for this share of images, earlier ones for less."""
-    stage: Stage = "single"
+    stage: Annotated[Stage, In("model"), "formerly recipe"] = "single"
     """For models with masks. single: everything trains at once; detector: without the mask head; masks: the mask head alone,
     on a frozen detector."""
 
