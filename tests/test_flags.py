@@ -13,8 +13,12 @@ from conftest import run
 from trainfit.cli import commands
 from trainfit.cli.arguments import todays_flags
 from trainfit.cli.flags import GROUPS, field_texts
+from trainfit.cli.measure import Measure
+from trainfit.cli.plan import Plan
+from trainfit.cli.predict import Predict
 from trainfit.models.family import families, family_of
-from trainfit.training.recipe import make_recipe, recipe_type, resume_recipe
+from trainfit.models.setting import Setting
+from trainfit.training.recipe import Recipe, make_recipe, recipe_type, resume_recipe
 from trainfit.values import In
 
 MOST = 40
@@ -157,6 +161,23 @@ def test_recipes_of_version_0_1(tmp_path: Path) -> None:
     )
     recipe: Any = resume_recipe(make_recipe("rtdetr-seg-nano", resume=tmp_path))
     assert (recipe.weights, recipe.stage, recipe.augment) == ("runs/a", "masks", "none")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_knob_is_declared_once(name: str) -> None:
+    """One class declares a knob with its type, check and docstring, for the plan, the prediction and the training alike.
+
+    Only `model` is declared again: a recipe may leave it out.
+    """
+    setting = families()[name].setting
+    recipe = recipe_type(setting)
+    again: dict[str, list[type]] = {}
+    for knob in fields(setting):
+        vocabularies = (*recipe.__mro__[1:], Plan, Predict, Measure)
+        declaring = [each for each in vocabularies if knob.name in vars(each).get("__annotations__", {})]
+        if len(declaring) != 1:
+            again[knob.name] = declaring
+    assert again == {"model": [Recipe, Setting]}
 
 
 def test_commands_are_those_of_the_page() -> None:

@@ -76,7 +76,7 @@ def evaluate(
     Args:
         source: Run folder, or a weights file: of trainfit, of the upstream project, or "pretrained" (downloads it).
         data: Data set, as the model's task reads it.
-        model: Model that upstream's weights are of, for instance "rfdetr-nano".
+        model: Name of the model, for weights of the upstream project; a run names its own.
         split: Which records: "train", "val" or "test".
         micro_batch: Images per forward.
         device: Where to run.
@@ -146,7 +146,7 @@ def detect(
         source: Run folder, or a weights file: of trainfit, of the upstream project, or "pretrained" (downloads it).
         images: Images, videos, folders of them, or patterns (`shots/*.jpg`).
         every: Of a video every so many frames are taken.
-        model: Model that upstream's weights are of, for instance "rfdetr-nano".
+        model: Name of the model, for weights of the upstream project; a run names its own.
         device: Where to run.
         note: Called with a line on weights that do not match, and on files of folders that cannot be read.
 

@@ -26,7 +26,7 @@ class Detect:
     images: Annotated[tuple[Path, ...], In(positional=True)]
     """Images, videos, folders of them, or patterns in quotes ('shots/**/*.jpg')."""
     model: str | None = None
-    """Model that upstream's weights are of, for instance rfdetr-nano."""
+    """Name of the model, for weights of the upstream project; a run names its own."""
     threshold: Annotated[float, Range(0, 1)] = 0.5
     """Least score that is shown."""
     every: Annotated[int, Range(1, 1_000_000)] = 1

@@ -23,7 +23,7 @@ class Evaluate:
     weights: Path | None = None
     """Weights file instead of a run: of trainfit, of the upstream project, or `pretrained` (downloads it)."""
     model: str | None = None
-    """Model that upstream's weights are of, for instance rfdetr-nano."""
+    """Name of the model, for weights of the upstream project; a run names its own."""
     split: Literal["train", "val", "test"] = "val"
     """Which records."""
     micro_batch: Annotated[int, Range(1, 100_000)] = 4

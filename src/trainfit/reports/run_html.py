@@ -7,22 +7,8 @@ from itertools import cycle
 from trainfit.gpus.catalogue import GIB
 from trainfit.reports import svg
 from trainfit.reports.graphics_html import graphics_html
-from trainfit.reports.run_report import (
-    Row,
-    RunReport,
-    evaluation_words,
-    gpu_words,
-    loss_words,
-    memory_words,
-    numbers_words,
-    oom_words,
-    rate_words,
-    speed_words,
-    steps_words,
-    time_shares,
-)
+from trainfit.reports.run_report import Row, RunReport, facts, oom_words, steps_words, time_shares
 from trainfit.reports.words import duration
-from trainfit.training.lines import counted
 from trainfit.training.run_files import PICTURES
 
 _BLUE = "#4ea5b7"
@@ -32,6 +18,8 @@ _VIOLET = "#9575cd"
 _ORANGE = "#e38a42"
 _GREEN = "#6aa84f"
 _FIGURES = (_BLUE, _GREY, _PINK, _VIOLET, _ORANGE, _GREEN)
+_LONGER = {"rate": "learning rate", "batch": "batch size"}
+"""Names of facts that are written out on the page."""
 _PILLS = {"finished": "fits", "going on": "fits", "interrupted": "tight", "not started": "tight", "broken off": "not"}
 
 
@@ -39,21 +27,10 @@ def run_html(report: RunReport) -> str:
     """The whole page."""
     title = f"{report.model}, {report.folder.name}"
     pill = f"<span class='verdict {_PILLS[report.state]}'>{report.state}</span>"
-    facts = [
-        ("loss", loss_words(report)),
-        ("evaluation", evaluation_words(report)),
-        ("learning rate", rate_words(report)),
-        ("speed", speed_words(report)),
-        ("loader", report.loader["line"] if report.loader else None),
-        ("memory", memory_words(report)),
-        ("growth", report.growth),
-        ("regions", numbers_words(report)),
-        ("GPU", gpu_words(report)),
-        ("batch size", report.noise_line),
-        ("left out", counted(report.unreadable_lines, "unreadable line") if report.unreadable_lines else None),
-    ]
     rows = "".join(
-        f"<tr><td class='soft label'>{name}</td><td>{escape(words)}</td></tr>" for name, words in facts if words
+        f"<tr><td class='soft label'>{_LONGER.get(name, name)}</td><td>{escape(words)}</td></tr>"
+        for name, words in facts(report)
+        if name != "time"  # the page has a bar of it
     )
     charts = _charts(report)
     parts = [

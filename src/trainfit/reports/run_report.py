@@ -203,7 +203,16 @@ def run_json(report: RunReport) -> dict[str, Any]:
 
 
 def run_text(report: RunReport) -> str:
-    """A sentence, then a line for each thing that the run tells."""
+    """A sentence, then a line for each fact."""
+    lines = [headline(report), *(f"{name:<12}{words}" for name, words in facts(report))]
+    lines += [f"{'' if i else 'out of memory':<12}  {line}" for i, line in enumerate(map(oom_words, report.ooms))]
+    if report.state in ("interrupted", "broken off"):
+        lines.append(f"Go on:      trainfit train --resume {report.folder}")
+    return "\n".join(lines)
+
+
+def facts(report: RunReport) -> list[tuple[str, str]]:
+    """(name, words) of what the run recorded, in order; without what it did not record."""
     rows = [
         ("loss", loss_words(report)),
         ("evaluation", evaluation_words(report)),
@@ -218,11 +227,7 @@ def run_text(report: RunReport) -> str:
         ("batch", report.noise_line),
         ("left out", counted(report.unreadable_lines, "unreadable line") if report.unreadable_lines else None),
     ]
-    lines = [headline(report), *(f"{name:<12}{words}" for name, words in rows if words)]
-    lines += [f"{'' if i else 'out of memory':<12}  {line}" for i, line in enumerate(map(oom_words, report.ooms))]
-    if report.state in ("interrupted", "broken off"):
-        lines.append(f"Go on:      trainfit train --resume {report.folder}")
-    return "\n".join(lines)
+    return [(name, words) for name, words in rows if words]
 
 
 def headline(report: RunReport) -> str:

@@ -67,7 +67,7 @@ def load_model(
 
 def _load_upstream(weights: Path, device: torch.device, precision: Precision, model: str | None) -> LoadedModel:
     if model is None:
-        raise TrainfitError(f"{weights} does not say which model it is of: give --model, for instance rfdetr-nano")
+        raise TrainfitError(f"{weights} does not say which model it is of: give --model NAME")
     workload, network, remarks = open_checkpoint(model, str(weights))
     network = network.to(device).eval()
     return LoadedModel(workload=workload, model=network, device=device, precision=precision, remarks=tuple(remarks))

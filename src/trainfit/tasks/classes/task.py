@@ -9,7 +9,7 @@ from trainfit.tasks.classes.folder import read_folder, recognises
 from trainfit.tasks.classes.metric import Accuracy
 from trainfit.tasks.classes.pictures import drawn, file_record, row_text, rows
 from trainfit.tasks.classes.samples import ClassRecord, ImageFolder
-from trainfit.tasks.findings import Finding
+from trainfit.tasks.findings import Finding, note_lines
 from trainfit.tasks.images import read_image
 from trainfit.tasks.task import DataCheck, Progress, Table
 
@@ -123,11 +123,8 @@ def summary(dataset: ImageFolder) -> str:
 
 
 def notes(dataset: ImageFolder) -> Sequence[str]:
-    """What was left out or held out, a line each."""
-    return [
-        finding.message if finding.kind == "val held out" else f"{finding.severity}: {finding.where}: {finding.message}"
-        for finding in dataset.findings
-    ]
+    """What was left out or held out, one line each."""
+    return note_lines(dataset.findings)
 
 
 def require(dataset: ImageFolder, workload: Any) -> None:
