@@ -13,9 +13,9 @@ from conftest import run
 from trainfit.cli import commands
 from trainfit.cli.arguments import todays_flags
 from trainfit.cli.flags import GROUPS, field_texts
-from trainfit.cli.measure import Measure
-from trainfit.cli.plan import Plan
-from trainfit.cli.predict import Predict
+from trainfit.cli.measure import MeasureFlags
+from trainfit.cli.plan import PlanFlags
+from trainfit.cli.predict import PredictFlags
 from trainfit.models.family import families, family_of
 from trainfit.models.setting import Setting
 from trainfit.training.recipe import Recipe, make_recipe, recipe_type, resume_recipe
@@ -173,7 +173,7 @@ def test_a_knob_is_declared_once(name: str) -> None:
     recipe = recipe_type(setting)
     again: dict[str, list[type]] = {}
     for knob in fields(setting):
-        vocabularies = (*recipe.__mro__[1:], Plan, Predict, Measure)
+        vocabularies = (*recipe.__mro__[1:], PlanFlags, PredictFlags, MeasureFlags)
         declaring = [each for each in vocabularies if knob.name in vars(each).get("__annotations__", {})]
         if len(declaring) != 1:
             again[knob.name] = declaring

@@ -159,7 +159,7 @@ def test_stored_trace_needs_no_torch(stored: Path) -> None:
         "import subprocess, sys, trainfit.cli.predict as p; from trainfit.models.setting import make_setting; "
         "subprocess.Popen = None; "
         "s = make_setting(model='timm:resnet10t', resolution=64, micro_batch=2); "
-        "p.predict(p.Predict(setting=s, gpu='RTX 3060'), set()); assert 'torch' not in sys.modules"
+        "p.predict(p.PredictFlags(setting=s, gpu='RTX 3060'), set()); assert 'torch' not in sys.modules"
     )
     environment = {"XDG_CACHE_HOME": str(stored), "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)

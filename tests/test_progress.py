@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from trainfit.cli import progress
-from trainfit.cli.progress import Progress
+from trainfit.cli.progress import StatusLine
 from trainfit.gpus.catalogue import find_gpu
 from trainfit.memory.priced import Pricer
 from trainfit.models.setting import Setting, make_setting
@@ -27,7 +27,7 @@ class Terminal(io.StringIO):
 
 def test_a_terminal_shows_at_once_what_is_done_and_keeps_what_lasts() -> None:
     stream = Terminal()
-    with Progress("planning x...", stream) as shown:
+    with StatusLine("planning x...", stream) as shown:
         assert stream.screen() == ["0 s: planning x"]
         shown.note("pricing micro-batch 2...")
         assert stream.screen() == ["0 s, 1 done: pricing micro-batch 2"]
@@ -39,12 +39,12 @@ def test_a_terminal_shows_at_once_what_is_done_and_keeps_what_lasts() -> None:
 
 def test_elsewhere_a_quick_answer_leaves_nothing_and_a_slow_one_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     quick, slow = io.StringIO(), io.StringIO()
-    with Progress("planning x...", quick) as shown:
+    with StatusLine("planning x...", quick) as shown:
         shown.note("pricing...")
         shown.note("provisional: 3 GiB")
     assert quick.getvalue() == ""
     monkeypatch.setattr(progress, "FIRST_S", 0.1)
-    with Progress("planning x...", slow) as shown:
+    with StatusLine("planning x...", slow) as shown:
         shown.note("provisional: 3 GiB")
         time.sleep(0.5)
         assert slow.getvalue().splitlines() == ["provisional: 3 GiB", "0 s: planning x"]

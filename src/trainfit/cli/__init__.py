@@ -41,19 +41,19 @@ def _declared(words: Sequence[str]) -> Mapping[str, tuple[Callable[[Any, Any], i
     from trainfit.cli.evaluate import Evaluate, evaluate
     from trainfit.cli.explain import Explain, explain
     from trainfit.cli.export import Export, export
-    from trainfit.cli.measure import Measure, measure
-    from trainfit.cli.plan import Plan, plan
-    from trainfit.cli.predict import Predict, predict
+    from trainfit.cli.measure import MeasureFlags, measure
+    from trainfit.cli.plan import PlanFlags, plan
+    from trainfit.cli.predict import PredictFlags, predict
     from trainfit.cli.report import Report, report
     from trainfit.cli.train import train
     from trainfit.training.recipe import BATCH, recipe_type
 
     kind: Any = setting_type(words[1:])
     return {
-        "plan": (plan, Plan[kind], ()),
+        "plan": (plan, PlanFlags[kind], ()),
         "train": (train, recipe_type(kind), BATCH),
-        "predict": (predict, Predict[kind], ()),
-        "measure": (measure, Measure[kind], ()),
+        "predict": (predict, PredictFlags[kind], ()),
+        "measure": (measure, MeasureFlags[kind], ()),
         "check-data": (check_data, CheckData, ()),
         "check-exactness": (check_exactness, CheckExactness, ()),
         "detect": (detect, Detect, ()),

@@ -74,7 +74,7 @@ def flags_of(
     """A class for tyro, and a function from its object and the names of the given flags to what the command takes.
 
     Args:
-        arguments: A dataclass, or a generic dataclass with the type of its `setting`, for instance `Plan[DetectionSetting]`.
+        arguments: A dataclass, or a generic dataclass with the type of its `setting`, for instance `PlanFlags[DetectionSetting]`.
         chosen: Fields that the command chooses where they are not given, whatever their defaults.
         rare: Whether the class has the fields that `--help` leaves out; without them the function cannot be used.
     """

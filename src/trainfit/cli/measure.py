@@ -20,7 +20,7 @@ from trainfit.values import In
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measure(Generic[AnySetting]):
+class MeasureFlags(Generic[AnySetting]):
     """Speed and memory of a setting on this machine's GPU, beside the prediction; without a GPU, the CPU's speed alone."""
 
     setting: AnySetting
@@ -39,7 +39,7 @@ class Measure(Generic[AnySetting]):
     """Print JSON (schema 1) instead of text."""
 
 
-def measure(arguments: Measure[Setting], _given: AbstractSet[str]) -> int:
+def measure(arguments: MeasureFlags[Setting], _given: AbstractSet[str]) -> int:
     """Measure a setting on the real device; the exit code is 3 if nothing ran."""
     setting = named(arguments.setting)
     if arguments.plan is not None:

@@ -10,7 +10,7 @@ from typing import Annotated, Generic, Literal
 from trainfit import api
 from trainfit.cli.arguments import AnySetting
 from trainfit.cli.files import require_writable, write
-from trainfit.cli.progress import Progress
+from trainfit.cli.progress import StatusLine
 from trainfit.models.setting import Setting
 from trainfit.reports.plan import plan_json, plan_text
 from trainfit.reports.plan_html import plan_html
@@ -19,7 +19,7 @@ from trainfit.values import In
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(Generic[AnySetting]):
+class PlanFlags(Generic[AnySetting]):
     """The fastest setting that fits a GPU, which need not be in this machine."""
 
     setting: AnySetting
@@ -58,11 +58,11 @@ class Plan(Generic[AnySetting]):
     """Store the traces, and use stored ones."""
 
 
-def plan(arguments: Plan[Setting], given: AbstractSet[str]) -> int:
+def plan(arguments: PlanFlags[Setting], given: AbstractSet[str]) -> int:
     """Plan the fastest training that fits a GPU; the exit code is 1 if nothing fits."""
     require_writable((arguments.html, arguments.svg, arguments.out), force=arguments.force)
     setting = arguments.setting
-    with Progress(f"planning {setting.model}...") as progress:
+    with StatusLine(f"planning {setting.model}...") as progress:
         result = api.plan(
             setting,
             gpu=arguments.gpu,

@@ -10,7 +10,7 @@ from typing import Annotated, Generic, Literal
 from trainfit import api
 from trainfit.cli.arguments import AnySetting
 from trainfit.cli.files import require_writable, write
-from trainfit.cli.progress import Progress
+from trainfit.cli.progress import StatusLine
 from trainfit.gpus.catalogue import GIB, gpu_with_memory
 from trainfit.models.setting import Setting
 from trainfit.reports.profile import profile_json, profile_text
@@ -19,7 +19,7 @@ from trainfit.values import In
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predict(Generic[AnySetting]):
+class PredictFlags(Generic[AnySetting]):
     """Whether a setting fits a GPU that need not be there: memory of a training step and of evaluation."""
 
     setting: AnySetting
@@ -56,11 +56,11 @@ class Predict(Generic[AnySetting]):
     needs the memory, in float32 and with the CPU's kernels."""
 
 
-def predict(arguments: Predict[Setting], _given: AbstractSet[str]) -> int:
+def predict(arguments: PredictFlags[Setting], _given: AbstractSet[str]) -> int:
     """Predict whether a setting fits a GPU; exit code 1 if it exceeds --budget."""
     require_writable((arguments.html, arguments.snapshot), force=arguments.force)
     budget = None if arguments.budget is None else gpu_with_memory(arguments.budget, flag="--budget")
-    with Progress(f"predicting {arguments.setting.model}...") as progress:
+    with StatusLine(f"predicting {arguments.setting.model}...") as progress:
         prediction = api.predict(
             arguments.setting,
             gpu=arguments.gpu,

@@ -12,7 +12,7 @@ NEXT_S = 10.0
 """Seconds between two lines there."""
 
 
-class Progress:
+class StatusLine:
     """Notes of what takes seconds. A note that ends with "..." stands for a moment and makes way for the next.
 
     On a terminal the last line has the time, how many things were done, and the one that is being done. Elsewhere an answer
@@ -31,7 +31,7 @@ class Progress:
         self._lock = threading.Lock()
         self._ended = threading.Event()
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "StatusLine":
         """Show the first line, and keep the time running."""
         self.note(self._current)
         threading.Thread(target=self._watch, daemon=True).start()

@@ -85,6 +85,7 @@ class Finding:
     """One cause for which the accumulated window is not the big batch."""
 
     cause: Cause
+    """Which of the known causes it is."""
     explanation: str
     """A sentence with the numbers, and the repair."""
 
@@ -108,10 +109,15 @@ class Exactness:
     """What a check found. `exact` is whether there is no finding."""
 
     findings: tuple[Finding, ...]
+    """The causes, in the order in which they were found; none if the gradient is exact."""
     groups: tuple[GroupError, ...]
+    """Errors of the optimizer's parameter groups."""
     micro_batch: int
+    """Items in a micro-batch."""
     accumulation: int
+    """Micro-batches in a window."""
     ranks: int
+    """Processes that shared each window."""
     windows: int
     """Optimizer steps of the reference: each window as one batch."""
     tolerance: float

@@ -16,6 +16,7 @@ class Window:
     groups: list[tuple[str, list[str]]] = field(default_factory=list)
     """(name of an optimizer's group, names of its parameters)."""
     backwards: int = 0
+    """Backward passes since the last step."""
     taken: int = 0
     """Batches that the loop had taken at the step, from the beginning of the run."""
     left_over: bool = False
@@ -25,6 +26,7 @@ class Window:
     clips: list[tuple[int, bool]] = field(default_factory=list)
     """(backwards before the clip, whether the gradients were still scaled)."""
     scaled_at_step: bool = False
+    """Whether the optimizer stepped on gradients that were still scaled."""
     scales: set[float] = field(default_factory=set)
     """Loss scales in use at the backwards; 1 for a loss that was not scaled."""
     averages: set[int] = field(default_factory=set)
@@ -42,6 +44,7 @@ class Run:
     """One run of the loop."""
 
     windows: list[Window]
+    """The windows, in order."""
     trailing_backwards: int
     """Backward passes after the last step."""
     taken: int
@@ -49,6 +52,10 @@ class Run:
     batch_norms: list[str]
     """Kinds of normalisation layers that used statistics of the batch."""
     random: set[str]
+    """Operators and modules that drew random numbers."""
     low: bool
+    """Whether a part of the loop computed in less than float64."""
     pairs: set[int]
+    """Sides of square matrix products, which contrastive losses have."""
     labels: list[tuple[int, int]]
+    """(labels, ignored labels) of each cross entropy."""

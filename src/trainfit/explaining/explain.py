@@ -22,6 +22,7 @@ class Explanation:
     """Why memory ran out, or where it is."""
 
     source: str
+    """Where the text or snapshot came from."""
     messages: tuple[Message, ...] = ()
     """Messages in the text."""
     growth: Growth | None = None
@@ -29,10 +30,13 @@ class Explanation:
     snapshots: tuple[Snapshot, ...] = ()
     """One a device."""
     setting: Setting | None = None
+    """The setting that ran; None if none was named."""
     gpu: Gpu | None = None
+    """The card; None if it is not known."""
     needs_bytes: int = 0
     """What the setting needs at most on that card."""
     knobs: tuple[Freed, ...] = ()
+    """What each knob of the setting would free, largest first."""
 
 
 def explain_bytes(

@@ -30,7 +30,9 @@ class Growth:
     verdict: Verdict
     figures: int
     first_bytes: int
+    """The first figure."""
     last_bytes: int
+    """The last figure."""
     steps_up: int
     """Figures that are higher than every one before."""
     reason: str

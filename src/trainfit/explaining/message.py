@@ -27,6 +27,7 @@ class Message:
 
     text: str
     kind: Kind
+    """What ran out of memory."""
     request_bytes: int = 0
     """What was asked for; 0 where the message has no numbers."""
     allocated_bytes: int = 0
@@ -34,7 +35,9 @@ class Message:
     cached_bytes: int = 0
     """Reserved by PyTorch, in no tensor."""
     free_bytes: int = 0
+    """Free memory of the device."""
     total_bytes: int = 0
+    """Memory of the device."""
     others_bytes: int = 0
     """Bytes of other processes, as far as the message shows."""
     where: str = ""

@@ -37,8 +37,11 @@ class Holder:
     place: str
     """Innermost frame that is no library's, as "file.py:12 in forward"; else what `places.place_of` finds."""
     category: str
+    """Category of the tensors, for instance activations."""
     nbytes: int
+    """Bytes of the tensors."""
     tensors: int
+    """Number of tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +49,11 @@ class Leak:
     """Tensors made at one place that stay alive over the history."""
 
     place: str
+    """Where in the code the tensors were made."""
     tensors: int
+    """Number of tensors."""
     nbytes: int
+    """Bytes of the tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +61,7 @@ class Snapshot:
     """What a snapshot says of one device at its out-of-memory error, or at its peak where it has none."""
 
     device: int
+    """Index of the device."""
     at: Literal["out of memory", "peak", "end"]
     events: int
     """Allocations and frees of the history; 0 for a snapshot without one."""
@@ -63,7 +70,9 @@ class Snapshot:
     request_place: str
     device_free_bytes: int
     allocated_bytes: int
+    """Bytes in tensors at that moment."""
     reserved_bytes: int
+    """Bytes held from the driver at that moment."""
     largest_free_bytes: int
     """The largest free piece of a reserved segment at the end of the history."""
     free_pieces_bytes: int

@@ -26,6 +26,7 @@ class GpuUsage:
     gpu_utilization: float | None = None
     """Share of the driver's last sample period (1/6 to 1 s) in which any kernel ran (0..1); not the occupancy of the GPU."""
     gpu_power_w: float | None = None
+    """Power draw in watts."""
     gpu_memory_used_bytes: int | None = None
     """Memory used by all processes."""
 

@@ -33,6 +33,7 @@ class Measured:
     """The result of one trial: a setting that ran at one micro-batch in a clean process."""
 
     micro_batch: int
+    """The micro-batch that was tried."""
     outcome: Literal["ran", "out of memory", "died"]
     """Whether it ran; died: the process ended without a result."""
     message: str | None = None

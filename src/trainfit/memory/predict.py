@@ -49,6 +49,7 @@ class MemoryPrediction:
     profile: Profile
     """Profile of the replay on the card, or on a card with enough memory if the replay runs out of it."""
     hidden: tuple[HiddenRow, ...]
+    """Memory that no trace shows."""
     time: TimeEstimate | None
     """Time of the last window; None for a card whose rates are not known."""
     made_up: tuple[str, ...]
@@ -70,13 +71,17 @@ class Prediction:
     """A setting on a card."""
 
     setting: Setting
+    """The setting that the prediction is about."""
     gpu: Gpu
+    """The card."""
     config: AllocatorConfig
+    """Configuration of the allocator."""
     verdict: Verdict
     """The worse one of training and evaluation."""
     budget: ByteRange
     """What the process may have: the card's memory less the driver's share, or its set fraction."""
     training: MemoryPrediction
+    """Memory and time of training."""
     evaluation: MemoryPrediction
     """Its profile is that of the evaluation; its needs include the training before it, in the same process."""
     assumptions: tuple[str, ...]

@@ -13,7 +13,7 @@ SAMPLES = 240
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class ProfileSample:
     """Memory at one moment."""
 
     event: int
@@ -41,8 +41,11 @@ class PhaseRow:
     """One phase of the last window."""
 
     phase: str
+    """Name of the phase."""
     peak_allocated_bytes: int
+    """Largest bytes in tensors during the phase."""
     peak_reserved_bytes: int
+    """Largest bytes held from the driver during the phase."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +53,12 @@ class Profile:
     """The memory of a step in figures. Bytes; what the allocator's statistics call them."""
 
     peak_allocated_bytes: int
+    """Largest bytes in tensors."""
     peak_requested_bytes: int
     """Sum of the categories at the peak of allocated memory."""
     peak_reserved_bytes: int
     """The most that was taken from the driver, in any window."""
-    peak: Sample
+    peak: ProfileSample
     """The moment of most allocated memory."""
     peak_op: str
     """Operator whose output reached it."""
@@ -66,7 +70,7 @@ class Profile:
     """Rows by the module's whole name."""
     phases: tuple[PhaseRow, ...]
     """Phases in the order of their first event."""
-    timeline: tuple[Sample, ...]
+    timeline: tuple[ProfileSample, ...]
     """The last window, thinned to its local maxima of allocated memory."""
 
 
@@ -89,7 +93,7 @@ def make_profile(trace: Trace, replay: Replay, *, since: int = 0) -> Profile:
     totals = dict.fromkeys(CATEGORIES, 0)
     live: dict[int, TensorInfo] = {}
     alive: tuple[TensorInfo, ...] = ()
-    samples: dict[int, Sample] = {}
+    samples: dict[int, ProfileSample] = {}
     for index, (is_allocation, tensor) in enumerate(trace):
         if is_allocation:
             live[tensor.id] = tensor
@@ -100,7 +104,7 @@ def make_profile(trace: Trace, replay: Replay, *, since: int = 0) -> Profile:
         if index == at:
             alive = tuple(live.values())
         if index == at or index in chosen:
-            samples[index] = Sample(
+            samples[index] = ProfileSample(
                 event=index,
                 phase=phase_of[index],
                 category_bytes=tuple(totals.values()),

@@ -25,6 +25,7 @@ class Job:
     setting: Setting
     """Micro-batch and accumulation are those of every GPU; all micro-batches are equal."""
     gpus: int
+    """Number of GPUs."""
     effective_batch: int
     """Images per optimizer step on all GPUs together."""
     workers: int
@@ -56,6 +57,7 @@ class Tool:
     """A tool that plans can be written for."""
 
     name: str
+    """Name of the tool, as `--emit` takes it."""
     families: tuple[str, ...]
     """Families whose models it trains; empty: any."""
     accumulates: bool

@@ -43,6 +43,7 @@ class Calibrated:
     """A `prices.Prices` corrected by what was measured on the card."""
 
     pricer: Pricer
+    """Predicts without the measurements."""
     calibration: Calibration | None
     """None: nothing was measured on it."""
 

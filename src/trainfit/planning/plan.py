@@ -66,6 +66,7 @@ class Loading:
     host_bytes: int
     """The trainer, its workers, and the windows that wait in their queues; one process per GPU."""
     reason: str
+    """How the number of workers was chosen."""
     of_this_machine: bool = True
     """Whether the cores were those of the machine that trains; else it chooses its own number of workers."""
 
@@ -79,6 +80,7 @@ class SearchRequest:
     effective_batch: int
     """Images per optimizer step over all GPUs."""
     gpus: int = 1
+    """Number of GPUs, one process each."""
     budget_bytes: int
     """Memory that is certainly available to a process."""
     reserve: float = RESERVE
@@ -103,11 +105,15 @@ class SearchResult:
     """The result of a search."""
 
     chosen: Candidate | None
+    """The fastest candidate that fits; None if nothing fits."""
     prediction: Prediction | None
+    """Prediction of the chosen setting, evaluation included."""
     candidates: tuple[Candidate, ...]
+    """All settings that were considered."""
     knee: int
     """See `Plan.knee`."""
     savings: tuple[Saving, ...]
+    """What each knob would free."""
     not_priced: tuple[str, ...] = ()
     """A line for each candidate that may be somewhat faster, but that no trace covers yet."""
 
@@ -117,8 +123,11 @@ class Plan:
     """The answer, whether anything fits or not."""
 
     model: str
+    """Name of the model."""
     gpu: Gpu
+    """The card that is planned for."""
     gpus: int
+    """Number of cards, one process each."""
     effective_batch: int
     """Images per optimizer step over all GPUs, exactly."""
     budget: ByteRange
@@ -139,11 +148,13 @@ class Plan:
     """What each knob would free, largest first. Where something fits, of the chosen setting: knobs that change memory and time
     alone, as far as that is known without a trace. Where nothing fits, of the smallest: all knobs."""
     loading: Loading
+    """Loader processes and host memory."""
     learning_rate: str
     """A sentence."""
     calibrated: bool
     """Whether times are of this card; otherwise they rank settings, and no more."""
     assumptions: tuple[str, ...]
+    """Sentences on what the plan assumes."""
 
 
 NOT_TAKEN = ("model", "accumulation", *FROM_DATA)

@@ -28,6 +28,7 @@ class BudgetBar:
     """The fastest candidate that a card of some size holds."""
 
     card_gib: int
+    """Memory of the card in GiB."""
     candidate: Candidate | None
     """None: it holds none of those considered."""
 

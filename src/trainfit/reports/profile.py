@@ -9,7 +9,7 @@ from trainfit.gpus.catalogue import GIB, MIB
 from trainfit.gpus.context import ByteRange
 from trainfit.memory.hidden import HiddenRow
 from trainfit.memory.predict import MemoryPrediction, Prediction, has_reserve
-from trainfit.memory.profile import ModuleRow, Profile, Sample
+from trainfit.memory.profile import ModuleRow, Profile, ProfileSample
 from trainfit.timing.roofline import stated_error
 from trainfit.tracing.events import CATEGORIES
 
@@ -185,7 +185,7 @@ def timeline_lines(profile: Profile, limit: int) -> list[str]:
     return lines
 
 
-def _columns(timeline: Sequence[Sample]) -> list[Sequence[Sample]]:
+def _columns(timeline: Sequence[ProfileSample]) -> list[Sequence[ProfileSample]]:
     """Groups of samples, equal in number, at most `_WIDTH` of them."""
     count = min(_WIDTH, len(timeline))
     edges = [i * len(timeline) // count for i in range(count + 1)]
@@ -200,7 +200,7 @@ def _cell(allocated: float, reserved: float, empty: str) -> str:
     return "░" if reserved > 0 else empty
 
 
-def _phase_axis(columns: Sequence[Sequence[Sample]]) -> str:
+def _phase_axis(columns: Sequence[Sequence[ProfileSample]]) -> str:
     """Each phase's name under its columns, where they have room for it."""
     axis = ""
     for phase, stretch in groupby(column[0].phase for column in columns):

@@ -7,7 +7,7 @@ from itertools import accumulate, groupby
 from trainfit.gpus.catalogue import GIB, MIB
 from trainfit.memory.hidden import HiddenRow
 from trainfit.memory.predict import Prediction
-from trainfit.memory.profile import Profile, Sample
+from trainfit.memory.profile import Profile, ProfileSample
 from trainfit.reports import svg
 from trainfit.reports.html_tables import bullets, byte_bars
 from trainfit.reports.profile import category_rows, doubts, gib, limit_bytes, scale_bytes, sentence, spread
@@ -59,7 +59,7 @@ def timeline(profile: Profile, limit: int) -> str:
     first = samples[0].event
     last = samples[-1].event
 
-    def x(sample: Sample) -> float:
+    def x(sample: ProfileSample) -> float:
         return _LEFT + (sample.event - first) / max(1, last - first) * (_WIDTH - _LEFT)
 
     def y(nbytes: float) -> float:

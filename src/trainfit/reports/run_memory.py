@@ -17,17 +17,20 @@ WORDS = {"rois": "regions", "positives": "regions with an object"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Growth:
+class MemoryIncrease:
     """Memory rose above all that it was before."""
 
     step: int
+    """The optimizer step."""
     before_bytes: int
+    """Largest memory before it."""
     after_bytes: int
+    """Memory after it."""
     because: tuple[str, ...]
     """What was larger than ever before, in words; empty: nothing that the run knows of."""
 
 
-def growths(readings: Sequence[Row], pauses: Sequence[Row] = ()) -> list[Growth]:
+def growths(readings: Sequence[Row], pauses: Sequence[Row] = ()) -> list[MemoryIncrease]:
     """Each time that memory rose after the first windows, in the order of the steps.
 
     Args:
@@ -38,7 +41,7 @@ def growths(readings: Sequence[Row], pauses: Sequence[Row] = ()) -> list[Growth]
     share, least = GROWTH[key]
     paused = {row["step"] for row in pauses}
     most: dict[str, float] = {}
-    increases: list[Growth] = []
+    increases: list[MemoryIncrease] = []
     peak = 0
     windows = 0
     last_step = 0
@@ -50,7 +53,7 @@ def growths(readings: Sequence[Row], pauses: Sequence[Row] = ()) -> list[Growth]
                 ["the evaluation or save before it"] if any(last_step <= s < row["step"] for s in paused) else []
             )
             increases.append(
-                Growth(step=row["step"], before_bytes=peak, after_bytes=size, because=(*larger, *evaluated))
+                MemoryIncrease(step=row["step"], before_bytes=peak, after_bytes=size, because=(*larger, *evaluated))
             )
         peak = max(peak, size)
         windows += row.get("windows") or 1

@@ -31,6 +31,7 @@ class TimeSpent:
     start_s: float
     """Reading data, building the model, the first window's loading."""
     compute_s: float
+    """Seconds of computing."""
     waited_s: float
     """Seconds of waiting for the loader."""
     paused_s: float
@@ -44,7 +45,9 @@ class RunReport:
     """What a run folder tells."""
 
     folder: Path
+    """The run folder."""
     model: str
+    """Name of the model."""
     state: State
     """broken off: nothing was written for long, and it did not say that it ended."""
     step: int
@@ -60,12 +63,15 @@ class RunReport:
     ooms: tuple[Row, ...]
     """Every out-of-memory error and what was done."""
     time: TimeSpent
+    """How the time was spent."""
     images_per_s: float | None
     """While training, over the whole run."""
     wait_share: float | None
+    """Share of the training time spent waiting for the loader."""
     reserved_bytes: int | None
     """Peak that torch reserved; None on the CPU."""
     allocated_bytes: int | None
+    """Largest bytes in tensors."""
     resident_bytes: int | None
     """Largest resident memory of the process; None on a GPU."""
     predicted: Row | None
@@ -73,10 +79,13 @@ class RunReport:
     growth: str | None
     """Whether memory grew with the input or without a reason, in words; None: not known."""
     alloc_retries: int | None
+    """How often the allocator emptied its cache to satisfy a request."""
     loader: Row | None
     """The last verdict on the loader, its line included."""
     noise: NoiseScale | None
+    """The gradient noise scale; None if it was not measured."""
     noise_line: str | None
+    """A sentence on the noise scale."""
     unreadable_lines: int
     """Cut short by a kill, or being written just now."""
 

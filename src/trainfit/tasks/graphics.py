@@ -21,6 +21,7 @@ class Picture:
     name: str
     """The file's name without suffix; unique in an evaluation."""
     title: str
+    """Title of the picture."""
     draw: "Callable[[], Image.Image]"
     """Raises TrainfitError where its file cannot be read."""
 
@@ -30,7 +31,9 @@ class Plot:
     """Lines in a unit square."""
 
     name: str
+    """Name of the file."""
     title: str
+    """Title of the plot."""
     x: str
     y: str
     """What the axes are."""
@@ -43,11 +46,17 @@ class Matrix:
     """Counts by two properties."""
 
     name: str
+    """Name of the file."""
     title: str
+    """Title of the matrix."""
     row_name: str
+    """What the rows are."""
     column_name: str
+    """What the columns are."""
     rows: tuple[str, ...]
+    """Names of the rows."""
     columns: tuple[str, ...]
+    """Names of the columns."""
     values: tuple[tuple[int, ...], ...]
     """A tuple a row."""
 

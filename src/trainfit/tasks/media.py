@@ -21,9 +21,13 @@ class Medium:
     """An image file, or a video."""
 
     path: Path
+    """The file."""
     width: int
+    """Width in pixels."""
     height: int
+    """Height in pixels."""
     is_video: bool = False
+    """Whether it is a video."""
     rate: Fraction = Fraction(0)
     """Frames a second of a video."""
 
@@ -36,6 +40,7 @@ class Frame:
     """Number of the frame, from 0."""
     time_s: float
     image: "Image.Image"
+    """The decoded frame."""
 
 
 def find_media(names: Sequence[str | Path], note: Callable[[str], None]) -> list[Medium]:

@@ -24,7 +24,9 @@ class Table:
     """Figures in rows, for a person."""
 
     title: str
+    """Title of the table; empty for none."""
     columns: tuple[str, ...]
+    """Heads of the columns."""
     rows: tuple[tuple[Cell, ...], ...]
     """A cell a column; the first says what the row is about. None: there is no such figure."""
 
@@ -34,6 +36,7 @@ class Histogram:
     """Numbers by bin, for a person."""
 
     title: str
+    """Title of the histogram."""
     bins: tuple[tuple[str, int], ...]
     """(label, number) of each bin."""
 
@@ -43,7 +46,9 @@ class Lines:
     """Sentences or figures that need no columns."""
 
     title: str
+    """Title of the lines."""
     lines: tuple[str, ...]
+    """The sentences."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,6 +90,7 @@ class Evaluation:
     record: Mapping[str, Any]
     """JSON values by name: what a run keeps of every evaluation."""
     tables: tuple[Table, ...]
+    """Figures in rows."""
     details: Mapping[str, Any]
     """The task's own results by name: dataclasses, or JSON values."""
     notes: tuple[str, ...] = ()

@@ -48,6 +48,7 @@ class TraceRequest:
     """What a trace depends on, besides installed software."""
 
     setting: Setting
+    """The setting that is traced."""
     part: Literal["training", "evaluation"]
     """evaluation: one training window, then an evaluation micro-batch."""
     capability: tuple[int, int]

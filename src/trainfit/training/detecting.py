@@ -18,6 +18,7 @@ class Detected:
     """What the model gives for an image, or for a frame of a video."""
 
     medium: Medium
+    """The image or video."""
     frame: int | None
     """Number of the frame from 0; None for an image."""
     time_s: float | None

@@ -24,6 +24,7 @@ class LoaderFacts:
     """Measurements that a verdict is made from. Seconds are those of this rank."""
 
     windows: int
+    """Number of windows measured."""
     compute_s: float
     """Mean time from a window's arrival to the end of its optimizer step: a window's time on cached data."""
     waited_s: float

@@ -23,9 +23,13 @@ class LoadedModel:
     """A model in eval mode with the weights of a run."""
 
     workload: TrainableWorkload
+    """The model's workload."""
     model: torch.nn.Module
+    """The model, in eval mode on the device."""
     device: torch.device
+    """Device that it runs on."""
     precision: Precision
+    """Precision that it runs in."""
     remarks: tuple[str, ...] = ()
     """What the user should know of how the weights were loaded."""
 

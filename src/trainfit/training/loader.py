@@ -37,12 +37,17 @@ class WindowPlan:
     """The order of data of a whole run."""
 
     images: int
+    """Number of training images."""
     effective_batch: int
+    """Images of a window over all ranks."""
     sizes: tuple[int, ...]
     """Side lengths to draw from, one a window."""
     seed: int
+    """Seed of the order and the sizes."""
     rank: int = 0
+    """This process."""
     world_size: int = 1
+    """Number of processes."""
     groups: tuple[int, ...] = ()
     """The group of each image, where images of two groups may not meet in a window; empty: any may."""
 
@@ -98,8 +103,11 @@ class SampleKey:
     """What a loader process needs to make one sample."""
 
     record: Any
+    """The record that the sample is made of."""
     size: int
+    """Side of the image in pixels."""
     seed: int
+    """Seed of the augmentation."""
 
 
 def _windows(plan: WindowPlan, steps: range, records: Sequence[Any]) -> Iterator[list[SampleKey]]:

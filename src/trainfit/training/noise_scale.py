@@ -32,9 +32,13 @@ class NoiseScale:
     """B_simple in images, with the 5 and 95 % points of a bootstrap over windows; infinite: no gradient above the noise."""
 
     images: float
+    """Estimate of the noise scale in images."""
     low: float
+    """Low end of its interval."""
     high: float
+    """High end of its interval."""
     windows: int
+    """Windows that it was estimated from."""
 
 
 def sample(*, shares_square: float, gradient_square: float, images: int, micro_batches: int) -> NoiseSample:

@@ -35,6 +35,7 @@ class Preview:
     """A record without augmentation, and as the first epochs draw it."""
 
     path: str
+    """Path of the file."""
     caption: str
     """Its texts; empty where it has none."""
     plain: Shown

@@ -213,6 +213,7 @@ class Batching:
     accumulation: int
     """Micro-batches per optimizer step on the fullest rank."""
     world_size: int
+    """Number of ranks."""
     reason: str
     """The arithmetic, for the user."""
 

@@ -19,12 +19,15 @@ class Shortage:
     """What torch's message says of the allocator when a request failed. Free segments had been given back before."""
 
     request_bytes: int
+    """Bytes of the request that failed."""
     allocated_bytes: int
+    """Bytes in tensors."""
     cached_bytes: int
     """Reserved, but in no tensor: free pieces of segments that are in use."""
     free_bytes: int
     """Free memory of the device."""
     total_bytes: int
+    """Memory of the device."""
     allowed_bytes: int
     """Memory that `set_per_process_memory_fraction` allows; without it, `total_bytes`."""
 
@@ -92,11 +95,13 @@ class Survival:
     next_micro_batch: int
     """Micro-batch afterwards; the same if cached memory was freed first, 0 if nothing was left to try."""
     cause: Cause
+    """Why memory ran out."""
     checkpointing: bool = False
     """Whether activation checkpointing was switched on."""
     needs_bytes: int = 0
     """See `Shortage`; 0 where unknown. Of the rank that failed."""
     usable_bytes: int = 0
+    """What the allocator could reserve."""
     hint: str = ""
     """Who took the memory, or what avoids the fragmentation."""
     message: str = ""
@@ -128,7 +133,9 @@ class Ran:
     canvas: tuple[int, int]
     """(height, width) in pixels; (0, 0) where the family has none."""
     micro_batch: int
+    """Its micro-batch."""
     reserved_bytes: int
+    """Memory reserved after it."""
 
 
 def survival_line(event: Survival) -> str:

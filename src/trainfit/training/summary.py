@@ -12,15 +12,19 @@ class RunSummary:
     """How a training ended."""
 
     folder: Path
+    """The run folder."""
     model: str
+    """Name of the model."""
     steps: int
     """Optimizer steps done, those before a resume included."""
     steps_here: int
     """The steps of them since the start or the resume."""
     total_steps: int
+    """Optimizer steps of the whole training."""
     images_per_s: float
     """While training; evaluation and saving left out."""
     train_s: float
+    """Seconds of training, without evaluation and saving."""
     loader: str
     """Whether the loader or the model set the pace; see `headroom`."""
     noise: str
@@ -32,6 +36,7 @@ class RunSummary:
     best_score: float | None
     """The score of the best weights (`Evaluation.score`)."""
     best_step: int | None
+    """Step of the best evaluation."""
     exported: Path
     """The best weights as the upstream project loads them; written at the end."""
     skipped_images: tuple[str, ...]

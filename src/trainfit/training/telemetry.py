@@ -20,13 +20,17 @@ class StepUpdate:
     step: int
     """Optimizer steps done."""
     total_steps: int
+    """Optimizer steps in all."""
     epoch: int
+    """Epoch of the last window, from 0."""
     epochs: int
+    """Epochs in all."""
     loss: float
     """Loss of the last window."""
     images_per_s: float
     """Over all ranks, since the last update, evaluation left out."""
     remaining_s: float
+    """Estimated seconds to the end."""
     memory_bytes: int
     """Peak reserved by torch on the GPU; resident memory of this process on the CPU."""
     wait_share: float
@@ -55,9 +59,11 @@ class Spent:
     """How the training time of some windows was spent, evaluation and saving left out."""
 
     windows: int = 0
+    """Number of windows."""
     images: int = 0
     """This rank's."""
     elapsed_s: float = 0.0
+    """Seconds in all."""
     waited_s: float = 0.0
     """Time waited for the loader; on a GPU only as far as the GPU had nothing to do."""
     compute_s: float = 0.0

@@ -30,6 +30,7 @@ class Emitted:
     """Configuration of another tool."""
 
     tool: str
+    """Name of the tool."""
     text: str
     """A file or a command; YAML has its launch command in a comment."""
     notes: tuple[str, ...]

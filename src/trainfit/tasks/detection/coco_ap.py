@@ -39,13 +39,17 @@ class ClassAp:
     """The figures of one class. None where the class has no objects (crowds do not count)."""
 
     name: str
+    """Name of the class."""
     ap: float | None
     """Mean over IoU 0.50:0.05:0.95."""
     ap50: float | None
+    """AP at an IoU of 0.5."""
     ar: float | None
     """Recall at `ApResult.max_detections`, mean over the same IoUs."""
     objects: int
+    """Objects of the class."""
     detections: int
+    """Detections of the class."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,12 +57,15 @@ class ApResult:
     """COCO's twelve figures, in 0..1; None where no object is of that size, so that COCO defines no value (its -1)."""
 
     iou: IouKind
+    """What is compared."""
     max_detections: int
     """The largest number of detections taken for each image and class."""
     ap: float | None
     """Mean over IoU 0.50:0.05:0.95, classes and 101 recalls."""
     ap50: float | None
+    """AP at an IoU of 0.5."""
     ap75: float | None
+    """AP at an IoU of 0.75."""
     ap_small: float | None
     """Objects below 32**2 pixels; medium: below 96**2; large: the rest."""
     ap_medium: float | None
@@ -74,10 +81,13 @@ class ApResult:
     per_class: tuple[ClassAp, ...]
     """AP of each class, in the order of the classes."""
     images: int
+    """Number of images."""
     objects: int
     """Without crowds."""
     crowds: int
+    """Number of crowds, which count neither as hits nor as misses."""
     detections: int
+    """Number of detections."""
 
 
 class Evaluator:

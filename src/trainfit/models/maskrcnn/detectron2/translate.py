@@ -25,6 +25,7 @@ class Translation:
     """What a configuration says to trainfit. Every key is in exactly one of the lists."""
 
     model: str
+    """Name of the model."""
     values: Mapping[str, Any]
     """Key -> value, with `_BASE_` resolved."""
     knobs: tuple[str, ...]
@@ -32,7 +33,9 @@ class Translation:
     training: tuple[str, ...]
     """Words that only `trainfit train` takes."""
     effective_batch: int | None
+    """Images per optimizer step; None if the file does not say."""
     accumulation: int
+    """Micro-batches per optimizer step."""
     carried: tuple[str, ...]
     same: tuple[str, ...]
     instead: tuple[tuple[str, str], ...]

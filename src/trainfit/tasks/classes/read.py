@@ -10,6 +10,7 @@ from trainfit.tasks.classes.samples import ClassRecord, ImageFolder
 from trainfit.tasks.findings import Finding, Findings
 from trainfit.tasks.images import IMAGE_SUFFIXES, ImageDefect, read_headers
 
+FORMAT = "image-folder"
 SPLITS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
@@ -29,15 +30,24 @@ def recognises(data: str) -> bool:
         return False
 
 
-def read_folder(data: str, *, val_fraction: float = 0.1, seed: int = 0, allow_outside: bool = False) -> ImageFolder:
-    """The data set; images that cannot be used are left out with a finding.
+def read(
+    data: str,
+    *,
+    file_format: str | None = None,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    allow_outside: bool = False,
+) -> ImageFolder:
+    """The folders by class below `data`; images that cannot be used are left out with a finding.
 
     Classes are the folders of the training split. Without a validation split, a share of each class is held out, at least
     one image of every class that has two, chosen by file name and `seed`.
 
     Raises:
-        TrainfitError: no such folder, no folders of classes, fewer than two classes, or no usable image.
+        TrainfitError: no such folder, no folders of classes, fewer than two classes, no usable image, or another format.
     """
+    if file_format not in (None, FORMAT):
+        raise TrainfitError(f"--format {file_format}: data of classes are only read as {FORMAT}")
     root = Path(data)
     if not os.path.isdir(root):  # noqa: PTH112 - Path.is_dir raises for names that no file can have
         raise TrainfitError(f"{data}: no such folder; give the folder that holds train/CLASS/*.jpg, or CLASS/*.jpg")
