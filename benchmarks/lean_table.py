@@ -1,19 +1,21 @@
 """What the smallest training of each model needs, before and with the lean step, and the plan for cards of 4 to 24 GB.
 
     python benchmarks/lean_table.py needs [--minutes 30]       # goes on where it was interrupted; the most telling cases first
-    PYTHONPATH=BEFORE/src python benchmarks/lean_table.py needs --before     # BEFORE: a checkout of 710376a, without lean losses
     python benchmarks/lean_table.py plans [--minutes 30]
+    python benchmarks/lean_table.py largest [--models rfdetr-seg-medium]     # with the lean step and with --lean off, both now
     python benchmarks/lean_table.py guide     # the RT-DETR-Seg guide's table of what a 4 GB card runs, for 4, 6 and 8 GB
     python benchmarks/lean_table.py report                     # results/lean_table.md
 
 Predicted, by trace and replay, at published settings (multi-scale sizes too): micro-batch 1, two micro-batches a window, every
 block recomputed, EMA weights on the host; evaluation of one image follows in the same process. Cards are known by their
-nominal memory alone, in bf16. A case takes minutes to trace; results are kept in results/lean_table.jsonl.
+nominal memory alone, in bf16. A case takes minutes to trace; results are kept in results/lean_table.jsonl, which also has
+those of the step before lean losses and of the first lean step ("before" and "then", made at 89783ba).
 """
 
 import argparse
 import json
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import product
@@ -29,6 +31,7 @@ from trainfit.memory.predict import assess, process_budget, trace_requests
 from trainfit.memory.priced import Pricer, packaged
 from trainfit.memory.profile import last_window
 from trainfit.models.setting import Setting, make_setting
+from trainfit.planning.candidates import batches, cuts
 from trainfit.planning.make import make_plan
 from trainfit.tracing.trace_cache import get_trace
 
@@ -49,6 +52,8 @@ GUIDE = (
 it says runs out of memory."""
 SAID = {("nano", 1, 384): "fits", ("nano", 1, 320): "fits", ("nano", 1, 256): "fits"}
 """Verdict of the guide on 4 GB; of the others it says that they run out."""
+MOST, WINDOW = 64, 16
+"""Micro-batches that are looked for; images of a window."""
 STAGES = ("single", "masks", "detector")
 Case = tuple[str, str, int]
 """(model, stage, objects in an image)."""
@@ -63,10 +68,11 @@ def cases() -> Iterator[Case]:
     yield from product([name for name in models if name.startswith("rtdetr")], STAGES[1:], (10,))
 
 
-def setting_of(case: Case) -> Setting:
+def setting_of(case: Case, **knobs: Any) -> Setting:
     """As published, in bf16."""
     model, stage, objects = case
-    knobs: dict[str, Any] = {} if stage == "single" else {"stage": stage}
+    if stage != "single":
+        knobs["stage"] = stage
     return make_setting(model, objects_per_image=objects, precision="bf16", **knobs)
 
 
@@ -147,21 +153,59 @@ def plans(case: Case) -> dict[str, Any]:
     return found
 
 
+def largest(models: list[str], minutes: float) -> None:
+    """The largest micro-batch and the fastest window on each card, lean and not, with nothing and with every block recomputed.
+
+    Both are priced by the same predictor, from a trace at two micro-batches. Evaluation and evictions of knobs are left out.
+    """
+    end = time.monotonic() + 60 * minutes
+    settings = product(models, (100, 10), ("on", "off"), ("none", "all"))
+    for model, objects, lean, checkpointing in settings:
+        case = (model, objects, lean, checkpointing)
+        if ("largest", "now", *case) in known() or time.monotonic() > end:
+            continue
+        setting = setting_of((model, "single", objects), lean=lean, checkpointing=checkpointing)
+        write("largest", "now", case, _by_card(setting))
+
+
+def _by_card(setting: Setting) -> dict[str, Any]:
+    """Of each card: the largest micro-batch up to MOST, the micro-batch of the fastest window of WINDOW images, and its seconds."""
+    found: dict[str, Any] = {}
+    for memory in CARDS:
+        gpu = gpu_with_memory(f"{memory}GiB")
+        pricer = Pricer(gpu=gpu)
+        budget = process_budget(gpu, AllocatorConfig()).low_bytes
+        sizes = range(2, MOST + 1)  # the need grows with the micro-batch; 1 has a trace of its own
+        fitting = bisect_left(
+            sizes, True, key=lambda m: pricer.needs(replace(setting, micro_batch=m)).high_bytes > budget
+        )
+        most = sizes[fitting - 1] if fitting else 1
+        parts = [cuts(WINDOW, m) for m in batches(WINDOW) if 2 <= m <= most]
+        seconds = {part[0]: pricer.seconds(_cut(setting, part), part).seconds for part in parts} if fitting else {}
+        fastest = min(seconds, key=lambda m: seconds[m]) if seconds else None
+        found[str(memory)] = {"most": most, "fastest": fastest, "seconds": fastest and seconds[fastest]}
+    return found
+
+
+def _cut(setting: Setting, part: tuple[int, ...]) -> Setting:
+    return replace(setting, micro_batch=part[0], accumulation=len(part))
+
+
 def known() -> dict[tuple[Any, ...], Mapping[str, Any]]:
     """Results so far; of a case that was done twice the later one."""
     rows = [json.loads(line) for line in LOG.read_text().splitlines()] if LOG.exists() else []
     return {(row["kind"], row["when"], *row["case"]): row["found"] for row in rows}
 
 
-def work(kind: str, when: str, minutes: float, names: list[str]) -> None:
+def work(kind: str, minutes: float, names: list[str]) -> None:
     """Do cases that are not done, in order, until the time is over; each is written down at once."""
     end = time.monotonic() + 60 * minutes
     for case in cases():
         if time.monotonic() > end:
             return
-        if (kind, when, *case) in known() or (names and case[0] not in names) or missing(case, when):
+        if (kind, "now", *case) in known() or (names and case[0] not in names):
             continue
-        write(kind, when, case, needs(case) if kind == "needs" else plans(case))
+        write(kind, "now", case, needs(case) if kind == "needs" else plans(case))
 
 
 def write(kind: str, when: str, case: tuple[Any, ...], found: Mapping[str, Any]) -> None:
@@ -169,12 +213,6 @@ def write(kind: str, when: str, case: tuple[Any, ...], found: Mapping[str, Any])
     with LOG.open("a") as file:
         file.write(json.dumps({"kind": kind, "when": when, "case": case, "found": found}) + "\n")
     print(kind, when, *case, json.dumps(found), flush=True)
-
-
-def missing(case: Case, when: str) -> bool:
-    """Whether the step of a case is the same before and now: detection models and stages without masks."""
-    has_masks = "seg" in case[0] and case[1] != "detector"
-    return when == "before" and not has_masks and not case[0].startswith("maskrcnn")
 
 
 def report() -> None:
@@ -206,6 +244,8 @@ def report() -> None:
         lines.append(f"| {case[0]} | {case[1]} | {case[2]} | {' | '.join(cells)} |")
     if any(kind == "plans" for kind, *_ in rows):
         lines += _plan_table(rows)
+    if any(kind == "largest" for kind, *_ in rows):
+        lines += _largest_table(rows)
     lines += [
         "",
         "## The RT-DETR-Seg guide's table, single stage, without multi-scale: GiB with no block and with every block recomputed",
@@ -228,6 +268,36 @@ def _plan_table(rows: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> list[str]:
         if found is not None:
             lines.append(f"| {case[0]} | {case[1]} | {case[2]} | {' | '.join(_plan(found[str(m)]) for m in CARDS)} |")
     return lines
+
+
+def _largest_table(rows: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> list[str]:
+    lines = [
+        "",
+        "## Largest micro-batch, and seconds of the fastest window of 16 images, with upstream's criterion and lean",
+        "",
+    ]
+    lines += [
+        "Training alone, by one predictor; -: micro-batch 2 does not fit. Times are ranks on an unknown card's rates.",
+        "",
+        f"| model | objects | recomputed | {' | '.join(f'{m} GB' for m in CARDS)} |",
+        "|---|---|---|" + "---|" * len(CARDS),
+    ]
+    for kind, _, *case in list(rows):
+        if (
+            kind != "largest"
+            or case[2] != "on"
+            or (upstream := rows.get((kind, "now", *case[:2], "off", case[3]))) is None
+        ):
+            continue
+        lean = rows[kind, "now", *case]
+        cells = [f"{_most(upstream[str(m)])} -> {_most(lean[str(m)])}" for m in CARDS]
+        lines.append(f"| {case[0]} | {case[1]} | {case[3]} | {' | '.join(cells)} |")
+    return lines
+
+
+def _most(found: Mapping[str, Any]) -> str:
+    seconds = found["seconds"]
+    return "-" if seconds is None else f"{found['most']} ({seconds:.2f} s)"
 
 
 def _guide_row(row: tuple[str, int, int], rows: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> str:
@@ -260,15 +330,16 @@ def _plan(found: Mapping[str, Any]) -> str:
 def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["needs", "plans", "guide", "report"])
-    parser.add_argument("--before", action="store_true")
+    parser.add_argument("what", choices=["needs", "plans", "largest", "guide", "report"])
     parser.add_argument("--minutes", type=float, default=600)
     parser.add_argument("--models", nargs="*", default=[])
     arguments = parser.parse_args()
     if arguments.what == "guide":
         guide(arguments.minutes)
+    elif arguments.what == "largest":
+        largest(arguments.models or ["rfdetr-seg-medium"], arguments.minutes)
     elif arguments.what != "report":
-        work(arguments.what, "before" if arguments.before else "now", arguments.minutes, arguments.models)
+        work(arguments.what, arguments.minutes, arguments.models)
     report()
 
 

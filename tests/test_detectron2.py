@@ -249,6 +249,10 @@ def test_what_is_of_another_model_or_no_yaml_is_refused(tmp_path: Path, capsys: 
             "_BASE_: Base-RCNN-FPN.yaml\nSOLVER: {IMS_PER_BATCH: 0}",
             "SOLVER.IMS_PER_BATCH must be a whole number",
         ),
+        "masks.yaml": (
+            "_BASE_: Base-RCNN-FPN.yaml\nMODEL: {MASK_ON: maybe}",
+            "MODEL.MASK_ON 'maybe' is no value that trainfit has",
+        ),
         "depth.yaml": ("_BASE_: Base-RCNN-FPN.yaml\nMODEL: {RESNETS: {DEPTH: 18}}", "MODEL.RESNETS.DEPTH is 18"),
     }
     for name, (text, words) in files.items():

@@ -6,6 +6,9 @@ Differences leave out what both rows share: the images that a whole training hap
 The zoo has steps of 0.1 GB, so a difference of 1.1 GB is known to 9 %. Steps and assumptions are those of
 `public/detectron2_zoo.py`; the norms and the box head of the rows with GN and SyncBN are those of configs/Misc, where
 SyncBN is traced as BatchNorm of one process. A model takes half a minute to trace; traces are kept in the cache.
+
+These are torchvision's models; `public/detectron2_code.py` traces Detectron2's own, and results/detectron2.md says why rows
+whose peak lies in convolutions over regions are measured higher than any trace of tensors has them.
 """
 
 import argparse

@@ -61,7 +61,14 @@ def _norm(value: Any) -> list[str]:
     return {"FrozenBN": ["--norm", "published"], "GN": ["--norm", "group"]}[value]
 
 
+def _switch(value: Any) -> list[str]:
+    if not isinstance(value, bool):
+        raise ValueError(value)
+    return []  # `translate.translated` reads it
+
+
 def _amp(value: Any) -> list[str]:
+    _switch(value)
     return ["--precision", "fp16" if value else "fp32"]
 
 
@@ -106,7 +113,7 @@ RULES: Mapping[str, Flags | Same | Instead] = {
     "MODEL.ROI_HEADS.NAME": Same(value="StandardROIHeads", instead=""),
     "MODEL.KEYPOINT_ON": Same(value=False, instead=""),
     "MODEL.LOAD_PROPOSALS": Same(value=False, instead=""),
-    "MODEL.MASK_ON": Flags(make=lambda _: []),
+    "MODEL.MASK_ON": Flags(make=_switch),
     "MODEL.RESNETS.DEPTH": Flags(make=lambda _: []),
     "MODEL.DEVICE": Instead(text="--device auto takes the GPU where there is one"),
     "MODEL.WEIGHTS": Instead(text="--weights pretrained starts from torchvision's COCO weights; random without it"),
@@ -192,7 +199,7 @@ RULES: Mapping[str, Flags | Same | Instead] = {
     "SOLVER.WARMUP_ITERS": Flags(make=lambda _: [], training=True),
     "SOLVER.CHECKPOINT_PERIOD": Instead(text="the state is saved every --save-minutes and after every evaluation"),
     "SOLVER.AMP.ENABLED": Flags(make=_amp),
-    "SOLVER.CLIP_GRADIENTS.ENABLED": Flags(make=lambda _: [], training=True),
+    "SOLVER.CLIP_GRADIENTS.ENABLED": Flags(make=_switch, training=True),
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": Flags(make=lambda _: [], training=True),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": Same(value="norm", instead="the norm of the whole gradient is clipped"),
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": Same(value=2.0, instead="the 2-norm"),
