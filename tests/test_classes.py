@@ -20,7 +20,9 @@ from trainfit.models.classifier.data import decode
 from trainfit.models.setting import make_setting
 from trainfit.tasks.augment import OWN
 from trainfit.tasks.classes import task
+from trainfit.tasks.classes.metric import Accuracy
 from trainfit.tasks.classes.samples import ClassRecord, Ranking
+from trainfit.tasks.graphics import Matrix
 from trainfit.weights import load_weights
 
 MODEL = "timm:test_resnet"
@@ -220,3 +222,15 @@ def test_only_the_head_trains(data: Path, tmp_path: Path) -> None:
     began = build_trainable(make_setting(MODEL, resolution=32), tuple(sorted(COLOURS))).build().state_dict()
     moved = {name for name, value in weights.items() if not torch.equal(value, began[name])}
     assert moved == {"fc.weight", "fc.bias"}
+
+
+def test_the_confusion_matrix(tmp_path: Path) -> None:
+    """Images by true and first class; a class of the model that the data lack is in the last column."""
+    truth, first = [0, 0, 1, 2, 2, 2], [0, 1, 1, 2, 3, 0]
+    records = [ClassRecord(id=n, path=tmp_path, width=1, height=1, label=row) for n, row in enumerate(truth)]
+    metric = Accuracy(records, ["a", "b", "c"], [0, 1, 2, None])
+    metric.add([Ranking(record_id=n, classes=(row,), scores=(1.0,)) for n, row in enumerate(first)])
+    (matrix,) = metric.result().graphics
+    assert isinstance(matrix, Matrix)
+    assert matrix.values == ((1, 1, 0, 0), (0, 1, 0, 0), (1, 0, 1, 1))
+    assert (matrix.rows, matrix.columns) == (("a", "b", "c"), ("a", "b", "c", "none of these"))

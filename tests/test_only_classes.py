@@ -1,5 +1,6 @@
 """A data set cut down to some of its classes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ from PIL import Image
 
 from conftest import run
 from trainfit.errors import TrainfitError
+from trainfit.models.setting import make_setting
+from trainfit.planning.dataset import setting_on_data
 from trainfit.tasks.class_filter import with_classes
+from trainfit.tasks.detection.sample_set import write_sample_set
 from trainfit.tasks.task import task_of
 
 
@@ -98,3 +102,23 @@ def test_the_page_of_samples_has_an_image_s_class(folders: Path, tmp_path: Path)
     text = page.read_text()
     assert text.count("<image ") == 8
     assert ": ant<" in text
+
+
+def test_plan_and_predict_are_for_these_classes_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their number and their fullest image; the command that is printed trains on them."""
+    whole = task_of("detection").read("sample")
+    stars = [int((record.classes == whole.classes.index("star")).sum()) for record in whole.splits["train"]]
+    setting, dataset = setting_on_data(make_setting("rfdetr-nano"), "sample", allow_outside=False, only_classes="star")
+    assert dataset is not None
+    assert setting.classes == 1
+    assert setting.to_json()["objects_per_image"] == max(stars)
+    assert run("predict", "rfdetr-nano", "--memory", "8GiB", "--only-classes", "star") == 2
+    assert "--only-classes chooses classes of a data set: give --data too" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    write_sample_set(tmp_path / "my data", train=4, val=2)
+    words = ("--memory", "8GiB", "--data", "my data", "--only-classes", "star")
+    assert run("plan", "rfdetr-nano", *words, "--out", "plan.json") == 0
+    assert "train rfdetr-nano --data 'my data'" in capsys.readouterr().out
+    assert json.loads(Path("plan.json").read_text())["knobs"]["only_classes"] == "star"

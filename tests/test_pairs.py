@@ -18,6 +18,7 @@ from PIL import Image
 
 from conftest import run
 from trainfit.errors import TrainfitError
+from trainfit.tasks.graphics import Plot
 from trainfit.tasks.pairs import features, task
 from trainfit.tasks.pairs import metric as metrics
 from trainfit.tasks.pairs.metric import RetrievalMetric, ZeroShotMetric
@@ -181,7 +182,11 @@ def test_recall_is_that_of_plain_code(monkeypatch: pytest.MonkeyPatch) -> None:
     found = noise(40, [1 + number % 5 for number in range(40)])
     measured = RetrievalMetric()
     measured.add(found)
-    record = measured.result().record
+    result = measured.result()
+    record = result.record
+    (curve,) = result.graphics
+    assert isinstance(curve, Plot)
+    assert dict(dict(curve.lines)["image to text"])[5] == record["image_to_text_r5"]
     images = np.stack([each.image.numpy() for each in found if each.image is not None])
     texts = np.concatenate([each.texts.numpy() for each in found if each.texts is not None])
     owner = np.repeat(np.arange(40), [1 + number % 5 for number in range(40)])

@@ -1,5 +1,6 @@
 """Training plans by itself for the card that is there."""
 
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import GIB, find_gpu
 from trainfit.gpus.detect import DetectedGpu
 from trainfit.models.setting import Setting
-from trainfit.planning import here, make
+from trainfit.planning import here, make, on_cpu
 from trainfit.planning.here import planned_here
 from trainfit.planning.plan import Plan
 from trainfit.training.fit import fit
@@ -54,8 +55,9 @@ def choose(**values: Any) -> tuple[dict[str, Any], str]:
     notes: list[str] = []
     data: Any = SimpleNamespace(classes=[str(n) for n in range(80)])
     gpus = values.pop("gpus", 1)
+    device = values.pop("on", CUDA)
     recipe = make_recipe("rfdetr-nano", data="sample", **values)
-    return dict(planned_here(recipe, data, values.get("on", CUDA), gpus, notes.append)), "\n".join(notes)
+    return dict(planned_here(recipe, data, device, gpus, notes.append)), "\n".join(notes)
 
 
 def test_the_card_that_is_here_decides_the_micro_batch(cards: list[DetectedGpu]) -> None:
@@ -88,7 +90,10 @@ def test_what_is_given_by_hand_is_not_planned(own: dict[str, Any], cards: list[D
 def test_what_cannot_be_planned_trains_with_the_defaults_and_says_why(
     cards: list[DetectedGpu], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert choose() == ({}, "not planned (the driver shows no GPU): micro-batch and checkpointing are the defaults")
+    assert choose() == (
+        {},
+        "not planned (the driver shows no GPU): micro-batch and checkpointing are the defaults; --micro-batch N sets one",
+    )
     cards.append(card(0, 11.6))
 
     def untraceable(*_: object, **__: object) -> None:
@@ -135,3 +140,35 @@ def test_training_takes_what_is_chosen(tmp_path: Path) -> None:
     )
     fit(recipe, choose=one_by_one)
     assert '"micro_batch": 1' in (tmp_path / "run" / "recipe.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "values", "words"),
+    [
+        (32, {"micro_batch": 4}, "planned for the CPU: micro-batch 4 x 4, at most 7."),
+        (6, {"micro_batch": 1}, "planned for the CPU: micro-batch 1 x 16, at most "),
+        (
+            2.5,
+            {"micro_batch": 1, "checkpointing": "all"},
+            "no setting is sure to fit: starting with the smallest, micro-batch 1",
+        ),
+    ],
+)
+def test_on_the_cpu_host_memory_decides(
+    free_gib: float, values: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From stored traces, without a trace of its own. 4 images took 4.45 GiB on a CPU (`ru_maxrss`, torch included)."""
+    monkeypatch.setattr(here, "for_data", unchanged)
+    monkeypatch.setattr(on_cpu, "available_host_bytes", lambda: int(free_gib * GIB))
+    monkeypatch.setattr(subprocess, "Popen", None)
+    chosen, said = choose(on=torch.device("cpu"))
+    assert chosen.items() >= values.items()
+    assert words in said
+
+
+def test_on_the_cpu_what_no_stored_trace_covers_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(here, "for_data", unchanged)
+    chosen, said = choose(on=torch.device("cpu"), resolution=64)
+    assert chosen == {}
+    assert said.startswith("not planned (no stored trace covers this setting)")
+    assert "--micro-batch N sets one" in said

@@ -30,6 +30,7 @@ def plan(
     gpus: int = 1,
     data: str | Path | None = None,
     allow_outside: bool = False,
+    only_classes: str = "",
     effective_batch: int | None = None,
     micro_batch: int | None = None,
     checkpointing: Checkpointing | None = None,
@@ -48,6 +49,7 @@ def plan(
         gpus: Cards of this kind, one process each.
         data: Data set; its classes, its fullest image, its largest image and its decoding time are used.
         allow_outside: Read files that the data set names but does not hold.
+        only_classes: Names of the data set's classes that are trained on, with commas between; all unless given.
         effective_batch: Images per optimizer step over all GPUs; held exactly. 16 unless given; CLIP has no default.
         micro_batch: Plan with this one alone.
         checkpointing: Plan with this alone.
@@ -66,9 +68,9 @@ def plan(
     wanted = setting_of(model, knobs)
     batch_of(wanted.family, effective_batch)  # refused before anything is read
     card = card_of(gpu, memory, note)
-    setting, dataset = setting_on_data(wanted, data, allow_outside=allow_outside)
+    setting, dataset = setting_on_data(wanted, data, allow_outside=allow_outside, only_classes=only_classes)
     decode_s = None if dataset is None else decode_seconds(setting, dataset)
-    return make_plan(
+    result = make_plan(
         setting,
         card,
         effective_batch=effective_batch,
@@ -82,6 +84,7 @@ def plan(
         cores=os.cpu_count() if gpu is None and memory is None else None,
         note=note,
     )
+    return replace(result, data="" if data is None else str(data), only_classes=only_classes)
 
 
 def predict(
@@ -92,6 +95,7 @@ def predict(
     gpus: int = 1,
     data: str | Path | None = None,
     allow_outside: bool = False,
+    only_classes: str = "",
     alloc_conf: str = "",
     cudnn_benchmark: bool = False,
     cache: bool = True,
@@ -109,6 +113,7 @@ def predict(
         gpus: Cards of this kind that train together.
         data: Data set that determines the number of classes, the fullest image and the largest image.
         allow_outside: Read files that the data set names but does not hold.
+        only_classes: Names of the data set's classes that are trained on, with commas between; all unless given.
         alloc_conf: As PYTORCH_ALLOC_CONF.
         cudnn_benchmark: Whether torch.backends.cudnn.benchmark is on: each convolution's first run empties the cache.
         cache: Store the traces, and use stored ones.
@@ -124,7 +129,8 @@ def predict(
         raise TrainfitError(f"--gpus must be at least 1, not {gpus}")
     card = gpu if isinstance(gpu, Gpu) else chosen_gpu(gpu, memory)
     config = replace(AllocatorConfig.from_env_string(alloc_conf), cudnn_benchmark=cudnn_benchmark)
-    setting, _ = setting_on_data(setting_of(model, knobs), data, allow_outside=allow_outside)
+    wanted = setting_of(model, knobs)
+    setting, _ = setting_on_data(wanted, data, allow_outside=allow_outside, only_classes=only_classes)
     prediction, training = predict_with_trace(
         setting, card, config=config, gpus=gpus, cache=cache, device=trace_on, note=note
     )

@@ -34,6 +34,8 @@ class PlanFlags(Generic[AnySetting]):
     """Data set: its classes, fullest image, canvas and decoding time are used."""
     allow_outside: Annotated[bool, In("data")] = False
     """Read files that the data set names but does not hold."""
+    only_classes: Annotated[str, In("data")] = ""
+    """Names of classes of the data set, with commas between; all unless given."""
     effective_batch: Annotated[int | None, In("batch")] = None
     """Images (or pairs) per optimizer step over all GPUs; held exactly (default 16; CLIP has none)."""
     allow: Annotated[tuple[str, ...], In("model")] = ()
@@ -70,6 +72,7 @@ def plan(arguments: PlanFlags[Setting], given: AbstractSet[str]) -> int:
             gpus=arguments.gpus,
             data=arguments.data,
             allow_outside=arguments.allow_outside,
+            only_classes=arguments.only_classes,
             effective_batch=arguments.effective_batch,
             micro_batch=setting.micro_batch if "micro_batch" in given else None,
             checkpointing=setting.checkpointing if "checkpointing" in given else None,

@@ -37,6 +37,8 @@ class PredictFlags(Generic[AnySetting]):
     """Data set that tells --classes, --objects-per-image and --canvas; it overrides them."""
     allow_outside: Annotated[bool, In("data")] = False
     """Read files that the data set names but does not hold."""
+    only_classes: Annotated[str, In("data")] = ""
+    """Names of classes of the data set, with commas between; all unless given."""
     alloc_conf: Annotated[str, In("card")] = ""
     """Value of PYTORCH_ALLOC_CONF, for instance expandable_segments:True."""
     cudnn_benchmark: Annotated[bool, In("card")] = False
@@ -68,6 +70,7 @@ def predict(arguments: PredictFlags[Setting], _given: AbstractSet[str]) -> int:
             gpus=arguments.gpus,
             data=arguments.data,
             allow_outside=arguments.allow_outside,
+            only_classes=arguments.only_classes,
             alloc_conf=arguments.alloc_conf,
             cudnn_benchmark=arguments.cudnn_benchmark,
             cache=arguments.cache,

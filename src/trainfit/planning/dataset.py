@@ -12,6 +12,7 @@ from PIL import Image
 
 from trainfit.errors import TrainfitError
 from trainfit.models.setting import Setting
+from trainfit.tasks.class_filter import with_classes
 from trainfit.tasks.images import read_image
 from trainfit.tasks.task import DEFAULT_TASK, Dataset, Task, task_of
 
@@ -34,16 +35,18 @@ def read_data(setting: Setting, data: str, *, allow_outside: bool = False) -> Da
 
 
 def setting_on_data(
-    setting: Setting, data: str | Path | None, *, allow_outside: bool
+    setting: Setting, data: str | Path | None, *, allow_outside: bool, only_classes: str = ""
 ) -> tuple[Setting, Dataset | None]:
     """The setting with what a data set determines of it, and the data set; without data, the setting as it is and None.
 
     Raises:
-        TrainfitError: as `read_data`.
+        TrainfitError: as `read_data` and `with_classes`, or classes are chosen without data.
     """
     if data is None:
+        if only_classes:
+            raise TrainfitError("--only-classes chooses classes of a data set: give --data too")
         return setting, None
-    dataset = read_data(setting, str(data), allow_outside=allow_outside)
+    dataset = with_classes(_task(setting), read_data(setting, str(data), allow_outside=allow_outside), only_classes)
     return for_data(setting, dataset), dataset
 
 

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import GIB, Gpu
 from trainfit.gpus.detect import detect_gpus, visible, with_free_memory
+from trainfit.models.setting import Setting
 from trainfit.planning.dataset import for_data
 from trainfit.planning.make import make_plan
+from trainfit.planning.on_cpu import cut_for_host_memory
 from trainfit.planning.plan import Candidate, Plan
 from trainfit.tasks.task import Dataset
 from trainfit.training.recipe import Recipe, batch_of, setting_of
@@ -25,10 +27,10 @@ BY_HAND = frozenset({"micro_batch", "accumulation", "plan"})
 def planned_here(
     recipe: Recipe, dataset: Dataset, device: "torch.device", gpus: int, note: Callable[[str], None]
 ) -> Mapping[str, Any]:
-    """Values of `CHOSEN` for a recipe that does not say how to cut its batch; nothing on the CPU.
+    """Values of `CHOSEN` for a recipe that does not say how to cut its batch.
 
-    The plan is for the card with the least free memory of those that are used. What cannot be planned is reported with the
-    reason, and training starts with its defaults.
+    The plan is for the card with the least free memory of those that are used; on the CPU it is for the host's free memory.
+    What cannot be planned is reported with the reason, and training starts with its defaults.
 
     Args:
         recipe: What is to be trained.
@@ -37,26 +39,38 @@ def planned_here(
         gpus: Cards that train together.
         note: Called with the plan in a line, and before anything that takes seconds.
     """
-    if device.type != "cuda" or BY_HAND & given(recipe):
+    if BY_HAND & given(recipe):
         return {}
     try:
-        card = smallest_card(gpus)
         setting = for_data(setting_of(recipe, len(dataset.classes)), dataset)
         batch = batch_of(recipe.family, recipe.effective_batch)
-
-        def lasting(text: str) -> None:
-            if not text.endswith("..."):
-                note(text)
-
-        only = recipe.checkpointing if "checkpointing" in given(recipe) else None
-        plan = make_plan(setting, card, effective_batch=batch, gpus=gpus, checkpointing=only, note=lasting)
+        if device.type == "cuda":
+            chosen, text = _for_cards(recipe, setting, batch, gpus, note)
+        else:
+            keeps = "checkpointing" in given(recipe)
+            chosen, text = cut_for_host_memory(setting, -(-batch // gpus), checkpointing_given=keeps)
     except TrainfitError as error:
-        note(f"not planned ({error}): micro-batch and checkpointing are the defaults")
+        note(f"not planned ({error}): micro-batch and checkpointing are the defaults; --micro-batch N sets one")
         return {}
-    chosen = plan.chosen or plan.smallest
-    note(line(plan, chosen))
-    values = chosen.setting.to_json()
+    note(text)
+    values = chosen.to_json()
     return {name: values[name] for name in CHOSEN if name in values and name not in given(recipe)}
+
+
+def _for_cards(
+    recipe: Recipe, setting: Setting, batch: int, gpus: int, note: Callable[[str], None]
+) -> tuple[Setting, str]:
+    """The plan's setting, or the smallest where nothing is sure to fit, and the plan in a line."""
+
+    def lasting(text: str) -> None:
+        if not text.endswith("..."):
+            note(text)
+
+    only = recipe.checkpointing if "checkpointing" in given(recipe) else None
+    card = smallest_card(gpus)
+    plan = make_plan(setting, card, effective_batch=batch, gpus=gpus, checkpointing=only, note=lasting)
+    chosen = plan.chosen or plan.smallest
+    return chosen.setting, line(plan, chosen)
 
 
 def smallest_card(gpus: int) -> Gpu:

@@ -155,6 +155,10 @@ class Plan:
     """Whether times are of this card; otherwise they rank settings, and no more."""
     assumptions: tuple[str, ...]
     """Sentences on what the plan assumes."""
+    data: str = ""
+    """The data set that it is for, as the user named it; empty: any."""
+    only_classes: str = ""
+    """Classes of the data set, as `--only-classes` takes them; empty: all."""
 
 
 NOT_TAKEN = ("model", "accumulation", *FROM_DATA)
@@ -173,6 +177,8 @@ def knobs(plan: Plan) -> dict[str, Any]:
     values = {"effective_batch": plan.effective_batch, **own, **scaled_rates(setting, plan.effective_batch)}
     if plan.loading.of_this_machine:
         values["workers"] = plan.loading.workers
+    if plan.only_classes:
+        values["only_classes"] = plan.only_classes
     return {name: value for name, value in values.items() if value is not None}
 
 

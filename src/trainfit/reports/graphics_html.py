@@ -9,6 +9,7 @@ from typing import Any
 
 from trainfit.reports import svg
 from trainfit.tasks.graphics import read_graphics
+from trainfit.tasks.palette import hex_color
 
 _SIDE = 300
 _LEFT = 44
@@ -23,7 +24,7 @@ def graphics_html(folder: Path) -> str:
     matrices = [_matrix(row) for row in rows if row["kind"] == "matrix"]
     parts: list[str] = []
     if plots:
-        parts.append(f"<h2>Precision and recall</h2><div class='charts'>{''.join(plots)}</div>")
+        parts.append(f"<h2>Curves</h2><div class='charts'>{''.join(plots)}</div>")
     parts += matrices
     if any(pictures):
         parts.append(f"<h2>Validation pictures</h2>{''.join(pictures)}")
@@ -49,22 +50,23 @@ def _picture(row: Mapping[str, Any], folder: Path) -> str:
 
 
 def _plot(row: Mapping[str, Any]) -> str:
-    """Lines in a unit square; each is named where the mouse is."""
+    """Lines in a square; each is named where the mouse is."""
+    most = row.get("x_most", 1.0)
 
     def at(x: float, y: float) -> tuple[float, float]:
-        return _LEFT + x * _SIDE, _TOP + (1 - y) * _SIDE
+        return _LEFT + x / most * _SIDE, _TOP + (1 - y) * _SIDE
 
     shapes: list[str] = []
     for tick in range(6):
         share = tick / 5
-        x, y = at(share, share)
+        x, y = at(share * most, share)
         shapes.append(svg.line(_LEFT, y, _LEFT + _SIDE, y, "var(--line)", "stroke-width='.5'"))
         shapes.append(svg.line(x, _TOP, x, _TOP + _SIDE, "var(--line)", "stroke-width='.5'"))
         shapes.append(svg.text(_LEFT - 6, y + 4, f"{share:.1f}", anchor="end"))
-        shapes.append(svg.text(x, _TOP + _SIDE + 16, f"{share:.1f}", anchor="middle"))
+        shapes.append(svg.text(x, _TOP + _SIDE + 16, f"{share * most:.3g}", anchor="middle"))
     keys: list[tuple[str, str]] = []
     for number, (name, points) in reversed(list(enumerate(row["lines"]))):
-        ink = "var(--ink)" if number == 0 else svg.hue(number - 1)
+        ink = "var(--ink)" if number == 0 else hex_color(number - 1)
         path = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in points)
         width = 2.5 if number == 0 else 1.2
         shapes.append(

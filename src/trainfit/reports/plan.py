@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from shlex import quote
 from typing import Any
 
 from trainfit.gpus.catalogue import GIB, Gpu, all_gpus, gpu_with_memory
@@ -316,11 +317,11 @@ def train_command(plan: Plan) -> str:
     assert plan.chosen is not None
     stage = family.needed_flags(plan.chosen.setting)
     launch = f"torchrun --nproc-per-node {plan.gpus} -m trainfit" if plan.gpus > 1 else "trainfit"
-    return " ".join([f"{launch} train {plan.model} --data DIR", *flags, *stage])
+    return " ".join([f"{launch} train {plan.model} --data {quote(plan.data or 'DIR')}", *flags, *stage])
 
 
 def _flag(name: str, value: object) -> str:
     dashed = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{dashed}" if value else f"--no-{dashed}"
-    return f"--{dashed} {value}"
+    return f"--{dashed} {quote(str(value))}"

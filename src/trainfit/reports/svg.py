@@ -165,14 +165,6 @@ def legend(keys: Sequence[tuple[str, str]]) -> str:
     return "<p>" + "".join(f"<span class='key'><i style='background:{c}'></i>{n}</span>" for n, c in keys) + "</p>"
 
 
-_HUES = ("#4ea5b7", "#e38a42", "#6aa84f", "#9575cd", "#e889ab", "#c0a000", "#7f8fa9", "#b5654a", "#2f7fd0", "#3aa38c")
-
-
-def hue(number: int) -> str:
-    """A colour that is legible on light and dark paper; the same again after ten."""
-    return _HUES[number % len(_HUES)]
-
-
 def page(title: str, parts: Sequence[str]) -> str:
     """The whole page."""
     head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{escape(title)}</title>"

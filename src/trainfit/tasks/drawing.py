@@ -1,6 +1,5 @@
-"""What pictures of any task need: a colour for each class, letters that can be read, and boxes with labels."""
+"""What pictures of any task need: letters that can be read, and boxes with labels."""
 
-import colorsys
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -10,23 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-Color = tuple[int, int, int]
+from trainfit.tasks.palette import Color
+
 Area = tuple[float, float, float, float]
 Font = ImageFont.FreeTypeFont
-_FIRST = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#f2c80f")
-_GOLDEN = 0.6180339887
-"""Steps of this share of the circle never come near an earlier hue soon."""
 _OPACITY = 0.45
-
-
-def color(number: int) -> Color:
-    """The colour of a class, by its place among the classes."""
-    if number < len(_FIRST):
-        text = _FIRST[number]
-        return int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16)
-    bright = 0.95 if number % 2 else 0.7
-    red, green, blue = colorsys.hsv_to_rgb(number * _GOLDEN % 1, 0.85, bright)
-    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def ink_on(background: Color) -> Color:
@@ -37,15 +24,11 @@ def ink_on(background: Color) -> Color:
 
 @cache
 def font(size: int) -> Font:
-    """Letters of a height in pixels: DejaVu Sans, which comes with matplotlib; Pillow's own without it."""
-    spec = find_spec("matplotlib")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        file = Path(folder) / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
-        if file.is_file():
-            return ImageFont.truetype(str(file), size)
-    letters = ImageFont.load_default(size)
-    assert isinstance(letters, ImageFont.FreeTypeFont)  # it is, wherever Pillow has FreeType, which its wheels have
-    return letters
+    """Letters of a height in pixels: DejaVu Sans, which comes with matplotlib."""
+    spec = find_spec("matplotlib")  # importing it takes a second
+    assert spec is not None
+    assert spec.origin is not None
+    return ImageFont.truetype(Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def draw_objects(

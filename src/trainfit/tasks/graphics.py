@@ -28,7 +28,7 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """Lines in a unit square."""
+    """Lines in a square: y is between 0 and 1, x between 0 and `x_most`."""
 
     name: str
     """Name of the file."""
@@ -38,7 +38,8 @@ class Plot:
     y: str
     """What the axes are."""
     lines: tuple[tuple[str, tuple[tuple[float, float], ...]], ...]
-    """(name, points (x, y)); both coordinates between 0 and 1."""
+    """(name, points (x, y)); the first line stands for all."""
+    x_most: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

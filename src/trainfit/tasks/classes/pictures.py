@@ -7,8 +7,9 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from trainfit.tasks.classes.samples import UNKNOWN, ClassRecord, Ranking
-from trainfit.tasks.drawing import color, font, ink_on
+from trainfit.tasks.drawing import font, ink_on
 from trainfit.tasks.images import read_rgb, require_header
+from trainfit.tasks.palette import color
 
 
 def file_record(number: int, path: Path) -> ClassRecord:

@@ -10,9 +10,10 @@ from PIL import Image, ImageDraw
 from trainfit.tasks.detection.coco_ap import Detections
 from trainfit.tasks.detection.masks import draw_masks
 from trainfit.tasks.detection.samples import ImageRecord, Polygons, Rle
-from trainfit.tasks.drawing import Area, color, draw_objects, font
+from trainfit.tasks.drawing import Area, draw_objects, font
 from trainfit.tasks.graphics import Picture
 from trainfit.tasks.images import read_image
+from trainfit.tasks.palette import color
 
 PICTURES = 6
 SIDE = 560

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainfit.tasks.confusion import confusion_matrix
 from trainfit.tasks.detection.coco_ap import Detections
 from trainfit.tasks.detection.samples import ImageRecord
 from trainfit.tasks.graphics import Matrix, Plot
@@ -15,8 +16,6 @@ SCORE = 0.5
 """The least score that the confusion matrix counts: what `trainfit detect` shows unless --threshold is given."""
 MOST_CLASSES = 10
 """Classes with a line of their own, those with the most objects."""
-MOST_CELLS = 25
-"""Classes with a row and a column of their own in the matrix, those with the most objects."""
 RECALLS = np.linspace(0, 1, 101)
 Numbers = NDArray[np.floating[Any]]
 
@@ -77,20 +76,14 @@ class Matching:
         return (*self.curves().plots(), self._matrix()) if self.objects.sum() else ()
 
     def _matrix(self) -> Matrix:
-        number = len(self.classes)
-        rows = np.sort(np.argsort(-self.objects, kind="stable")[:MOST_CELLS])
-        rest = np.setdiff1d(np.arange(number), rows)
-        groups = [*([row] for row in rows.tolist()), *([rest.tolist()] if rest.size else []), [number]]
-        names = [*(self.classes[row] for row in rows.tolist()), *(["others"] if rest.size else [])]
-        values = [[int(self.confusion[np.ix_(one, other)].sum()) for other in groups] for one in groups]
-        return Matrix(
-            name="confusion",
+        return confusion_matrix(
+            self.confusion,
+            self.classes,
             title=f"Confusion matrix (boxes, IoU {IOU:g}, score {SCORE:g} or more)",
             row_name="objects",
             column_name="detections",
-            rows=(*names, "no object"),
-            columns=(*names, "missed"),
-            values=tuple(map(tuple, values)),
+            no_row="no object",
+            no_column="missed",
         )
 
 

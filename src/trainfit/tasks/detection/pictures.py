@@ -9,8 +9,9 @@ from PIL import Image
 
 from trainfit.tasks.detection.masks import decode_rle, mask_area
 from trainfit.tasks.detection.samples import ImageDetections, ImageRecord, Rle
-from trainfit.tasks.drawing import color, draw_objects
+from trainfit.tasks.drawing import draw_objects
 from trainfit.tasks.images import read_rgb, require_header
+from trainfit.tasks.palette import color
 
 
 def file_record(number: int, path: Path) -> ImageRecord:

@@ -1,16 +1,22 @@
 """Retrieval and zero-shot classification as a `Metric`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from trainfit.step import ranks
+from trainfit.tasks.classes.metric import MOST_CONFUSED, first_choices
+from trainfit.tasks.graphics import Graphic, Plot
 from trainfit.tasks.pairs.features import BLOCK, FeatureStore
 from trainfit.tasks.pairs.samples import PairFeatures, PairRecord
 from trainfit.tasks.task import Evaluation, Table
 
 RECALLS = (1, 5, 10)
+MOST_RANK = 50
+"""The curve of recall goes to this rank."""
 DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 
 
@@ -40,9 +46,7 @@ class RetrievalMetric:
             "image_to_text": _hits(self.images, self.texts),
             "text_to_image": _hits(self.texts, self.images),
         }
-        numbers = {
-            f"{name}_{k}": float(recall) for name, of in hits.items() for k, recall in zip(RECALLS, of, strict=True)
-        }
+        numbers = {f"{name}_{k}": float(recall) for name, of in hits.items() for k, recall in enumerate(of, 1)}
         sizes = {"images": float(len(self.images)), "texts": float(len(self.texts))}
         total = ranks.sum_over_ranks(numbers | sizes)
         images = int(total["images"])
@@ -53,7 +57,20 @@ class RetrievalMetric:
             for name in DIRECTIONS
             for k in RECALLS
         }
-        return _retrieval(recalls, images, texts)
+        curves = {
+            word: [total[f"{name}_{k}"] / of[name] for k in range(1, MOST_RANK + 1)]
+            for name, word in DIRECTIONS.items()
+            if of[name]
+        }
+        return replace(_retrieval(recalls, images, texts), graphics=_curve(curves))
+
+
+def _curve(recalls: Mapping[str, Sequence[float]]) -> tuple[Graphic, ...]:
+    """Recall by the number of best answers that are looked at."""
+    lines = tuple((name, tuple(enumerate(values, 1))) for name, values in recalls.items())
+    if not lines:
+        return ()
+    return (Plot(name="recall", title="Recall", x="best answers (k)", y="recall@k", lines=lines, x_most=MOST_RANK),)
 
 
 def _retrieval(recalls: dict[str, float | None], images: int, texts: int) -> Evaluation:
@@ -74,7 +91,7 @@ def _retrieval(recalls: dict[str, float | None], images: int, texts: int) -> Eva
 
 
 def _hits(queries: FeatureStore, gallery: FeatureStore) -> list[int]:
-    """Queries of this rank with a right answer among the first k of all ranks' gallery, for each of `RECALLS`.
+    """Queries of this rank with a right answer among the first k of all ranks' gallery, for k from 1 to `MOST_RANK`.
 
     The right answers to a query are on its own rank, because they are of the same record.
     """
@@ -89,7 +106,7 @@ def _hits(queries: FeatureStore, gallery: FeatureStore) -> list[int]:
             similar = (rows @ others.T).masked_fill_(numbers[:, None] == of, -torch.inf)
             count += (similar > best_scores[:, None]).sum(1) + (similar == best_scores[:, None]).sum(1) / 2
     counts = torch.cat(before) if before else torch.zeros(0)
-    return [int((counts < k).sum()) for k in RECALLS]
+    return [int((counts < k).sum()) for k in range(1, MOST_RANK + 1)]
 
 
 def _everywhere(store: FeatureStore) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -129,15 +146,21 @@ class ZeroShotMetric:
             known |= part
         labels = sorted(known)
         right = torch.zeros(3, len(self.classes), dtype=torch.float64)  # images, first, among the first five
+        side = len(self.classes) + 1 if len(self.classes) <= MOST_CONFUSED else 0
+        confusion = np.zeros((side, side))
         if labels:
             classifier = torch.stack([known[label] for label in labels])
             names = torch.tensor(labels)
             for rows, truth in self.images.blocks():
                 order = names[(rows @ classifier.T).topk(min(5, len(labels)), dim=1).indices]
                 hits = order == truth[:, None]
+                if side:
+                    np.add.at(confusion, (truth.numpy(), order[:, 0].numpy()), 1)
                 right.index_add_(1, truth, torch.stack((torch.ones(len(truth)), hits[:, 0], hits.any(1))).double())
-        total = torch.tensor(ranks.sum_numbers(right.flatten().tolist())).reshape(right.shape)
-        return _classification(total, self.classes)
+        numbers = ranks.sum_numbers([*right.flatten().tolist(), *confusion.flatten().tolist()])
+        total = torch.tensor(numbers[: right.numel()]).reshape(right.shape)
+        first = np.array(numbers[right.numel() :]).reshape(confusion.shape)
+        return replace(_classification(total, self.classes), graphics=first_choices(first, self.classes))
 
 
 def _classification(total: torch.Tensor, classes: Sequence[str]) -> Evaluation:
