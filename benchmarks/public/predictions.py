@@ -40,7 +40,7 @@ def predict(row: Row) -> Predicted | None:
     config = AllocatorConfig()
     reserved = needed(stored, gpu, config)
     found = assess(stored, gpu, config, since=begin, reserved=reserved)
-    size, likely_bytes = _quantity(row, found, gpu)
+    size, likely_bytes = quantity_of(row, found, gpu)
     made = _of(size, likely_bytes)
     needs_mib = (reserved.low_bytes / MIB, reserved.high_bytes / MIB)
     seconds = step_seconds(stored.ops, gpu, drawn=row.drawn).seconds
@@ -61,7 +61,7 @@ def _of(size: ByteRange, likely_bytes: int) -> Predicted:
     return Predicted(low_mib=low, likely_mib=likely, high_mib=high, seconds=0, needs_mib=(0, 0))
 
 
-def _quantity(row: Row, found: MemoryPrediction, gpu: Gpu) -> tuple[ByteRange, int]:
+def quantity_of(row: Row, found: MemoryPrediction, gpu: Gpu) -> tuple[ByteRange, int]:
     """(interval, likeliest bytes) of what the row measured."""
     context, takes = cuda_context_bytes(gpu), found.takes
     if row.quantity == "allocated":

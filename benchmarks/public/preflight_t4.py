@@ -21,7 +21,7 @@ class Step:
     def __init__(self, device: torch.device, model: str, batch: int, length: int) -> None:
         """Build model, optimizer and inputs on `device`."""
         self.name = model
-        self.model: Any = _model(model).to(device).train()
+        self.model: Any = network(model).to(device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         if model == "resnet50":
             self.images = torch.randn(batch, 3, length, length, device=device)
@@ -52,7 +52,8 @@ class Step:
 build = Step
 
 
-def _model(name: str) -> torch.nn.Module:
+def network(name: str) -> torch.nn.Module:
+    """The model of a name, with weights of any values."""
     if name == "resnet50":
         return torchvision.models.resnet50()
     import transformers
