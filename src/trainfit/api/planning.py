@@ -40,7 +40,7 @@ def plan(
     note: Callable[[str], None] = lambda _: None,
     **knobs: Any,
 ) -> Plan:
-    """Plan the fastest training that fits a GPU, which need not be there: `trainfit plan`.
+    """Plan the fastest training that fits a GPU, which need not be there: `trainfit plan`; `chosen` is None where nothing fits.
 
     Args:
         model: Name of a model, or a setting, whose micro-batch, accumulation and checkpointing do not count.
@@ -59,9 +59,6 @@ def plan(
         note: Called with one line before anything that takes seconds.
         knobs: Other knobs of the model's family (`Setting`).
 
-    Returns:
-        The plan; its `chosen` is None where nothing fits.
-
     Raises:
         TrainfitError: no such model, knob, card or data set, or a step that cannot be traced.
     """
@@ -69,7 +66,6 @@ def plan(
     batch_of(wanted.family, effective_batch)  # refused before anything is read
     card = card_of(gpu, memory, note)
     setting, dataset = setting_on_data(wanted, data, allow_outside=allow_outside, only_classes=only_classes)
-    decode_s = None if dataset is None else decode_seconds(setting, dataset)
     result = make_plan(
         setting,
         card,
@@ -80,7 +76,7 @@ def plan(
         allow=allow,
         config=AllocatorConfig.from_env_string(alloc_conf),
         cache=cache,
-        decode_s=decode_s,
+        decode_s=None if dataset is None else decode_seconds(setting, dataset),
         cores=os.cpu_count() if gpu is None and memory is None else None,
         note=note,
     )

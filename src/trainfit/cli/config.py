@@ -80,6 +80,10 @@ def _read(path: Path) -> dict[str, Any]:
         content: object = yaml.safe_load(read_bytes(path, MOST_BYTES))
     except OSError as error:
         raise TrainfitError(f"{CONFIG} {path} cannot be read ({error.strerror})") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        hint = "; indent with spaces, not with tabs" if "\\t" in str(error.problem) else ""
+        raise TrainfitError(f"{CONFIG} {path} is no YAML: line {line}: {error.problem}{hint}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise TrainfitError(f"{CONFIG} {path} is no YAML: {reason}") from error

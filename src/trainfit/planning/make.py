@@ -172,6 +172,9 @@ def _refuse_impossible(
         if knob not in setting.family.learns:
             known = ", ".join(setting.family.learns) or "none"
             raise TrainfitError(f"--allow {knob}: no such knob of {setting.model}; there are: {known}")
+    for name, value in (("--gpus", gpus), ("--effective-batch", effective_batch)):
+        if value < 1:
+            raise TrainfitError(f"{name} must be at least 1, not {value}")
     if effective_batch < gpus:
         raise TrainfitError(f"--effective-batch {effective_batch} is less than the {gpus} GPUs: give at least {gpus}")
     share = -(-effective_batch // gpus)
