@@ -116,7 +116,9 @@ RULES: Mapping[str, Flags | Same | Instead] = {
     "MODEL.MASK_ON": Flags(make=_switch),
     "MODEL.RESNETS.DEPTH": Flags(make=lambda _: []),
     "MODEL.DEVICE": Instead(text="--device auto takes the GPU where there is one"),
-    "MODEL.WEIGHTS": Instead(text="torchvision's COCO weights, where it has any of this model; --weights random or FILE"),
+    "MODEL.WEIGHTS": Instead(
+        text="torchvision's COCO weights, where it has any of this model; --weights random or FILE"
+    ),
     "MODEL.PIXEL_MEAN": Instead(text="torchvision's mean of RGB in 0..1"),
     "MODEL.PIXEL_STD": Instead(text="torchvision's deviation of RGB in 0..1"),
     "MODEL.BACKBONE.FREEZE_AT": Flags(make=_stages),
