@@ -1,4 +1,4 @@
-"""What a data set says about a setting: its classes, its fullest image, its largest canvas."""
+"""Knobs that a data set determines: classes, objects in the fullest image, canvas; and the time to decode an image."""
 
 import contextlib
 import statistics
@@ -17,7 +17,7 @@ from trainfit.tasks.images import read_image
 from trainfit.tasks.task import DEFAULT_TASK, Dataset, Task, task_of
 
 SAMPLED = 8
-"""Images that are decoded for a time."""
+"""Number of images that are decoded to measure the time."""
 AUGMENTATION = 1.2
 """A loader process's time for an image over reading and resizing it, and its time for a pixel of a mask: RF-DETR's decoder
 took 1.17 to 1.22 times as long at 736 px, and 2.7 and 3.4 ns more for a pixel of a polygon's mask at 552 px (one core of an
@@ -51,7 +51,7 @@ def setting_on_data(
 
 
 def for_data(setting: Setting, dataset: Dataset) -> Setting:
-    """The setting with its number of classes, and what else the training images determine of the family's knobs."""
+    """The setting with the number of classes and the other knobs of the family that the training images determine."""
     statistics_of_data = _task(setting).statistics(dataset.splits["train"])
     classes = len(dataset.classes) or setting.classes  # data of some tasks have no classes
     return setting.family.for_data(replace(setting, classes=classes), statistics_of_data)

@@ -1,4 +1,4 @@
-"""The setting that training takes by itself: planned for the GPUs of this machine, for these data and what is free now."""
+"""Plans for the GPUs of this machine, the data and the free memory, where a recipe leaves the cut of its batch open."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 CHOSEN = ("micro_batch", "checkpointing", "ema_on_host", "optimizer")
-"""Knobs that training takes from the plan: they change memory and time, and not what is learned."""
+"""Knobs that training takes from the plan: they change memory and time, but not what is learned."""
 BY_HAND = frozenset({"micro_batch", "accumulation", "plan"})
 """Nothing is planned if one of these is given."""
 
@@ -86,7 +86,7 @@ def smallest_card(gpus: int) -> Gpu:
 
 
 def line(plan: Plan, chosen: Candidate) -> str:
-    """The plan in a line."""
+    """The plan in one line, for the user."""
     setting = chosen.setting
     cut = f"micro-batch {setting.micro_batch} x {setting.accumulation}"
     if plan.gpus > 1:

@@ -28,14 +28,14 @@ from trainfit.training.headroom import IN_MEMORY_BYTES
 from trainfit.training.recipe import batch_of
 
 LINK_BYTES_PER_S = 10e9
-"""Between GPUs, each way: what PCIe 4.0 x8 to x16 leaves in practice. Not measured; NVLink is faster."""
+"""Rate between GPUs in each direction: the usual practical rate of PCIe 4.0 x8 to x16. Not measured; NVLink is faster."""
 TRAINER_BYTES = 3 * GIB
 """Host memory of the trainer with CUDA's libraries."""
 WORKER_BYTES = 150 * MIB
 """Host memory of a loader process, without what it shares with the trainer (23 MiB measured on Linux before it decodes
 anything; the rest is for decoding)."""
 PREFETCH = 2
-"""Windows in the making or waiting for each worker, as the loader has them (`training.workers`)."""
+"""Windows that are being made or wait, for each worker, as in the loader (`training.workers`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Calibrated:
     pricer: Pricer
     """Predicts without the measurements."""
     calibration: Calibration | None
-    """None: nothing was measured on it."""
+    """Ratios of measured to predicted figures; None if nothing was measured on the card."""
 
     def needs(self, setting: Setting) -> ByteRange:
         """The predicted need, its high end raised by the ratio with which measured runs exceeded their predictions."""
@@ -54,7 +54,7 @@ class Calibrated:
         return replace(needs, high_bytes=max(needs.high_bytes, ceil(factor * needs.low_bytes)))
 
     def least(self, setting: Setting) -> int:
-        """As the pricer says."""
+        """The lower bound of the predicted need; measurements do not change it."""
         return self.pricer.least(setting)
 
     def seconds(
@@ -75,11 +75,11 @@ class Calibrated:
         return replace(prediction, training=replace(prediction.training, time=self.seconds(setting, cuts)))
 
     def blocks(self, setting: Setting) -> int:
-        """As the pricer says."""
+        """Number of blocks that activation checkpointing may recompute."""
         return self.pricer.blocks(setting)
 
     def known(self, setting: Setting) -> bool:
-        """As the pricer says."""
+        """Whether `needs` returns without tracing."""
         return self.pricer.known(setting)
 
 
@@ -98,7 +98,7 @@ def make_plan(
     cores: int | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Plan:
-    """The fastest setting that fits a card, and everything beside it.
+    """Plan the fastest setting that fits a card.
 
     Args:
         setting: Knobs as wanted; its micro-batch, accumulation and checkpointing do not count.
@@ -221,7 +221,7 @@ def _plan(
 
 
 def precision_for(setting: Setting, gpu: Gpu) -> Literal["fp32", "fp16", "bf16"]:
-    """`auto` resolved for the card as training resolves it."""
+    """The precision that training on the card uses for `auto`."""
     if setting.precision == "auto":
         return auto_precision(gpu.capability)
     if setting.precision == "bf16" and not has_bf16(gpu.capability):

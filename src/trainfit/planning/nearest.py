@@ -1,4 +1,4 @@
-"""The setting nearest to one that is not covered by the traces of the package: for an answer before it is traced."""
+"""Finds the nearest setting that the traces of the package cover, for a provisional answer before a setting is traced."""
 
 from dataclasses import fields, replace
 
@@ -20,7 +20,7 @@ SCALED = frozenset(
         "objects_per_image",
     }
 )
-"""Fields that a stored trace answers for at more than their default."""
+"""Fields for which a stored trace covers other values than the default."""
 
 
 def nearest(setting: Setting, pricer: Pricer) -> tuple[Setting, str] | None:
@@ -43,5 +43,5 @@ def nearest(setting: Setting, pricer: Pricer) -> tuple[Setting, str] | None:
 
 
 def needs_text(needs: ByteRange) -> str:
-    """What a setting needs, in GiB."""
+    """The memory that a setting needs, in words."""
     return f"needs {needs.low_bytes / GIB:.2f} to {needs.high_bytes / GIB:.2f} GiB"

@@ -1,4 +1,4 @@
-"""What the number of objects in the fullest image does to the memory that a prediction is about."""
+"""Describes how the predicted memory depends on the number of objects in the fullest image."""
 
 from dataclasses import replace
 from typing import Protocol
@@ -12,7 +12,7 @@ FEW = 10
 
 
 class Needs(Protocol):
-    """The part of `memory.priced.Pricer` that is asked."""
+    """The part of `memory.priced.Pricer` that is used here."""
 
     def known(self, setting: Setting) -> bool:
         """Whether `needs` answers without tracing."""

@@ -34,11 +34,11 @@ class Candidate:
     seconds: float | None
     """Seconds of one window; None for a card whose rates are not known."""
     images_per_s: float | None
-    """Over all GPUs."""
+    """Speed over all GPUs."""
     verdict: Verdict
     """fits: the most that it may need is available, and `memory.predict.RESERVE` of the budget in addition."""
     reason: str
-    """Why it was not chosen, with its number; of the chosen one, why it was."""
+    """Why it was not chosen, with the number; for the chosen one, why it was."""
     needs_more: bool = False
     """Whether `needs` is only a lower bound, which is already too much: the need was not computed."""
 
@@ -64,7 +64,7 @@ class Loading:
     workers: int
     """Loader processes per GPU."""
     host_bytes: int
-    """The trainer, its workers, and the windows that wait in their queues; one process per GPU."""
+    """Host memory of the trainers (one per GPU), their workers, and the windows in their queues."""
     reason: str
     """How the number of workers was chosen."""
     of_this_machine: bool = True
@@ -143,16 +143,16 @@ class Plan:
     candidates: tuple[Candidate, ...]
     """All that were considered, the chosen one too."""
     smallest: Candidate
-    """The one that needs least."""
+    """The candidate that needs the least memory."""
     savings: tuple[Saving, ...]
     """What each knob would free, largest first. Where something fits, of the chosen setting: knobs that change memory and time
     alone, as far as that is known without a trace. Where nothing fits, of the smallest: all knobs."""
     loading: Loading
     """Loader processes and host memory."""
     learning_rate: str
-    """A sentence."""
+    """A sentence on what the effective batch means for the learning rate."""
     calibrated: bool
-    """Whether times are of this card; otherwise they rank settings, and no more."""
+    """Whether times were corrected by measurements on this card; otherwise they only rank settings."""
     assumptions: tuple[str, ...]
     """Sentences on what the plan assumes."""
     data: str = ""

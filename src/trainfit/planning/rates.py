@@ -1,4 +1,4 @@
-"""What an effective batch means for the learning rates of a recipe."""
+"""Learning rates of a recipe at other effective batches."""
 
 from math import sqrt
 from typing import Any

@@ -1,4 +1,4 @@
-"""Exact windows in a training loop that is not ours: the counts, the scaling and the moments, and nothing else."""
+"""Exact accumulation for a training loop of the user: counts, scaling, and when to step, and nothing else."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -35,16 +35,16 @@ class Accumulation:
         reduction: Literal["mean", "sum"],
         scaler: torch.amp.GradScaler | None,
     ) -> None:
-        """Note everything; nothing is read yet."""
+        """Store the arguments; nothing is read from the loader yet."""
         self.loader = loader
         self.model = model
         self.counts = counts
         self.reduction = reduction
         self.scaler = scaler
         self.complete = False
-        """Whether the micro-batch at hand is the last of its window: then step."""
+        """Whether the current micro-batch is the last of its window, after which the optimizer steps."""
         self.index = 0
-        """Windows whose last micro-batch has come."""
+        """Number of windows whose last micro-batch was given out."""
         self._windows = windows
         self._totals: dict[str, float] = {}
         self._own: dict[str, float] = {}
@@ -52,7 +52,7 @@ class Accumulation:
         self._first = True
 
     def __iter__(self) -> Iterator[Any]:
-        """Every micro-batch; `complete` says whether it ends its window, which at the end of the data may be short."""
+        """Yield every micro-batch; `complete` tells whether it ends its window. The last window may be short."""
         for window in self._windows(self.loader):
             own = [_named(self.counts(batch)) for batch in window]
             self._totals = {name: sum(each[name] for each in own) for name in own[0]}
@@ -127,7 +127,7 @@ class Accumulation:
         return stepped
 
     def _share(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """One micro-batch's part of a term: DDP averages over the ranks, so the sum is taken as many times."""
+        """The share of one micro-batch in a term. DDP averages over the ranks, so it is multiplied by their number."""
         total = self._totals[name]
         own = self._own[name]
         copies = ranks.world_size() if _exchanges(self.model) else 1
@@ -140,7 +140,7 @@ class Accumulation:
         return value * (copies * own / total)
 
     def _exchange(self, now: bool) -> None:
-        """Let DDP (or FSDP2) exchange gradients in the window's last micro-batch alone, forward included."""
+        """Let DDP (or FSDP2) exchange gradients only in the window's last micro-batch, its forward included."""
         if isinstance(self.model, torch.nn.parallel.DistributedDataParallel):
             self.model.require_backward_grad_sync = now
         elif hasattr(self.model, "set_requires_gradient_sync"):
@@ -153,7 +153,7 @@ class Accumulation:
             )
 
     def _require_cleared(self) -> None:
-        """Refuse a window that begins on the gradients of the one before."""
+        """Refuse a window that starts with gradients of the previous one."""
         if self.index and any(p.grad is not None and bool(p.grad.any()) for p in self.model.parameters()):
             raise TrainfitError(
                 "gradients of the last window are still there: call windows.update(optimizer), or step and zero_grad where "

@@ -1,13 +1,13 @@
-"""The best evaluation of a run, and whether it is worth while to go on."""
+"""The best evaluation of a run, and how long ago it was."""
 
 from typing import Any
 
 
 class Best:
-    """The score of the best weights and the step that they are of. Both are None before the first evaluation."""
+    """Score and step of the best weights; both are None before the first evaluation."""
 
     def __init__(self) -> None:
-        """Nothing was evaluated yet."""
+        """Start without an evaluation."""
         self.score: float | None = None
         self.step: int | None = None
 
@@ -28,10 +28,10 @@ class Best:
         return 0.0 if self.step is None or self.score is None else (step - self.step) / steps_per_epoch
 
     def state(self) -> dict[str, Any]:
-        """What a saved state keeps."""
+        """Plain values for a saved state."""
         return {"score": self.score, "step": self.step}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take what `state` gave."""
+        """Restore what `state` returned."""
         self.score = state["score"]
         self.step = state["step"]

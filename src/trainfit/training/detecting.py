@@ -1,4 +1,4 @@
-"""A trained model on images and videos, in bounded memory."""
+"""Runs a trained model on images and videos in bounded memory."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ MICRO_BATCH = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Detected:
-    """What the model gives for an image, or for a frame of a video."""
+    """Output of the model for an image, or for a frame of a video."""
 
     medium: Medium
     """The image or video."""

@@ -1,4 +1,4 @@
-"""Joining the processes that torchrun starts."""
+"""Joins the processes that torchrun starts into a process group."""
 
 import os
 from collections.abc import Generator
@@ -12,7 +12,7 @@ from trainfit.errors import TrainfitError
 from trainfit.step.ranks import LostRankError, collective
 
 TIMEOUT = timedelta(minutes=10)
-"""How long a collective waits for a rank that still runs but does not answer. A rank that ended is noticed at once."""
+"""Time that a collective waits for a rank that still runs but does not answer. A rank that ended is noticed at once."""
 
 
 @contextmanager

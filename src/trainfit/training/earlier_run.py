@@ -1,4 +1,4 @@
-"""A run that starts from the evaluated weights of another one: what `--weights RUN` determines of its recipe."""
+"""Recipes of runs that start from the evaluated weights of another run (`--weights RUN`)."""
 
 import json
 from pathlib import Path

@@ -87,6 +87,6 @@ def outputs_of(
     precision: Precision,
     device: torch.device,
 ) -> list[Any]:
-    """Outputs of a micro-batch, one a sample; the model is in eval mode."""
+    """Outputs of a micro-batch, one per sample; the model is in eval mode."""
     with autocast(precision, device.type):
         return list(workload.outputs(model, samples))

@@ -1,4 +1,4 @@
-"""The largest sample of some windows, so that a run can say whether its memory grew with what it was given."""
+"""Records the largest samples of windows, so that a run can tell whether its memory grew with its data."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ Largest = Mapping[str, Mapping[str, Any]]
 
 
 def largest_of(task: Task, samples: Loaded, step: int) -> Largest:
-    """The largest of each number over the samples of window `step`; empty where the task has none."""
+    """The largest extent of each kind over the samples of window `step`; empty if the task has no extents."""
     measured: object = task
     if not isinstance(measured, Extents):
         return {}
@@ -26,7 +26,7 @@ def largest_of(task: Task, samples: Loaded, step: int) -> Largest:
 
 
 def largest_over(windows: Iterable[Largest]) -> Largest:
-    """The largest of each number over some windows, the first that has it."""
+    """The largest extent of each kind over some windows; of equal ones the first."""
     largest: dict[str, Mapping[str, Any]] = {}
     for window in windows:
         for name, entry in window.items():

@@ -147,12 +147,12 @@ class _Run:
         )
 
     def train(self, stop: Callable[[], bool]) -> RunSummary:
-        """The worst window, all windows, the summary; where memory ends, a saved state and how to go on."""
+        """Train all windows and return the summary; if memory runs out, save the state and say how to resume."""
         try:
             interrupted = self._loop(stop)
         except (OutOfMemory, LoaderDiedError) as error:
             self._report_survived()
-            # A loader dies on one rank alone, which must not wait for the others; a half done update is not saved.
+            # A loader dies on a single rank, which must not wait for the others; a half-done update is not saved.
             alone = isinstance(error, LoaderDiedError) and ranks.world_size() > 1
             if not isinstance(error, HalfUpdated) and not alone:
                 self.journal.flush()
@@ -167,14 +167,14 @@ class _Run:
         return self._finish(interrupted)
 
     def _way_back(self) -> str:
-        """How to go on once ranks are lost: nothing can be saved then, because a save follows an agreement."""
+        """How to resume after ranks were lost. Nothing can be saved then, because all ranks agree before a save."""
         if self.saved_step is None:
             return "no state was saved yet: start again"
         launch = f"torchrun --nproc-per-node {ranks.world_size()} -m trainfit"
         return f"go on from the state saved after step {self.saved_step} with {launch} train --resume {self.folder}"
 
     def _loop(self, stop: Callable[[], bool]) -> bool:
-        """A window, its numbers, and what is due after it; whether `stop` ended it."""
+        """Train window by window, and do what is due after each; return whether `stop` ended the loop."""
         interrupted = False
         train = self.dataset.splits["train"]
         steps = range(self.done, self.total_steps)
@@ -233,7 +233,7 @@ class _Run:
         return True
 
     def _requests(self, stop: Callable[[], bool]) -> dict[str, float]:
-        """What this rank wants the ranks to do after the window: they do it where one of them wants it."""
+        """What this rank requests after the window; all ranks do it if one of them requests it."""
         unsaved_s = time.monotonic() - self.saved_at
         return {"stop": float(stop()), "save": float(unsaved_s > 60 * self.recipe.save_minutes)}
 
@@ -258,7 +258,7 @@ class _Run:
         return result
 
     def _report_survived(self) -> None:
-        """What the survivor did since the last time: on the console and in telemetry.jsonl."""
+        """Report what the survivor did since the last report, on the console and in telemetry.jsonl."""
         for event in self.survivor.survived[self.reported :]:
             self.show.note(survival_line(event))
             self.journal.event("oom", **dataclasses.asdict(event))
@@ -272,7 +272,7 @@ class _Run:
         return [item for item in items if not isinstance(item, Unreadable)]
 
     def _due(self) -> bool:
-        """Whether the window just done is followed by an evaluation."""
+        """Whether an evaluation follows the window that was just trained."""
         if self.done == self.total_steps:
             return True
         if self.recipe.eval_steps is not None and self.done % self.recipe.eval_steps == 0:
@@ -324,7 +324,7 @@ class _Run:
         ranks.on_first_rank(lambda: run_folder.save_weights(self.folder / name, weights, metadata))
 
     def _save(self) -> None:
-        """Everything that a resume needs, and the weights as they stand."""
+        """Save everything that a resume needs, and the present weights."""
         self._save_weights(run_folder.LAST)
         self._save_state()
 

@@ -50,7 +50,7 @@ class LoaderVerdict:
     wait_share: float
     """Share of the training time that was spent waiting for the loader (0..1)."""
     headroom: float
-    """How many times as fast the run would be if data were always there."""
+    """Factor by which the run would be faster if data were always available."""
     needed_workers: int
     """Workers that load a window in the time that one is computed."""
     suggested_workers: int
@@ -62,7 +62,7 @@ class LoaderVerdict:
 
 
 def judge(facts: LoaderFacts) -> LoaderVerdict:
-    """The verdict. A window is waited for as long as `load_s / workers` exceeds its `compute_s`."""
+    """Judge the loader. Training waits for a window if `load_s / workers` exceeds its `compute_s`."""
     total_s = facts.windows * facts.compute_s + facts.waited_s
     share = facts.waited_s / total_s if total_s else 0.0
     needed = max(1, ceil(facts.load_s / facts.compute_s)) if facts.compute_s else 1

@@ -1,4 +1,4 @@
-"""A trained run, or a checkpoint of a model's upstream project, as a model for inference."""
+"""Loads a trained run, or a checkpoint of the upstream project, as a model for inference."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class LoadedModel:
     precision: Precision
     """Precision that it runs in."""
     remarks: tuple[str, ...] = ()
-    """What the user should know of how the weights were loaded."""
+    """Remarks for the user on how the weights were loaded."""
 
 
 def load_model(

@@ -1,4 +1,4 @@
-"""What a run writes down window by window: metrics.jsonl, telemetry.jsonl, trackers, and the live line."""
+"""Writes the records of a run: metrics.jsonl, telemetry.jsonl, trackers, and the live line."""
 
 import json
 import math
@@ -75,10 +75,10 @@ class Journal:
         self.pending: list[tuple[StepResult, int, float, int]] = []
         self.extents: list[Largest] = []
         self.finite = True
-        """Whether every loss and gradient of the last reading was a number."""
+        """Whether every loss and gradient of the last reading was finite."""
 
     def _heal(self, folder: Path) -> None:
-        """Drop the lines of both files that are none, and say so; a line that a kill cut short is among them."""
+        """Drop damaged lines of both files, for instance one that a kill cut short, and report them."""
         dropped = {METRICS: self.metrics.dropped if self.metrics else 0, TELEMETRY: heal(folder / TELEMETRY)}
         for name, number in dropped.items():
             if number:
@@ -96,7 +96,7 @@ class Journal:
             self.flush()
 
     def flush(self) -> None:
-        """Read what is pending from the device, write it, show the last window."""
+        """Read pending numbers from the device, write them, and show the last window."""
         if not self.pending:
             return
         rows = [self._read(*window) for window in self.pending]
@@ -164,7 +164,7 @@ class Journal:
                 file.write(json.dumps({"time": time.time(), **row}) + "\n")
 
     def noise_sample(self, sample: NoiseSample, step: int) -> None:
-        """Keep what a watched window tells of the gradient's noise."""
+        """Keep the sample of the gradient noise of a watched window."""
         self.noise.append(sample)
         self.event("noise", step, **asdict(sample))
 
@@ -187,7 +187,7 @@ class Journal:
         return verdict, line
 
     def record(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write figures of windows or of an evaluation; each row has a `step`. Trackers get the last."""
+        """Write figures of windows or of an evaluation; each row has a `step`. Trackers receive the last row."""
         if self.metrics:
             self.metrics.write(rows)
         self.trackers.log(rows[-1])

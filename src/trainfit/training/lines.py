@@ -1,4 +1,4 @@
-"""Lines of a training for people. Imports no torch."""
+"""Lines that training shows to the user. Imports no torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,14 +8,14 @@ from trainfit.tasks.task import Evaluation, percent
 
 
 def counted(number: int, noun: str) -> str:
-    """1 step, 2 steps, 2 processes."""
+    """A number with its noun: 1 step, 2 steps, 2 processes."""
     if number == 1:
         return f"1 {noun}"
     return f"{number} {noun}es" if noun.endswith("s") else f"{number} {noun}s"
 
 
 def opening_lines(data: str, workload: Any, how: str) -> Sequence[str]:
-    """What is trained, on what, and how; `data` is the task's summary."""
+    """The first lines of a training: model, data and how it runs; `data` is the task's summary."""
     sizes = workload.sizes()
     scale = f"{sizes[-1]} px" if len(sizes) == 1 else f"{min(sizes)}-{max(sizes)} px, one size a window"
     return (*workload.remarks, data, f"{workload.setting.model} at {scale}, {how}")
@@ -43,7 +43,7 @@ def diverged(step: int, skipped: int, last: Path) -> str:
 
 
 def other_ranks(now: int, before: int, effective_batch: int) -> str:
-    """What a resume with another number of processes changes."""
+    """A line on what changes if a run is resumed with another number of processes."""
     return (
         f"the run goes on with {counted(now, 'process')} after {before}: the effective batch stays {effective_batch}; "
         "dropout draws other random numbers"

@@ -1,4 +1,4 @@
-"""Windows of CPU samples: which images, at which size, in which order, all functions of the optimizer step."""
+"""Loads windows of CPU samples. Which images, at which size and in which order are functions of the optimizer step."""
 
 import os
 import time
@@ -25,7 +25,7 @@ ORDER, SIZE, SAMPLE, STEP = range(4)
 
 
 PART = 128
-"""Samples that a loader process makes at a time: a larger window is made in parts, by several."""
+"""Samples that a loader process makes at a time; several processes make the parts of a larger window."""
 
 
 class Unreadable(str):
@@ -34,7 +34,7 @@ class Unreadable(str):
 
 @dataclass(frozen=True, kw_only=True)
 class WindowPlan:
-    """The order of data of a whole run."""
+    """The order in which a whole run sees its data."""
 
     images: int
     """Number of training images."""
@@ -49,11 +49,11 @@ class WindowPlan:
     world_size: int = 1
     """Number of processes."""
     groups: tuple[int, ...] = ()
-    """The group of each image, where images of two groups may not meet in a window; empty: any may."""
+    """Group of each image: a window holds images of one group only. Empty: there is only one group."""
 
     @property
     def windows_per_epoch(self) -> int:
-        """The last window of an epoch, or of a group, may be short; every image is seen once an epoch."""
+        """Number of windows per epoch. The last one of an epoch, or of a group, may be short; every image is seen once."""
         counts = Counter(self.groups).values() if self.groups else (self.images,)
         return sum(-(-count // self.effective_batch) for count in counts)
 
@@ -68,7 +68,7 @@ class WindowPlan:
         return self._epoch(epoch)[window][self.rank :: self.world_size].tolist()
 
     def _epoch(self, epoch: int) -> Sequence[torch.Tensor]:
-        """Image numbers of each window of an epoch."""
+        """Indices of the images of each window of an epoch."""
         generator = torch.Generator().manual_seed(mix(self.seed, ORDER, epoch))
         order = torch.randperm(self.images, generator=generator)
         if not self.groups:
@@ -100,7 +100,7 @@ def groups_of(workload: TrainableWorkload, records: Sequence[Any]) -> tuple[int,
 
 @dataclass(frozen=True, kw_only=True)
 class SampleKey:
-    """What a loader process needs to make one sample."""
+    """What a loader process needs to make one sample: the record, and how it is drawn."""
 
     record: Any
     """The record that the sample is made of."""
@@ -122,7 +122,7 @@ class Loaded(Spooled):
     """The samples of a window, a part of one, or a micro-batch."""
 
     load_s: float
-    """Seconds that reading and decoding took, in the process that did."""
+    """Seconds that the loader process took to read and decode."""
     paths: Sequence[str] = ()
     """Path of each sample."""
     ends_window: bool = True
@@ -139,7 +139,7 @@ class Part:
 
 
 def _parts(window: Sequence[SampleKey]) -> Iterator[Part]:
-    """A window in parts of `PART` samples; an empty one is one part."""
+    """Split a window into parts of `PART` samples; an empty window is one part."""
     for start in range(0, max(len(window), 1), PART):
         keys = window[start : start + PART]
         yield Part(keys=keys, window=len(window), ends_window=start + PART >= len(window))
@@ -218,7 +218,7 @@ def _loaded_here(make: Making, parts: Iterable[Part], note: Callable[[str], None
 
 
 def _waiting(loaded: Loaded) -> Loaded:
-    """The samples where they wait for the trainer, in memory or in a file."""
+    """Put samples where they wait for the trainer, in memory or in a file."""
     try:
         spooled_window = spooled(loaded)
     except OSError as error:
@@ -230,7 +230,7 @@ def _waiting(loaded: Loaded) -> Loaded:
 
 
 def _whole(parts: Sequence[Loaded]) -> Loaded:
-    """The parts of a window, or a batch, in one."""
+    """Join the parts of a window, or of a batch."""
     whole = Loaded(sample for part in parts for sample in part)
     whole.maps = tuple(each for part in parts for each in part.maps)
     whole.load_s = sum(part.load_s for part in parts)
@@ -239,7 +239,7 @@ def _whole(parts: Sequence[Loaded]) -> Loaded:
 
 
 def _joined(parts: Iterable[Loaded]) -> Iterator[Loaded]:
-    """Whole windows; what ends in the middle of one is no window."""
+    """Join parts into whole windows; an incomplete last window is dropped."""
     taken: list[Loaded] = []
     for part in parts:
         taken.append(part)

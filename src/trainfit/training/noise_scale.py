@@ -11,7 +11,7 @@ from math import inf
 from statistics import fmean
 
 FEWEST = 5
-"""Measured windows, for a hint."""
+"""Measured windows that a hint needs."""
 TOO_FEW = f"fewer than {FEWEST} windows were measured"
 RECENT = 50
 """The hint speaks of this many windows at most, the last: the scale grows while a model learns."""
@@ -74,7 +74,7 @@ def _ratio(samples: Sequence[NoiseSample]) -> float:
 
 
 def noise_line(scale: NoiseScale, effective_batch: int) -> str:
-    """The hint in words. A guide only: it is no more than a bound on the useful batch (Merrill et al. 2025, 2505.23971)."""
+    """The hint in words. It is only a guide: a bound on the useful batch (Merrill et al. 2025, arXiv 2505.23971)."""
     if scale.images == inf:
         about = f"above {scale.low:.0f}" if scale.low < inf else "not measurable"
         about += f" (over {scale.windows} windows; the noise hides the gradient)"

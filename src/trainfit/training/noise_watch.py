@@ -1,4 +1,4 @@
-"""Micro-batch gradients of some windows, for the gradient noise scale."""
+"""Measures micro-batch gradients of some windows, for the gradient noise scale."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -74,7 +74,7 @@ class NoiseWatch:
                 hook.remove()
 
     def sample(self, result: StepResult, *, disturbed: bool) -> NoiseSample | None:
-        """What the window just done tells; a collective where it was watched.
+        """The noise sample of the window that was just trained; a collective call if it was watched.
 
         Args:
             result: The window's.

@@ -1,4 +1,4 @@
-"""Surviving out-of-memory errors: the window starts again, smaller, with the same result."""
+"""Survives out-of-memory errors: the window starts again with smaller micro-batches and the same result."""
 
 import gc
 import os
@@ -22,13 +22,13 @@ Item = TypeVar("Item")
 
 
 def others_on(device: torch.device) -> str:
-    """The other processes on the GPU, as "python (pid 12) 3.10 GiB"; nothing where NVML does not answer."""
+    """The other processes on the GPU, as "python (pid 12) 3.10 GiB"; empty if NVML is not available."""
     if device.type != "cuda":
         return ""
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     try:
         processes = [process for gpu in detect_gpus() if gpu.uuid.endswith(uuid) for process in gpu.processes]
-    except TrainfitError:  # no NVML: the numbers stand without the names
+    except TrainfitError:  # no NVML: the message has the numbers without the names
         return ""
     return ", ".join(f"{p.name or 'a process'} (pid {p.pid}) {gib(p.used_bytes or 0)} GiB" for p in processes)
 
@@ -41,7 +41,7 @@ def survival(
     agreed: Mapping[str, float] | None = None,
     **known: Any,
 ) -> Survival:
-    """The event of a failure with its cause and numbers; `agreed` has the numbers where another rank failed."""
+    """The event of a failure with its cause and numbers; `agreed` has the numbers if another rank failed."""
     failure = None if failure == ranks.ANOTHER_RANK else failure
     short = shortage(failure or "")
     cause: Cause = cause_of(short, outside_bytes=outside_bytes) if failure else "other rank"
@@ -59,7 +59,7 @@ def survival(
 
 
 def snapshot(model: torch.nn.Module, device: torch.device) -> Callable[[], None]:
-    """Note the random numbers' state and the model's buffers; the function that is returned puts them back.
+    """Save the state of the random number generators and the model's buffers; the returned function restores them.
 
     Buffers are copied to the host where the device has no room for a copy.
     """
@@ -81,7 +81,7 @@ def snapshot(model: torch.nn.Module, device: torch.device) -> Callable[[], None]
 
 
 class Survivor:
-    """Runs windows of a `TrainingStep`, and starts a window again where memory runs out.
+    """Runs windows of a `TrainingStep`, and starts a window again if memory runs out.
 
     The ladder: if there is enough memory but in pieces, or if the error has no numbers, free cached memory and try the
     same cut once more; halve the micro-batch, down to one; recompute the model's blocks in backward (activation
@@ -133,7 +133,7 @@ class Survivor:
         }
 
     def load(self, state: Mapping[str, int]) -> None:
-        """Go on where `state` was, unless another micro-batch is asked for now than then."""
+        """Restore what `state` returned, unless the requested micro-batch has changed since."""
         if state["asked"] != self._asked:
             return
         self.micro_batch = state["micro_batch"]
@@ -146,7 +146,7 @@ class Survivor:
             checkpoint_first(self.blocks, "all")
 
     def run(self, step: TrainingStep, window: Sequence[Any], *, number: int, where: str = "window") -> StepResult:
-        """Train on one window, whatever it takes; `number` is the optimizer steps done so far.
+        """Train on one window, going down the ladder if necessary; `number` is the optimizer steps done so far.
 
         Raises:
             OutOfMemory: the ladder is exhausted. Parameters, random numbers and buffers are as before the window.
@@ -187,7 +187,7 @@ class Survivor:
         return agreed | {key: agreed[key] / max(agreed["known"], 1) for key in numbers}
 
     def _update(self, step: TrainingStep, number: int) -> torch.Tensor:
-        """The update's phases; what a failure left undone is tried again once the window's memory is free."""
+        """Run the phases of the update; what a failure left undone is tried again once the window's memory is free."""
         failure = None
         for _ in range(3):
             norm, failure = attempt(lambda: step.update(number))
@@ -199,7 +199,7 @@ class Survivor:
         raise HalfUpdated(f"no memory for the optimizer's update at step {number + 1} ({failure})")
 
     def _go_down(self, device: torch.device, failure: str | None, agreed: Mapping[str, float], **known: Any) -> None:
-        """Take the next rung; the same on every rank, because it follows from what they agreed on."""
+        """Take the next rung, which is the same on every rank because it follows from what they agreed on."""
         images = min(self.micro_batch, -int(-agreed["images"] // ranks.world_size()))
         smaller = self.micro_batch
         switch = False
@@ -235,7 +235,7 @@ class Survivor:
             self._may_rise = False
 
     def _remember(self, step: TrainingStep, window: Sequence[Any]) -> None:
-        """What fits, for the message of the stop; on a GPU only."""
+        """Remember the largest window that fits, for the message of the stop; on a GPU only."""
         if step.device.type != "cuda" or not window:
             return
         canvas = (0, 0) if isinstance(step.objective, Contrastive) else step.objective.canvas(window)
@@ -248,7 +248,7 @@ class Survivor:
 
 
 class Halving:
-    """Runs an action without gradients on parts of what it is given, smaller ones from the moment memory runs out.
+    """Runs an action without gradients on parts of its items, and halves the parts when memory runs out.
 
     Within a share each rank halves by itself, because no collective comes between its parts; `on_all_ranks` brings the
     ranks together afterwards.
@@ -263,7 +263,7 @@ class Halving:
     def __call__(
         self, action: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item], *, step: int, where: str
     ) -> list[Result]:
-        """What the action gives for all items, in order: one result an item. `step` and `where` are for the events.
+        """Results of the action for all items, in order, one per item. `step` and `where` are for the events.
 
         Raises:
             OutOfMemory: one item alone does not fit.
@@ -316,7 +316,7 @@ class Halving:
 
 
 def free_cached(device: torch.device) -> None:
-    """Drop dead cycles, and give unused cached memory back to the driver."""
+    """Collect garbage, and return unused cached memory to the driver."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

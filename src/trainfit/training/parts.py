@@ -1,4 +1,4 @@
-"""A collated batch as its parts: what has one entry an item is cut, everything else is kept."""
+"""Splits a collated batch: what has one entry per item is cut, everything else is kept."""
 
 from typing import Any
 
@@ -45,7 +45,7 @@ def image_list(batch: Any) -> list[torch.Tensor]:
 
 
 def part_of(batch: Any, rows: slice, items: int) -> Any:
-    """These rows of a collated batch: of every tensor and list that has one entry an item; images in lists are padded."""
+    """Some rows of a collated batch, from every tensor and list with one entry per item; images in lists are padded."""
     images = image_list(batch)
     sides = [max(image.shape[d] for image in images) for d in (1, 2)] if images else []
     own = {id(image) for image in images}
@@ -73,6 +73,6 @@ def part_of(batch: Any, rows: slice, items: int) -> Any:
 
 
 def _has_items(value: Any, items: int) -> bool:
-    """Whether a value has one entry an item itself, so that the list around it is one of fields."""
+    """Whether a value has one entry per item itself, so that the list around it is a list of fields."""
     sized = isinstance(value, (list, tuple)) or (isinstance(value, torch.Tensor) and value.dim() > 0)
     return sized and len(value) == items

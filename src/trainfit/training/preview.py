@@ -1,4 +1,4 @@
-"""Samples of a data set as training makes them, to look at."""
+"""Samples of a data set as training makes them, for users to look at."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -13,7 +13,7 @@ from trainfit.training.loader import SAMPLE, Making, Part, SampleKey, Unreadable
 from trainfit.training.schedule import mix
 
 EPOCHS = 3
-"""Draws that are shown of each record."""
+"""Random draws that are shown for each record."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

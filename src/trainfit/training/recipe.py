@@ -1,4 +1,4 @@
-"""The recipe: what the user wants trained."""
+"""The recipe of a training: setting, data, schedule and run."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from trainfit.training.trackers import require_trackers
 from trainfit.values import In, Range, changed, flag, from_record, given, keeps_given, require_known, require_valid
 
 DEFAULT_EFFECTIVE_BATCH = 16
-"""Why this many: docs/training.md. A family may ask for one instead (`Family.asks_batch`)."""
+"""docs/training.md explains this default. A family may require a value instead (`Family.asks_batch`)."""
 DEFAULT_MICRO_BATCH = 4
 RANDOM = "random"
 """Value of --weights: start from random weights."""
@@ -30,7 +30,7 @@ PRETRAINED = "pretrained"
 @keeps_given
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Setting):
-    """What to train, on what, for how long: a setting, and data, schedule and run beside it.
+    """What to train, on which data and for how long: a setting with data, schedule and run.
 
     `Recipe(model=..., ...)` is a recipe with the knobs of the model's family (`recipe_type`).
     """
@@ -204,7 +204,7 @@ def batch_of(family: Family, effective_batch: int | None) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Batching:
-    """How an effective batch is divided."""
+    """How an effective batch is split into micro-batches and over ranks."""
 
     effective_batch: int
     """Images per optimizer step over all ranks: held exactly."""
@@ -215,11 +215,11 @@ class Batching:
     world_size: int
     """Number of ranks."""
     reason: str
-    """The arithmetic, for the user."""
+    """The computation in words, for the user."""
 
 
 def resolve_batching(recipe: Recipe, world_size: int) -> Batching:
-    """Micro-batch, accumulation and effective batch from what was given of them.
+    """Derive micro-batch, accumulation and effective batch from those that were given.
 
     Raises:
         TrainfitError: all three are given and disagree, none is and the family asks for one, or there are fewer images in a

@@ -1,4 +1,4 @@
-"""The worst window before the first: a run that will not fit says so in its first minute, not at step 4000."""
+"""Trains the worst window before the first one: a run that will not fit fails in its first minute, not at step 4000."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -79,7 +79,7 @@ def rehearse(
 
 
 def keep(step: TrainingStep) -> Callable[[], None]:
-    """Copy all that a window changes to the host; the function that is returned puts it back in place."""
+    """Copy everything that a window changes to the host; the returned function restores it in place."""
     slots = [(own, dict(own)) for own in step.optimizer.state.values()]
     known = set(step.optimizer.state)
     values: list[Any] = [value for _, before in slots for value in before.values()]

@@ -1,4 +1,4 @@
-"""A run folder's files that need no torch to be read: their names, and the lines of those that grow."""
+"""Files of a run folder that can be read without torch: their names, and the rows of JSON-lines files."""
 
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,13 @@ from trainfit.files import read_json_lines
 
 RECIPE = "recipe.json"
 PLAN = "plan.json"
-"""The plan that the run was started with, if it was."""
+"""The plan that the run was started with, if any."""
 METRICS = "metrics.jsonl"
-"""Losses, rates, AP: the same bit for bit in a resumed run."""
+"""Losses, learning rates and scores, which are bit for bit the same in a resumed run."""
 PICTURES = "pictures"
 """The folder of the best evaluation's pictures and curves."""
 TELEMETRY = "telemetry.jsonl"
-"""Times, memory, waiting for data, events: never the same twice."""
+"""Times, memory, waiting for data and events, which differ from run to run."""
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -1,4 +1,4 @@
-"""What a run leaves on disk. Every file is replaced whole: a kill or a full disk leaves the previous one."""
+"""The files that a run writes. Each is replaced as a whole: a kill or a full disk leaves the previous version."""
 
 import json
 import zipfile
@@ -84,7 +84,7 @@ def _new_folder(parent: Path, model: str) -> Path:
 
 
 def events(folder: Path, name: str) -> list[dict[str, Any]]:
-    """What the run's telemetry says of events of this name, in order, without name and time."""
+    """Events of this name in the run's telemetry, in order, without name and time."""
     rows, _ = read_rows(folder / TELEMETRY)
     return [
         {key: value for key, value in row.items() if key not in ("event", "time")}
@@ -175,7 +175,7 @@ def usable_state(folder: Path, check: Callable[[Mapping[str, Any]], None] | None
 
 
 def heal(path: Path) -> int:
-    """Rewrite a JSON-lines file without the lines that are none; returns their number."""
+    """Rewrite a JSON-lines file without its damaged lines; return their number."""
     rows, bad = read_rows(path)
     if bad:
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

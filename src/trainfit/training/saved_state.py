@@ -1,4 +1,4 @@
-"""What a saved state must hold: checked once where it is read, so that training can rely on it."""
+"""Checks what a saved state must contain, once when it is read, so that training can rely on it."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -111,7 +111,7 @@ def _is_names(value: Any) -> bool:
 
 
 def _is_ladder(value: Any) -> bool:
-    """What `training.oom.Survivor.state` gives."""
+    """Form of what `training.oom.Survivor.state` returns."""
     names = {"asked", "micro_batch", "checkpointing", "larger", "may_rise", "quiet", "same_again"}
     if not isinstance(value, dict) or value.keys() != names:
         return False

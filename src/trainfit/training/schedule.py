@@ -1,4 +1,4 @@
-"""Learning rate and randomness as functions of the optimizer step: nothing to save, nothing to drift."""
+"""Learning rate and random seeds as functions of the optimizer step, so that neither has a state to save."""
 
 import math
 

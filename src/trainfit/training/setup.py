@@ -1,4 +1,4 @@
-"""What a training starts from: the recipe's data, workload, and step on the device."""
+"""Builds what training starts from: the recipe's data, workload, and step on the device."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -54,7 +54,7 @@ def with_choice(recipe: Recipe, dataset: Any, device: torch.device, choose: Choo
 
 
 def with_weights(recipe: Recipe) -> Recipe:
-    """The recipe with what training starts from: upstream's weights where there are any and nothing else is said.
+    """The recipe with its initial weights: upstream's if they exist and no others were given.
 
     The environment variable `TRAINFIT_WEIGHTS` may say otherwise, for machines without a network.
     """
@@ -105,7 +105,7 @@ def load_data(recipe: Recipe, task: Task, show: Progress) -> Any:
 
 
 def augmentation_of(recipe: Recipe) -> Augmentation:
-    """What the recipe draws at random.
+    """The augmentation of the recipe.
 
     Raises:
         TrainfitError: there is no such augmentation, or the user's transform cannot be imported.
@@ -137,7 +137,7 @@ def make_survivor(workload: TrainableWorkload, step: TrainingStep, batching: Bat
 def make_step(workload: TrainableWorkload, recipe: Recipe, device: torch.device, show: Progress) -> TrainingStep:
     """Model, optimizer and EMA weights on the device, from the recipe's seed and weights."""
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # A core for the loader: threads that spin for a core that is taken make a step up to 30 times slower.
+        # Leave a core to the loader: threads that compete for a busy core make a step up to 30 times slower.
         torch.set_num_threads(max(1, usable_cores() - 1))
     torch.manual_seed(recipe.seed)
     model = workload.build()
@@ -160,7 +160,7 @@ def make_step(workload: TrainableWorkload, recipe: Recipe, device: torch.device,
 
 
 def _load(workload: TrainableWorkload, model: torch.nn.Module, weights: str) -> list[str]:
-    """Fill a model from `--weights`; returns remarks for the user.
+    """Load `--weights` into a model; return remarks for the user.
 
     Raises:
         TrainfitError: no regular file, no weights of this model, or a file with values that an upstream loader trips over.
@@ -177,7 +177,7 @@ def _load(workload: TrainableWorkload, model: torch.nn.Module, weights: str) -> 
 
 
 def restore(step: TrainingStep, state: Mapping[str, Any], path: Path) -> None:
-    """Bring a step to a saved state that was read from `path`.
+    """Restore a step from a saved state that was read from `path`.
 
     Raises:
         TrainfitError: the state is of another model or optimizer.

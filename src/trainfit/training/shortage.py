@@ -16,7 +16,7 @@ error has no numbers (cuBLAS, the CPU); quiet: no error, the larger micro-batch 
 
 @dataclass(frozen=True, kw_only=True)
 class Shortage:
-    """What torch's message says of the allocator when a request failed. Free segments had been given back before."""
+    """The state of the allocator when a request failed, from torch's message. Free segments were returned before."""
 
     request_bytes: int
     """Bytes of the request that failed."""
@@ -43,7 +43,7 @@ class Shortage:
 
     @property
     def outside_bytes(self) -> int:
-        """Other processes and the context."""
+        """Memory of other processes and of the CUDA context."""
         return self.total_bytes - self.free_bytes - self.allocated_bytes - self.cached_bytes
 
 
@@ -59,7 +59,7 @@ _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def shortage(message: str) -> Shortage | None:
-    """The numbers of an error's first line, or None where it is not by torch's CUDA allocator.
+    """The numbers in an error's first line, or None if the error is not from torch's CUDA allocator.
 
     Source: torch 2.15 c10/cuda/CUDACachingAllocator.cpp, "CUDA out of memory. Tried to allocate ...".
     """
@@ -99,7 +99,7 @@ class Survival:
     checkpointing: bool = False
     """Whether activation checkpointing was switched on."""
     needs_bytes: int = 0
-    """See `Shortage`; 0 where unknown. Of the rank that failed."""
+    """Reserved memory that the failing rank needed, see `Shortage`; 0 if unknown."""
     usable_bytes: int = 0
     """What the allocator could reserve."""
     hint: str = ""

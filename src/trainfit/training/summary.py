@@ -1,4 +1,4 @@
-"""What a training ends with."""
+"""The result of a training."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ class RunSummary:
     total_steps: int
     """Optimizer steps of the whole training."""
     images_per_s: float
-    """While training; evaluation and saving left out."""
+    """Speed of training, without evaluation and saving."""
     train_s: float
     """Seconds of training, without evaluation and saving."""
     loader: str
@@ -44,4 +44,4 @@ class RunSummary:
     survived: tuple[Survival, ...]
     """Out-of-memory errors, and what was done; since the start."""
     interrupted: bool
-    """Stopped by the user before the end; the state is saved."""
+    """Whether the user stopped it before the end; the state is saved."""

@@ -1,4 +1,4 @@
-"""Surviving out-of-memory errors in a loop that is not ours."""
+"""Survives out-of-memory errors in a training loop of the user."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -22,7 +22,7 @@ class SurvivingStep:
     def __init__(
         self, loss: Loss, counts: Callable[[Any], float | torch.Tensor], *, mean: bool, survivor: Survivor, **step: Any
     ) -> None:
-        """Build the step; no batch yet."""
+        """Build the step, without a batch."""
         self._loss = loss
         self._counts = counts
         self._mean = mean
@@ -51,7 +51,7 @@ class SurvivingStep:
 
     @property
     def micro_batch(self) -> int:
-        """Items of one part, now."""
+        """Present number of items of one part."""
         return self.survivor.micro_batch
 
     @property

@@ -38,16 +38,16 @@ class StepUpdate:
 
 
 class Progress(Protocol):
-    """Whoever shows progress: the terminal, or nobody."""
+    """Shows progress, for instance in a terminal."""
 
     def note(self, text: str) -> None:
-        """Say one line that stays."""
+        """Show a line that stays."""
 
     def step(self, update: StepUpdate) -> None:
-        """Training went on."""
+        """Show the progress of training."""
 
     def evaluated(self, done: int, total: int) -> None:
-        """Evaluation went on: images done, of all."""
+        """Show the progress of an evaluation: images done, and images in all."""
 
 
 class Silent(Progress):
@@ -72,7 +72,7 @@ class Spent:
     """Reading and decoding, summed over the loader's processes."""
 
     def __add__(self, other: "Spent") -> "Spent":
-        """Both together."""
+        """The sum of both."""
         return Spent(**{key: value + getattr(other, key) for key, value in asdict(self).items()})
 
 
@@ -116,7 +116,7 @@ class Clock:
         return event
 
     def window_done(self, images: int) -> None:
-        """The window that arrived last has been trained on (on a GPU: its work is queued)."""
+        """Note that the last window was trained (on a GPU: that its work is queued)."""
         self._now += Spent(windows=1, images=images)
         if self._first is None:
             self._now += Spent(compute_s=time.perf_counter() - self._arrived)

@@ -1,4 +1,4 @@
-"""Experiment trackers beside a run's own files: TensorBoard, Weights & Biases, MLflow and trackio, where they are asked for.
+"""Experiment trackers in addition to a run's own files: TensorBoard, Weights & Biases, MLflow and trackio.
 
 Where each of them writes is decided as its own documentation says (`WANDB_MODE`, `MLFLOW_TRACKING_URI`, ...); without such a
 variable everything stays on this machine.
@@ -22,14 +22,14 @@ IDS = "trackers.json"
 
 
 class Tracker(Protocol):
-    """A destination of figures, step by step."""
+    """An open tracker, which takes figures step by step."""
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         """Take the figures of a step; `step` counts from 1 and never falls in one process."""
         ...
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is pending and close the tracker."""
         ...
 
 
@@ -77,7 +77,7 @@ class Trackers:
     """The trackers of a run. One that fails during training is dropped, with a note."""
 
     def __init__(self, names: Sequence[str], folder: Path, note: Callable[[str], None]) -> None:
-        """Start them.
+        """Start the trackers.
 
         Raises:
             TrainfitError: one is not installed, or cannot start.
@@ -102,13 +102,13 @@ class Trackers:
         (folder / IDS).write_text(json.dumps(ids) + "\n")
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Hand on the numbers of a row of the metrics."""
+        """Pass on the numbers of a row of metrics."""
         figures = _figures(row)
         for name in list(self._open):
             self._try(name, lambda each: each.log(figures, int(row["step"])))
 
     def close(self) -> None:
-        """End them."""
+        """Finish all trackers."""
         for name in list(self._open):
             self._try(name, lambda each: each.close())
         self._open.clear()

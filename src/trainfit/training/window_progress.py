@@ -1,4 +1,4 @@
-"""A line now and then while one window takes long."""
+"""Reports the progress within a window that takes long."""
 
 from collections.abc import Callable, Sequence
 from time import monotonic
@@ -8,7 +8,7 @@ from trainfit.step.training_step import TrainingStep
 from trainfit.training.packets import Spooled
 
 EVERY_S = 25.0
-"""Between two lines. With `workers.NOTE_S` before it, the wait for the window, a run is silent for less than a minute."""
+"""Seconds between two lines. Together with `workers.NOTE_S`, a run is never silent for more than a minute."""
 
 
 class WindowProgress:

@@ -1,4 +1,4 @@
-"""Loader processes: each makes whole windows, in order, and whatever goes wrong in one reaches the trainer as one line.
+"""Loader processes: each makes whole windows, in order, and a failure in one reaches the trainer as one line.
 
 A torch `DataLoader` waits without end for a worker that could not hand over its window (no space in /dev/shm, no file
 descriptor left) or that is stopped. Here a worker reports the image it is at, its failures are data, and the trainer looks at
@@ -36,15 +36,15 @@ except ImportError:  # Windows
 PREFETCH = 2
 """Windows that are in the making or wait, for each worker; as torch's DataLoader."""
 LOOK_S = 1.0
-"""Between two looks at a worker that the trainer waits for."""
+"""Seconds between two checks of a worker that the trainer waits for."""
 JOIN_S = 5.0
 """Seconds that a killed process is given to end."""
 NOTE_S = 30
 """Seconds without a window after which a line says what is waited for, and between two such lines."""
 STOPPED_S = 20
-"""A worker that is stopped (SIGSTOP, a debugger) for so long is given up."""
+"""Seconds after which a stopped worker (SIGSTOP, a debugger) is given up."""
 STUCK_S = 600
-"""A worker that reads one image for so long is given up: a disk may be slow, but not without end."""
+"""Seconds after which a worker that reads one image is given up: a disk may be slow, but not for ever."""
 MEMORY_SHARE = 0.5
 """Share of the free host memory that windows made ahead may take."""
 FILES_PER_WORKER = 5
@@ -65,7 +65,7 @@ class LoaderDiedError(TrainfitError):
 
 @dataclass(frozen=True, kw_only=True)
 class _Failure:
-    """What a worker could not do."""
+    """A failure in a worker."""
 
     reason: str
     known: bool = False
@@ -159,7 +159,7 @@ def _start(make: Make, workers: int) -> "list[_Worker]":
 
 
 def _ahead(wanted: int, nbytes: int, folder: Path | None, what: str, note: Callable[[str], None]) -> int:
-    """How many results of this size may be there at once, in host memory or in a folder."""
+    """Number of results of this size that may wait at once, in host memory or in a folder."""
     free = available_host_bytes() if folder is None else shutil.disk_usage(folder).free
     if free is None:
         return wanted
@@ -187,7 +187,7 @@ class _Worker:
         self._item = ""
 
     def ask(self, task: object) -> None:
-        """Give it something to do; does not wait."""
+        """Send it a task without waiting."""
         try:
             send(self._packets, task)
         except (BrokenPipeError, ConnectionResetError):
@@ -278,7 +278,7 @@ def _is_stopped(pid: int | None) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """An exception in a few words, with the line of code that raised it where that is not the system."""
+    """An exception in a few words, with the line of code that raised it unless the system did."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, MemoryError):
