@@ -1,4 +1,4 @@
-"""trainfit in Jupyter, Colab and Kaggle: what cells show of plans and runs, and progress in place of silence."""
+"""trainfit in Jupyter, Colab and Kaggle: how cells show plans and runs, and a progress bar."""
 
 import sys
 from typing import Any

@@ -1,4 +1,4 @@
-"""`train`, `evaluate`, `detect` and `check_data`: what works on data. torch is imported when one of them is called."""
+"""`train`, `evaluate`, `detect` and `check_data`: calls that work on data. torch is imported when one of them is called."""
 
 import dataclasses
 import inspect

@@ -1,4 +1,4 @@
-"""`samples_page`: what a model is given to see of a data set. torch is imported when it is called."""
+"""`samples_page`: the samples of a data set as a model sees them. torch is imported when it is called."""
 
 from typing import TYPE_CHECKING
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Detect:
-    """What a trained run detects in images and videos."""
+    """Objects that a trained run detects in images and videos."""
 
     run: Annotated[Path, In(positional=True)]
     """Run folder, or a weights file: of trainfit, of the upstream project, or `pretrained` (downloads it)."""
@@ -28,7 +28,7 @@ class Detect:
     model: str | None = None
     """Name of the model, for weights of the upstream project; a run names its own."""
     threshold: Annotated[float, Range(0, 1)] = 0.5
-    """Least score that is shown."""
+    """Smallest score that is shown."""
     every: Annotated[int, Range(1, 1_000_000)] = 1
     """Take every N-th frame of a video."""
     draw: Annotated[Path | None, In("output")] = None
@@ -38,7 +38,7 @@ class Detect:
     coco: Annotated[Path | None, In("output")] = None
     """JSON file for the detections, as COCO's annotations."""
     force: Annotated[bool, In("output")] = False
-    """Overwrite those files."""
+    """Overwrite these files."""
     device: Device = "auto"
     """Device to run on."""
     as_json: Annotated[bool, In("output")] = False

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class _File:
-    """A text file that takes its name when it is whole; without a path, the standard output."""
+    """A text file that appears under its name when it is complete; without a path, the standard output."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -39,10 +39,10 @@ class _File:
 
 
 class JsonRows:
-    """A JSON object `{"schema": 1, "detections": [...]}`, a row a line."""
+    """A JSON object `{"schema": 1, "detections": [...]}` with one row per line."""
 
     def __init__(self, path: Path | None) -> None:
-        """Begin a file, or the standard output."""
+        """Open a file, or the standard output."""
         self._file = _File(path)
         self._separator = "\n"
         self._file.write('{"schema": 1, "detections": [')
@@ -58,7 +58,7 @@ class JsonRows:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """End the object; a file that is not whole is removed."""
+        """Close the object; an incomplete file is removed."""
         self._file.write("]}\n")
         self._file.close(whole=kind is None)
 
@@ -67,7 +67,7 @@ class CocoFile:
     """A COCO file: `categories` from 1 in the order of the classes, `annotations` with scores, and `images`."""
 
     def __init__(self, path: Path, task: str, classes: Sequence[str]) -> None:
-        """Begin a file.
+        """Open a file.
 
         Raises:
             TrainfitError: the task has no form in COCO's files.
@@ -100,7 +100,7 @@ class CocoFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Write the images; a file that is not whole is removed."""
+        """Write the images; an incomplete file is removed."""
         self._file.write(f'], "images": {json.dumps(self._images)}}}\n')
         self._file.close(whole=kind is None)
 

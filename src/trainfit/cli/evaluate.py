@@ -14,7 +14,7 @@ from trainfit.values import In, Range, require_valid
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """What is evaluated, and on what."""
+    """The model to evaluate, and the data to evaluate it on."""
 
     run: Annotated[Path | None, In(positional=True)] = None
     """Run folder, or a weights file of one."""

@@ -16,7 +16,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What is exported, and how."""
+    """The model to export, and its form."""
 
     run: Annotated[Path, In(positional=True)]
     """Run folder, or a weights file: of trainfit, or of the upstream project."""

@@ -1,4 +1,4 @@
-"""What a command is doing, on stderr, while its answer is not there."""
+"""Shows on stderr what a command is doing until its answer is there."""
 
 import sys
 import threading
@@ -32,7 +32,7 @@ class StatusLine:
         self._ended = threading.Event()
 
     def __enter__(self) -> "StatusLine":
-        """Show the first line, and keep the time running."""
+        """Show the first line, and update the time."""
         self.note(self._current)
         threading.Thread(target=self._watch, daemon=True).start()
         return self
@@ -40,14 +40,14 @@ class StatusLine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the last line away."""
+        """Remove the last line."""
         self._ended.set()
         with self._lock:
             self._clear()
             self.stream.flush()
 
     def note(self, line: str) -> None:
-        """Tell what comes now."""
+        """Show what is done next."""
         with self._lock:
             if line.endswith("..."):
                 self._count += 1

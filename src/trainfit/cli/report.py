@@ -15,10 +15,10 @@ from trainfit.values import In
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a run did: loss and AP, speed, where the time went, memory, every out-of-memory error."""
+    """What a run did: loss and scores, speed, how the time was spent, memory, and every out-of-memory error."""
 
     run: Annotated[Path, In(positional=True)]
-    """Run folder; the run may still be going on."""
+    """Run folder; the run may still be in progress."""
     as_json: bool = False
     """Print JSON (schema 1) instead of text."""
     html: Path | None = None

@@ -62,7 +62,7 @@ class Signals:
 
 
 class StopAfterStep(Signals):
-    """Training's handlers: once windows are trained on, the first signal lets the step end and the state be saved."""
+    """Handlers of training: once windows are trained, the first signal lets the step end and the state be saved."""
 
     def requested(self) -> bool:
         """Whether to stop; training asks after every window."""
@@ -70,7 +70,7 @@ class StopAfterStep(Signals):
         return self.received is not None
 
     def first(self, number: int) -> None:  # noqa: ARG002
-        """Announce the end."""
+        """Announce that training stops."""
         write_line("\nstopping: the state is saved after this step or evaluation (once more: stop at once)")
 
 
@@ -80,7 +80,7 @@ def end_quietly() -> None:
 
 
 def end_at_once(number: int) -> None:
-    """End the process without any cleaning up; files are replaced whole, so that the last saved ones are intact."""
+    """End the process without cleaning up; files are replaced as a whole, so that the last saved ones are intact."""
     if os.isatty(2):
         os.write(2, SHOW_CURSOR)
     write_line("\ntrainfit: stopped at once; what was saved before is intact")

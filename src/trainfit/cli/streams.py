@@ -9,7 +9,7 @@ from typing import TextIO
 from trainfit.errors import TrainfitError
 
 BROKEN_PIPE_CODE = 128 + 13
-"""The exit code of a program that SIGPIPE ends: whoever read its output has had enough."""
+"""The exit code of a program that SIGPIPE ends: the reader of its output has closed the pipe."""
 
 
 class Stream(io.TextIOWrapper):
@@ -76,7 +76,7 @@ def _usable(stream: TextIO | None, descriptor: int, *, line_buffering: bool) -> 
 
 
 def _discard(descriptor: int) -> None:
-    """Send what is written to a standard stream nowhere; what its buffer still holds goes there too."""
+    """Discard what is written to a standard stream, with what its buffer still holds."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     if nowhere != descriptor:

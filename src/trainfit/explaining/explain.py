@@ -28,13 +28,13 @@ class Explanation:
     growth: Growth | None = None
     """Growth of memory over a log with memory figures."""
     snapshots: tuple[Snapshot, ...] = ()
-    """One a device."""
+    """One snapshot per device."""
     setting: Setting | None = None
     """The setting that ran; None if none was named."""
     gpu: Gpu | None = None
     """The card; None if it is not known."""
     needs_bytes: int = 0
-    """What the setting needs at most on that card."""
+    """The most that the setting needs on that card."""
     knobs: tuple[Freed, ...] = ()
     """What each knob of the setting would free, largest first."""
 

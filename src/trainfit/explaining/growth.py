@@ -1,4 +1,4 @@
-"""Whether memory that grows over a run is a leak or a larger image: from the memory figures of a log. Imports no torch."""
+"""Judges from the memory figures of a log whether growing memory is a leak or a larger input. Imports no torch."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 Verdict = Literal["leak", "larger input", "steady", "too short"]
 LEAST = 6
-"""Figures below which nothing is said."""
+"""Least number of figures for a verdict."""
 _PATTERNS = (
     (re.compile(r"max_mem: (\d+)M\b"), 2**20),  # Detectron2, detrex
     (re.compile(r"max mem: (\d+)\b"), 2**20),  # torchvision's references, DETR
@@ -25,7 +25,7 @@ _PATTERNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Growth:
-    """How memory moved over a log."""
+    """How memory changed over a log."""
 
     verdict: Verdict
     figures: int
@@ -34,9 +34,9 @@ class Growth:
     last_bytes: int
     """The last figure."""
     steps_up: int
-    """Figures that are higher than every one before."""
+    """Number of figures that are higher than all before."""
     reason: str
-    """A sentence."""
+    """A sentence that explains the verdict."""
 
 
 def find_growth(text: str) -> Growth | None:

@@ -1,4 +1,4 @@
-"""What each knob of a named model would free on the card of an error. Imports no torch for models with stored traces."""
+"""Computes what each knob of a model would free on the card of an error. Imports no torch for models with stored traces."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,13 +20,13 @@ class Freed:
     knob: str
     """The flag on the command line."""
     frees_bytes: int
-    """Less reserved memory at most; negative where it needs more."""
+    """Reserved memory that it frees at most; negative if it needs more."""
     needs_bytes: int
     """The most that it needs afterwards, with the CUDA context."""
     same_result: bool
-    """Whether training learns the same with it."""
+    """Whether the result of training stays the same."""
     failure: str = ""
-    """Why there is no figure."""
+    """Why there is no figure; empty if there is one."""
 
 
 def changes(setting: Setting) -> Iterator[tuple[str, Setting, bool]]:

@@ -29,7 +29,7 @@ class Message:
     kind: Kind
     """What ran out of memory."""
     request_bytes: int = 0
-    """What was asked for; 0 where the message has no numbers."""
+    """Bytes of the request; 0 if the message has no numbers."""
     allocated_bytes: int = 0
     """Bytes of tensors."""
     cached_bytes: int = 0

@@ -66,7 +66,7 @@ class Snapshot:
     events: int
     """Allocations and frees of the history; 0 for a snapshot without one."""
     request_bytes: int
-    """What was asked for at the error; else 0."""
+    """Bytes of the request that failed; else 0."""
     request_place: str
     device_free_bytes: int
     allocated_bytes: int
@@ -76,13 +76,13 @@ class Snapshot:
     largest_free_bytes: int
     """The largest free piece of a reserved segment at the end of the history."""
     free_pieces_bytes: int
-    """All free pieces."""
+    """Bytes of all free pieces."""
     holders: tuple[Holder, ...]
     """Holders of memory, largest first."""
     steps: int
     """Times that allocated memory rose and fell again in the history."""
     leaks: tuple[Leak, ...]
-    """None where the history has fewer than `LEAST_STEPS` steps."""
+    """Tensors that accumulate; None if the history has fewer than `LEAST_STEPS` steps."""
 
     @property
     def judges_leaks(self) -> bool:
@@ -195,7 +195,7 @@ _RESERVING = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment
 def _before(
     entries: Sequence[Mapping[str, Any]], segments: Sequence[Mapping[str, Any]]
 ) -> dict[int, tuple[int, Any, int]]:
-    """What was alive when the history began: address -> (bytes, entry, -1)."""
+    """Blocks that were alive when the history began: address -> (bytes, entry, -1)."""
     live: dict[int, tuple[int, Any, int]] = {}
     seen: set[int] = set()
     for entry in entries:

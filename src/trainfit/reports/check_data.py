@@ -19,7 +19,7 @@ _HEADINGS = {
 
 
 def check_data_text(check: DataCheck, *, ascii_only: bool = False) -> str:
-    """The statistics, then every finding, grouped by kind; nothing is cut short.
+    """The statistics, then every finding, grouped by kind, in full length.
 
     `ascii_only` draws the bars of `#`, for an output that has no block characters.
     """

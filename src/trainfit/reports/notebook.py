@@ -1,4 +1,4 @@
-"""Plans, predictions and runs as a notebook shows them, and a progress bar for one."""
+"""Plans, predictions and runs for notebooks, and a progress bar."""
 
 from base64 import b64encode
 from collections.abc import Callable
@@ -19,7 +19,7 @@ _MONO = "style='white-space:pre-wrap;font-size:12px;line-height:1.45'"
 
 
 def plan_card(plan: Plan) -> str:
-    """The picture of a plan, its command, and the whole report below a fold. The picture cannot restyle the page."""
+    """The picture of a plan, its command, and the whole report in a collapsed section. The picture cannot restyle the page."""
     picture = b64encode(plan_svg(plan).encode()).decode()
     command = f"<pre {_MONO}>{escape(train_command(plan))}</pre>" if plan.chosen else ""
     return (
@@ -30,7 +30,7 @@ def plan_card(plan: Plan) -> str:
 
 
 def run_card(report: RunReport) -> str:
-    """What `trainfit report` prints of a run, and its curves in a frame of their own."""
+    """The text of `trainfit report` on a run, and its curves in a frame of their own."""
     page = escape(charts_html(report), quote=True)
     frame = f"<iframe srcdoc='{page}' style='width:100%;height:420px;border:0'></iframe>" if report.windows else ""
     return f"<pre {_MONO}>{escape(run_text(report))}</pre>{frame}"
@@ -53,12 +53,12 @@ class NotebookProgress(Progress):
         self._bar = ""
 
     def note(self, text: str) -> None:
-        """Keep a line; the last eight stay."""
+        """Show a line; the last eight stay visible."""
         self._notes = [*self._notes[-7:], printable(text)]
         self._draw()
 
     def step(self, update: StepUpdate) -> None:
-        """Move the bar."""
+        """Update the bar."""
         self._bar = _bar(update.step, update.total_steps, step_line(update))
         self._draw()
 

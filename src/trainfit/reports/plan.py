@@ -1,4 +1,4 @@
-"""A plan as text and as JSON, the command that trains with it, and what its pictures show."""
+"""A plan as text and as JSON, the command that trains with it, and the data of its pictures."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -26,12 +26,12 @@ CARDS_GIB = (4, 6, 8, 12, 16, 24, 40, 48, 80)
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetBar:
-    """The fastest candidate that a card of some size holds."""
+    """The fastest candidate that fits cards of one size."""
 
     card_gib: int
     """Memory of the card in GiB."""
     candidate: Candidate | None
-    """None: it holds none of those considered."""
+    """The candidate; None if none of those considered fits."""
 
 
 def plan_text(plan: Plan) -> str:
@@ -61,7 +61,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def sentence(plan: Plan) -> str:
-    """What fits, how much it needs of how much, how fast it is."""
+    """One sentence: what fits, how much it needs of the budget, and how fast it is."""
     where = f"{plan.model} on {f'{plan.gpus} x ' if plan.gpus > 1 else ''}{plan.gpu.name}"
     budget = f"of {_interval(plan.budget)} usable{' on each' if plan.gpus > 1 else ''}"
     if plan.chosen is None:
@@ -80,7 +80,7 @@ def sentence(plan: Plan) -> str:
 
 
 def reserve_text(plan: Plan) -> str:
-    """What the plan keeps free on each card; of a chosen setting that leaves less, that it does."""
+    """A sentence on the reserve that the plan keeps free on each card, or that the chosen setting leaves less."""
     kept = f"{RESERVE:.0%} of the card kept free"
     assert plan.prediction is not None
     return f", {kept}" if has_reserve(plan.prediction.needs, plan.budget) else f", and not {kept}: it fits, no reserve"
@@ -140,7 +140,7 @@ def speed_text(plan: Plan, candidate: Candidate) -> str:
 
 
 def speed_head(plan: Plan) -> str:
-    """What `speed_text` is."""
+    """What the figures of `speed_text` are."""
     return "images/s" if plan.calibrated else "speed"
 
 
@@ -209,7 +209,7 @@ def _table(plan: Plan) -> list[str]:
 
 
 def columns(rows: Sequence[Sequence[str]], *, right: Iterable[int] = ()) -> list[str]:
-    """Rows of text in columns; those of `right` end at the same place."""
+    """Rows of text in aligned columns; the columns in `right` are aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     side = [">" if i in set(right) else "<" for i in range(len(widths))]
     return [
@@ -229,7 +229,7 @@ def frontier_cells(plan: Plan) -> list[tuple[str, str, str]]:
 
 
 def _rescue(plan: Plan) -> list[str]:
-    """The card that would hold the smallest, and what each knob frees."""
+    """The smallest card that the smallest setting fits, and what each knob would free."""
     need = plan.smallest.needs.high_bytes
     card = smallest_card(need, plan.smallest.setting.precision)
     card_name = f"{card.name} ({gib(card.memory_bytes)} GiB)" if card else "none"
@@ -265,12 +265,12 @@ def savings_lines(plan: Plan, missing_bytes: int) -> list[str]:
 
 
 def room_bytes(gpu: Gpu) -> int:
-    """What a process may have of a card for sure, CUDA context included: what a need is compared with."""
+    """Memory of a card that is certainly available to a process, CUDA context included: the budget of a need."""
     return process_budget(gpu, AllocatorConfig()).low_bytes
 
 
 def smallest_card(need_bytes: int, precision: Precision) -> Gpu | None:
-    """The card of the catalogue with the least memory that holds a need and computes in a precision."""
+    """The card of the catalogue with the least memory that a need fits and that supports a precision."""
     able = [gpu for gpu in all_gpus() if precision != "bf16" or gpu.has_bf16]
     large_enough = [gpu for gpu in able if room_bytes(gpu) >= need_bytes]
     return min(large_enough, key=lambda gpu: (gpu.memory_bytes, gpu.name), default=None)

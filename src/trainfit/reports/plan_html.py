@@ -1,4 +1,4 @@
-"""A plan as one HTML page that needs nothing else: inline SVG, light and dark."""
+"""A plan as one self-contained HTML page: inline SVG, light and dark."""
 
 from html import escape
 
@@ -36,7 +36,7 @@ _COLORS = {"chosen": "#2f6fdb", "fits": "#3a9a54", "fits, no reserve": "#b8960b"
 
 
 def plan_html(plan: Plan) -> str:
-    """Verdict, candidates, frontier, what other cards would run, the step's timeline, modules, loading, assumptions."""
+    """The page: verdict, candidates, frontier, other cards, timeline of the step, modules, loading and assumptions."""
     title = f"{plan.model}, effective batch {plan.effective_batch}, on {_cards(plan)}"
     verdict = ("fits", "fits") if plan.chosen else ("nothing fits", "not")
     rows = table_rows(plan)
@@ -98,7 +98,7 @@ def _considered(plan: Plan, rows: tuple[Candidate, ...]) -> str:
 
 
 def _scatter(plan: Plan) -> str:
-    """All candidates, need to the right and speed upwards; the frontier joined, the budget a line."""
+    """All candidates by need (right) and speed (up), with the frontier as a curve and the budget as a line."""
     known = [c for c in plan.candidates if c.images_per_s]
     if not known:
         return f"<p>How fast they are is not known: the rates of {escape(plan.gpu.name)} are not.</p>"

@@ -1,4 +1,4 @@
-"""A plan as one picture that needs nothing else: what the settings need against what the card has, and how fast they are."""
+"""A plan as one self-contained picture: the memory and speed of settings, against the memory of the card."""
 
 from html import escape
 
@@ -82,7 +82,7 @@ def _sentence(plan: Plan) -> str:
 
 
 def _row(plan: Plan, candidate: Candidate, y: float, low: float, high: float) -> list[str]:
-    """A bar up to the least that is needed, its last part, up to the most, lighter."""
+    """A bar up to the low end of a need; its lighter last part reaches to the high end."""
     color = COLORS[candidate.verdict]
     css = "strong" if candidate.verdict == "chosen" else ""
     top = y + 6
@@ -95,7 +95,7 @@ def _row(plan: Plan, candidate: Candidate, y: float, low: float, high: float) ->
 
 
 def _label(candidate: Candidate) -> str:
-    """`choice` in few words: what is usual is left out."""
+    """A short form of `choice` without what is usual."""
     words = choice(candidate).replace(", no checkpointing", "").replace(", EMA weights on the host", ", EMA on host")
     return words.replace(", all blocks checkpointed", ", checkpointing").replace(
         ", saved activations in host memory", ", offload"

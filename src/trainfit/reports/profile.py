@@ -21,12 +21,12 @@ _MODULES_SHOWN = 8
 
 
 def profile_json(prediction: Prediction) -> dict[str, Any]:
-    """All of it as values: `schema` 1; a sample's `category_bytes` are in the order of `categories`."""
+    """The prediction as JSON values: `schema` 1; a sample's `category_bytes` are in the order of `categories`."""
     return {"schema": SCHEMA, "categories": CATEGORIES, **asdict(prediction)}
 
 
 def profile_text(prediction: Prediction) -> str:
-    """One sentence, what the memory is for, what no operator shows, and the last window as a picture."""
+    """One sentence, memory by category, memory that no operator shows, and the last window as a picture."""
     training = prediction.training
     evaluation = prediction.evaluation
     profile = training.profile
@@ -108,7 +108,7 @@ def spread(size: ByteRange) -> str:
 
 
 def limit_bytes(prediction: Prediction) -> int:
-    """What tensors and the allocator's cache may take for sure: the line in pictures."""
+    """Memory that is certainly available to tensors and the allocator's cache: the limit in pictures."""
     context = next(row for row in prediction.training.hidden if row.within == "process")
     return max(0, prediction.budget.low_bytes - context.high_bytes)
 
@@ -135,7 +135,7 @@ def _rows(rows: Sequence[tuple[str, int]]) -> list[str]:
 
 
 def hidden_lines(rows: Sequence[HiddenRow]) -> list[str]:
-    """A line a row: name, MiB from and to, what it is a part of, where the numbers are from."""
+    """One line per row: name, range in MiB, what it is a part of, and the source of the numbers."""
     width = max(len(row.name) for row in rows)
     return [
         f"  {row.name:<{width}}  {row.low_bytes / MIB:>7.1f} to {row.high_bytes / MIB:>7.1f} MiB  {row.within:<8}  {row.source}"
@@ -148,7 +148,7 @@ def _eval_micro_batch(prediction: Prediction) -> int:
 
 
 def doubts(prediction: Prediction) -> list[str]:
-    """Sentences on operators whose values or shapes the trace does not know."""
+    """Sentences on operators whose values or shapes are unknown to the trace."""
     training = prediction.training
     made_up = [op for op in training.made_up if op not in training.upper_bounds]
     return [
@@ -201,7 +201,7 @@ def _cell(allocated: float, reserved: float, empty: str) -> str:
 
 
 def _phase_axis(columns: Sequence[Sequence[ProfileSample]]) -> str:
-    """Each phase's name under its columns, where they have room for it."""
+    """The name of each phase under its columns, if there is room for it."""
     axis = ""
     for phase, stretch in groupby(column[0].phase for column in columns):
         width = len(list(stretch))

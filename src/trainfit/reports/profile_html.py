@@ -1,4 +1,4 @@
-"""A prediction as one HTML page that needs nothing else: inline SVG, light and dark."""
+"""A prediction as one self-contained HTML page: inline SVG, light and dark."""
 
 from collections.abc import Sequence
 from html import escape
@@ -88,7 +88,7 @@ def timeline(profile: Profile, limit: int) -> str:
 
 
 def _limit(limit: int, height: float | None) -> list[str]:
-    """The budget line; None: it is above the picture."""
+    """The budget line; None if it is above the picture."""
     if height is None:
         above = f"limit {gib(limit)} GiB, above the picture"
         return [svg.text(_WIDTH - 6, 12, above, anchor="end", css="limit")]

@@ -12,7 +12,7 @@ from trainfit.training.telemetry import StepUpdate
 
 GIB = 2**30
 PLAIN_EVERY_S = 10.0
-"""Without a terminal a line is printed this often at most."""
+"""Least seconds between two lines without a terminal."""
 
 
 class TerminalProgress:
@@ -58,7 +58,7 @@ class TerminalProgress:
 
 
 def step_line(update: StepUpdate) -> str:
-    """One line: where training is, how fast, how long still, how much memory, how much waiting for data."""
+    """One line: step, loss, speed, remaining time, memory, and share of waiting for data."""
     return (
         f"epoch {update.epoch + 1}/{update.epochs}  step {update.step}/{update.total_steps}  "
         f"loss {update.loss:.4g}  {update.images_per_s:.3g} images/s  {duration(update.remaining_s)} left  "

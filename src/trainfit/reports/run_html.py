@@ -1,4 +1,4 @@
-"""A run as one HTML page that needs nothing else: curves, where the time went, memory, what was survived."""
+"""A run as one self-contained HTML page: curves, how the time was spent, memory, out-of-memory errors."""
 
 from collections.abc import Sequence
 from html import escape
@@ -46,24 +46,24 @@ def run_html(report: RunReport) -> str:
 
 
 def charts_html(report: RunReport) -> str:
-    """A page with the curves alone."""
+    """A page with only the curves."""
     return svg.page(report.model, [f"<div class='charts'>{''.join(_charts(report))}</div>"])
 
 
 def _charts(report: RunReport) -> list[str]:
-    """The curves that there are."""
+    """The curves for which the run has data."""
     charts = (_loss(report), _evaluations(report), _speed(report), _waiting(report), *_device(report))
     return [chart for chart in charts if chart]
 
 
 def _curve(rows: Sequence[Row], key: str, name: str, color: str, factor: float = 1.0) -> svg.Curve | None:
-    """None where no row tells the value."""
+    """The curve of a value over the steps; None if no row has the value."""
     points = [(row["step"], None if row.get(key) is None else row[key] * factor) for row in rows]
     return svg.Curve(name=name, color=color, points=points) if any(y is not None for _, y in points) else None
 
 
 def _chart(report: RunReport, caption: str, *curves: svg.Curve | None, zero: bool = True) -> str:
-    """A chart of the curves there are over the whole run; empty where there are none."""
+    """A chart of curves over the whole run; empty if there are none."""
     there = [curve for curve in curves if curve is not None]
     marks = [(row["step"] + 1, f"out of memory: {oom_words(row)}") for row in report.ooms]
     if not there or not report.windows:
@@ -102,7 +102,7 @@ def _waiting(report: RunReport) -> str:
 
 
 def _device(report: RunReport) -> list[str]:
-    """Memory and GPU; of a run on the CPU the resident memory alone."""
+    """Charts of memory and GPU; for a run on the CPU, only of the resident memory."""
     resident = _curve(report.readings, "memory_bytes", "resident", _BLUE, 1 / GIB)
     if report.reserved_bytes is None:
         return [_chart(report, "Host memory, GiB", resident)]

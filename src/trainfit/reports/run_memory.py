@@ -1,4 +1,4 @@
-"""Whether a run's memory grew with what it was given, or without a reason: "is it a leak?". Needs no torch."""
+"""Judges whether a run's memory grew with its data or without a reason: "is it a leak?". Needs no torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ WORDS = {"rois": "regions", "positives": "regions with an object"}
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryIncrease:
-    """Memory rose above all that it was before."""
+    """A rise of memory above its previous maximum."""
 
     step: int
     """The optimizer step."""
@@ -27,7 +27,7 @@ class MemoryIncrease:
     after_bytes: int
     """Memory after it."""
     because: tuple[str, ...]
-    """What was larger than ever before, in words; empty: nothing that the run knows of."""
+    """The inputs that were larger than ever before, in words; empty if none was."""
 
 
 def growths(readings: Sequence[Row], pauses: Sequence[Row] = ()) -> list[MemoryIncrease]:
@@ -62,7 +62,7 @@ def growths(readings: Sequence[Row], pauses: Sequence[Row] = ()) -> list[MemoryI
 
 
 def _larger(row: Row, most: dict[str, float]) -> list[str]:
-    """What a reading has more of than all before, in words; `most` is brought up to date."""
+    """The inputs of a reading that are larger than all before, in words; updates `most`."""
     words: list[str] = []
     for name, entry in (row.get("largest") or {}).items():
         if entry["value"] > most.get(name, 0.0):

@@ -26,34 +26,34 @@ State = Literal["finished", "interrupted", "going on", "broken off", "not starte
 
 @dataclass(frozen=True, kw_only=True)
 class TimeSpent:
-    """Where the time went, resumed stretches added up. Seconds of rank 0."""
+    """How the time was spent, in seconds of rank 0; resumed parts are added up."""
 
     start_s: float
-    """Reading data, building the model, the first window's loading."""
+    """Seconds of reading data, building the model, and loading the first window."""
     compute_s: float
     """Seconds of computing."""
     waited_s: float
     """Seconds of waiting for the loader."""
     paused_s: float
-    """Evaluation and saving."""
+    """Seconds of evaluation and saving."""
     other_s: float
-    """Between windows: agreeing, writing."""
+    """Seconds between windows: agreeing and writing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """What a run folder tells."""
+    """The content of a run folder."""
 
     folder: Path
     """The run folder."""
     model: str
     """Name of the model."""
     state: State
-    """broken off: nothing was written for long, and it did not say that it ended."""
+    """broken off: nothing was written for a long time, without an entry that the run ended."""
     step: int
     """Optimizer steps done."""
     total_steps: int | None
-    """None: the first window is not done yet."""
+    """Optimizer steps in all; None before the first window is done."""
     windows: tuple[Row, ...]
     """Lines of metrics.jsonl with a loss: step, loss and its parts, gradient_norm, lr, size, images."""
     evaluations: tuple[Row, ...]
@@ -65,7 +65,7 @@ class RunReport:
     time: TimeSpent
     """How the time was spent."""
     images_per_s: float | None
-    """While training, over the whole run."""
+    """Speed of training over the whole run."""
     wait_share: float | None
     """Share of the training time spent waiting for the loader."""
     reserved_bytes: int | None
@@ -87,7 +87,7 @@ class RunReport:
     noise_line: str | None
     """A sentence on the noise scale."""
     unreadable_lines: int
-    """Cut short by a kill, or being written just now."""
+    """Number of lines that a kill cut short, or that are being written."""
 
 
 def read_run(folder: Path, now: float | None = None) -> RunReport:
@@ -204,7 +204,7 @@ def _mean_speed(readings: Sequence[Row]) -> float | None:
 
 
 def run_json(report: RunReport) -> dict[str, Any]:
-    """All of it as values: `schema` 1. What is infinite (a noise scale that cannot be told from above) is null."""
+    """The report as JSON values: `schema` 1. Infinite values (a noise scale without an upper bound) are null."""
     values = asdict(report) | {"folder": str(report.folder)}
     if report.noise is not None:
         values["noise"] = {k: None if v == float("inf") else v for k, v in asdict(report.noise).items()}
@@ -240,12 +240,12 @@ def facts(report: RunReport) -> list[tuple[str, str]]:
 
 
 def headline(report: RunReport) -> str:
-    """Model, folder, how far."""
+    """Model, folder, state and progress."""
     return f"{report.model}, {report.folder}: {report.state}, {steps_words(report)}."
 
 
 def steps_words(report: RunReport) -> str:
-    """Optimizer steps done, of all."""
+    """Optimizer steps done, and in all."""
     if report.total_steps is None:
         return counted(report.step, "step")
     return f"{report.step} of {counted(report.total_steps, 'step')}"
@@ -306,7 +306,7 @@ def time_shares(spent: TimeSpent) -> list[tuple[str, float]]:
 
 
 def time_words(spent: TimeSpent) -> str | None:
-    """The whole, and each share of it."""
+    """The whole time, and each share of it."""
     total = sum(seconds for _, seconds in time_shares(spent))
     if not total:
         return None
@@ -328,7 +328,7 @@ def memory_words(report: RunReport) -> str | None:
 
 
 def numbers_words(report: RunReport) -> str | None:
-    """The numbers of the run's windows that memory follows from: in the first and in the last reading, and the most."""
+    """The inputs that determine the memory of windows: in the first and the last reading, and the largest."""
     rows = [row["window_numbers"] for row in report.readings if row.get("window_numbers")]
     if not rows:
         return None

@@ -13,7 +13,7 @@ from trainfit.training.summary import RunSummary
 
 
 def summary_text(summary: RunSummary) -> str:
-    """One sentence, the figures, what to do next."""
+    """One sentence, the figures, and the next command."""
     folder = summary.folder
     if summary.interrupted:
         lines = [

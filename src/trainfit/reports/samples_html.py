@@ -1,4 +1,4 @@
-"""Samples as a model sees them, as one HTML page that needs nothing else."""
+"""Samples as a model sees them, as one self-contained HTML page."""
 
 import base64
 import colorsys
@@ -29,7 +29,7 @@ Colours = Mapping[str, tuple[int, int, int]]
 
 
 def samples_html(shown: Sequence[Preview], classes: Sequence[str], *, title: str, lines: Sequence[str]) -> str:
-    """The whole page: `lines` say what is shown, each record has a row; the order of `classes` gives the colours."""
+    """The page: `lines` describe it, and each record has a row; colours follow the order of `classes`."""
     colours = {name: colour_of(place) for place, name in enumerate(classes)}
     parts = [STYLE, f"<h1>{escape(title)}</h1>", *(f"<p class='soft'>{escape(line)}</p>" for line in lines)]
     for preview in shown:
@@ -67,7 +67,7 @@ def _figure(caption: str, sample: Shown, colours: Colours) -> str:
 
 
 def _boxes(sample: Shown, colours: Colours, *, size: int) -> list[str]:
-    """Frames, and names that stay legible: as high as a thirtieth of the image."""
+    """Boxes with class names that stay legible: their height is a thirtieth of the image's."""
     line = max(1.0, size / 250)
     text = size / 28
     shapes: list[str] = []

@@ -2,14 +2,14 @@
 
 
 def printable(text: str) -> str:
-    """Text of unknown origin (class names, file names) without what a terminal would obey: escapes become visible."""
+    """Text of unknown origin (class names, file names) with control characters made visible, for a terminal."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def duration(seconds: float) -> str:
-    """1:02:03 or 2:03."""
+    """A duration as 1:02:03 or 2:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

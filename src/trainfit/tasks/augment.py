@@ -1,4 +1,4 @@
-"""What a training draws at random of its images: presets, single switches, a user's transform. Imports no torch."""
+"""Augmentation of training images: presets, single switches, and transforms of the user. Imports no torch."""
 
 import re
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from trainfit.errors import TrainfitError
 
 OWN = frozenset({"crop", "flip"})
-"""What a family's decoder may draw by itself, because it is cheaper there or keeps more of the pixels."""
+"""Augmentations that a family's decoder may apply by itself, because it is cheaper there or keeps more of the pixels."""
 SWITCHES = ("crop", "flip", "colour", "scale")
 COLOUR = 0.2
 """Strength of --augment colour: brightness, contrast and saturation are multiplied by 1 - COLOUR to 1 + COLOUR."""
@@ -22,7 +22,7 @@ class Augmentation:
     """What is drawn for every image of training; evaluation draws nothing."""
 
     own: frozenset[str] = frozenset()
-    """What the family's decoder draws, of `OWN`."""
+    """Augmentations of `OWN` that the family's decoder applies."""
     crop: bool = False
     """Resize a part of the image to the image's size, after decoding, half of the time."""
     flip: bool = False
@@ -30,7 +30,7 @@ class Augmentation:
     turns: bool = False
     """Turn the image upside down, after decoding, half of the time, and square images by quarters."""
     colour: float = 0.0
-    """Strength of changes of brightness and contrast; 0: none."""
+    """Strength of changes in brightness and contrast; 0 turns them off."""
     saturation: bool = False
     """Whether `colour` changes the saturation too."""
     scale: tuple[float, float] | None = None

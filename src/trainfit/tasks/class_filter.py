@@ -1,4 +1,4 @@
-"""A data set cut down to some of its classes."""
+"""Restricts a data set to some of its classes."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -16,7 +16,7 @@ class ClassFilter(Protocol):
     """What a task's module has besides where its data sets can be cut down to some of their classes."""
 
     def only_classes(self, dataset: Any, rows: Sequence[int]) -> Any:
-        """The data set with these rows of its classes alone, numbered anew in this order."""
+        """The data set with only these classes, numbered anew in this order."""
         ...
 
 

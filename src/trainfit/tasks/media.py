@@ -37,7 +37,7 @@ class Frame:
     """A picture of a video."""
 
     number: int
-    """Number of the frame, from 0."""
+    """Number of the frame, counted from 0."""
     time_s: float
     image: "Image.Image"
     """The decoded frame."""

@@ -32,7 +32,7 @@ class Emitted:
     tool: str
     """Name of the tool."""
     text: str
-    """A file or a command; YAML has its launch command in a comment."""
+    """Content of a file, or a command; YAML has its launch command in a comment."""
     notes: tuple[str, ...]
     """Differences between the tool and the plan."""
 

@@ -23,7 +23,7 @@ def file_record(number: int, path: Path) -> ClassRecord:
 
 
 def rows(path: Path, output: Ranking, classes: Sequence[str], threshold: float) -> list[dict[str, Any]]:
-    """One row a class with a probability of at least `threshold`, best first; five at most."""
+    """One row per class with a probability of at least `threshold`, best first, at most five."""
     pairs = zip(output.classes, output.scores, strict=True)
     return [{"file": str(path), "class": classes[row], "score": round(p, 6)} for row, p in pairs if p >= threshold]
 

@@ -45,7 +45,7 @@ class RawImage:
     path: Path
     header: ImageHeader | ImageDefect
     size: tuple[int, int] | None
-    """(width, height) as annotated; None where the format has no size."""
+    """(width, height) as annotated; None if the format has no size."""
     objects: Sequence[RawObject]
 
 

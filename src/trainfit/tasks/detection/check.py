@@ -16,7 +16,7 @@ from trainfit.tasks.images import read_image
 from trainfit.tasks.task import DataCheck, Progress
 
 DECODE_BYTES = 1 << 30
-"""What all decoding threads may hold together."""
+"""Memory that all decoding threads together may hold."""
 _BYTES_PER_PIXEL = 8
 """An image and its upright copy, as Pillow stores RGB."""
 _REFUSED = "models with masks refuse the data set"

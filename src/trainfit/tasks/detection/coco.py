@@ -50,7 +50,7 @@ class _CocoFile:
     images: Sequence[Mapping[str, Any]]
     annotations: Sequence[Any]
     categories: Mapping[int, Mapping[str, Any]]
-    """By id."""
+    """Category id -> the category."""
 
 
 def find_coco(path: Path) -> dict[str, Path]:

@@ -83,7 +83,7 @@ class ApResult:
     images: int
     """Number of images."""
     objects: int
-    """Without crowds."""
+    """Number of objects, without crowds."""
     crowds: int
     """Number of crowds, which count neither as hits nor as misses."""
     detections: int

@@ -21,7 +21,7 @@ Numbers = NDArray[np.floating[Any]]
 
 
 class Matching:
-    """What the curves follow from. Host memory: 9 bytes a detection.
+    """Matches of detections and objects, from which the curves are computed. Host memory: 9 bytes per detection.
 
     A detection meets the object of its class that it overlaps most, of those that no surer detection has met, as COCO
     matches. Detections that lie in a crowd of their class count neither way.

@@ -37,7 +37,7 @@ def file_record(number: int, path: Path) -> ImageRecord:
 
 
 def rows(path: Path, output: ImageDetections, classes: Sequence[str], threshold: float) -> list[dict[str, Any]]:
-    """One row a detection with a score of at least `threshold`, best first. `box`: x0, y0, x1, y1 in pixels; `mask`: RLE."""
+    """One row per detection with a score of at least `threshold`, best first. `box`: x0, y0, x1, y1 in pixels; `mask`: RLE."""
     order = output.scores.argsort(descending=True, stable=True)
     chosen = [i for i in order.tolist() if output.scores[i] >= threshold]
     return [_row(path, output, i, classes) for i in chosen]

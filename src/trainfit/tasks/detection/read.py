@@ -1,4 +1,4 @@
-"""The one way in: a path to a data set of whichever format, as a `Dataset` that training can use."""
+"""Reads a data set of any format as a `Dataset` that training can use."""
 
 import os
 from collections import Counter
@@ -68,7 +68,7 @@ def recognises(data: str) -> bool:
 
 
 def require_no_errors(dataset: Dataset) -> None:
-    """What training calls first: raises TrainfitError with the first `error` finding, and how many more there are."""
+    """Raise TrainfitError with the first `error` finding and the number of further ones; training calls it first."""
     require_none(dataset.findings, f"trainfit check-data {dataset.root}")
 
 

@@ -1,4 +1,4 @@
-"""What a data set asks of a training step: how many objects, how large a canvas; as values, and as tables for a person."""
+"""Statistics of a data set that determine a training step: objects and canvas sizes, as values and as tables."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
