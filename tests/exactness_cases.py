@@ -292,7 +292,7 @@ def ddp_first() -> OwnLoop:
 
 
 class Recomputed(nn.Module):
-    """Whose middle is computed again in backward, which runs a backward within the backward."""
+    """A model whose middle is recomputed in backward, which runs a backward within the backward."""
 
     def __init__(self) -> None:
         super().__init__()

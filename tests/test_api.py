@@ -88,7 +88,7 @@ def test_plan_takes_what_the_command_takes(monkeypatch: pytest.MonkeyPatch) -> N
         (lambda: trainfit.predict("rfdetr-nano"), "give --gpu NAME or --memory 8GiB"),
         (lambda: trainfit.measure("timm:resnet10t", device="cpu", memory="4GiB"), "on the CPU leave it out"),
         (lambda: trainfit.train("rfdetr-nano"), "--data is missing"),
-        (lambda: trainfit.evaluate("/nowhere", data="sample", device="cpu"), "/nowhere is no run folder"),
+        (lambda: trainfit.evaluate("/nowhere", data="sample", device="cpu"), "/nowhere is not a run folder"),
         (lambda: trainfit.check_data("/nowhere"), "/nowhere"),
     ],
 )

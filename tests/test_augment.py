@@ -62,7 +62,7 @@ def test_what_a_family_does_not_draw_itself_is_drawn_after_decoding() -> None:
     [
         ("aereal", "Perhaps you meant aerial"),
         ("default,no-flop", "Perhaps you meant no-flip"),
-        ("flip,none", "'none' is no augmentation"),
+        ("flip,none", "'none' is not an augmentation"),
         ("a:b,c:d", "one function"),
     ],
 )

@@ -95,7 +95,7 @@ def test_forms_of_keys_and_values(tmp_path: Path) -> None:
         ("lrr: 0.1", "c.yaml: unknown key 'lrr'. Perhaps you meant 'lr'"),
         ("short_sides: 640", "unknown key 'short_sides'"),  # Mask R-CNN's, not RF-DETR's
         ("- a", "expected flags as `key: value`"),
-        ("a: [", "is no YAML"),
+        ("a: [", "is not YAML"),
         ("lr: {a: 1}", "lr must be a value, not a table"),
     ],
 )

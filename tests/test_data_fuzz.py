@@ -206,7 +206,7 @@ def test_names_of_classes_stay_as_they_are_written(folder: Path) -> None:
 def test_voc_width_and_lists(folder: Path) -> None:
     xml = "<annotation><size><width>²</width></size></annotation>".encode()
     assert ("mended", "wrong image size") in named(read(folder, voc_files(xml)))
-    with pytest.raises(TrainfitError, match=r"train\.txt: is no UTF-8 text at byte 0"):
+    with pytest.raises(TrainfitError, match=r"train\.txt: is not UTF-8 text at byte 0"):
         read(folder, voc_files(train=b"\xe9\n"))
 
 

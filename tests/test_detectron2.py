@@ -160,7 +160,7 @@ def test_the_three_examples_of_the_source(tmp_path: Path, capsys: pytest.Capture
     assert after(words, "--rois-per-image") == ["512"]
     assert after(words, "--out") == ["./output/bs4_workers2"]
     sizes = "INPUT: {MIN_SIZE_TRAIN: '(600,)', MAX_SIZE_TRAIN: 800, MIN_SIZE_TEST: '(600,)', MAX_SIZE_TEST: 800}\n"
-    with pytest.raises(TrainfitError, match=r"INPUT.MIN_SIZE_TEST \[600, 7\] is no value"):
+    with pytest.raises(TrainfitError, match=r"INPUT.MIN_SIZE_TEST \[600, 7\] is not a value"):
         translated(own(tmp_path, sizes.replace("TEST: '(600,)'", "TEST: '(600, 7)'")))
     words = with_configuration(["train", "--detectron2", own(tmp_path, sizes)])
     assert after(words, "--resolution") == ["600"]
@@ -198,7 +198,7 @@ def test_the_schedule_is_detectron2s(tmp_path: Path) -> None:
     for text, reason in (
         ("{WARMUP_ITERS: many}", "WARMUP_ITERS must be a whole number, not 'many'"),
         ("{STEPS: soon}", "STEPS must be a list of whole numbers, not 'soon'"),
-        ("{LR_SCHEDULER_NAME: Poly}", "LR_SCHEDULER_NAME 'Poly' is no value that trainfit has"),
+        ("{LR_SCHEDULER_NAME: Poly}", "LR_SCHEDULER_NAME 'Poly' is not a value that trainfit has"),
     ):
         with pytest.raises(TrainfitError, match=reason):
             trained(f"SOLVER: {text}\n")
@@ -258,7 +258,7 @@ def test_what_is_of_another_model_or_no_yaml_is_refused(tmp_path: Path, capsys: 
     for name, (text, words) in files.items():
         (tmp_path / name).write_text(text)
         assert words in message(tmp_path / name), name
-    assert "is no file" in message(tmp_path / "missing.yaml")
+    assert "is not a file" in message(tmp_path / "missing.yaml")
     assert run("detect", "--detectron2", "a.yaml") == 2
     assert "--detectron2 goes with plan, predict, measure and train" in capsys.readouterr().err
 

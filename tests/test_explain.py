@@ -229,9 +229,9 @@ def test_a_snapshot_runs_no_code(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (b"", "has no out-of-memory message"),
         (b"all is well\n", "has no out-of-memory message"),
-        (b"\x80\x04damaged", "is no memory snapshot"),
-        (pickle.dumps([1, 2]), "is no memory snapshot"),
-        (pickle.dumps({"segments": [{"device": 0}]}), "is no memory snapshot"),
+        (b"\x80\x04damaged", "is not a memory snapshot"),
+        (pickle.dumps([1, 2]), "is not a memory snapshot"),
+        (pickle.dumps({"segments": [{"device": 0}]}), "is not a memory snapshot"),
         (pickle.dumps({"segments": [], "device_traces": [[]]}), "held no GPU memory"),
     ],
 )
@@ -316,10 +316,10 @@ def test_what_is_no_readable_file_is_one_line(tmp_path: Path, capsys: pytest.Cap
         file.truncate(5 * 2**30)  # takes no room on the disk
     for name, message in (
         ("missing", "missing cannot be read (No such file or directory): give a log"),
-        ("pipe", "pipe cannot be read (it is no regular file): give a log"),
+        ("pipe", "pipe cannot be read (it is not a regular file): give a log"),
         ("large", "large cannot be read (it is 5368709120 bytes long, and at most 4294967296 are read)"),
         ("", f"{tmp_path} is a folder: give a log"),
-        ("empty", "empty has no out-of-memory message, no memory figures, and is no snapshot"),
+        ("empty", "empty has no out-of-memory message, no memory figures, and is not a snapshot"),
     ):
         assert run("explain", tmp_path / name) == 2
         error = capsys.readouterr().err

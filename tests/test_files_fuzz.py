@@ -260,5 +260,5 @@ def test_a_bad_line_of_measurements_is_left_out_with_a_warning(
 
 
 def test_measurements_in_a_folder_s_place_are_named(tmp_path: Path) -> None:
-    with pytest.raises(TrainfitError, match=r"cannot be read .it is no regular file.: remove it"):
+    with pytest.raises(TrainfitError, match=r"cannot be read .it is not a regular file.: remove it"):
         calibration.read(tmp_path)

@@ -60,7 +60,7 @@ def test_calibrated_times_are_images_per_second() -> None:
 def test_a_card_without_rates() -> None:
     plan = make_plan((4, "none"), timed=False)
     text = plan_text(plan)
-    assert "How fast it is is not known: the rates of RTX 3090 are not." in text
+    assert "Its speed is unknown: the rates of RTX 3090 are not known." in text
     assert re.search(r"^->  4 x 4 +none +2\.20 to 2\.42 +- +chosen", text, flags=re.M)
     assert "the rates of RTX 3090 are not" in plan_html(plan)
 

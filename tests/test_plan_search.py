@@ -297,9 +297,7 @@ def test_nothing_fits_names_what_each_knob_frees() -> None:
     assert found.chosen is None
     assert found.prediction is None
     freed = {saving.knob: saving.saved_bytes for saving in found.savings}
-    assert (
-        freed["--groups 1"] == 15
-    )  # of the 25 bytes that the one image takes with all blocks computed again and offload
+    assert freed["--groups 1"] == 15  # of the 25 bytes that the one image takes with all blocks recomputed and offload
     learning = [saving.learns_differently for saving in found.savings]
     assert learning == sorted(learning)  # what changes what is learned comes last
     assert all(learning)  # the smallest setting has everything else

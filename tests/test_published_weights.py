@@ -328,7 +328,7 @@ def test_detect_names_the_classes_of_a_published_checkpoint(world: World, capsys
         (["WEIGHTS", "--data", "sample"], "give --model"),
         (["WEIGHTS", "--model", "timm:resnet18", "--data", "sample"], "cannot be evaluated yet"),
         (["WEIGHTS", "--model", "rfdetr-nano", "--data", "sample"], "was trained on others"),
-        (["nothing.pth", "--data", "sample"], "nothing.pth is no run folder"),
+        (["nothing.pth", "--data", "sample"], "nothing.pth is not a run folder"),
         (["WEIGHTS", "--max-detections", "0", "--data", "sample"], "--max-detections must be at least 1"),
     ],
 )

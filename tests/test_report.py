@@ -152,7 +152,7 @@ def test_evaluations_of_any_task(tmp_path: Path) -> None:
 
 def test_json_is_the_same_as_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("report", write(tmp_path / "a"), "--json") == 0
-    found = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    found = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert (found["schema"], found["state"], found["step"], found["total_steps"]) == (1, "finished", 10, 10)
     assert found["time"] == {
         "start_s": 10.0,

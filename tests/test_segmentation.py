@@ -331,7 +331,7 @@ def test_masks_stay_on_their_objects_at_every_size_crop_and_flip(tmp_path: Path,
             generator = torch.Generator().manual_seed(seed)
             sample = make_sample(record, size=size, augment=OWN, masks=True, generator=generator)
             assert sample.masks is not None
-            assert sample.classes.tolist() == [1]  # the crowd is no object to train on
+            assert sample.classes.tolist() == [1]  # the crowd is not an object to train on
             white = sample.image.float().mean(0) > 127
             assert (sample.masks[0] ^ white).float().mean() < 0.03
             rows, columns = sample.masks[0].nonzero().unbind(1)

@@ -54,7 +54,7 @@ def test_tasks_that_are_not_there_are_one_line(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_options_that_a_metric_does_not_have_are_refused() -> None:
-    with pytest.raises(trainfit.TrainfitError, match="--top-k is no option of the metric of the task 'detection'"):
+    with pytest.raises(trainfit.TrainfitError, match="--top-k is not an option of the metric of the task 'detection'"):
         api.require_options(task_of("detection").metric, {"top_k": 5}, "detection")
     api.require_options(task_of("detection").metric, {"max_detections": 5}, "detection")
 

@@ -50,7 +50,7 @@ def test_peak_equals_that_of_a_real_run_on_the_cpu(name: str, traced: dict[str, 
 @pytest.mark.parametrize(("policy", "kept"), [("none", 5), ("non-reentrant", 2), ("reentrant", 2)])
 def test_bytes_saved_for_backward_by_checkpointing_policy(policy: str, kept: int, traced: dict[str, Any]) -> None:
     # Without checkpoints each block keeps its linear output (for GELU) and, but for the last, its own output (for the
-    # next linear layer). With them, the inputs of the second and third block. The first input is no activation.
+    # next linear layer). With them, the inputs of the second and third block. The first input is not an activation.
     assert traced[policy]["saved"] == kept * ROWS + LOSS
     assert traced[policy]["allocated"]["inputs"] == 2 * ROWS  # one a window
 

@@ -24,7 +24,7 @@ def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading; a pipe or device of that name is not waited for.
 
     Raises:
-        NotRegularError: it is no regular file.
+        NotRegularError: it is not a regular file.
         OSError: it is missing or cannot be opened.
     """
     # O_NONBLOCK: opening a pipe that nobody writes to returns at once.
@@ -32,14 +32,14 @@ def open_regular(path: Path) -> BinaryIO:
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return os.fdopen(descriptor, "rb")
     os.close(descriptor)
-    raise NotRegularError(errno.EINVAL, "it is no regular file", str(path))
+    raise NotRegularError(errno.EINVAL, "it is not a regular file", str(path))
 
 
 def require_regular(path: Path) -> None:
-    """Refuse what is no regular file before a library opens it, which may wait for ever.
+    """Refuse what is not a regular file before a library opens it, which may wait for ever.
 
     Raises:
-        NotRegularError: it is no regular file.
+        NotRegularError: it is not a regular file.
         OSError: it is missing or cannot be opened.
     """
     open_regular(path).close()
@@ -78,11 +78,11 @@ def parse_json(content: bytes) -> Any:
 def read_json_lines(path: Path, *, allow_blank: bool = False) -> tuple[list[dict[str, Any]], int]:
     """The objects of a JSON-lines file in their order, and the number of lines that are none.
 
-    A line may be cut short by a kill, no UTF-8, or blank, which counts unless `allow_blank`. Without the file there are
+    A line may be cut short by a kill, not UTF-8, or blank, which counts unless `allow_blank`. Without the file there are
     no rows.
 
     Raises:
-        OSError: it is no regular file, too long, or cannot be read.
+        OSError: it is not a regular file, too long, or cannot be read.
     """
     rows: list[dict[str, Any]] = []
     bad = 0

@@ -151,5 +151,5 @@ def setting_of(model: str | Setting, knobs: dict[str, Any]) -> Setting:
         return setting_from_json({**setting.to_json(), "model": name})
     name = setting.family.match(setting.model.strip())
     if name is None:
-        raise TrainfitError(f"{setting.model} is no model of the family {setting.family.name}: use make_setting")
+        raise TrainfitError(f"{setting.model} is not a model of the family {setting.family.name}: use make_setting")
     return replace(setting, model=name)

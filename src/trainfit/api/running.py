@@ -128,7 +128,7 @@ def require_options(metric: Callable[..., Any], options: Mapping[str, Any], task
         return
     for option in options:
         if option not in parameters:
-            raise TrainfitError(f"{flag(option)} is no option of the metric of the task {task!r}: leave it out")
+            raise TrainfitError(f"{flag(option)} is not an option of the metric of the task {task!r}: leave it out")
 
 
 def detect(

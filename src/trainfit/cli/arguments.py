@@ -35,7 +35,7 @@ def setting_type(words: Sequence[str]) -> type[Setting]:
         if match is not None:
             return match[0].setting
         if before == "--weights" and Path(word).is_dir():  # without its knobs the other flags could not be read either
-            raise TrainfitError(f"--weights: {word} is no run folder with evaluated weights: train it first")
+            raise TrainfitError(f"--weights: {word} is not a run folder with evaluated weights: train it first")
     return Setting
 
 

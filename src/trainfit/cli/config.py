@@ -30,7 +30,7 @@ def with_config(words: Sequence[str], leaves: Callable[[Sequence[str]], Mapping[
         leaves: The flags of each command, for a command line that names the model.
 
     Raises:
-        TrainfitError: the file cannot be read, is no mapping, or has a key or a value that the command does not take.
+        TrainfitError: the file cannot be read, is not a mapping, or has a key or a value that the command does not take.
     """
     path, rest = _taken(words)
     if path is None:
@@ -86,7 +86,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise TrainfitError(f"{CONFIG} {path} is no YAML: line {line}: {error.problem}{hint}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise TrainfitError(f"{CONFIG} {path} is no YAML: {reason}") from error
+        raise TrainfitError(f"{CONFIG} {path} is not YAML: {reason}") from error
     if not isinstance(content, Mapping):
         raise TrainfitError(f"{CONFIG} {path}: expected flags as `key: value`, a line each")
     mapping = cast(Mapping[object, Any], content)

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import TextIO
 
 FIRST_S = 1.0
-"""Seconds before the first line where stderr is no terminal."""
+"""Seconds before the first line where stderr is not a terminal."""
 NEXT_S = 10.0
 """Seconds between two lines there."""
 

@@ -163,5 +163,5 @@ def named_function(name: str) -> Callable[[], Any]:
     module = module.removesuffix(".py").replace("/", ".")
     value = load_named(module, function, name)
     if not callable(value):
-        raise TrainfitError(f"{name} is no function")
+        raise TrainfitError(f"{name} is not a function")
     return value

@@ -76,7 +76,7 @@ def explain_bytes(
         growth = find_growth(text)
         if not messages and growth is None:
             raise TrainfitError(
-                f"{source} has no out-of-memory message, no memory figures, and is no snapshot of "
+                f"{source} has no out-of-memory message, no memory figures, and is not a snapshot of "
                 "torch.cuda.memory._dump_snapshot"
             )
     if setting is None:

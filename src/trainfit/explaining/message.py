@@ -41,7 +41,7 @@ class Message:
     others_bytes: int = 0
     """Bytes of other processes, as far as the message shows."""
     where: str = ""
-    """The innermost line of the traceback that is no library's, as "file.py:12, in forward: x = self.conv(x)"."""
+    """The innermost line of the traceback that is not a library's, as "file.py:12, in forward: x = self.conv(x)"."""
     operator: str = ""
     """The innermost line of the traceback."""
     phase: str = ""
@@ -172,7 +172,7 @@ def _kind(line: str, request: int, total: int, free: int, allocated: int, cached
 
 
 ROOM = 0.05
-"""Part of the card that has to be free beyond the request before its failure is no shortage."""
+"""Part of the card that has to be free beyond the request before its failure is not a shortage."""
 PIECES = 0.1
 """Part of the reserved memory that has to be unused before its pieces, and not the tensors, are the cause."""
 CONTEXT_BYTES = 3 * 2**29

@@ -17,7 +17,7 @@ BURSTS = 4
 FALL = 0.1
 """Share of the range of allocated memory: a rise and then a fall by this much end a step."""
 LEAST_STEPS = 3
-"""A single forward keeps tensors of every layer, which is no leak: a history of fewer steps tells of none."""
+"""A single forward keeps tensors of every layer, which is not a leak: a history of fewer steps tells of none."""
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -35,7 +35,7 @@ class Holder:
     """Tensors that one place of the code made and that are alive at the moment in question."""
 
     place: str
-    """Innermost frame that is no library's, as "file.py:12 in forward"; else what `places.place_of` finds."""
+    """Innermost frame that is not a library's, as "file.py:12 in forward"; else what `places.place_of` finds."""
     category: str
     """Category of the tensors, for instance activations."""
     nbytes: int
@@ -99,7 +99,7 @@ def read_snapshot(data: bytes, source: str) -> list[Snapshot]:
     """The devices of a pickled snapshot (`torch.cuda.memory._dump_snapshot`) that hold or held anything.
 
     Raises:
-        TrainfitError: it is no snapshot, is damaged, or asks for anything but plain values.
+        TrainfitError: it is not a snapshot, is damaged, or asks for anything but plain values.
     """
     if len(data) > MOST_BYTES:
         raise TrainfitError(
@@ -108,7 +108,7 @@ def read_snapshot(data: bytes, source: str) -> list[Snapshot]:
     try:
         value = _PlainUnpickler(io.BytesIO(data)).load()
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise TrainfitError(f"{source} is no memory snapshot: {type(error).__name__}: {error!s:.150}") from error
+        raise TrainfitError(f"{source} is not a memory snapshot: {type(error).__name__}: {error!s:.150}") from error
     try:
         segments = value["segments"] if isinstance(value, Mapping) else value
         traces = value.get("device_traces", []) if isinstance(value, Mapping) else []
@@ -120,7 +120,7 @@ def read_snapshot(data: bytes, source: str) -> list[Snapshot]:
             for d in devices
         ]
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise TrainfitError(f"{source} is no memory snapshot: {type(error).__name__}: {error!s:.150}") from error
+        raise TrainfitError(f"{source} is not a memory snapshot: {type(error).__name__}: {error!s:.150}") from error
 
 
 def _judge(device: int, entries: Sequence[Mapping[str, Any]], segments: Sequence[Mapping[str, Any]]) -> Snapshot:

@@ -46,7 +46,7 @@ class AllocatorConfig:
     max_non_split_rounding_bytes: int = 20 * MIB
     """A request that may not split a block takes a free one only if that is less than this larger."""
     cudnn_benchmark: bool = False
-    """`torch.backends.cudnn.benchmark`, which is no setting of the allocator: at each convolution's first run the fastest
+    """`torch.backends.cudnn.benchmark`, which is not a setting of the allocator: at each convolution's first run the fastest
     algorithm is searched, and then the cache is emptied (pytorch native/cudnn/Conv_v8.cpp, `get_plans_from_find`)."""
 
     @classmethod

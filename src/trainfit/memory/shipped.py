@@ -161,7 +161,7 @@ def read_archive(path: Path) -> dict[str, str]:
         with tarfile.open(fileobj=io.BytesIO(lzma.decompress(path.read_bytes()))) as archive:
             for info in archive:
                 file = archive.extractfile(info)
-                assert file is not None, f"{info.name} is no file"
+                assert file is not None, f"{info.name} is not a file"
                 entries[info.name] = file.read().decode()
     except (OSError, lzma.LZMAError, tarfile.TarError, *DAMAGE) as error:
         raise _damaged(path, error) from error

@@ -89,7 +89,7 @@ def reserve_text(plan: Plan) -> str:
 def _how_fast(plan: Plan, chosen: Candidate) -> str:
     fastest = max(plan.candidates, key=lambda each: each.images_per_s or 0.0, default=None)
     if chosen.images_per_s is None or fastest is None or not fastest.images_per_s:
-        return f"How fast it is is not known: the rates of {plan.gpu.name} are not."
+        return f"Its speed is unknown: the rates of {plan.gpu.name} are not known."
     slower = 1 - chosen.images_per_s / fastest.images_per_s
     compared = "as fast as any setting tried" if slower < 0.005 else f"{slower:.0%} slower than the fastest setting"
     if slower >= 0.005 and fastest.verdict == "does not fit":

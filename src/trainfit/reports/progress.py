@@ -1,4 +1,4 @@
-"""Training progress in the terminal: one live line, or plain lines where there is no terminal."""
+"""Training progress in the terminal: one live line, or plain lines if there is no terminal."""
 
 import time
 from types import TracebackType

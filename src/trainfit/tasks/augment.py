@@ -125,6 +125,6 @@ def _unknown(text: str, word: str) -> str:
     near = get_close_matches(word, known, n=1, cutoff=0.6)
     hint = f" Perhaps you meant {near[0]}." if near else ""
     return (
-        f"--augment {text}: {word!r} is no augmentation.{hint} Give one of {', '.join(PRESETS)}, then switches "
+        f"--augment {text}: {word!r} is not an augmentation.{hint} Give one of {', '.join(PRESETS)}, then switches "
         f"({', '.join(SWITCHES)}, or no- before one of them), or module:name of your own"
     )

@@ -88,7 +88,7 @@ class DataFolder:
         Raises:
             FileNotFoundError: there is no such file.
             Outside: it lies outside of the data set.
-            Malformed: it is no regular file, too long, or cannot be read.
+            Malformed: it is not a regular file, too long, or cannot be read.
         """
         if not self.holds(path):
             raise Outside(OUTSIDE_REPAIR)
@@ -100,7 +100,7 @@ class DataFolder:
         try:
             return content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise Malformed(f"is no UTF-8 text at byte {error.start}; save it as UTF-8") from error
+            raise Malformed(f"is not UTF-8 text at byte {error.start}; save it as UTF-8") from error
 
     def read_lines(self, path: Path) -> list[tuple[int, str]]:
         """Number and text of each line of a list that is not blank.
@@ -136,7 +136,7 @@ def read_regular(path: Path, limit: int, *, first: int | None = None) -> bytes:
     except FileNotFoundError:
         raise
     except NotRegularError as error:
-        raise Malformed("is no regular file; remove it or put the file there") from error
+        raise Malformed("is not a regular file; remove it or put the file there") from error
     except (OSError, ValueError, MemoryError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or "out of memory"
         raise Malformed(f"cannot be read: {reason}") from error

@@ -18,7 +18,7 @@ def evaluated_weights(run: Path) -> Path:
     """
     path = run / BEST
     if not path.is_file():
-        raise TrainfitError(f"--weights: {run} is no run folder with evaluated weights (no {BEST}): train it first")
+        raise TrainfitError(f"--weights: {run} is not a run folder with evaluated weights (no {BEST}): train it first")
     return path
 
 
@@ -26,7 +26,7 @@ def on_earlier_run(recipe: Recipe) -> Recipe:
     """The recipe with the model, and the knobs that shape its weights, as the run had them that `weights` names.
 
     Raises:
-        TrainfitError: the folder is no run folder with evaluated weights.
+        TrainfitError: the folder is not a run folder with evaluated weights.
     """
     if recipe.earlier_run is None:
         return recipe

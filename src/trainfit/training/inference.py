@@ -54,7 +54,7 @@ def load_model(
     path = next((p for p in candidates if p.is_file()), None)
     if path is None:
         raise TrainfitError(
-            f"{run} is no run folder with weights, and no weights file: give the folder that `train` named"
+            f"{run} is not a run folder with weights, nor a weights file: give the folder that `train` named"
         )
     weights, metadata = load_weights(path)
     try:

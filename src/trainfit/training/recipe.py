@@ -140,11 +140,11 @@ class Recipe(Setting):
 
 
 FROM_DATA = ("classes", "objects_per_image", "canvas")
-"""Fields of settings that a data set determines: they are no flags of training."""
+"""Fields of settings that a data set determines: they are not flags of training."""
 
 
 def _no_flag(hint: Any) -> Any:
-    """An annotation with its checks, of a field that is no flag."""
+    """An annotation with its checks, of a field that is not a flag."""
     inner, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     return Annotated[(inner, *(extra for extra in extras if not isinstance(extra, In)), In(None))]
 

@@ -167,7 +167,7 @@ def _load(workload: TrainableWorkload, model: torch.nn.Module, weights: str) -> 
     """
     path = Path(weights)
     if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise TrainfitError(f"--weights {weights} is no regular file: give a weights file")
+        raise TrainfitError(f"--weights {weights} is not a regular file: give a weights file")
     try:
         return workload.load(model, weights)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -16,7 +16,7 @@ def file_record(number: int, path: Path) -> ClassRecord:
     """An image file without a class; `number` becomes its `id`.
 
     Raises:
-        TrainfitError: the file is no image that can be read.
+        TrainfitError: the file is not an image that can be read.
     """
     width, height = require_header(path).upright
     return ClassRecord(id=number, path=path, width=width, height=height, label=UNKNOWN)

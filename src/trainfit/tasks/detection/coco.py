@@ -54,7 +54,7 @@ class _CocoFile:
 
 
 def find_coco(path: Path) -> dict[str, Path]:
-    """The annotation file of each split; empty where `path` is no COCO data set.
+    """The annotation file of each split; empty where `path` is not a COCO data set.
 
     Looked for in this order: `path` itself (a .json), `{train,valid,test}/*.json` (Roboflow), `annotations/*.json`,
     `*.json`. In the last two the split is a word of the file name ("instances_train2017.json"), and a single file
@@ -151,7 +151,7 @@ def _parse(file: Path, folder: DataFolder) -> _CocoFile:
             raise TrainfitError(f'{file}: not COCO: it has no list "{key}"; give another file, or say --format')
     strange = sum(not isinstance(entry, dict) for entry in document["annotations"])
     if strange > MOST_LISTED:
-        what = f"{strange} of {len(document['annotations'])} annotations are no objects; export the annotations again"
+        what = f"{strange} of {len(document['annotations'])} annotations are not objects; export the annotations again"
         raise TrainfitError(f"{file}: not COCO: {what}")
     images = [_entry(file, "images", n, entry, "file_name") for n, entry in enumerate(document["images"])]
     categories = [_entry(file, "categories", n, entry, "name") for n, entry in enumerate(document["categories"])]

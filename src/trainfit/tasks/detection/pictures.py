@@ -18,7 +18,7 @@ def file_record(number: int, path: Path) -> ImageRecord:
     """An image file without objects; `number` becomes its `id`.
 
     Raises:
-        TrainfitError: the file is no image that can be read.
+        TrainfitError: the file is not an image that can be read.
     """
     width, height = require_header(path).upright
     nothing = np.zeros(0)

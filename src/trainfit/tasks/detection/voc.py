@@ -39,7 +39,7 @@ class _Parsed:
 
 
 def find_voc(path: Path, data: DataFolder | None = None) -> dict[str, list[Path]]:
-    """The XML files of each split, {} where `path` is no VOC data set.
+    """The XML files of each split, {} where `path` is not a VOC data set.
 
     `trainval` counts as train where there is no train list; without lists every file of `Annotations/` is train.
 

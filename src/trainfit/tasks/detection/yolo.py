@@ -28,7 +28,7 @@ from trainfit.tasks.images import IMAGE_SUFFIXES, ImageHeader
 
 _NOTHING = (None, "", "~", "null")
 """A key without a value, as `parse_yaml` gives it."""
-_NO_IMAGE = "is no image path; left out"
+_NO_IMAGE = "is not an image path; left out"
 
 
 def find_yolo(path: Path) -> Path | None:

@@ -94,7 +94,7 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]
         except (ValueError, RecursionError) as error:
             raise TrainfitError(f"{path} line {number}: broken JSON ({error}); write one object a line") from error
         if not isinstance(row, dict):
-            raise TrainfitError(f"{path} line {number}: {shown(row)} is no JSON object; write one object a line")
+            raise TrainfitError(f"{path} line {number}: {shown(row)} is not a JSON object; write one object a line")
         yield number, cast("dict[str, Any]", row)
 
 

@@ -48,7 +48,7 @@ def _of_the_zoo(path: Path, before: tuple[Path, ...]) -> Mapping[str, Any]:
             return values
     where = f"{before[-1]}: its _BASE_ " if before else "--detectron2: "
     raise TrainfitError(
-        f"{where}{path} is no file, and none of Detectron2's configurations that trainfit knows: {', '.join(ZOO)}"
+        f"{where}{path} is not a file, nor one of the Detectron2 configurations that trainfit knows: {', '.join(ZOO)}"
     )
 
 
@@ -64,13 +64,13 @@ def _parsed(path: Path) -> dict[str, Any]:
         raise TrainfitError(f"{path} is a checkpoint, not a configuration: give a .yaml to --detectron2")
     try:
         if path.stat().st_size > MOST_BYTES:
-            raise TrainfitError(f"{path} has more than {MOST_BYTES} bytes: it is no configuration of Detectron2's")
+            raise TrainfitError(f"{path} has more than {MOST_BYTES} bytes: it is not a configuration of Detectron2's")
         content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         line = str(error).strip().partition("\n")[0]
-        raise TrainfitError(f"{path} is no YAML that can be read safely ({line[:150]})") from error
+        raise TrainfitError(f"{path} is not YAML that can be read safely ({line[:150]})") from error
     if not isinstance(content, dict):
-        raise TrainfitError(f"{path} is no configuration of Detectron2's: it has no keys")
+        raise TrainfitError(f"{path} is not a configuration of Detectron2's: it has no keys")
     return cast(dict[str, Any], content)
 
 

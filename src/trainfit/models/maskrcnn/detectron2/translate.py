@@ -181,7 +181,7 @@ def _made(rule: Flags, key: str, value: Any, name: str) -> list[str]:
     try:
         return rule.make(value)
     except (ValueError, TypeError, KeyError) as error:
-        raise TrainfitError(f"{name}: {key} {_short(value)} is no value that trainfit has") from error
+        raise TrainfitError(f"{name}: {key} {_short(value)} is not a value that trainfit has") from error
 
 
 def _joined(words: Sequence[str], values: Mapping[str, Any], name: str) -> list[str]:
@@ -231,7 +231,9 @@ def _model(values: Mapping[str, Any], name: str) -> str:
     if depth not in (50, 101):
         raise TrainfitError(f"{name} is of another model: MODEL.RESNETS.DEPTH is {_short(depth)}, not 50 or 101")
     if values.get("MODEL.META_ARCHITECTURE") is None:
-        raise TrainfitError(f"{name} is no configuration of a Mask or Faster R-CNN: it has no MODEL.META_ARCHITECTURE")
+        raise TrainfitError(
+            f"{name} is not a configuration of a Mask or Faster R-CNN: it has no MODEL.META_ARCHITECTURE"
+        )
     return f"{'maskrcnn' if values.get('MODEL.MASK_ON', False) else 'fasterrcnn'}-r{depth}-v1"
 
 
