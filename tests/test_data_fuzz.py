@@ -64,7 +64,7 @@ def test_the_corpus_is_the_same_every_time(tmp_path: Path) -> None:
     ("entries", "reason"),
     [
         (b"[]," * 3_000_000, "lists and objects in"),
-        (b"0," * 20_000, "20000 of 20001 annotations are no objects"),
+        (b"0," * 20_000, "20000 of 20001 annotations are not objects"),
     ],
 )
 def test_a_file_that_holds_no_annotations_is_refused_before_it_takes_memory(
@@ -186,7 +186,7 @@ def test_yolo_entries_outside_are_refused_and_not_read(
 def test_what_is_no_regular_file_is_named_at_once(folder: Path) -> None:
     by_name = {case.name: case for case in cases(600)}
     outcome = trial(by_name["pipe train/_annotations.coco.json"], folder.parent / "case", limit_s=20)
-    assert (outcome.verdict, "no regular file" in outcome.detail) == ("refused in one line", True)
+    assert (outcome.verdict, "not a regular file" in outcome.detail) == ("refused in one line", True)
     assert trial(by_name["pipe Annotations/a.xml"], folder.parent / "case", limit_s=20).good
 
 

@@ -241,7 +241,7 @@ def test_what_is_of_another_model_or_no_yaml_is_refused(tmp_path: Path, capsys: 
         ),
         "empty.yaml": ("", "it has no keys"),
         "list.yaml": ("- 1", "it has no keys"),
-        "code.yaml": ("a: !!python/object/apply:os.system ['true']", "no YAML that can be read safely"),
+        "code.yaml": ("a: !!python/object/apply:os.system ['true']", "not YAML that can be read safely"),
         "circle.yaml": ("_BASE_: circle.yaml", "leads back to itself"),
         "nobase.yaml": ("_BASE_: nowhere.yaml", "its _BASE_"),
         "none.yaml": ("SOLVER: {BASE_LR: 0.1}", "no MODEL.META_ARCHITECTURE"),

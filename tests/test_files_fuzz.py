@@ -101,7 +101,7 @@ def test_a_pipe_is_named_and_not_waited_for(
         assert code == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
     assert str(pipe) in line
-    assert "no regular file" in line
+    assert "not a regular file" in line
 
 
 def test_a_file_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
