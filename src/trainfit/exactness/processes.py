@@ -101,13 +101,13 @@ def _join(group: Any, timeout_s: float) -> bool:
 
 def _places(folder: Path, ranks: int) -> str:
     """Where each rank stands: the innermost line of its stack that is in no installed package."""
-    found: list[str] = []
+    places: list[str] = []
     for rank in range(ranks):
         file = folder / f"{rank}.stack"
         lines = [line.strip() for line in file.read_text().splitlines()] if file.exists() else []
         own = [line for line in lines if line.startswith("File") and "packages" not in line and "/python3" not in line]
-        found.append(f"rank {rank} {f'in {own[0]}' if own else 'in its start'}")
-    return ", ".join(found)
+        places.append(f"rank {rank} {f'in {own[0]}' if own else 'in its start'}")
+    return ", ".join(places)
 
 
 @contextmanager

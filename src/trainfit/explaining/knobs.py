@@ -61,7 +61,8 @@ def frees(
     base = predict(setting, gpu).needs.high_bytes
     freed: list[Freed] = []
     for knob, changed, same in changes(setting):
-        failure, needs = "", 0
+        failure = ""
+        needs = 0
         try:
             if quick and not is_stored(changed):
                 failure = "no stored trace covers it: --trace prices it too, in some 10 s"

@@ -17,7 +17,7 @@ _TOP = 10
 
 
 def graphics_html(folder: Path) -> str:
-    """What the folder holds of graphics; empty where it holds none."""
+    """The graphics in a folder; empty if there are none."""
     rows = read_graphics(folder)
     pictures = [_picture(row, folder) for row in rows if row["kind"] == "picture"]
     plots = [_plot(row) for row in rows if row["kind"] == "plot"]
@@ -32,7 +32,7 @@ def graphics_html(folder: Path) -> str:
 
 
 def _picture(row: Mapping[str, Any], folder: Path) -> str:
-    """A picture inside the page, as JPEG: PNG of photographs are ten times as large. Empty where its file is gone."""
+    """A picture embedded as JPEG, because PNG files of photographs are ten times as large. Empty if its file is gone."""
     from PIL import Image
 
     try:
@@ -50,7 +50,7 @@ def _picture(row: Mapping[str, Any], folder: Path) -> str:
 
 
 def _plot(row: Mapping[str, Any]) -> str:
-    """Lines in a square; each is named where the mouse is."""
+    """Lines in a square; each has its name as a tooltip."""
     most = row.get("x_most", 1.0)
 
     def at(x: float, y: float) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing else: its style, light and dark, and the shapes of inline SVG."""
+"""Parts of a self-contained HTML page: its style, light and dark, and the shapes of inline SVG."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ def line(x0: float, y0: float, x1: float, y1: float, color: str, more: str) -> s
 
 
 def text(x: float, y: float, words: str, *, anchor: str = "start", css: str = "") -> str:
-    """Words at a point."""
+    """A text at a point."""
     return f"<text x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}' class='{css}'>{escape(words)}</text>"
 
 
@@ -148,7 +148,7 @@ def thinned(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, f
 
 
 def _stretch(curve: Curve, points: Sequence[tuple[float, float, float, float]]) -> str:
-    """A line without gaps, each point told where the mouse is; `points` are (step, value, x, y)."""
+    """A line without gaps, with a tooltip at each point; `points` are (step, value, x, y)."""
     path = " ".join(f"{x:.1f},{y:.1f}" for _, _, x, y in points)
     dots = [
         f"<circle cx='{x:.1f}' cy='{y:.1f}' r='{2 if len(points) < 25 else 4}' "
