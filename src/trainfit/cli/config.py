@@ -83,7 +83,7 @@ def _read(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         hint = "; indent with spaces, not with tabs" if "\\t" in str(error.problem) else ""
-        raise TrainfitError(f"{CONFIG} {path} is no YAML: line {line}: {error.problem}{hint}") from error
+        raise TrainfitError(f"{CONFIG} {path} is not YAML: line {line}: {error.problem}{hint}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise TrainfitError(f"{CONFIG} {path} is not YAML: {reason}") from error
