@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,6 +40,9 @@ from trainfit.step.ema import ema_copy, ema_decay, update_ema
 from trainfit.step.exchange import sum_gradients
 from trainfit.step.window import accumulate, cut
 from trainfit.tasks.detection.samples import Sample
+from trainfit.tracing import client
+from trainfit.tracing.trace_cache import TraceRequest, get_trace
+from trainfit.user_code import require_named
 
 CPU = torch.device("cpu")
 
@@ -412,6 +416,40 @@ def test_own_task_is_found_in_the_working_directory(tmp_path: Path, monkeypatch:
     ):
         with pytest.raises(TrainfitError, match=cause):
             build_step(setting=make_setting(model=name).to_json(), device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("model", "cause"),
+    [
+        ("nowhere:task", "nowhere:task: No module named 'nowhere'; run in the folder that holds nowhere.py"),
+        ("deep.nowhere:task", "No module named 'deep'; run in the folder that holds deep/nowhere.py"),
+        ("mine:tsk", "module 'mine' has no attribute 'tsk'. Perhaps you meant mine:task"),
+    ],
+)
+def test_a_task_that_is_not_there_is_refused_before_torch_is_imported(
+    model: str, cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is run of the module, and no tracing process is started."""
+    (tmp_path / "mine.py").write_text("raise SystemExit('it was run')\ndef task(setting): pass\n")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*_: object) -> str:
+        pytest.fail("a process was asked")
+
+    monkeypatch.setattr(client, "run", run)
+    with pytest.raises(TrainfitError, match=re.escape(cause)):
+        get_trace(TraceRequest(setting=make_setting(model), part="training", capability=(8, 0)))
+
+
+def test_a_name_that_a_source_does_not_spell_may_be_there_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for source in ("def task(setting): pass", "from other import *", "globals()['ta' + 'sk'] = print"):
+        (tmp_path / "mine.py").write_text(f"{source}\n")
+        require_named("mine:task")
+    (tmp_path / "parts").mkdir()
+    require_named("parts.mine:task")  # whether a package has a module is known when it is imported
 
 
 # ---- every family runs

@@ -26,6 +26,7 @@ from trainfit.planning.make import loading, make_plan
 from trainfit.planning.plan import read_plan, with_plan
 from trainfit.planning.predict import predict
 from trainfit.planning.rates import learning_rate
+from trainfit.tasks.detection.sample_set import write_sample_set
 from trainfit.training.recipe import Recipe
 
 SMALL = ("plan", "timm:resnet18", "--resolution", "64", "--gpu", "RTX 3060")
@@ -295,6 +296,26 @@ def test_a_shipped_model_is_planned_without_torch(tmp_path: Path, gpu: str, micr
     assert done.stderr.strip().endswith("False")
     assert json.loads(done.stdout)["chosen"]["setting"]["micro_batch"] == micro_batch
     assert not list(tmp_path.rglob("*.json.gz"))  # nothing was traced
+
+
+@pytest.mark.parametrize("model", ["maskrcnn-r50-v2", "rtdetr-seg-nano"])
+def test_a_data_set_is_planned_for_without_torch(tmp_path: Path, model: str) -> None:
+    """Its classes, its fullest image and its canvas are not those that were traced."""
+    data = write_sample_set(tmp_path / "data", train=2, val=1)
+    code = (
+        "import sys; from trainfit.cli import main; from trainfit.memory import shipped\n"
+        "shipped.changes = lambda _: ()\n"  # as in a release
+        f"try: main(['plan', {model!r}, '--memory', '8GiB', '--data', {str(data)!r}, '--json'])\n"
+        "finally: print('torch' in sys.modules, file=sys.stderr)"
+    )
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | cache
+    )
+    assert done.stderr.strip().endswith("False")
+    chosen = json.loads(done.stdout)["chosen"]["setting"]
+    assert chosen["classes"] != 80
+    assert not list((tmp_path / "cache").rglob("*.gz"))  # nothing was traced
 
 
 def test_a_shipped_trace_equals_a_fresh_one() -> None:

@@ -61,6 +61,8 @@ class Formula:
     state_s: float = 0.02
     """Copying it to the GPU and back, once a window."""
     eval_image: int = 60
+    pieces: int = 90
+    """What the allocator takes beside tensors."""
 
     def count(self, setting: Setting) -> int:
         known = {"none": 0, "all": self.blocks_, "offload": self.blocks_}
@@ -76,7 +78,7 @@ class Formula:
         return ByteRange(low_bytes=high * 9 // 10, high_bytes=high)
 
     def least(self, setting: Setting) -> int:
-        return self.needs(setting).high_bytes * 9 // 10
+        return max(1, self.needs(setting).high_bytes - self.pieces)
 
     def seconds(self, setting: Setting, cuts: Sequence[int], part: str = "training") -> TimeEstimate:
         if part == "evaluation":

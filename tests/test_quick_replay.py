@@ -12,7 +12,7 @@ from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.allocator import replay
 from trainfit.memory.columns import Columns
 from trainfit.memory.least import least_capacity_bytes
-from trainfit.memory.quick_replay import QuickReplay
+from trainfit.memory.quick_replay import QuickReplay, history
 from trainfit.memory.scaling import ScaledTrace
 from trainfit.memory.shipped import archive_path, read_archive
 from trainfit.tracing.events import TensorInfo, Trace
@@ -63,6 +63,22 @@ def test_it_survives_what_the_allocator_survives(seed: int, config: AllocatorCon
         assert (
             QuickReplay(Columns.of(trace), config).survives(capacity) == survives
         )  # without what the free replay left
+
+
+@hypothesis.settings(deadline=None, max_examples=100)
+@hypothesis.given(seed=st.integers(0, 10**9), config=st.sampled_from(CONFIGS), share=st.none() | st.floats(0.3, 1.1))
+def test_the_history_is_the_allocators(seed: int, config: AllocatorConfig, share: float | None) -> None:
+    """Event by event, with the retries and where memory runs out."""
+    trace = random_trace(seed)
+    peak = replay(trace, capacity_bytes=None, config=config).peak_reserved_bytes
+    capacity = None if share is None else int(share * peak) + 1
+    true = replay(trace, capacity_bytes=capacity, config=config, device_bytes=2 * peak + 1, timeline=True)
+    made = history(Columns.of(trace), config, capacity_bytes=capacity, device_bytes=2 * peak + 1)
+    assert made.allocated_timeline.tolist() == list(true.allocated_timeline)
+    assert made.reserved_timeline.tolist() == list(true.reserved_timeline)
+    for name in ("peak_allocated_bytes", "retries", "oom"):
+        assert getattr(made, name) == getattr(true, name), name
+    assert true.oom or made.peak_reserved_bytes == true.peak_reserved_bytes
 
 
 @hypothesis.settings(deadline=None, max_examples=100)

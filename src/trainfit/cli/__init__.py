@@ -4,6 +4,7 @@ import gc
 import sys
 import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
@@ -15,53 +16,61 @@ HELP_ALL = "--help-all"
 """The help with the flags that `--help` leaves out."""
 
 
+COMMANDS = {
+    "plan": "plan:plan:PlanFlags",
+    "train": "train:train:",
+    "predict": "predict:predict:PredictFlags",
+    "measure": "measure:measure:MeasureFlags",
+    "check-data": "check_data:check_data:CheckData",
+    "check-exactness": "check_exactness:check_exactness:CheckExactness",
+    "detect": "detect:detect:Detect",
+    "evaluate": "evaluate:evaluate:Evaluate",
+    "explain": "explain:explain:Explain",
+    "export": "export:export:Export",
+    "report": "report:report:Report",
+}
+"""Command -> its file, its function, and the dataclass that the function takes; that of `train` is a recipe."""
+OF_A_FAMILY = ("plan", "predict", "measure")
+"""Commands whose flags are those of the family that the command line names."""
+
+
 def commands(words: Sequence[str]) -> Mapping[str, Callable[..., Callable[[], int]]]:
     """Command name -> function; the parameters are the flags, the result runs the command and returns its exit code.
 
-    `words` is the command line: flags of a model's commands are those of its family.
+    `words` is the command line: flags of a model's commands are those of its family. If it begins with a command, the others
+    have no flags, and their files are not imported.
     """
     from trainfit.cli.arguments import typed
 
-    return {name: typed(command, flags, words, chosen) for name, (command, flags, chosen) in _declared(words).items()}
+    named = words[0] if words and words[0] in COMMANDS else None
+    return {name: typed(*_declared(name, words)) if named in (name, None) else _not_this_command for name in COMMANDS}
+
+
+def _not_this_command() -> Callable[[], int]:
+    """Another command than the one that runs."""
+    raise AssertionError("another command was named")
 
 
 def _leaves(words: Sequence[str]) -> Mapping[str, Sequence[Any]]:
-    """Command name -> its flags as `cli.config` takes them."""
+    """The command that the command line names -> its flags as `cli.config` takes them."""
     from trainfit.cli.flags import leaves_of
 
-    return {name: leaves_of(flags, chosen) for name, (_, flags, chosen) in _declared(words).items()}
+    declared = {name: _declared(name, words) for name in words[:1] if name in COMMANDS}
+    return {name: leaves_of(flags, chosen) for name, (_, flags, _, chosen) in declared.items()}
 
 
-def _declared(words: Sequence[str]) -> Mapping[str, tuple[Callable[[Any, Any], int], Any, Container[str]]]:
-    """Command name -> its function, the dataclass that it takes, and the fields that it chooses where they are not given."""
+def _declared(name: str, words: Sequence[str]) -> tuple[Callable[[Any, Any], int], Any, Sequence[str], Container[str]]:
+    """Of a command: its function, the dataclass that it takes, `words`, and the fields that it chooses if they are not given."""
     from trainfit.cli.arguments import setting_type
-    from trainfit.cli.check_data import CheckData, check_data
-    from trainfit.cli.check_exactness import CheckExactness, check_exactness
-    from trainfit.cli.detect import Detect, detect
-    from trainfit.cli.evaluate import Evaluate, evaluate
-    from trainfit.cli.explain import Explain, explain
-    from trainfit.cli.export import Export, export
-    from trainfit.cli.measure import MeasureFlags, measure
-    from trainfit.cli.plan import PlanFlags, plan
-    from trainfit.cli.predict import PredictFlags, predict
-    from trainfit.cli.report import Report, report
-    from trainfit.cli.train import train
-    from trainfit.training.recipe import BATCH, recipe_type
 
-    kind: Any = setting_type(words[1:])
-    return {
-        "plan": (plan, PlanFlags[kind], ()),
-        "train": (train, recipe_type(kind), BATCH),
-        "predict": (predict, PredictFlags[kind], ()),
-        "measure": (measure, MeasureFlags[kind], ()),
-        "check-data": (check_data, CheckData, ()),
-        "check-exactness": (check_exactness, CheckExactness, ()),
-        "detect": (detect, Detect, ()),
-        "evaluate": (evaluate, Evaluate, ()),
-        "explain": (explain, Explain, ()),
-        "export": (export, Export, ()),
-        "report": (report, Report, ()),
-    }
+    file, function, flags = COMMANDS[name].split(":")
+    module = import_module(f"trainfit.cli.{file}")
+    if name == "train":
+        from trainfit.training.recipe import BATCH, recipe_type
+
+        return module.train, recipe_type(setting_type(words[1:])), words, BATCH
+    kind = getattr(module, flags)
+    return getattr(module, function), kind[setting_type(words[1:])] if name in OF_A_FAMILY else kind, words, ()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

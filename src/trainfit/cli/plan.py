@@ -13,8 +13,6 @@ from trainfit.cli.files import require_writable, write
 from trainfit.cli.progress import StatusLine
 from trainfit.models.setting import Setting
 from trainfit.reports.plan import plan_json, plan_text
-from trainfit.reports.plan_html import plan_html
-from trainfit.reports.plan_svg import plan_svg
 from trainfit.values import In
 
 
@@ -82,8 +80,12 @@ def plan(arguments: PlanFlags[Setting], given: AbstractSet[str]) -> int:
             note=progress.note,
         )
     if arguments.html is not None:
+        from trainfit.reports.plan_html import plan_html
+
         write(arguments.html, plan_html(result))
     if arguments.svg is not None:
+        from trainfit.reports.plan_svg import plan_svg
+
         write(arguments.svg, plan_svg(result))
     if arguments.out is not None and result.chosen is not None:
         print(f"wrote {api.save_plan(result, arguments.out)}", file=sys.stderr)

@@ -14,7 +14,6 @@ from trainfit.cli.progress import StatusLine
 from trainfit.gpus.catalogue import GIB, gpu_with_memory
 from trainfit.models.setting import Setting
 from trainfit.reports.profile import profile_json, profile_text
-from trainfit.reports.profile_html import profile_html
 from trainfit.values import In
 
 
@@ -80,6 +79,8 @@ def predict(arguments: PredictFlags[Setting], _given: AbstractSet[str]) -> int:
         )
     print(json.dumps(profile_json(prediction)) if arguments.as_json else profile_text(prediction))
     if arguments.html is not None:
+        from trainfit.reports.profile_html import profile_html
+
         write(arguments.html, profile_html(prediction))
     if arguments.snapshot is not None:
         print(f"wrote {arguments.snapshot}", file=sys.stderr)

@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.caching_allocator import Block, CachingAllocator, SegmentAction, round_size
+from trainfit.memory.columns import Columns
 from trainfit.tracing.events import EMPTY_CACHE, Trace
 
 __all__ = ["AllocatorConfig", "OutOfMemoryAt", "Replay", "replay"]
@@ -59,7 +62,7 @@ class Replay:
 
 
 def replay(
-    trace: Trace,
+    trace: Trace | Columns,
     *,
     capacity_bytes: int | None,
     config: AllocatorConfig | None = None,
@@ -76,9 +79,10 @@ def replay(
     have been given back may by then be partly in use. So replay at the real capacity; do not interpolate.
     """
     config = config or AllocatorConfig()
+    columns = trace if isinstance(trace, Columns) else Columns.of(trace)
     allocator = CachingAllocator(capacity_bytes=capacity_bytes, config=config, device_bytes=device_bytes)
-    run = _Run(allocator, trace, config)
-    run.through(trace.events, timeline=timeline)
+    run = _Run(allocator, columns, config)
+    run.through(columns.events.tolist(), timeline=timeline)
     return Replay(
         peak_allocated_bytes=run.peak_allocated_bytes,
         peak_requested_bytes=run.peak_requested_bytes,
@@ -100,17 +104,16 @@ def replay(
 class _Run:
     """One pass of a trace's events through an allocator."""
 
-    def __init__(self, allocator: CachingAllocator, trace: Trace, config: AllocatorConfig) -> None:
+    def __init__(self, allocator: CachingAllocator, trace: Columns, config: AllocatorConfig) -> None:
         self.allocator = allocator
-        self.requests = [tensor.nbytes for tensor in trace.tensors]
-        self.sizes = [round_size(nbytes, config.roundup_power2_divisions) for nbytes in self.requests]
-        tensors = zip(self.sizes, trace.tensors, strict=True)
-        self.pools = [allocator.pool_for(size, tensor.stream) for size, tensor in tensors]
-        self.empties = (
-            {i for i, tensor in enumerate(trace.tensors) if not tensor.nbytes and tensor.op == EMPTY_CACHE}
-            if config.cudnn_benchmark
-            else set[int]()
-        )
+        self.requests: list[int] = trace.nbytes.tolist()
+        distinct = np.unique(trace.nbytes).tolist()
+        rounded = {nbytes: round_size(nbytes, config.roundup_power2_divisions) for nbytes in distinct}
+        self.sizes = [rounded[nbytes] for nbytes in self.requests]
+        streams: list[int] = trace.stream.tolist()
+        self.pools = [allocator.pool_for(size, stream) for size, stream in zip(self.sizes, streams, strict=True)]
+        is_empty = np.array([name == EMPTY_CACHE for name in trace.names], dtype=bool)[trace.op] & (trace.nbytes == 0)
+        self.empties: set[int] = set(np.flatnonzero(is_empty).tolist()) if config.cudnn_benchmark else set()
         self.blocks: list[Block | None] = [None] * len(self.sizes)
         self.addresses = [0] * len(self.sizes)
         self.peak_allocated_bytes = 0

@@ -52,6 +52,16 @@ class Variable:
     """Laws hold from here to here."""
     plus: int = 0
     """What is added to the knob."""
+    cell: int = 0
+    """Of a knob that is (height, width) in pixels: the side of the cells that it counts in, since models pad to whole cells.
+    Its base is the knob left out."""
+
+    def value(self, setting: object) -> int:
+        """Its value in a setting."""
+        value = getattr(setting, self.knob)
+        if not self.cell:
+            return value
+        return self.base if value is None else prod(-(-side // self.cell) for side in value)
 
     def ratio(self, value: int) -> tuple[int, int]:
         """(numerator, denominator) of the variable at a value of the knob over that at the base."""
@@ -68,9 +78,13 @@ class Laws:
     counts: Mapping[Row, tuple[Change, ...]]
     """For each variable what the row changes by when it goes from its base to its other value; it changes along a line."""
 
-    def knobs(self) -> dict[str, int]:
-        """The knobs, and their values in the trace that the laws are applied to."""
-        return {each.knob: each.base for each in self.variables}
+    def knobs(self) -> dict[str, int | None]:
+        """The knobs, and their values in the setting of the trace that the laws are applied to."""
+        return {each.knob: None if each.cell else each.base for each in self.variables}
+
+    def values(self, setting: object) -> dict[str, int]:
+        """The values that the laws take of a setting."""
+        return {each.knob: each.value(setting) for each in self.variables}
 
     def hold(self, values: Mapping[str, int]) -> bool:
         """Whether they tell of these values of the knobs."""

@@ -12,7 +12,7 @@ from trainfit.memory.errors import ALLOCATED_ERROR, NEEDS_ERROR, ErrorClass, cla
 from trainfit.memory.hidden import KERNEL_TEMPORARIES, Bound, Completed, HiddenRow, complete, hidden_rows, reserved_rows
 from trainfit.memory.least import least_capacity_bytes
 from trainfit.memory.profile import Profile, last_window, make_profile
-from trainfit.memory.quick_replay import QuickReplay
+from trainfit.memory.quick_replay import QuickReplay, history
 from trainfit.models.setting import Setting
 from trainfit.timing.roofline import TimeEstimate, step_seconds, with_host_work
 from trainfit.tracing.events import Trace
@@ -222,11 +222,10 @@ def assess(
     """
     stored = ColumnTrace.of(stored)
     low, high = (completed(stored, gpu, bound=bound) for bound in ("least", "most"))
-    replayed = low.columns.trace()
-    tried = replay_on(gpu, replayed, config, gpus)
-    likely = tried if tried.oom is None else replay(replayed, capacity_bytes=None, config=config, timeline=True)
-    reserved = reserved or needed(stored, gpu, config)
     room = allocator_room(gpu, config, gpus)
+    tried = history(low.columns, config, capacity_bytes=room.high_bytes, device_bytes=gpu.memory_bytes)
+    likely = tried if tried.oom is None else history(low.columns, config, capacity_bytes=None)
+    reserved = reserved or needed(stored, gpu, config)
     error = class_of(stored.ops)
     verdict: Verdict = "tight"
     if reserved.high_bytes <= room.low_bytes:
@@ -247,7 +246,7 @@ def assess(
         verdict=verdict,
         retries=tried.retries,
         oom=tried.oom,
-        profile=make_profile(replayed, likely, since=int(low.begins[since])),
+        profile=make_profile(low.columns, likely, since=int(low.begins[since])),
         hidden=(*hidden_rows(gpu, gpus), *reserved_rows(low, high, reserved_bytes=peak, error=error)),
         time=step_seconds(stored.ops, gpu) if gpu.bandwidth_bytes_per_s and gpu.fp32_flops_per_s else None,
         made_up=stored.made_up,

@@ -11,7 +11,7 @@ from typing import Literal
 
 from trainfit.gpus.capability import kernel_class
 from trainfit.gpus.catalogue import FLOPS_RATES, Gpu, find_gpu
-from trainfit.gpus.context import ByteRange, cublas_workspace_bytes, cuda_context_bytes
+from trainfit.gpus.context import ByteRange, cuda_context_bytes
 from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.columns import Columns, ColumnTrace
 from trainfit.memory.coupled import between, coupled_ends
@@ -23,7 +23,7 @@ from trainfit.memory.overwritten import overwriting
 from trainfit.memory.predict import Prediction, needed, predict_traced, with_context
 from trainfit.memory.profile import last_window
 from trainfit.memory.scaling import ScaledTrace, scale
-from trainfit.memory.shipped import NEEDS_CODE, shipped, shipped_needs, source
+from trainfit.memory.shipped import shipped, source
 from trainfit.models.setting import Setting
 from trainfit.timing.counts import TO_HOST, OpCount
 from trainfit.timing.roofline import (
@@ -37,7 +37,6 @@ from trainfit.timing.roofline import (
     with_optimizer_work,
 )
 from trainfit.tracing.events import Category
-from trainfit.tracing.provenance import Provenance, provenance
 from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace_cache import (
     TraceRequest,
@@ -57,13 +56,11 @@ TRACED_ACCUMULATION = 2
 PRICED_LIKE_TWO = "One micro-batch a window is priced like two, whose gradients stay: a little too much."
 SCALING_CODE = "trainfit.memory.scaling"
 """The module that makes scaled traces of traces."""
-LAWS_CODE = "trainfit.memory.laws"
-"""The module that moves scaled traces to other numbers of objects and classes."""
 RATES_LIKE = "RTX 3060"
 """The card whose rates rank settings for a card of which only the memory is known."""
 Part = Literal["training", "evaluation"]
-Needs = dict[str, tuple[int, int]]
-"""(Micro-batch, EMA, workspace, place of the optimizer's state, allocator) as text -> (low, high) bytes."""
+_Key = tuple[TraceRequest, int, bool, bool]
+"""What memory depends on: the traces, the micro-batch or the number of them, EMA and optimizer's state on the host."""
 
 
 def scalable(setting: Setting) -> bool:
@@ -88,24 +85,20 @@ class Pricer:
     _scaled_of: dict[TraceRequest, ScaledTrace | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    _needs_of: dict[TraceRequest, Needs] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _reserved_of: dict[_Key, ByteRange] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _peak_of: dict[_Key, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def reserved(self, setting: Setting) -> ByteRange:
         """What the allocator of one process needs to reserve for training; see `predict.needed`."""
+        key = self._key(setting)
+        if key not in self._reserved_of:
+            self._reserved_of[key] = needed(self.columns(setting, "training"), self.gpu, self.config)
+        return self._reserved_of[key]
+
+    def _key(self, setting: Setting) -> _Key:
         request = self.request(setting, "training")
-        key = f"{setting.micro_batch}:{setting.ema_on_host}:{cublas_workspace_bytes(self.gpu)}"
-        if _state_on_host(setting):
-            key += ":state on host"
-        if self.config != AllocatorConfig():
-            key += f":{self.config}"
-        known = self.known_needs(request) if scalable(setting) else {}
-        if key not in known:
-            needs = needed(self.columns(setting, "training"), self.gpu, self.config)
-            known[key] = (needs.low_bytes, needs.high_bytes)
-            if self.cache and scalable(setting) and setting.family.cacheable:
-                store(_path(request, "needs"), with_provenance(request, known, NEEDS_CODE, LAWS_CODE))
-        low, high = known[key]
-        return ByteRange(low_bytes=low, high_bytes=high)
+        cut = setting.micro_batch if scalable(setting) else setting.accumulation
+        return request, cut, setting.ema_on_host, _state_on_host(setting)
 
     def needs(self, setting: Setting) -> ByteRange:
         """The least that one process trains in, its CUDA context included."""
@@ -114,21 +107,12 @@ class Pricer:
     def least(self, setting: Setting) -> int:
         """What the top of `needs` is not below: the peak of the tensors alone. 0 where that would take another trace."""
         scaled = self._scaled(setting, "training") if scalable(setting) else None
-        if scaled is None or _state_on_host(setting) or setting.micro_batch < scaled.micro_batches[0]:
+        if scaled is None or setting.micro_batch < scaled.micro_batches[0]:
             return 0
-        trace = scaled.at(setting.micro_batch)
-        peak = overwriting(trace).peak_bytes()
-        if setting.ema_on_host:
-            peak -= _bytes_of(trace, "EMA")
-        return int((1 + NEEDS_ERROR) * peak) + cuda_context_bytes(self.gpu).high_bytes
-
-    def known_needs(self, request: TraceRequest) -> Needs:
-        """Needs that were computed before, by this pricer, for the package or for the disk. It grows."""
-        if request not in self._needs_of:
-            stores = self.cache and request.setting.family.cacheable
-            own = read_stored(_path(request, "needs"), partial(_parsed_needs, request)) if stores else None
-            self._needs_of[request] = {**shipped_needs(request), **(own or {})}
-        return self._needs_of[request]
+        key = self._key(setting)
+        if key not in self._peak_of:
+            self._peak_of[key] = overwriting(self.columns(setting, "training").columns).peak_bytes()
+        return int((1 + NEEDS_ERROR) * self._peak_of[key]) + cuda_context_bytes(self.gpu).high_bytes
 
     def seconds(self, setting: Setting, cuts: Sequence[int], part: Part = "training") -> TimeEstimate:
         """Time of a window cut into micro-batches of `cuts` images, or of an evaluation micro-batch."""
@@ -387,13 +371,3 @@ def make_scaled(request: TraceRequest, *, cache: bool) -> ScaledTrace | None:
 
 def _path(request: TraceRequest, kind: str) -> Path:
     return cache_path(request).with_suffix(f".{kind}.gz")
-
-
-def _parsed_needs(request: TraceRequest, text: str) -> Needs | None:
-    record = content_if_valid(request, text)
-    return None if record is None else {key: (int(low), int(high)) for key, (low, high) in record.items()}
-
-
-def needs_code() -> Provenance:
-    """The code that computes needs from traces."""
-    return provenance((), (NEEDS_CODE,))

@@ -1,12 +1,16 @@
 """What the memory of a traced step is made of: at its peak, and over its last window."""
 
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from trainfit.memory.allocator import Replay
-from trainfit.memory.columns import Columns
-from trainfit.tracing.events import CATEGORIES, TensorInfo, Trace
+from trainfit.memory.columns import Columns, Integers
+from trainfit.memory.quick_replay import History
+from trainfit.tracing.events import CATEGORIES, Category, Trace
 
 SAMPLES = 240
 """Points of a timeline, at most."""
@@ -79,96 +83,102 @@ def last_window(trace: Trace | Columns) -> int:
     return max((index for index, name in trace.marks if name.startswith("window ")), default=0)
 
 
-def make_profile(trace: Trace, replay: Replay, *, since: int = 0) -> Profile:
+def make_profile(trace: Trace | Columns, replay: Replay | History, *, since: int = 0) -> Profile:
     """Break a replayed trace down; the peak is sought from event `since` on.
 
     `replay` was made with `timeline=True` and did not run out of memory; the trace allocates something from `since` on.
     """
-    allocated = replay.allocated_timeline
-    reserved = replay.reserved_timeline
-    at = max(range(since, len(allocated)), key=allocated.__getitem__)
-    start = last_window(trace)
-    chosen = _local_maxima(allocated, start)
-    phase_of = _phases(trace)
-    totals = dict.fromkeys(CATEGORIES, 0)
-    live: dict[int, TensorInfo] = {}
-    alive: tuple[TensorInfo, ...] = ()
-    samples: dict[int, ProfileSample] = {}
-    for index, (is_allocation, tensor) in enumerate(trace):
-        if is_allocation:
-            live[tensor.id] = tensor
-            totals[tensor.category] += tensor.nbytes
-        else:
-            del live[tensor.id]
-            totals[tensor.category] -= tensor.nbytes
-        if index == at:
-            alive = tuple(live.values())
-        if index == at or index in chosen:
-            samples[index] = ProfileSample(
-                event=index,
-                phase=phase_of[index],
-                category_bytes=tuple(totals.values()),
-                allocated_bytes=allocated[index],
-                reserved_bytes=reserved[index],
-            )
-    tensor = trace.tensors[abs(trace.events[at]) - 1]
+    columns = trace if isinstance(trace, Columns) else Columns.of(trace)
+    allocated = np.array(replay.allocated_timeline, dtype=np.int64)
+    at = since + int(allocated[since:].argmax())
+    start = last_window(columns)
+    shown = sorted({at, *_local_maxima(allocated, start)})
+    samples = dict(zip(shown, _samples(columns, replay, shown), strict=True))
+    tensor = columns.tensor(int(abs(columns.events[at])) - 1)
+    alive = _alive(columns, at)
     return Profile(
-        peak_allocated_bytes=allocated[at],
+        peak_allocated_bytes=int(allocated[at]),
         peak_requested_bytes=sum(samples[at].category_bytes),
         peak_reserved_bytes=replay.peak_reserved_bytes,
         peak=samples[at],
         peak_op=tensor.op,
-        peak_module=_name(tensor),
-        modules=_by_module(alive, deep=False),
-        deep_modules=_by_module(alive, deep=True),
-        phases=_phase_rows(phase_of, replay, start),
+        peak_module=_name(tensor.module, tensor.category),
+        modules=_by_module(columns, alive, deep=False),
+        deep_modules=_by_module(columns, alive, deep=True),
+        phases=_phase_rows(columns, replay, start),
         timeline=tuple(sample for index, sample in samples.items() if index >= start),
     )
 
 
-def _local_maxima(allocated: Sequence[int], start: int) -> set[int]:
+def _samples(trace: Columns, replay: Replay | History, shown: Sequence[int]) -> Iterator[ProfileSample]:
+    """Memory after each of some events."""
+    tensors = np.abs(trace.events) - 1
+    changes = np.sign(trace.events) * trace.nbytes[tensors]
+    of_category = [
+        np.cumsum(np.where(trace.of_category(category)[tensors], changes, 0))[shown].tolist() for category in CATEGORIES
+    ]
+    phases = _phases(trace)
+    names = [phases[number][1] for number in (bisect_right([begin for begin, _ in phases], at) - 1 for at in shown)]
+    for index, phase, *totals in zip(shown, names, *of_category, strict=True):
+        yield ProfileSample(
+            event=index,
+            phase=phase,
+            category_bytes=tuple(totals),
+            allocated_bytes=int(replay.allocated_timeline[index]),
+            reserved_bytes=int(replay.reserved_timeline[index]),
+        )
+
+
+def _local_maxima(allocated: Integers, start: int) -> set[int]:
     """The event of most memory in each of `SAMPLES` stretches from `start` on, and the first and last event."""
     end = len(allocated)
     width = -(-(end - start) // SAMPLES) or 1
-    stretches = (range(first, min(first + width, end)) for first in range(start, end, width))
-    return {max(stretch, key=allocated.__getitem__) for stretch in stretches} | {start, end - 1}
+    firsts = range(start, end, width)
+    return {first + int(allocated[first : first + width].argmax()) for first in firsts} | {start, end - 1}
 
 
-def _phases(trace: Trace) -> list[str]:
-    """The phase of each event."""
-    marks = [(index, name) for index, name in trace.marks if not name.startswith("window ")]
-    names: list[str] = []
-    current = "build"
-    for index, name in [*marks, (len(trace.events), "")]:
-        names += [current] * (index - len(names))
-        current = name
-    return names
+def _phases(trace: Columns) -> list[tuple[int, str]]:
+    """(first event, name) of each phase."""
+    return [(0, "build"), *((index, name) for index, name in trace.marks if not name.startswith("window "))]
 
 
-def _phase_rows(phase_of: Sequence[str], replay: Replay, start: int) -> tuple[PhaseRow, ...]:
-    events: dict[str, list[int]] = defaultdict(list)
-    for index in range(start, len(phase_of)):
-        events[phase_of[index]].append(index)
+def _phase_rows(trace: Columns, replay: Replay | History, start: int) -> tuple[PhaseRow, ...]:
+    """The phases from an event on, in the order of their first event."""
+    peaks: dict[str, tuple[int, int]] = {}
+    phases = _phases(trace)
+    ends = [begin for begin, _ in phases[1:]] + [len(trace.events)]
+    timelines = [np.array(each) for each in (replay.allocated_timeline, replay.reserved_timeline)]
+    for (begin, name), end in zip(phases, ends, strict=True):
+        if (first := max(begin, start)) < end:
+            allocated, reserved = (int(timeline[first:end].max()) for timeline in timelines)
+            before = peaks.get(name, (0, 0))
+            peaks[name] = max(before[0], allocated), max(before[1], reserved)
     return tuple(
-        PhaseRow(
-            phase=phase,
-            peak_allocated_bytes=max(replay.allocated_timeline[i] for i in indices),
-            peak_reserved_bytes=max(replay.reserved_timeline[i] for i in indices),
-        )
-        for phase, indices in events.items()
+        PhaseRow(phase=name, peak_allocated_bytes=allocated, peak_reserved_bytes=reserved)
+        for name, (allocated, reserved) in peaks.items()
     )
 
 
-def _name(tensor: TensorInfo) -> str:
-    if not tensor.module:
-        return f"({tensor.category})"
-    return "(model)" if tensor.module == "model" else tensor.module.removeprefix("model.")
+def _alive(trace: Columns, at: int) -> Integers:
+    """The tensors that are there after an event."""
+    events = trace.events[: at + 1]
+    alive = np.zeros(len(trace.nbytes), dtype=bool)
+    alive[events[events > 0] - 1] = True
+    alive[-events[events < 0] - 1] = False
+    return np.flatnonzero(alive)
 
 
-def _by_module(tensors: Iterable[TensorInfo], *, deep: bool) -> tuple[ModuleRow, ...]:
+def _name(module: str, category: Category) -> str:
+    if not module:
+        return f"({category})"
+    return "(model)" if module == "model" else module.removeprefix("model.")
+
+
+def _by_module(trace: Columns, tensors: Integers, *, deep: bool) -> tuple[ModuleRow, ...]:
     sums: dict[str, int] = defaultdict(int)
-    for tensor in tensors:
-        name = _name(tensor)
-        sums[name if deep else name.partition(".")[0]] += tensor.nbytes
-    rows = [ModuleRow(module=module, bytes=nbytes) for module, nbytes in sums.items() if nbytes]
-    return tuple(sorted(rows, key=lambda row: (-row.bytes, row.module)))
+    rows = zip(*(each[tensors].tolist() for each in (trace.module, trace.category, trace.nbytes)), strict=True)
+    for module, category, nbytes in rows:
+        name = _name(trace.names[module], CATEGORIES[category])
+        sums[name if deep else name.partition(".")[0]] += nbytes
+    found = [ModuleRow(module=module, bytes=nbytes) for module, nbytes in sums.items() if nbytes]
+    return tuple(sorted(found, key=lambda row: (-row.bytes, row.module)))

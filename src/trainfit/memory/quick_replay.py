@@ -14,7 +14,7 @@ from itertools import islice
 import numpy as np
 
 from trainfit.memory.alloc_conf import AllocatorConfig
-from trainfit.memory.allocator import replay
+from trainfit.memory.allocator import OutOfMemoryAt, replay
 from trainfit.memory.caching_allocator import (
     BLOCK_BYTES,
     MIN_LARGE_BYTES,
@@ -29,6 +29,7 @@ STEP = 1.01
 # Sizes and addresses are multiples of BLOCK_BYTES and counted in these. A free block is one integer, as in `caching_allocator`.
 _ADDRESS_BITS = 36
 _ADDRESS = (1 << _ADDRESS_BITS) - 1
+_UNLIMITED = 1 << 60
 _SMALL = SMALL_BYTES // BLOCK_BYTES
 _SEGMENT = SMALL_SEGMENT_BYTES // BLOCK_BYTES
 _LARGE = AllocatorConfig().large_segment_size_bytes // BLOCK_BYTES
@@ -94,19 +95,24 @@ class _State:
 class QuickReplay:
     """A trace that is replayed at many capacities."""
 
-    def __init__(self, trace: Columns, config: AllocatorConfig, *, most_bytes: Integers | None = None) -> None:
+    def __init__(
+        self, trace: Columns, config: AllocatorConfig, *, most_bytes: Integers | None = None, join: bool = True
+    ) -> None:
         """Do what does not depend on the capacity.
 
         `most_bytes`: bytes that tensors may have instead, for `survives_with_most`; more than in the trace only for tensors
-        that are freed at once.
+        that are freed at once. `join`: these are one step; a block that is there is not cut for them.
         """
         self.trace = trace
         self.config = config
         self.most_bytes = most_bytes
-        self._is_fast = config == AllocatorConfig(roundup_power2_divisions=config.roundup_power2_divisions)
+        self._joins = join
+        self.is_fast = config == AllocatorConfig(roundup_power2_divisions=config.roundup_power2_divisions)
         self._states: list[tuple[int, int, _State]] = []
+        self._exchanges: list[tuple[int, int]] = []
+        self.retries = 0
         self._roomy: set[int] = set()
-        if self._is_fast:
+        if self.is_fast:
             self._compile()
 
     @cached_property
@@ -117,16 +123,16 @@ class QuickReplay:
     @cached_property
     def peak_reserved_bytes(self) -> int:
         """Without a limit."""
-        if not self._is_fast:
-            return replay(self.trace.trace(), capacity_bytes=None, config=self.config).peak_reserved_bytes
+        if not self.is_fast:
+            return replay(self.trace, capacity_bytes=None, config=self.config).peak_reserved_bytes
         state = self._begin()
         self._run(state, 0, self.peak_requested_bytes // BLOCK_BYTES, keep=True)
         return state.reserved * BLOCK_BYTES
 
     def survives(self, capacity_bytes: int) -> bool:
         """Whether `replay` runs out of no memory at a capacity."""
-        if not self._is_fast:
-            return replay(self.trace.trace(), capacity_bytes=capacity_bytes, config=self.config).oom is None
+        if not self.is_fast:
+            return replay(self.trace, capacity_bytes=capacity_bytes, config=self.config).oom is None
         capacity = capacity_bytes // BLOCK_BYTES
         begin = 0
         state = None
@@ -155,6 +161,38 @@ class QuickReplay:
         assert self.most_bytes is not None
         return QuickReplay(replace(self.trace, nbytes=self.most_bytes), self.config)
 
+    def history(self, capacity_bytes: int | None) -> "History":
+        """What the allocator does with the trace, event by event. No tensors are joined."""
+        assert not self._joins
+        trace, state = self.trace, self._begin()
+        capacity = _UNLIMITED if capacity_bytes is None else capacity_bytes // BLOCK_BYTES
+        survives = self._run(state, 0, capacity, keep=False)
+        tensors = np.abs(trace.events) - 1
+        at_event = np.flatnonzero(trace.nbytes[tensors] > 0)
+        held = BLOCK_BYTES * (np.array(state.ends, dtype=np.int64) - np.array(state.starts, dtype=np.int64))
+        allocated = np.cumsum(np.sign(trace.events) * held[tensors])
+        exchanges = np.array(self._exchanges, dtype=np.int64).reshape(-1, 2)
+        after = np.searchsorted(at_event[exchanges[:, 0]], np.arange(len(trace.events)), side="right")
+        reserved = BLOCK_BYTES * np.append(0, exchanges[:, 1])[after]
+        oom = None
+        if not survives:
+            event = int(at_event[self._exchanges[-1][0]])
+            allocated, reserved = allocated[:event], reserved[:event]
+            oom = OutOfMemoryAt(
+                event=event,
+                wanted_bytes=int(trace.nbytes[tensors[event]]),
+                allocated_bytes=int(allocated[-1]) if event else 0,
+                reserved_bytes=BLOCK_BYTES * state.reserved,
+            )
+        return History(
+            peak_allocated_bytes=int(allocated.max(initial=0)),
+            peak_reserved_bytes=int(reserved.max(initial=0)),
+            retries=self.retries,
+            oom=oom,
+            allocated_timeline=allocated,
+            reserved_timeline=reserved,
+        )
+
     def _compile(self) -> None:
         """Events without tensors of no bytes, as numbers: i: tensor i is allocated, ~i: freed, tensors + i: both at once;
         2 * tensors + i, before that: is there a free block for its most bytes, whose size follows those of all tensors?
@@ -170,7 +208,7 @@ class QuickReplay:
         self._count = count
         self._pool_count = 1 + max(self._pools, default=-1)
         tensors = np.abs(events) - 1
-        at_once = np.append(events[1:] == -events[:-1], False)[: len(events)] & (events > 0)
+        at_once = np.append(events[1:] == -events[:-1], False)[: len(events)] & (events > 0) & self._joins
         ops = np.where(events > 0, tensors, ~tensors) + count * at_once
         asked = np.flatnonzero(at_once & (most > trace.nbytes)[tensors])
         kept = trace.nbytes[tensors] > 0
@@ -193,10 +231,19 @@ class QuickReplay:
         free: list[list[int]] = [[] for _ in range(self._pool_count)]
         return _State(starts=[0] * count, ends=[0] * count, free=free, has_missed=self._misses_some)
 
+    def _kept(self, state: _State, index: int, length: int) -> int:
+        """Keep a state before a segment that goes beyond a capacity; the capacity from which on the next one is kept."""
+        self._states.append((state.reserved, index, state.copy()))
+        return int(STEP * (state.reserved + length))
+
+    def _retry(self, state: _State, index: int) -> None:
+        """Empty the cache, where the driver has no memory left."""
+        state.empty_cache()
+        self._exchanges.append((index, state.reserved))
+        self.retries += 1
+
     def _run(self, state: _State, begin: int, limit: int, *, keep: bool) -> bool:
-        """Replay from an event to the end; False if memory runs out. Where there is no limit, a state is kept (`keep`)
-        before each segment that goes beyond `limit`, which then rises.
-        """
+        """Replay from an event to the end; False if memory runs out. `keep`: without a limit; see `_kept`."""
         sizes, pools = self._sizes, self._pools
         count = self._count
         starts, ends, end_of, start_of = state.starts, state.ends, state.end_of, state.start_of
@@ -221,14 +268,14 @@ class QuickReplay:
                     length = _segment(size)
                     if state.reserved + length > limit:
                         if keep:
-                            self._states.append((state.reserved, index, state.copy()))
-                            limit = int(STEP * (state.reserved + length))
+                            limit = self._kept(state, index, length)
                         else:
-                            state.empty_cache()
+                            self._retry(state, index)
                             if state.reserved + length > limit:
                                 return False
                             free = state.free[pools[tensor]]
                     start = state.new_segment(length)
+                    self._exchanges.append((index, state.reserved))
                     end = start + length
                 if op < count:
                     cut = start + size
@@ -253,6 +300,36 @@ class QuickReplay:
             start_of[end] = start
             insort(free, (end - start) << _ADDRESS_BITS | start)
         return True
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class History:
+    """What the allocator did with a trace: the part of `allocator.Replay` that a profile is made of."""
+
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    retries: int
+    oom: OutOfMemoryAt | None
+    allocated_timeline: Integers
+    reserved_timeline: Integers
+
+
+def history(
+    trace: Columns, config: AllocatorConfig, *, capacity_bytes: int | None, device_bytes: int | None = None
+) -> History:
+    """As `allocator.replay` with `timeline` set, in a third of its time."""
+    quick = QuickReplay(trace, config, join=False)
+    if not quick.is_fast:
+        made = replay(trace, capacity_bytes=capacity_bytes, config=config, device_bytes=device_bytes, timeline=True)
+        return History(
+            peak_allocated_bytes=made.peak_allocated_bytes,
+            peak_reserved_bytes=made.peak_reserved_bytes,
+            retries=made.retries,
+            oom=made.oom,
+            allocated_timeline=np.array(made.allocated_timeline, dtype=np.int64),
+            reserved_timeline=np.array(made.reserved_timeline, dtype=np.int64),
+        )
+    return quick.history(capacity_bytes)
 
 
 def _segment(size: int) -> int:

@@ -2,8 +2,7 @@
 
 `shipped/MODEL.tar.xz` has the traces of one model (`tar tf` lists them), the setting of each, and laws (`memory.laws`)
 that take them to the objects and classes of any data set; `made_with.json` says what the traces of each model were made
-with; `needs.json.xz` has memory needs that were computed from them.
-`scripts/traces` makes all of these.
+with. `scripts/traces` makes all of these.
 
 In an installed release the code is that which made the traces. In a checkout where it was edited since, or with another
 version of torch or of the model's package, a shipped trace could answer for a step that is no longer so: it is not
@@ -31,9 +30,8 @@ from trainfit.tracing.trace_cache import DAMAGE, TraceRequest, has_values
 SETTINGS = "settings.json"
 """Entry of an archive: name of an entry -> setting of its trace."""
 MADE_WITH = "made_with.json"
-NEEDS = "needs.json.xz"
-NEEDS_CODE = "trainfit.memory.predict"
-"""What computes needs from traces."""
+SAME_LAWS = frozenset({"accumulation", "checkpointing", "precision"})
+"""Knobs whose traces have the laws of others: sizes that follow data are those of heads and losses."""
 NAMED_CHANGES = 3
 """Changed files that a message names."""
 T = TypeVar("T")
@@ -79,9 +77,13 @@ def shipped(request: TraceRequest, parse: Callable[[Mapping[str, Any]], T], *, a
 
 
 def laws_name(request: TraceRequest, *, alone: bool = False) -> str:
-    """Name in the archive of the laws that take traces of a request's kind to other values of knobs."""
-    capability = "{}.{}".format(*request.capability)
-    return f"laws of {request.part} capability={capability}, {'micro-batch 1' if alone else 'any micro-batch'}.json"
+    """Name in the archive of the laws that take traces of a request's kind to other values of knobs.
+
+    It has the knobs of the trace that differ from the defaults, but for those that leave the laws as they are.
+    """
+    part, *values = request.name.split(" ")
+    kind = " ".join([part, *(value for value in values if value.partition("=")[0] not in SAME_LAWS)])
+    return f"laws of {kind}, {'micro-batch 1' if alone else 'any micro-batch'}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,28 +104,16 @@ def source(request: TraceRequest, *, alone: bool = False) -> Source | None:
     path = archive_path(request.setting.model)
     if not path.exists() or changes(request.setting.model):
         return None
-    laws = _laws(path).get(laws_name(request, alone=alone))
-    if laws is None:
-        return None
-    values = {knob: getattr(request.setting, knob) for knob in laws.knobs()}
-    base = replace(request, setting=replace(request.setting, **laws.knobs()))
-    reached = laws.hold(values) and is_shipped(base, alone=alone)
-    return Source(request=base, laws=laws, values=values) if reached else None
-
-
-def shipped_needs(request: TraceRequest) -> dict[str, tuple[int, int]]:
-    """(low, high) bytes by what else they depend on (`priced.Pricer.needs`); empty where the package has no valid ones."""
-    path = shipped_folder() / NEEDS
-    if not path.exists() or changes("needs") or not is_shipped(request):
-        return {}
-    try:
-        return _needs(path).get(f"{request.setting.model} {request.name}", {})
-    except (OSError, lzma.LZMAError, *DAMAGE) as error:
-        raise _damaged(path, error) from error
+    for name, laws in _laws(path).items():
+        base = replace(request, setting=replace(request.setting, **laws.knobs()))
+        values = laws.values(request.setting)
+        if name == laws_name(base, alone=alone) and laws.hold(values) and is_shipped(base, alone=alone):
+            return Source(request=base, laws=laws, values=values)
+    return None
 
 
 def changes(model: str) -> tuple[str, ...]:
-    """What has changed since a model's traces (or the "needs") were made, in words; empty: they are valid."""
+    """What has changed since a model's traces were made, in words; empty: they are valid."""
     record = _made_with(shipped_folder() / MADE_WITH)
     return tuple(record[model].changes()) if model in record else ("all",)
 
@@ -180,14 +170,9 @@ def _laws(path: Path) -> dict[str, Laws]:
         raise _damaged(path, error) from error
 
 
-@cache
-def _needs(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    return json.loads(lzma.decompress(path.read_bytes()))
-
-
 def forget() -> None:
     """Read the files anew from now on."""
-    for cached in (_entries, _laws, _needs, _settings, _made_with):
+    for cached in (_entries, _laws, _settings, _made_with):
         cached.cache_clear()
 
 

@@ -140,7 +140,7 @@ class _Search:
         slowest = (1 + KNEE) * self.speed(base, best)
         within = [b for b in sizes if b <= best and self.speed(base, b) <= slowest]
         best = next(b for b in within if self.does_fit(base, b))
-        smaller = [b for b in self.batches() if b < best]
+        smaller = [b for b in self.worth(best) if b < best]
         if smaller:
             self.price(base, smaller[-1])
         return self.price(base, best)
@@ -182,9 +182,14 @@ class _Search:
         return best if self.request.checkpointing is not None else faster(best, self.partial(best))
 
     def may_gain(self, base: Setting, best: Candidate) -> bool:
-        """Whether some micro-batch is faster than the best candidate, and may fit."""
-        sizes = [b for b in self.worth(self.request.share) if self.speed(base, b) < seconds_of(best)]
-        return any(self.could_fit(base, b) for b in sizes)
+        """Whether the candidate that `fastest` would choose of a base may be faster than the best candidate, and may fit."""
+        sizes = self.worth(self.request.share)
+        for fastest in sizes:
+            slowest = (1 + KNEE) * self.speed(base, fastest)
+            smallest = next(b for b in sizes if self.speed(base, b) <= slowest)
+            if self.speed(base, smallest) < seconds_of(best) and self.could_fit(base, fastest):
+                return True
+        return False
 
     def last_resort(self) -> Candidate | None:
         """If nothing else fits: the optimizer's state in host memory, then saved activations, at the smallest micro-batch.
@@ -318,9 +323,14 @@ class _Search:
                 yield replace(self.saving(smallest, flag, setting), learns_differently=knob in learns)
 
     def saving(self, base: Candidate, flag: str, setting: Setting) -> Saving:
-        freed = self.prices.needs(base.setting).high_bytes - self.prices.needs(setting).high_bytes
+        """What a setting frees of another: of the peaks of their tensors where these are known. The needs are found to 0.5 %,
+        which may be as much as the difference.
+        """
+        before, after = self.prices.least(base.setting), self.prices.least(setting)
+        if not (before and after):
+            before, after = (self.prices.needs(each).high_bytes for each in (base.setting, setting))
         seconds = self.speed(setting, setting.micro_batch) / self.speed(base.setting, base.setting.micro_batch)
-        return Saving(knob=flag, saved_bytes=freed, learns_differently=False, slower=seconds - 1)
+        return Saving(knob=flag, saved_bytes=before - after, learns_differently=False, slower=seconds - 1)
 
 
 def search(request: SearchRequest, prices: Prices, *, note: Callable[[str], None] = lambda _: None) -> SearchResult:

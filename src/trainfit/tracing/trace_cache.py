@@ -30,6 +30,7 @@ from trainfit.process import end_running
 from trainfit.tracing import client
 from trainfit.tracing.provenance import TRACER, Provenance, installed_versions, provenance
 from trainfit.tracing.stored_trace import StoredTrace
+from trainfit.user_code import require_named
 
 SCHEMA = 2
 LARGEST_TEXT_BYTES = 1 << 30
@@ -177,10 +178,12 @@ def versions() -> dict[str, str]:
 
 def _traced(request: TraceRequest) -> str:
     """The text that `StoredTrace.to_json` wrote in a tracing process."""
-    family = request.setting.family
+    family, model = request.setting.family, request.setting.model
+    if not family.cacheable and ":" in model:
+        require_named(model)
     own = {"prepare": family.prepare_trace, "families": registering_modules()}
     modules = (family.workload,) if family.workload.startswith("trainfit.") else ()
-    return client.run(request.to_json() | own, request.setting.model, modules)
+    return client.run(request.to_json() | own, model, modules)
 
 
 def packages_of(setting: Setting) -> dict[str, str]:
