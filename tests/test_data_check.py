@@ -367,7 +367,7 @@ Notes
   image without objects: 1
     FILE image 0: used as background
 
-0 errors, 1 skipped, 1 mended, 1 notes: training can use this data set
+0 errors, 1 skipped, 1 mended, 1 note: training can use this data set
 """
 
 

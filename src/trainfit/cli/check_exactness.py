@@ -5,7 +5,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from trainfit.values import In
+from trainfit.values import In, Range, require_valid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,15 +14,15 @@ class CheckExactness:
 
     loop: Annotated[str, In(positional=True)]
     """module:function of a function without parameters that returns a trainfit.OwnLoop."""
-    micro_batch: int = 2
+    micro_batch: Annotated[int, Range(1, 100_000)] = 2
     """Items in one micro-batch."""
-    accumulation: int = 4
+    accumulation: Annotated[int, Range(2, 100_000)] = 4
     """Micro-batches in one window."""
-    ranks: int = 1
+    ranks: Annotated[int, Range(1, 64)] = 1
     """Processes that share each window, on the CPU: for loops with DistributedDataParallel."""
     precision: Literal["float64", "float32"] = "float64"
     """float32 is for a loop that cannot run in float64."""
-    tolerance: float | None = None
+    tolerance: Annotated[float | None, Range(0, 1, inside=True)] = None
     """Relative error that counts as rounding; without it, what the number format allows."""
     as_json: bool = False
     """Print JSON (schema 1) instead of text."""
@@ -33,6 +33,7 @@ def check_exactness(arguments: CheckExactness, _given: AbstractSet[str]) -> int:
     from trainfit.exactness.check import check_exactness as check
     from trainfit.reports.exactness import exactness_json, exactness_text
 
+    require_valid(arguments)
     result = check(
         arguments.loop,
         micro_batch=arguments.micro_batch,

@@ -48,6 +48,8 @@ def check_exactness(
         raise TrainfitError(
             f"micro_batch {micro_batch}, accumulation {accumulation} and ranks {ranks}: they must be at least 1, 2 and 1"
         )
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise TrainfitError(f"tolerance {tolerance}: a relative error is between 0 and 1")
     share = micro_batch * accumulation
     if len(own.items) < share * ranks:
         raise TrainfitError(

@@ -6,6 +6,7 @@ from typing import Any
 from trainfit.reports.words import printable
 from trainfit.tasks.findings import Finding
 from trainfit.tasks.task import DataCheck, Histogram, Lines, Table
+from trainfit.training.lines import counted
 
 SCHEMA = 1
 _BAR_WIDTH = 40
@@ -92,5 +93,6 @@ def _groups(findings: tuple[Finding, ...]) -> list[list[str]]:
 
 def _verdict(findings: tuple[Finding, ...]) -> str:
     counts = {severity: sum(finding.severity == severity for finding in findings) for severity in _HEADINGS}
-    what = f"{counts['error']} errors, {counts['skipped']} skipped, {counts['mended']} mended, {counts['note']} notes"
+    errors, notes = counted(counts["error"], "error"), counted(counts["note"], "note")
+    what = f"{errors}, {counts['skipped']} skipped, {counts['mended']} mended, {notes}"
     return f"{what}: " + ("training refuses this data set" if counts["error"] else "training can use this data set")

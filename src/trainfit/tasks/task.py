@@ -99,6 +99,11 @@ class Evaluation:
     """Pictures of samples, curves and matrices; pictures are drawn when they are written."""
 
 
+def split_sizes(splits: Mapping[str, Sequence[Any]]) -> str:
+    """48 train, 16 val images."""
+    return ", ".join(f"{len(records)} {split}" for split, records in splits.items()) + " images"
+
+
 def percent(value: float | None) -> str:
     """A figure as a percentage with one decimal; "-" for None."""
     return "-" if value is None else f"{100 * value:.1f}"

@@ -248,10 +248,11 @@ def resolve_batching(recipe: Recipe, world_size: int) -> Batching:
     share = -(-effective // world_size)
     micro = min(micro or DEFAULT_MICRO_BATCH, share)
     steps = -(-share // micro)
-    reason = f"effective batch {effective} = micro-batch {micro} x accumulation {steps} x {counted(world_size, 'GPU')}"
+    ranks = "" if world_size == 1 else f" x {world_size} GPUs"
+    reason = f"effective batch {effective} = micro-batch {micro} x accumulation {steps}{ranks}"
     if micro * steps * world_size != effective:
         reason = (
-            f"effective batch {effective} over {counted(world_size, 'GPU')}: {share} images each in {steps} micro-batches "
+            f"effective batch {effective} over {counted(world_size, 'process')}: {share} images each in {steps} micro-batches "
             f"of {micro} (the last one smaller; weighted exactly)"
         )
     return Batching(

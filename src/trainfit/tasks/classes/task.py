@@ -10,6 +10,7 @@ from trainfit.tasks.classes.metric import Accuracy
 from trainfit.tasks.classes.pictures import drawn, file_record, row_text, rows
 from trainfit.tasks.classes.read import read, recognises
 from trainfit.tasks.classes.samples import ClassRecord, ImageFolder
+from trainfit.tasks.task import split_sizes
 
 __all__ = [
     "check",
@@ -43,8 +44,7 @@ def only_classes(dataset: ImageFolder, rows: Sequence[int]) -> ImageFolder:
 
 def summary(dataset: ImageFolder) -> str:
     """Images of each split, and classes."""
-    images = {split: len(records) for split, records in dataset.splits.items()}
-    return f"data: {images}, {len(dataset.classes)} classes ({dataset.format})"
+    return f"data: {split_sizes(dataset.splits)}, {len(dataset.classes)} classes ({dataset.format})"
 
 
 def notes(dataset: ImageFolder) -> Sequence[str]:

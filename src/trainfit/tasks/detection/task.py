@@ -17,6 +17,7 @@ from trainfit.tasks.detection.samples import Dataset, ImageRecord, Sample
 from trainfit.tasks.detection.statistics import DatasetStatistics
 from trainfit.tasks.detection.statistics import statistics as statistics_of
 from trainfit.tasks.findings import note_lines
+from trainfit.tasks.task import split_sizes
 
 __all__ = [
     "check",
@@ -79,8 +80,7 @@ def only_classes(dataset: Dataset, rows: Sequence[int]) -> Dataset:
 
 def summary(dataset: Dataset) -> str:
     """Images of each split, classes, and the format."""
-    images = {split: len(records) for split, records in dataset.splits.items()}
-    return f"data: {images}, {len(dataset.classes)} classes ({dataset.format})"
+    return f"data: {split_sizes(dataset.splits)}, {len(dataset.classes)} classes ({dataset.format})"
 
 
 def notes(dataset: Dataset) -> Sequence[str]:

@@ -11,7 +11,7 @@ from trainfit.tasks.pairs.read import look, read_dataset
 from trainfit.tasks.pairs.samples import PairDataset, PairRecord
 from trainfit.tasks.pairs.statistics import PairStatistics
 from trainfit.tasks.pairs.statistics import statistics as statistics_of
-from trainfit.tasks.task import DataCheck, Metric, Progress
+from trainfit.tasks.task import DataCheck, Metric, Progress, split_sizes
 
 
 def recognises(data: str) -> bool:
@@ -59,9 +59,8 @@ def check(
 
 def summary(dataset: PairDataset) -> str:
     """Images and texts of each split, and the format."""
-    images = {split: len(records) for split, records in dataset.splits.items()}
     texts = sum(len(record.texts) for record in dataset.splits["train"])
-    return f"data: {images} images, {texts} texts in train ({dataset.format})"
+    return f"data: {split_sizes(dataset.splits)}, {texts} texts in train ({dataset.format})"
 
 
 def notes(dataset: PairDataset) -> Sequence[str]:
