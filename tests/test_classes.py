@@ -234,3 +234,10 @@ def test_the_confusion_matrix(tmp_path: Path) -> None:
     assert isinstance(matrix, Matrix)
     assert matrix.values == ((1, 1, 0, 0), (0, 1, 0, 0), (1, 0, 1, 1))
     assert (matrix.rows, matrix.columns) == (("a", "b", "c"), ("a", "b", "c", "none of these"))
+
+
+def test_batch_norm_of_one_value_is_one_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--resolution", 32, "--micro-batch", 1, "--effective-batch", 2, "--device", "cpu", "--workers", 0)
+    words = (*words, "--weights", "random", "--max-steps", 1, "--out", tmp_path / "run")
+    assert run("train", "timm:resnet18", "--data", data, *words) == 2
+    assert "BatchNorm sees one value per channel" in capsys.readouterr().err.splitlines()[-1]

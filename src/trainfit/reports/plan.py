@@ -199,7 +199,7 @@ def table_cells(plan: Plan, candidate: Candidate) -> tuple[str, ...]:
     size = division(candidate.cuts).removeprefix("micro-batch ") + knee
     needs = f"{gib(candidate.needs.low_bytes)} or more" if candidate.needs_more else _interval(candidate.needs)
     needs = needs.removesuffix(" GiB")
-    others = [str(getattr(candidate.setting, name)) for name in varied(plan)]
+    others = [_cell(getattr(candidate.setting, name)) for name in varied(plan)]
     return mark, size, blocks, *others, needs, speed_text(plan, candidate), candidate.verdict, candidate.reason
 
 
@@ -299,6 +299,12 @@ def assumptions(plan: Plan) -> tuple[str, ...]:
     """Assumptions of the plan and of its prediction, and what the trace does not know; each once."""
     made = plan.prediction
     return tuple(dict.fromkeys((*plan.assumptions, *((*made.assumptions, *doubts(made)) if made else ()))))
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
 
 
 def train_command(plan: Plan) -> str:

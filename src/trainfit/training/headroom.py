@@ -91,7 +91,8 @@ def verdict_line(verdict: LoaderVerdict, facts: LoaderFacts) -> str:
     """One line for the user."""
     waiting = f"{100 * verdict.wait_share:.0f} % waiting"
     if verdict.bound == "unknown":
-        return f"{waiting}; {facts.windows} windows are too few for a verdict on the loader"
+        windows = "1 window is" if facts.windows == 1 else f"{facts.windows} windows are"
+        return f"{waiting}; {windows} too few for a verdict on the loader"
     if verdict.bound == "compute":
         return f"compute bound: {waiting}"
     bound = f"loader bound: {waiting}"

@@ -56,7 +56,15 @@ def logits(model: Any, images: Sequence[LabelledImage]) -> torch.Tensor:
     std = published.get("std", IMAGENET_STD)
     batch = stack_images([i.image for i in images], like, mean=mean, std=std)
     last = not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
-    return model(batch.contiguous(memory_format=torch.channels_last) if last else batch)
+    try:
+        return model(batch.contiguous(memory_format=torch.channels_last) if last else batch)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise TrainfitError(
+            "BatchNorm sees one value per channel in a micro-batch of one image, which the last of a window may be: give "
+            "a --micro-batch that divides the effective batch, above 1, or a larger --resolution"
+        ) from error
 
 
 def _terms(model: torch.nn.Module, images: Sequence[LabelledImage], _canvas: tuple[int, int]) -> Mapping[str, LossTerm]:
