@@ -183,8 +183,10 @@ def test_errors_in_one_line(arguments: tuple[str, ...], message: str, capsys: py
     assert err.count("\n") == 1
 
 
-def test_own_models_are_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_models_are_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their code may have changed: a stored trace is not even looked for."""
+    (tmp_path / "mine.py").write_text("def task(): ...\n")
+    monkeypatch.chdir(tmp_path)
     request = TraceRequest(setting=make_setting(model="mine:task"), part="training", capability=(8, 6))
     path = cache_path(request)
     path.parent.mkdir(parents=True, exist_ok=True)
