@@ -27,8 +27,9 @@ from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.columns import ColumnTrace
 from trainfit.memory.host_ema import ema_for_evaluation, without_ema
 from trainfit.memory.host_state import with_state_on_host
+from trainfit.memory.packaged import packaged
 from trainfit.memory.predict import assess, process_budget, trace_requests
-from trainfit.memory.priced import Pricer, packaged
+from trainfit.memory.priced import Pricer
 from trainfit.memory.profile import last_window
 from trainfit.models.setting import Setting, make_setting
 from trainfit.planning.candidates import batches, cuts

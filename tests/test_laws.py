@@ -15,7 +15,8 @@ from trainfit.gpus.catalogue import find_gpu
 from trainfit.memory import shipped
 from trainfit.memory.allocator import replay
 from trainfit.memory.laws import Laws, Variable, find_laws, missing, moved
-from trainfit.memory.priced import Pricer, packaged
+from trainfit.memory.packaged import packaged
+from trainfit.memory.priced import Pricer
 from trainfit.memory.scaling import ScaledTrace, scale
 from trainfit.models.rfdetr.family import RfDetrSetting
 from trainfit.timing.roofline import step_seconds

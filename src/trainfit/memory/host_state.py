@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainfit.memory.columns import Columns
+from trainfit.models.setting import Setting
 from trainfit.step.names import UNIT_BYTES
 from trainfit.tracing.events import TensorInfo
 
@@ -43,3 +44,15 @@ def with_state_on_host(trace: Columns) -> Columns:
 
 def _are_moments(trace: Columns) -> NDArray[np.bool_]:
     return trace.of_category("optimizer state") & (trace.nbytes > COUNT_BYTES)
+
+
+def state_on_host(setting: Setting) -> bool:
+    """Whether the optimizer's state is moved to the host in a trace. A model of the user's own may have an optimizer of its own,
+    which stays where it is: such a setting is traced as it is.
+    """
+    return setting.optimizer == "adamw-host" and setting.family.cacheable
+
+
+def on_gpu(setting: Setting) -> Setting:
+    """The setting with the optimizer's state on the GPU, which is the one that is traced."""
+    return replace(setting, optimizer="adamw-fused") if state_on_host(setting) else setting

@@ -10,20 +10,23 @@ from pathlib import Path
 from typing import Literal
 
 from trainfit.gpus.capability import kernel_class
-from trainfit.gpus.catalogue import FLOPS_RATES, Gpu, find_gpu
+from trainfit.gpus.catalogue import Gpu
 from trainfit.gpus.context import ByteRange, cuda_context_bytes
+from trainfit.gpus.rated import rated
 from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.columns import Columns, ColumnTrace
+from trainfit.memory.composed import any_window, is_composed, is_known, trace_at, window_trace_of
 from trainfit.memory.coupled import between, coupled_ends
 from trainfit.memory.errors import NEEDS_ERROR
 from trainfit.memory.host_ema import ema_for_evaluation, without_ema
-from trainfit.memory.host_state import moments_bytes, with_state_on_host
-from trainfit.memory.laws import moved
+from trainfit.memory.host_state import moments_bytes, on_gpu, state_on_host, with_state_on_host
 from trainfit.memory.overwritten import overwriting
+from trainfit.memory.packaged import packaged
 from trainfit.memory.predict import Prediction, needed, predict_traced, with_context
 from trainfit.memory.profile import last_window
 from trainfit.memory.scaling import ScaledTrace, scale
-from trainfit.memory.shipped import shipped, source
+from trainfit.memory.shipped import is_shipped, source
+from trainfit.memory.window_trace import WindowTrace
 from trainfit.models.setting import Setting
 from trainfit.timing.counts import TO_HOST, OpCount
 from trainfit.timing.roofline import (
@@ -56,11 +59,10 @@ TRACED_ACCUMULATION = 2
 PRICED_LIKE_TWO = "One micro-batch a window is priced like two, whose gradients stay: a little too much."
 SCALING_CODE = "trainfit.memory.scaling"
 """The module that makes scaled traces of traces."""
-RATES_LIKE = "RTX 3060"
-"""The card whose rates rank settings for a card of which only the memory is known."""
 Part = Literal["training", "evaluation"]
-_Key = tuple[TraceRequest, int, bool, bool]
-"""What memory depends on: the traces, the micro-batch or the number of them, EMA and optimizer's state on the host."""
+_Key = tuple[TraceRequest, tuple[int, int], bool, bool]
+"""What memory depends on: the traces, micro-batch and accumulation (0 where it does not count), and whether EMA weights and the
+optimizer's state are on the host."""
 
 
 def scalable(setting: Setting) -> bool:
@@ -85,6 +87,9 @@ class Pricer:
     _scaled_of: dict[TraceRequest, ScaledTrace | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _windows_of: dict[TraceRequest, WindowTrace | None] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
     _reserved_of: dict[_Key, ByteRange] = field(default_factory=dict, init=False, repr=False, compare=False)
     _peak_of: dict[_Key, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -96,9 +101,10 @@ class Pricer:
         return self._reserved_of[key]
 
     def _key(self, setting: Setting) -> _Key:
+        self._window(setting, "training")  # the request depends on whether there is one
         request = self.request(setting, "training")
-        cut = setting.micro_batch if scalable(setting) else setting.accumulation
-        return request, cut, setting.ema_on_host, _state_on_host(setting)
+        cut = setting.micro_batch, 0 if scalable(setting) else setting.accumulation
+        return request, cut, setting.ema_on_host, state_on_host(setting)
 
     def needs(self, setting: Setting) -> ByteRange:
         """The least that one process trains in, its CUDA context included."""
@@ -106,9 +112,10 @@ class Pricer:
 
     def least(self, setting: Setting) -> int:
         """What the top of `needs` is not below: the peak of the tensors alone. 0 where that would take another trace."""
-        scaled = self._scaled(setting, "training") if scalable(setting) else None
-        if scaled is None or setting.micro_batch < scaled.micro_batches[0]:
-            return 0
+        if self._window(setting, "training") is None:
+            scaled = self._scaled(setting, "training") if scalable(setting) else None
+            if scaled is None or setting.micro_batch < scaled.micro_batches[0]:
+                return 0
         key = self._key(setting)
         if key not in self._peak_of:
             self._peak_of[key] = overwriting(self.columns(setting, "training").columns).peak_bytes()
@@ -117,15 +124,18 @@ class Pricer:
     def seconds(self, setting: Setting, cuts: Sequence[int], part: Part = "training") -> TimeEstimate:
         """Time of a window cut into micro-batches of `cuts` images, or of an evaluation micro-batch."""
         gpu = rated(self.gpu)
-        if part == "training" and not scalable(setting) and (ends := coupled_ends(setting)):
+        window = self._window(setting, part)
+        if part == "training" and window is None and not scalable(setting) and (ends := coupled_ends(setting)):
             few, many = (self.seconds(end, ()) for end in ends)
             return between(setting, ends, few, many)
-        scaled = self._scaled(setting, part)
-        if not scalable(setting):
-            if scaled is not None:
-                estimate = line_seconds(scaled.ops, scaled.micro_batches, setting.accumulation, gpu)
-            else:
-                estimate = step_seconds(self.columns(setting, part).ops, gpu)
+        scaled = None if window is not None else self._scaled(setting, part)
+        if window is not None:
+            micro_batch = setting.micro_batch if part == "training" else max(cuts)
+            estimate = step_seconds(window.ops_at(micro_batch, setting.accumulation), gpu)
+        elif not scalable(setting) and scaled is not None:
+            estimate = line_seconds(scaled.ops, scaled.micro_batches, setting.accumulation, gpu)
+        elif not scalable(setting):
+            estimate = step_seconds(self.columns(setting, part).ops, gpu)
         else:
             traced = TRACED_ACCUMULATION if part == "training" else 1
             most = max(cuts)
@@ -145,7 +155,7 @@ class Pricer:
         if setting.ema_on_host and part == "training":
             base = scaled.columns if scaled else self.columns(replace(setting, ema_on_host=False), part).columns
             estimate = with_optimizer_work(estimate, _bytes_of(base, "EMA") / HOST_BYTES_PER_S)
-        if _state_on_host(setting) and part == "training":
+        if state_on_host(setting) and part == "training":
             estimate = with_optimizer_work(estimate, 2 * self._moments_bytes(setting) / PINNED_BYTES_PER_S)
         return estimate
 
@@ -168,6 +178,8 @@ class Pricer:
 
     def answers(self, setting: Setting) -> bool:
         """Whether `predict` needs no tracing, because the package has the traces that it is made from."""
+        if is_composed(setting):
+            return all(is_shipped(any_window(self.request(setting, part))) for part in ("training", "evaluation"))
         return scalable(setting) and all(self._answers(setting, part) for part in ("training", "evaluation"))
 
     def _answers(self, setting: Setting, part: Part) -> bool:
@@ -182,12 +194,12 @@ class Pricer:
 
     def blocks(self, setting: Setting) -> int:
         """Blocks of the model that activation checkpointing may recompute."""
-        scaled = self._scaled(setting, "training")
-        return self.columns(setting, "training").blocks if scaled is None else scaled.blocks
+        source_trace = self._window(setting, "training") or self._scaled(setting, "training")
+        return self.columns(setting, "training").blocks if source_trace is None else source_trace.blocks
 
     def _moments_bytes(self, setting: Setting) -> int:
-        scaled = self._scaled(setting, "training")
-        base = scaled.columns if scaled is not None else self.columns(_on_gpu(setting), "training").columns
+        source_trace = self._window(setting, "training") or self._scaled(setting, "training")
+        base = source_trace.columns if source_trace is not None else self.columns(on_gpu(setting), "training").columns
         return moments_bytes(base)
 
     def offloaded_bytes(self, setting: Setting) -> int:
@@ -195,11 +207,14 @@ class Pricer:
 
         torch's allocator of such memory rounds up to powers of two: twice the bytes at most.
         """
-        state_bytes = 2 * self._moments_bytes(setting) if _state_on_host(setting) else 0
+        state_bytes = 2 * self._moments_bytes(setting) if state_on_host(setting) else 0
         if setting.checkpointing != "offload":
             return state_bytes
-        scaled = self._scaled(setting, "training")
-        if scaled is None:
+        window = self._window(setting, "training")
+        scaled = self._scaled(setting, "training") if window is None else None
+        if window is not None:
+            copied = _copied_bytes(window.ops_at(setting.micro_batch, setting.accumulation)) / setting.accumulation
+        elif scaled is None:
             copied = _copied_bytes(self.columns(setting, "training").ops)
         else:
             small, large = scaled.micro_batches
@@ -213,7 +228,7 @@ class Pricer:
         """Whether the need of training is known without tracing."""
         request = self.request(setting, "training")
         if not scalable(setting):
-            return False
+            return is_composed(setting) and (request in self._windows_of or is_known(request, cache=self.cache))
         if setting.micro_batch < PAIRS[0][0]:  # it is a trace of its own
             return source(request, alone=True) is not None
         if self._scaled_of.get(request) is not None or source(request) is not None:
@@ -229,13 +244,26 @@ class Pricer:
 
     def request(self, setting: Setting, part: Part) -> TraceRequest:
         """The setting without what a scaled trace serves all values of."""
-        setting = _on_gpu(replace(setting, ema_on_host=False))
+        setting = on_gpu(replace(setting, ema_on_host=False))
+        capability = setting.family.kernels(kernel_class(self.gpu.capability))
+        if is_composed(setting):
+            of_any = any_window(TraceRequest(setting=setting, part=part, capability=capability))
+            if self._windows_of.get(of_any, of_any) is not None:
+                return of_any
         if part == "evaluation":
             setting = replace(setting, accumulation=min(TRACED_ACCUMULATION, setting.accumulation))
         if scalable(setting):
             setting = replace(setting, micro_batch=1, accumulation=TRACED_ACCUMULATION, eval_micro_batch=None)
-        capability = setting.family.kernels(kernel_class(self.gpu.capability))
         return TraceRequest(setting=setting, part=part, capability=capability)
+
+    def _window(self, setting: Setting, part: Part) -> WindowTrace | None:
+        """Of a coupled window; None of others, and where its traces cannot be composed."""
+        if not is_composed(setting):
+            return None
+        request = any_window(self.request(setting, part))
+        if request not in self._windows_of:
+            self._windows_of[request] = window_trace_of(request, cache=self.cache, note=self.note)
+        return self._windows_of[request]
 
     def _scaled(self, setting: Setting, part: Part) -> ScaledTrace | None:
         """Over micro-batches; of a contrastive window over accumulation, and None where that is small."""
@@ -254,6 +282,10 @@ class Pricer:
 
     def columns(self, setting: Setting, part: Part) -> ColumnTrace:
         """`trace` in columns, which takes less time."""
+        window = self._window(setting, part)
+        if window is not None:
+            composed = trace_at(window, setting, part)
+            return replace(composed, columns=self._on_host(composed.columns, setting, part))
         base, columns = self._unmoved(setting, part)
         return base.priced(self._on_host(columns, setting, part))
 
@@ -274,7 +306,7 @@ class Pricer:
 
     def _on_host(self, trace: Columns, setting: Setting, part: Part) -> Columns:
         """A trace with what the setting keeps in host memory there."""
-        if _state_on_host(setting):
+        if state_on_host(setting):
             trace = with_state_on_host(trace)
         if not setting.ema_on_host:
             return trace
@@ -291,42 +323,12 @@ class Pricer:
         return packaged_trace or ScaledTrace.of_one(get_trace(request, cache=self.cache), request.setting.micro_batch)
 
 
-def packaged(request: TraceRequest, *, alone: bool = False) -> ScaledTrace | None:
-    """The package's trace of a request, for any micro-batch or for micro-batch 1 `alone`, moved to its objects and classes."""
-    origin = source(request, alone=alone)
-    if origin is None:
-        return None
-    read = ScaledTrace.from_record_of_one if alone else ScaledTrace.from_record
-    scaled = shipped(origin.request, read, alone=alone)
-    return moved(scaled, origin.laws, origin.values) if origin.laws and scaled else scaled
-
-
-def _state_on_host(setting: Setting) -> bool:
-    """Whether the optimizer's state is moved to the host in a trace. A model of the user's own may have an optimizer of its own,
-    which stays where it is: such a setting is traced as it is.
-    """
-    return setting.optimizer == "adamw-host" and setting.family.cacheable
-
-
-def _on_gpu(setting: Setting) -> Setting:
-    """The setting with the optimizer's state on the GPU, which is the one that is traced."""
-    return replace(setting, optimizer="adamw-fused") if _state_on_host(setting) else setting
-
-
 def _bytes_of(trace: Columns, category: Category) -> int:
     return int(trace.nbytes[trace.of_category(category)].sum())
 
 
 def _copied_bytes(ops: Sequence[OpCount]) -> float:
     return sum(row.bytes for row in ops if row.op.endswith(TO_HOST))
-
-
-def rated(gpu: Gpu) -> Gpu:
-    """The card; with the rates of another where its own are not known: settings are ranked, times mean nothing."""
-    if gpu.bandwidth_bytes_per_s is not None and gpu.fp32_flops_per_s is not None:
-        return gpu
-    like = find_gpu(RATES_LIKE)
-    return replace(gpu, **{name: getattr(like, name) for name in ("bandwidth_bytes_per_s", *FLOPS_RATES)})
 
 
 def _at(request: TraceRequest, number: int) -> TraceRequest:

@@ -91,6 +91,9 @@ class Family:
     """Why an effective batch must be given, in a sentence; empty: there is a default for all families that say nothing."""
     coupled: Callable[[Any], bool] = lambda _: False
     """Setting -> whether all samples of a window meet in one loss, so that micro-batches know of each other."""
+    coupled_rows: Callable[[Any], int] = lambda _: 0
+    """Setting -> rows of a coupled loss that are computed at one time, where all micro-batches of a window run in the same way;
+    0: a window is predicted from traces of its own."""
     kernels: Callable[[Capability], Capability] = lambda capability: capability
     """Compute capability -> one that stands for all on which the family's kernels are the same."""
     learns: tuple[str, ...] = ()

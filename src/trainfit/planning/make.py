@@ -10,10 +10,11 @@ from trainfit.errors import TrainfitError
 from trainfit.gpus.capability import auto_precision, has_bf16
 from trainfit.gpus.catalogue import GIB, MIB, Gpu
 from trainfit.gpus.context import ByteRange
+from trainfit.gpus.rated import RATES_LIKE, rated
 from trainfit.measuring.calibration import Calibration, load
 from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.predict import Prediction, process_budget
-from trainfit.memory.priced import RATES_LIKE, Pricer, rated
+from trainfit.memory.priced import Pricer
 from trainfit.memory.shipped import why_unused
 from trainfit.models.setting import Setting
 from trainfit.planning.candidates import describe, frontier, least_of

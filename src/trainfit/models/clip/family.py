@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +18,8 @@ from trainfit.models.setting import Setting
 from trainfit.values import In, Range
 
 PIXELS_OF_A_SAMPLE = 640**2
+CHUNK_ROWS = 256
+"""Rows of the logits that exist at one time: 32 MiB per matrix at 32,768 pairs."""
 Loss = Literal["auto", "clip", "siglip"]
 Freeze = Literal["none", "batchnorm", "image", "text"]
 REFUSED = {
@@ -60,7 +63,22 @@ def image_pixels(setting: "ClipSetting") -> int:
     """Pixels of the model's input; `PIXELS_OF_A_SAMPLE` where the architecture's file does not say."""
     if setting.resolution is not None:
         return setting.resolution**2
-    name = setting.model.removeprefix(PREFIX)
+    try:
+        size: Any = _configuration(setting.model)["vision_cfg"].get("image_size", 224)
+        return size[0] * size[1] if isinstance(size, list) else size**2
+    except (LookupError, TypeError, AttributeError):
+        return PIXELS_OF_A_SAMPLE
+
+
+def has_caption_config(model: str) -> bool:
+    """Whether a model is a CoCa, by its architecture's file."""
+    return "multimodal_cfg" in _configuration(model)
+
+
+@cache
+def _configuration(model: str) -> dict[str, Any]:
+    """The configuration of a model, read without importing open_clip; empty where there is no readable file."""
+    name = model.removeprefix(PREFIX)
     spec = find_spec("open_clip")
     folders = [] if spec is None else list(spec.submodule_search_locations or [])
     files = (
@@ -68,11 +86,12 @@ def image_pixels(setting: "ClipSetting") -> int:
     )
     for file in files:
         try:
-            size: Any = json.loads(file.read_bytes())["vision_cfg"].get("image_size", 224)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            record = json.loads(file.read_bytes())
+        except (OSError, ValueError):
             continue
-        return size[0] * size[1] if isinstance(size, list) else size**2
-    return PIXELS_OF_A_SAMPLE
+        if isinstance(record, dict):
+            return record
+    return {}
 
 
 def refuse(model: str) -> None:
@@ -124,6 +143,7 @@ def family() -> Family:
         asks_batch="every pair is contrasted with every other of it, so that it decides what is learned (CLIP and SigLIP were "
         "published with 32,768, open_clip's guide has 1,024 to 4,096)",
         coupled=lambda setting: setting.contrastive == "cached",
+        coupled_rows=lambda setting: 0 if setting.text_ratio or has_caption_config(setting.model) else CHUNK_ROWS,
         learns=("optimizer",),
         assumptions=assumptions,
         check_recipe=check_recipe,

@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from trainfit.models.clip.data import Pair, stacked_images, stacked_texts, text_keys
+from trainfit.models.clip.family import CHUNK_ROWS
 from trainfit.step.contrastive import Contrastive, Features, Tower
 from trainfit.step.terms import LossTerm, Objective
 
@@ -18,8 +19,6 @@ LARGEST_SCALE = math.log(100)
 """open_clip 3.3 open_clip_train/train.py clamps the logarithm of the scale to [0, ln 100] after every step."""
 CAPTION_WEIGHT = 2.0
 """Weight of CoCa's caption loss; that of its contrastive loss is 1 (open_clip 3.3 open_clip_train/params.py)."""
-CHUNK_ROWS = 256
-"""Rows of the logits that exist at one time: 32 MiB per matrix at 32,768 pairs."""
 TOKENS_AT_ONCE = 1024
 """Tokens whose logits over the vocabulary exist at one time: 194 MiB in float32 at 49,408 words."""
 
