@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -73,19 +74,46 @@ FORMATS = [
     "captions_train.json",
     "shards",
     "shards/{0000..0001}.tar",
+    "shards/0000.tar::ROOT/shards/{0001..0001}.tar",
 ]
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats_give_the_same_pairs(home: Path, name: str) -> None:
-    dataset = task.read(str(home / name), val_fraction=0.25)
+    path = str(home / name).replace("ROOT", str(home))
+    dataset = task.read(path, val_fraction=0.25)
     assert [len(dataset.splits[split]) for split in ("train", "val")] == [3, 1]
     records = sorted((*dataset.splits["train"], *dataset.splits["val"]), key=lambda r: read_pixels(r).height)
     wanted = [texts[:1] if "shard" in name else texts for texts in TEXTS]
     assert [list(record.texts) for record in records] == wanted
     for number, record in enumerate(records):
         assert np.array_equal(np.asarray(read_pixels(record)), np.asarray(Image.open(home / f"images/{number}.png")))
-    assert task.recognises(str(home / name))
+    assert task.recognises(path)
+
+
+def test_sources_in_several_folders_are_read_as_one(home: Path, tmp_path: Path) -> None:
+    draw(tmp_path / "far.png", 9)
+    (tmp_path / "far.csv").write_text("filepath,title\nfar.png,a far square\n")
+    dataset = task.read(f"{home / 'pairs.csv'}::{tmp_path / 'far.csv'}", val_fraction=0.25)
+    texts = [text for split in dataset.splits.values() for record in split for text in record.texts]
+    assert sorted(texts) == sorted([*(text for own in TEXTS for text in own), "a far square"])
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("https://host/{0..3}.tar", "not from a URL or a pipe: download the shards"),
+        ("ROOT/shards/0000.tar::s3://bucket/b.tar", "s3://bucket/b.tar: pairs are read from files on a disk"),
+        ("pipe:cat a.tar", "not from a URL or a pipe"),
+        ("ROOT/shards/{0000..0002}.tar", "0002.tar: no such file"),
+        ("ROOT/pairs.csv::ROOT/none.csv", "none.csv: no such file"),
+        ("ROOT/pairs.csv::ROOT/images", "images: sources joined by :: are shards"),
+        ("ROOT/pairs.csv::ROOT/shards/0000.tar", "all shards or all tables"),
+    ],
+)
+def test_sources_that_cannot_be_read_are_named(home: Path, path: str, message: str) -> None:
+    with pytest.raises(TrainfitError, match=re.escape(message)):
+        task.read(path.replace("ROOT", str(home)), val_fraction=0.25)
 
 
 def test_defects_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

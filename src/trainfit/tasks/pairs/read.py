@@ -25,6 +25,8 @@ READERS = {"folder": read_folder, "coco": read_captions, "webdataset": read_shar
 TABLE = "table"
 FORMATS = (TABLE, *READERS, "classes")
 """`table:IMAGE,TEXT,SEPARATOR` names a table's columns too."""
+TOGETHER = "::"
+"""Between sources that are read as one, as open_clip joins them."""
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 """Split -> names of its files and folders."""
 
@@ -84,13 +86,33 @@ def find(path: str, file_format: str | None = None) -> tuple[str, Mapping[str, l
         raise TrainfitError(f"--format {file_format}: unknown; of pairs it is one of {', '.join(FORMATS)}")
     detected = look(path, file_format)
     if detected is None:
-        if not os.path.exists(path) and not path.endswith("}.tar"):  # noqa: PTH110 - Path.exists raises for long names
+        _refuse_sources(path)
+        if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises for long names
             raise TrainfitError(f"{path}: no such file or folder; give a table, a folder, or shards of pairs")
         raise TrainfitError(
             f"{path}: no pairs recognised; looked for tables (*.csv, *.tsv, *.jsonl; train.csv and val.csv in a folder), "
             "COCO captions (annotations/captions_*.json), shards (*.tar), and images with a .txt beside them"
         )
     return detected
+
+
+def _refuse_sources(path: str) -> None:
+    """Say what is wrong with a URL, a pipe, or one of several sources; nothing where the path is none of these."""
+    for source in path.split(TOGETHER):
+        if "://" in source or source.startswith("pipe:"):
+            raise TrainfitError(
+                f"{source}: pairs are read from files on a disk, in any order, not from a URL or a pipe: download the shards, "
+                "and give their files or their folder"
+            )
+        missing = next((file for file in expand(source) if not file.is_file()), None)
+        if TOGETHER in path and Path(source).suffix not in (".tar", *SUFFIXES):
+            raise TrainfitError(
+                f"{source}: sources joined by {TOGETHER} are shards (*.tar) or tables (*.csv, *.tsv, *.jsonl)"
+            )
+        if missing is not None and missing != Path(path):
+            raise TrainfitError(f"{missing}: no such file; {path} names it")
+    if TOGETHER in path:
+        raise TrainfitError(f"{path}: sources joined by {TOGETHER} are all shards or all tables")
 
 
 def look(path: str, file_format: str | None = None) -> tuple[str, Mapping[str, list[Path]]] | None:
@@ -110,7 +132,8 @@ def look(path: str, file_format: str | None = None) -> tuple[str, Mapping[str, l
 def _tables(path: str) -> dict[str, list[Path]]:
     root = Path(path)
     if root.suffix in SUFFIXES:
-        return {"train": [root]} if root.is_file() else {}
+        tables = [Path(source) for source in path.split(TOGETHER)]
+        return {"train": tables} if all(each.suffix in SUFFIXES and each.is_file() for each in tables) else {}
     return _by_split([each for each in sorted(root.iterdir()) if each.suffix in SUFFIXES])
 
 
@@ -123,8 +146,10 @@ def _captions(path: str) -> dict[str, list[Path]]:
 
 def _shards(path: str) -> dict[str, list[Path]]:
     if path.endswith(".tar"):
-        files = expand(path)
-        return {"train": files} if files[0].is_file() else {}
+        sources = path.split(TOGETHER)
+        files = [file for source in sources for file in expand(source)]
+        are_shards = all(source.endswith(".tar") for source in sources) and all(file.is_file() for file in files)
+        return {"train": files} if are_shards else {}
     root = Path(path)
     by_split: dict[str, list[Path]] = {}
     for split, names in SPLITS.items():
@@ -167,6 +192,9 @@ def _root(path: str, parts: Mapping[str, list[Path]]) -> Path:
     root = Path(path)
     if root.is_dir():
         return root
+    if TOGETHER in path:
+        files = [file for own in parts.values() for file in own]
+        return Path(os.path.commonpath([file.absolute().parent for file in files]))
     first = next(iter(parts.values()))[0]
     return first.parent.parent if first.parent.name == "annotations" else first.parent
 
