@@ -28,6 +28,7 @@ from trainfit.gpus.catalogue import (
 from trainfit.gpus.context import (
     CONTEXTS,
     EAGER_CONTEXT,
+    EAGER_CONTEXTS,
     UNKNOWN_CONTEXT,
     cublas_workspace_bytes,
     cuda_context_bytes,
@@ -460,11 +461,13 @@ def test_a_machine_without_a_driver() -> None:
 
 
 def test_the_context_is_that_of_the_kind_of_card() -> None:
-    """A T4 took 135 MiB, CUDA before 11.7 over 1,000; a card that was never measured gets the widest range."""
+    """A T4 took 135 MiB, an RTX 3090 with CUDA 11.1 1,687; a card that was never measured gets the widest range."""
     turing, unknown = cuda_context_bytes(find_gpu("RTX 2080 Ti")), cuda_context_bytes(find_gpu("H100"))
     assert turing.low_bytes <= 135 * MIB <= turing.high_bytes < unknown.high_bytes
-    assert cuda_context_bytes(find_gpu("T4"), cuda=(11, 3)).low_bytes == 1000 * MIB
+    assert cuda_context_bytes(find_gpu("A100 40GB"), cuda=(11, 3)) == cuda_context_bytes(cuda=(10, 2)) == EAGER_CONTEXT
+    assert cuda_context_bytes(find_gpu("RTX 3090"), cuda=(11, 1)).high_bytes == 1687 * MIB
+    assert cuda_context_bytes(find_gpu("RTX 3090"), cuda=(12, 4)).high_bytes < 400 * MIB
     assert cuda_context_bytes(gpu_with_memory("8GiB")) == cuda_context_bytes() == unknown
-    for row in (*CONTEXTS.values(), UNKNOWN_CONTEXT, EAGER_CONTEXT):
+    for row in (*CONTEXTS.values(), *EAGER_CONTEXTS.values(), UNKNOWN_CONTEXT, EAGER_CONTEXT):
         assert row.low_bytes <= row.likely_bytes <= row.high_bytes
         assert row.source

@@ -23,7 +23,7 @@ def main() -> None:
     rows: list[Row] = [
         row for source in given.sources for row in importlib.import_module(f"benchmarks.public.{source}").rows()
     ]
-    traces.make(row.case for row in rows if row.case is not None)
+    traces.make(case for row in rows if row.case is not None for case in (row.case, *row.bounds))
     found = [(row, predict(row)) for row in rows]
     pairs = [(row, predicted) for row, predicted in found if predicted is not None]
     left_out = [row for row, predicted in found if predicted is None]

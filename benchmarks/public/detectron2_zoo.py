@@ -5,7 +5,8 @@ ratio (DATALOADER.ASPECT_RATIO_GROUPING), so the largest batch is two images of 
 stay polygons on the CPU, so masks here have one pixel. Matching compares boxes with anchors, so the fullest image counts
 (`OBJECTS`). Stem and first stage are frozen, BatchNorm is frozen (FREEZE_AT 2). Eight GPUs: DistributedDataParallel holds
 buckets as large as the gradients. RetinaNet's classification loss is over all images at once, its targets made by a one-hot
-tensor of int64 (detectron2 modeling/meta_arch/retinanet.py), where torchvision goes image by image.
+tensor of int64 (detectron2 modeling/meta_arch/retinanet.py), where torchvision goes image by image. Overlaps of boxes are as
+Detectron2 computed them in October 2019 (989f52d6, structures/boxes.py, pairwise_iou).
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from benchmarks.public.rows import DATA, Case, Row, records
 from torchvision.models import detection
+from torchvision.models.detection import retinanet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.retinanet import LastLevelP6P7
 from torchvision.ops import sigmoid_focal_loss
@@ -50,7 +52,7 @@ class Step:
         head: str,
         backbone: str,
         batch: int,
-        objects: int,
+        objects_per_image: int,
         ranks: int,
         model: torch.nn.Module | None = None,
     ) -> None:
@@ -58,14 +60,17 @@ class Step:
         self.model: Any = (model or _model(head, backbone)).to(device).train()
         if head != "retinanet":
             cap_training_samples(self.model.roi_heads)
+            self.model.rpn.box_similarity = self.model.roi_heads.box_similarity = _overlaps
         else:
+            overlaps: Any = retinanet.box_ops
+            overlaps.box_iou = _overlaps
             vars(self.model.head.classification_head)["compute_loss"] = _loss_of_all_images
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.buckets = [torch.empty_like(p) for p in parameters] if ranks > 1 else []
         self.optimizer = torch.optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=1e-4, foreach=False)
         self.device, self.head = device, head
         self.images = [torch.zeros(3, HEIGHT, WIDTH) for _ in range(batch)]
-        self.targets = [self._target(objects) for _ in range(batch)]
+        self.targets = [self._target(objects_per_image) for _ in range(batch)]
 
     def run(self) -> None:
         """One step: images and boxes come to the device, as many as the batch has."""
@@ -92,6 +97,16 @@ def _model(head: str, backbone: str) -> torch.nn.Module:
         extra = {"returned_layers": [2, 3, 4], "extra_blocks": LastLevelP6P7(256, 256)}
     body = resnet_fpn_backbone(backbone_name=BACKBONES[backbone], weights=None, trainable_layers=3, **extra)
     return HEADS[head](body, min_size=HEIGHT, max_size=WIDTH)
+
+
+def _overlaps(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Intersection over union of each pair of boxes, with the tensors that Detectron2 made for it in 2019."""
+    first = torch.max(one[:, None, :2], other[:, :2])
+    last = torch.min(one[:, None, 2:], other[:, 2:])
+    sides = (last - first).clamp(min=0)
+    common = sides[:, :, 0] * sides[:, :, 1]
+    of_one, of_other = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) for boxes in (one, other))
+    return torch.where(common > 0, common / (of_one[:, None] + of_other - common), common.new_zeros(1))
 
 
 def _loss_of_all_images(
@@ -125,7 +140,7 @@ def _row(record: dict[str, Any]) -> Row | None:
         return None
     if record["micro_batch"] != 2 or "GN" in record["note"].partition("norm ")[2][:8]:
         return None
-    arguments = {"head": head, "backbone": backbone, "batch": 2, "objects": OBJECTS, "ranks": 8}
+    arguments = {"head": head, "backbone": backbone, "batch": 2, "objects_per_image": OBJECTS, "ranks": 8}
     return Row(
         source="detectron2_zoo",
         group=head,

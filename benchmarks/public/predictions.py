@@ -44,7 +44,15 @@ def predict(row: Row) -> Predicted | None:
     made = _of(size, likely_bytes)
     needs_mib = (reserved.low_bytes / MIB, reserved.high_bytes / MIB)
     seconds = step_seconds(stored.ops, gpu, drawn=row.drawn).seconds
-    return replace(made, seconds=seconds, needs_mib=needs_mib)
+    others = [predict(replace(row, case=case, bounds=())) for case in row.bounds]
+    spanned = [made, *(other for other in others if other is not None)]
+    return replace(
+        made,
+        low_mib=min(one.low_mib for one in spanned),
+        high_mib=max(one.high_mib for one in spanned),
+        seconds=seconds,
+        needs_mib=needs_mib,
+    )
 
 
 _stored: dict[str, StoredTrace | None] = {}

@@ -60,6 +60,8 @@ class Row:
     quantity: Quantity
     measured_mib: float
     case: Case | None = None
+    bounds: tuple[Case, ...] = ()
+    """The same step with the least and the most of what the source does not publish and `case` assumes; the interval spans both."""
     batch: int = 1
     """Images in the step."""
     traced_batch: int = 1

@@ -60,6 +60,16 @@ without torch, by card (llama.cpp PR 20595)."""
 EAGER_CONTEXT = _mib(
     1000, 1100, 1300, "CUDA before 11.7 loads all kernels at once: over 1,000 MiB (pytorch issue 107667)"
 )
+EAGER_CONTEXTS: Mapping[tuple[int, int], ContextBytes] = {
+    (6, 1): _mib(721, 721, 721, "GTX 1080, torch 1.8, CUDA 10.1: 721 MiB (pytorch issue 55277)"),
+    (7, 0): CONTEXTS[(7, 0)],
+    (7, 5): _mib(878, 878, 878, "RTX 2080 Ti, torch 1.6, CUDA 10.1: 1,035 MiB less a tensor of 157 (pytorch issue 49877)"),
+    (8, 6): _mib(
+        1487, 1587, 1687, "RTX 3090: 1,644 MiB less a tensor of 157 with CUDA 11.0 (pytorch issue 49877), 1,687 with 11.1 (55277)"
+    ),
+}  # fmt: skip
+"""By CUDA capability, with versions of CUDA that load all kernels at once: each of these cards was seen with one or two versions,
+and torch has added kernels with each of its own (934, 992 and 1,106 MiB with 1.8, 1.10 and 1.11: pytorch issue 74536)."""
 
 
 def cuda_context_bytes(gpu: Gpu | None = None, *, cuda: tuple[int, int] | None = None) -> ContextBytes:
@@ -68,11 +78,11 @@ def cuda_context_bytes(gpu: Gpu | None = None, *, cuda: tuple[int, int] | None =
     `cuda` is the version of CUDA that torch was built with; by default one that loads kernels lazily. A card of a kind that
     was never measured, or None, gets the widest range.
     """
-    if cuda is not None and cuda < LAZY_LOADING:
-        return EAGER_CONTEXT
+    eager = cuda is not None and cuda < LAZY_LOADING
+    measured, unknown = (EAGER_CONTEXTS, EAGER_CONTEXT) if eager else (CONTEXTS, UNKNOWN_CONTEXT)
     if gpu is None or gpu.capability is None:
-        return UNKNOWN_CONTEXT
-    return CONTEXTS.get(gpu.capability, UNKNOWN_CONTEXT)
+        return unknown
+    return measured.get(gpu.capability, unknown)
 
 
 def cublas_workspace_bytes(gpu: Gpu) -> int:
