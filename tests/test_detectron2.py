@@ -251,7 +251,7 @@ def test_what_is_of_another_model_or_no_yaml_is_refused(tmp_path: Path, capsys: 
         ),
         "masks.yaml": (
             "_BASE_: Base-RCNN-FPN.yaml\nMODEL: {MASK_ON: maybe}",
-            "MODEL.MASK_ON 'maybe' is no value that trainfit has",
+            "MODEL.MASK_ON 'maybe' is not a value that trainfit has",
         ),
         "depth.yaml": ("_BASE_: Base-RCNN-FPN.yaml\nMODEL: {RESNETS: {DEPTH: 18}}", "MODEL.RESNETS.DEPTH is 18"),
     }
