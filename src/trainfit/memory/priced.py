@@ -25,7 +25,7 @@ from trainfit.memory.packaged import packaged
 from trainfit.memory.predict import Prediction, needed, predict_traced, with_context
 from trainfit.memory.profile import last_window
 from trainfit.memory.scaling import ScaledTrace, scale
-from trainfit.memory.shipped import is_shipped, source
+from trainfit.memory.shipped import source
 from trainfit.memory.window_trace import WindowTrace
 from trainfit.models.setting import Setting
 from trainfit.timing.counts import TO_HOST, OpCount
@@ -177,9 +177,12 @@ class Pricer:
         return replace(prediction, training=replace(prediction.training, time=self.seconds(setting, cuts)))
 
     def answers(self, setting: Setting) -> bool:
-        """Whether `predict` needs no tracing, because the package has the traces that it is made from."""
+        """Whether `predict` needs no tracing, because the package has the traces that it is made from; of a coupled window, the
+        package or the disk.
+        """
         if is_composed(setting):
-            return all(is_shipped(any_window(self.request(setting, part))) for part in ("training", "evaluation"))
+            windows = [any_window(self.request(setting, part)) for part in ("training", "evaluation")]
+            return all(is_known(window, cache=self.cache) for window in windows)
         return scalable(setting) and all(self._answers(setting, part) for part in ("training", "evaluation"))
 
     def _answers(self, setting: Setting, part: Part) -> bool:
