@@ -169,8 +169,8 @@ class QuickReplay:
         survives = self._run(state, 0, capacity, keep=False)
         tensors = np.abs(trace.events) - 1
         at_event = np.flatnonzero(trace.nbytes[tensors] > 0)
-        held = BLOCK_BYTES * (np.array(state.ends, dtype=np.int64) - np.array(state.starts, dtype=np.int64))
-        allocated = np.cumsum(np.sign(trace.events) * held[tensors])
+        block_bytes = BLOCK_BYTES * (np.array(state.ends, dtype=np.int64) - np.array(state.starts, dtype=np.int64))
+        allocated = np.cumsum(np.sign(trace.events) * block_bytes[tensors])
         exchanges = np.array(self._exchanges, dtype=np.int64).reshape(-1, 2)
         after = np.searchsorted(at_event[exchanges[:, 0]], np.arange(len(trace.events)), side="right")
         reserved = BLOCK_BYTES * np.append(0, exchanges[:, 1])[after]

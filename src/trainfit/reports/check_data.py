@@ -93,6 +93,7 @@ def _groups(findings: tuple[Finding, ...]) -> list[list[str]]:
 
 def _verdict(findings: tuple[Finding, ...]) -> str:
     counts = {severity: sum(finding.severity == severity for finding in findings) for severity in _HEADINGS}
-    errors, notes = counted(counts["error"], "error"), counted(counts["note"], "note")
+    errors = counted(counts["error"], "error")
+    notes = counted(counts["note"], "note")
     what = f"{errors}, {counts['skipped']} skipped, {counts['mended']} mended, {notes}"
     return f"{what}: " + ("training refuses this data set" if counts["error"] else "training can use this data set")
