@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -65,15 +65,23 @@ def test_predict_is_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert trainfit.predict(prediction.setting, gpu=prediction.gpu) == prediction
 
 
+@dataclass(frozen=True)
+class Planned:
+    """The part of a plan that `trainfit.plan` adds to."""
+
+    data: str = ""
+    only_classes: str = ""
+
+
 def test_plan_takes_what_the_command_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def capture(*positional: Any, **named: Any) -> str:
+    def capture(*positional: Any, **named: Any) -> Planned:
         asked.append((positional, named))
-        return "a plan"
+        return Planned()
 
     monkeypatch.setattr("trainfit.api.planning.make_plan", capture)
-    assert trainfit.plan("timm:resnet10t", memory="6GiB", effective_batch=8, micro_batch=4, resolution=64) == "a plan"
+    assert trainfit.plan("timm:resnet10t", memory="6GiB", effective_batch=8, micro_batch=4, resolution=64) == Planned()
     (setting, card), named = asked[0]
     assert setting == trainfit.make_setting("timm:resnet10t", resolution=64)
     assert card == gpu_with_memory("6GiB")
@@ -102,8 +110,9 @@ def test_what_a_user_can_repair_is_one_line(call: Any, message: str) -> None:
 def test_a_setting_may_stand_for_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def capture(setting: Any, *_positional: Any, **_named: Any) -> None:
+    def capture(setting: Any, *_positional: Any, **_named: Any) -> Planned:
         asked.append(setting)
+        return Planned()
 
     monkeypatch.setattr("trainfit.api.planning.make_plan", capture)
     setting = trainfit.make_setting("rf-detr nano", groups=1)
