@@ -108,7 +108,10 @@ def test_what_the_callback_cannot_do_is_one_line() -> None:
 
 @pytest.mark.parametrize(
     ("name", "causes"),
-    [("lightning_windows", "ignored labels"), ("accelerate_windows", "short last window, ignored labels")],
+    [
+        ("lightning_windows", "ignored labels, short last window"),
+        ("accelerate_windows", "short last window, ignored labels"),
+    ],
 )
 def test_an_example_runs(name: str, causes: str, capsys: pytest.CaptureFixture[str]) -> None:
     if name == "accelerate_windows":

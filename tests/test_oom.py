@@ -119,7 +119,7 @@ def test_the_end_of_the_ladder_changes_nothing_and_says_what_to_do() -> None:
     step, survivor = toy_step("targets"), Survivor(2)
     before = [t.clone() for t in everything(step)]
     window = [make_sample(2, 0), make_sample(1, 1)]
-    with FailAt(*range(1, 10_000)), pytest.raises(OutOfMemory, match=r"one image does not fit.*--resolution"):
+    with FailAt(*range(1, 10_000)), pytest.raises(OutOfMemory, match=r"one image does not fit.*lower the resolution"):
         survivor.run(step, window, number=0)
     assert survivor.micro_batch == 1
     assert all(torch.equal(a, b) for a, b in zip(before, everything(step), strict=True))

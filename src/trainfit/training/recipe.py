@@ -240,7 +240,8 @@ def resolve_batching(recipe: Recipe, world_size: int) -> Batching:
                 f"x {world_size} GPUs = {product}: leave one of the three out"
             )
         effective = product
-    effective = batch_of(recipe.family, effective)
+    if effective is None:
+        effective = batch_of(recipe.family, None)
     if effective < world_size:
         raise TrainfitError(
             f"--effective-batch {effective} is less than the {world_size} GPUs: give at least {world_size}"
