@@ -393,12 +393,14 @@ def test_trains_is_killed_resumes_bit_for_bit_and_detects(
     assert torch.equal(state["backbone.body.conv1.weight"], ours["backbone.body.conv1.weight"])
 
 
-def test_faster_rcnn_trains_and_evaluates(tmp_path: Path) -> None:
+def test_faster_rcnn_trains_and_evaluates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     arguments = ["--effective-batch", 2, "--micro-batch", 1, "--max-steps", 1, "--val-fraction", 0.02, "--out", out]
     data = ["--data", shared_data("bccd")]
     assert run("train", "fasterrcnn-r50-v1", *data, *SMALL, *arguments, "--reference", "R2") == 0
     assert rows(out)[0]["images"] == 2
+    # ResNet-50 has 53 convolutions, each with a norm
+    assert "53 frozen BatchNorm layers normalize by statistics that random weights" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

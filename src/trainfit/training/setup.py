@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torchvision.ops import FrozenBatchNorm2d
 
 from trainfit.errors import TrainfitError
 from trainfit.files import read_bytes
@@ -149,6 +150,11 @@ def make_step(workload: TrainableWorkload, recipe: Recipe, device: torch.device,
             show.note(remark)
     elif recipe.resume is None:
         show.note("weights: random")
+        if frozen := sum(isinstance(module, FrozenBatchNorm2d) for module in model.modules()):
+            show.note(
+                f"{frozen} frozen BatchNorm layers normalize by statistics that random weights do not have, so training may "
+                "diverge: give --weights FILE, or train with another norm"
+            )
     if recipe.compile:
         blocks = workload.blocks(model)
         compile_blocks(blocks, device)
