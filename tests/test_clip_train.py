@@ -70,9 +70,9 @@ def test_coco_captions_train_and_are_found_again(
     out, data = tmp_path / "run", shared_data("coco_mini_cc")
     words = ["--epochs", 20, "--lr", 1e-3, "--eval-every", 0, "--augment", "none", "--out", out, *FAST]
     assert run("train", small, "--data", data, *words) == 0
-    told = capsys.readouterr()
-    assert "26 train, 25 val images, 130 texts" in told.err
-    assert f"trainfit evaluate {out} --data DATA" in told.out
+    printed = capsys.readouterr()
+    assert "26 train, 25 val images, 130 texts" in printed.err
+    assert f"trainfit evaluate {out} --data DATA" in printed.out
     losses = [row["loss"] for row in rows(out) if "loss" in row]
     assert len(losses) == 40
     assert min(losses[-4:]) < 0.75 * losses[0]

@@ -1,7 +1,7 @@
 """Single published figures of the models that trainfit trains: rf-detr pull request 1437 (NVIDIA L4, allocated peaks).
 
 The pull request gives no number of objects an image. 15 is about twice COCO's mean, and an
-assumption; the interval is from 10 to 100, the two numbers that `trainfit predict` shows where it is not told. What was
+assumption; the interval is from 10 to 100, the two numbers that `trainfit predict` shows where no count is given. What was
 measured is upstream's step, so these are traced with its own mask losses (`lean="off"`).
 """
 

@@ -53,7 +53,7 @@ def run_ranks(
             with _deaf():
                 group = torch.multiprocessing.spawn(
                     _rank,
-                    args=(loop, sizes, ranks, accumulation, double, port, folder, timeout_s),
+                    args=(timeout_s, folder, loop, sizes, ranks, accumulation, double, port),
                     nprocs=ranks,
                     join=False,
                 )
@@ -123,36 +123,26 @@ def alone() -> Generator[None]:
             dist.destroy_process_group()
 
 
-def _rank(
-    rank: int,
-    loop: Any,
-    sizes: Sequence[Sequence[int]],
-    ranks: int,
-    accumulation: int,
-    double: bool,
-    port: int,
-    folder: str,
-    timeout_s: float,
-) -> None:
-    """One process."""
+def _rank(rank: int, timeout_s: float, folder: str, *arguments: Any) -> None:
+    """One process: `_run`, whose place is written to the folder where it does not end in time."""
     torch.set_num_threads(1)
     with (Path(folder) / f"{rank}.stack").open("w") as stack:
         faulthandler.dump_traceback_later(0.8 * timeout_s, file=stack)
         try:
-            _run(rank, loop, sizes, ranks, accumulation, double, port, folder)
+            _run(rank, folder, *arguments)
         finally:
             faulthandler.cancel_dump_traceback_later()
 
 
 def _run(
     rank: int,
+    folder: str,
     loop: Any,
     sizes: Sequence[Sequence[int]],
     ranks: int,
     accumulation: int,
     double: bool,
     port: int,
-    folder: str,
 ) -> None:
     """The loop on one rank; its run is written to the folder."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(ranks)}

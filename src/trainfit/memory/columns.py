@@ -55,30 +55,7 @@ class Columns:
     @classmethod
     def of(cls, trace: Trace) -> "Columns":
         """The columns of a trace."""
-        numbers: dict[str, int] = {}
-        rows = [
-            (
-                tensor.nbytes,
-                tensor.stream,
-                _CATEGORY_NUMBERS[tensor.category],
-                numbers.setdefault(tensor.op, len(numbers)),
-                numbers.setdefault(tensor.module, len(numbers)),
-                numbers.setdefault(tensor.phase, len(numbers)),
-            )
-            for tensor in trace.tensors
-        ]
-        nbytes, stream, category, op, module, phase = _transposed(rows)
-        return cls(
-            nbytes=nbytes,
-            stream=stream,
-            category=category,
-            op=op,
-            module=module,
-            phase=phase,
-            names=tuple(numbers),
-            events=np.array(trace.events, dtype=np.int64),
-            marks=trace.marks,
-        )
+        return cls.from_record(trace.to_record())
 
     def trace(self) -> Trace:
         """The trace with an object for each tensor."""

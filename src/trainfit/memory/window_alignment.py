@@ -53,8 +53,8 @@ def align(small: StoredTrace, large: StoredTrace, windows: tuple[Window, Window]
 
 
 def _moved_left(keys: Sequence[int], live: Sequence[int], begin: int, end: int) -> tuple[int, int]:
-    """Which of equal repetitions an insertion is, and where one begins, cannot be told by the events: it is the first of those
-    that begin where the fewest tensors are alive.
+    """The events do not show which of equal repetitions an insertion is, nor where one begins: the first of those that begin
+    where the fewest tensors are alive is taken.
     """
     if all(key < 0 for key in keys[begin:end]):
         return begin, end
