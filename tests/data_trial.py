@@ -27,7 +27,7 @@ from trainfit.tasks.augment import OWN
 from trainfit.tasks.detection.check import check_dataset, check_of
 from trainfit.tasks.detection.masks import require_masks
 from trainfit.tasks.detection.read import read_dataset, require_no_errors
-from trainfit.tasks.detection.samples import Dataset, Sample
+from trainfit.tasks.detection.samples import DetectionDataset, Sample
 
 LIBTIFF = re.compile(r"(tempfile\.tif|JPEGLib|_?TIFF\w+|\w*Decode\w*|Fax\w+|OJPEG\w+): ")
 """How the lines of libtiff begin."""
@@ -138,7 +138,7 @@ def _one_line(message: str) -> tuple[str, str]:
     return "refused in one line", message
 
 
-def _decode_all(dataset: Dataset) -> None:
+def _decode_all(dataset: DetectionDataset) -> None:
     """Boxes, as every model needs them, and masks where a model with masks would start."""
     for records in dataset.splits.values():
         try:
@@ -155,7 +155,7 @@ def _decode_all(dataset: Dataset) -> None:
                     )
 
 
-def _require_sound(sample: Sample, dataset: Dataset) -> None:
+def _require_sound(sample: Sample, dataset: DetectionDataset) -> None:
     assert sample.image.shape == (3, SIDE, SIDE)
     assert torch.isfinite(sample.boxes).all()
     assert (sample.boxes >= 0).all()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from trainfit.tasks.augment import OWN
 from trainfit.tasks.classes import task
 from trainfit.tasks.classes.metric import Accuracy
 from trainfit.tasks.classes.samples import ClassRecord, Ranking
+from trainfit.tasks.decoding import decoded, threads_for
 from trainfit.tasks.graphics import Matrix
 from trainfit.weights import load_weights
 
@@ -139,6 +141,49 @@ def test_what_cannot_be_used_is_found(data: Path, tmp_path: Path, capsys: pytest
     assert len(task.read(str(folder), allow_outside=True).splits["train"]) == 24
     assert run("check-data", folder) in (0, 1)
     assert "unreadable image" in capsys.readouterr().out
+
+
+def test_damage_in_the_middle_is_found_by_decoding(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    file = folder / "train" / "green" / "3.png"
+    broken = bytearray(file.read_bytes())
+    broken[len(broken) // 2] ^= 0xFF  # the head and the end are whole
+    file.write_bytes(broken)
+    assert not task.read(str(folder)).findings
+    seen: list[tuple[int, int]] = []
+    (finding,) = task.check(str(folder), progress=lambda done, total: seen.append((done, total))).findings
+    assert (finding.kind, finding.where, finding.severity) == ("undecodable image", "train/green/3.png", "skipped")
+    assert not finding.message.startswith(str(folder))
+    assert seen == [(done, 36) for done in range(1, 37)]
+    assert not task.check(str(folder), decode=False).findings
+
+
+def test_images_are_decoded_by_threads_within_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, no more at one time than there is memory for, and none after the caller has stopped."""
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    running: list[int] = []
+    most: list[int] = []
+    started: list[int] = []
+
+    def decode(record: int) -> None:
+        running.append(record)
+        started.append(record)
+        most.append(len(running))
+        time.sleep(0.002)
+        running.remove(record)
+        if record % 7 == 3:
+            raise TrainfitError(f"{record} is damaged")
+
+    faults = [fault for _, fault in decoded(range(40), decode, threads=3)]
+    assert [number for number, fault in enumerate(faults) if fault] == [3, 10, 17, 24, 31, 38]
+    assert 1 < max(most) <= 3
+    started.clear()
+    for record, _ in decoded(range(1000), decode, threads=3):
+        if record == 5:
+            break
+    assert len(started) < 50
+    assert threads_for([ClassRecord(id=0, path=Path("a"), width=8000, height=4000, label=0)]) == 4  # 256 MB each
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,18 @@ def test_forms_of_keys_and_values(tmp_path: Path) -> None:
     assert with_config(["plan", "rfdetr-nano"], _leaves) == ["plan", "rfdetr-nano"]
 
 
+def test_a_rate_that_only_an_encoder_has_is_left_out_aloud(tmp_path: Path) -> None:
+    """Version 0.1 took `lr-encoder` for every model, and said nothing by it to most."""
+    notes: list[str] = []
+    file = tmp_path / "c.yaml"
+    file.write_text("lr: 0.1\nlr-encoder: 0.2")
+    words = ["train", "timm:resnet18", "--config", str(file)]
+    assert with_config(words, _leaves, notes.append) == ["train", "timm:resnet18", "--lr", "0.1"]
+    assert notes == [f"--config {file}: lr-encoder says nothing to this model: left out"]
+    words[1] = "rfdetr-nano"
+    assert with_config(words, _leaves) == ["train", "rfdetr-nano", "--lr", "0.1", "--lr-encoder", "0.2"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -16,7 +16,7 @@ from trainfit.reports.check_data import check_data_text
 from trainfit.tasks.detection.admit import RawImage, RawObject, admit
 from trainfit.tasks.detection.check import check_dataset, check_of
 from trainfit.tasks.detection.read import read_dataset, require_no_errors
-from trainfit.tasks.detection.samples import Dataset, ImageRecord
+from trainfit.tasks.detection.samples import DetectionDataset, ImageRecord
 from trainfit.tasks.detection.statistics import statistics
 from trainfit.tasks.findings import Finding
 from trainfit.tasks.images import ImageDefect, ImageHeader, read_header, read_image
@@ -26,7 +26,7 @@ NOISE = Image.fromarray(RNG.integers(0, 256, (30, 40, 3), dtype=np.uint8))
 SOUND = {"id": 1, "image_id": 0, "category_id": 7, "bbox": [5, 6, 10, 8]}
 
 
-def coco(root: Path, *annotations: dict[str, Any] | str, **changes: Any) -> Dataset:
+def coco(root: Path, *annotations: dict[str, Any] | str, **changes: Any) -> DetectionDataset:
     """Reads a set whose train split is a.png and b.png (40 x 30); annotations get ids from 1 unless they have one."""
     objects = [{"id": n, **SOUND, **a} if isinstance(a, dict) else a for n, a in enumerate(annotations, 1)]
     for n, entry in enumerate(objects, 1):
@@ -50,7 +50,7 @@ def coco(root: Path, *annotations: dict[str, Any] | str, **changes: Any) -> Data
     return read_dataset(root)
 
 
-def found(dataset: Dataset, kind: str) -> Finding:
+def found(dataset: DetectionDataset, kind: str) -> Finding:
     (finding,) = [f for f in dataset.findings if f.kind == kind]
     return finding
 
@@ -222,7 +222,7 @@ def test_missing_and_damaged_images_are_left_out(tmp_path: Path) -> None:
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
-def coco_again(root: Path) -> Dataset:
+def coco_again(root: Path) -> DetectionDataset:
     return read_dataset(root)
 
 
@@ -386,7 +386,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_report_lists_every_finding() -> None:
     findings = tuple(Finding(severity="note", kind="k", where=f"file {n}", message="m") for n in range(2000))
-    dataset = Dataset(
+    dataset = DetectionDataset(
         root=Path("r"), format="coco", classes=(), category_ids=(), splits={"train": ()}, findings=findings
     )
     lines = check_data_text(check_of(dataset)).splitlines()

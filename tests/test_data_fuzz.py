@@ -17,7 +17,7 @@ from trainfit.errors import TrainfitError
 from trainfit.tasks.detection.check import check_dataset
 from trainfit.tasks.detection.masks import mask_area, require_masks, rle_fault
 from trainfit.tasks.detection.read import read_dataset, require_no_errors
-from trainfit.tasks.detection.samples import Dataset
+from trainfit.tasks.detection.samples import DetectionDataset
 
 SAMPLE = 40
 
@@ -30,12 +30,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def read(folder: Path, files: dict[str, bytes], **options: Any) -> Dataset:
+def read(folder: Path, files: dict[str, bytes], **options: Any) -> DetectionDataset:
     write_files(files, folder)
     return read_dataset(folder, **options)
 
 
-def named(dataset: Dataset) -> set[tuple[str, str]]:
+def named(dataset: DetectionDataset) -> set[tuple[str, str]]:
     return {(f.severity, f.kind) for f in dataset.findings if f.severity != "note"}
 
 

@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 
 from trainfit.errors import TrainfitError
 from trainfit.tasks.detection.read import read_dataset, require_no_errors
-from trainfit.tasks.detection.samples import Dataset, ImageRecord
+from trainfit.tasks.detection.samples import DetectionDataset, ImageRecord
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 
@@ -68,12 +68,12 @@ def as_written(mask: Any) -> Any:
     return [polygon.tolist() for polygon in mask] if isinstance(mask, tuple) else mask
 
 
-def only(dataset: Dataset, split: str = "train") -> ImageRecord:
+def only(dataset: DetectionDataset, split: str = "train") -> ImageRecord:
     (record,) = dataset.splits[split]
     return record
 
 
-def kinds(dataset: Dataset) -> Counter[str]:
+def kinds(dataset: DetectionDataset) -> Counter[str]:
     return Counter(finding.kind for finding in dataset.findings)
 
 

@@ -10,7 +10,7 @@ import torch
 from trainfit.api.measuring import planned_setting
 from trainfit.errors import TrainfitError
 from trainfit.models.build import workload_from_metadata
-from trainfit.models.rfdetr.family import RfDetrSetting
+from trainfit.models.rfdetr.family import RfDetrSetting, RfDetrTraining
 from trainfit.planning.plan import with_plan
 from trainfit.reports.run_report import read_run, run_json, run_text
 from trainfit.training.recipe import Recipe, make_recipe, resume_recipe
@@ -155,6 +155,28 @@ def test_a_run_is_resumed_with_its_recipe(run: Path) -> None:
     assert (recipe.model, recipe.data, recipe.micro_batch, recipe.max_steps) == ("rfdetr-nano", "fruits", 1, 1)
     assert isinstance(recipe, RfDetrSetting)
     assert (recipe.resolution, recipe.num_queries, recipe.groups, recipe.stage) == (64, 20, 1, "single")
+
+
+def test_the_encoders_rate_was_in_every_recipe_and_plan(tmp_path: Path) -> None:
+    """Until version 0.1 recipes and plans of families without a rate of the encoder had `lr_encoder` too."""
+    old = {"model": "timm:resnet18", "data": "flowers", "lr": 0.1, "lr_encoder": 0.00015}
+    (tmp_path / "recipe.json").write_text(json.dumps(old))
+    recipe = resume_recipe(make_recipe("timm:resnet18", resume=tmp_path))
+    assert recipe.lr == 0.1
+    assert not hasattr(recipe, "lr_encoder")
+    file = tmp_path / "plan.json"
+    knobs = {"effective_batch": 16, "micro_batch": 8, "lr": 0.1, "lr_encoder": 0.2}
+    file.write_text(json.dumps(PLAN | {"model": "timm:resnet18", "knobs": knobs}))
+    assert with_plan(make_recipe("timm:resnet18", plan=file, data="flowers")).lr == 0.1
+    with pytest.raises(TrainfitError, match="unknown key 'lr_encoder'"):
+        make_recipe("timm:resnet18", data="flowers", lr_encoder=0.1)
+
+
+def test_the_encoders_rate_of_an_rfdetr_is_kept(run: Path) -> None:
+    (run / "recipe.json").write_text(json.dumps(RECIPE | {"lr_encoder": 0.25}))
+    recipe = resume_recipe(Recipe(resume=run))
+    assert isinstance(recipe, RfDetrTraining)
+    assert recipe.lr_encoder == 0.25
 
 
 def test_a_state_is_read_under_todays_names(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from trainfit.models.emit import MEANS, register
 from trainfit.models.maskrcnn.detectron2.read import read_configuration
 from trainfit.models.maskrcnn.detectron2.translate import translated
 from trainfit.models.rfdetr.emit import RFDETR_CLASSES
+from trainfit.models.rfdetr.family import RfDetrTraining
 from trainfit.models.rfdetr.workload import CONFIGS
 from trainfit.models.workload import OptimizerSettings
 from trainfit.reports.emit import TOOLS, emit
@@ -100,7 +101,7 @@ def test_rfdetr_takes_every_key(model: str) -> None:
     train_kind = upstream.SegmentationTrainConfig if "seg" in model else upstream.TrainConfig
     training = train_kind(**call_arguments(text, "train"))
     assert (training.batch_size, training.grad_accum_steps, training.devices, training.strategy) == (4, 2, 2, "ddp")
-    assert (training.lr, training.lr_encoder) == (OptimizerSettings().lr, OptimizerSettings().lr_encoder)
+    assert (training.lr, training.lr_encoder) == (OptimizerSettings().lr, RfDetrTraining().lr_encoder)
     assert (training.use_ema, training.multi_scale, training.amp_dtype) == (False, "off", "fp16")
     typo: dict[str, Any] = {**call_arguments(text, "train"), "epoch": 3}
     with pytest.raises(ValueError, match="epoch"):

@@ -18,7 +18,7 @@ from trainfit.measuring.calibration import Calibration
 from trainfit.memory import priced
 from trainfit.memory.priced import Pricer
 from trainfit.memory.shipped import is_shipped
-from trainfit.models.rfdetr.family import PUBLISHED
+from trainfit.models.rfdetr.family import PUBLISHED, RfDetrTraining
 from trainfit.models.setting import make_setting, setting_from_json
 from trainfit.planning import make
 from trainfit.planning.candidates import cuts
@@ -230,7 +230,7 @@ def test_learning_rate_stays_where_upstream_trains_with_it() -> None:
     for batch in (theirs.batch_size * theirs.grad_accum_steps, theirs.auto_batch_target_effective):
         assert "stays" in learning_rate(nano, batch)
     assert Recipe.lr == theirs.lr
-    assert Recipe.lr_encoder == theirs.lr_encoder
+    assert RfDetrTraining.lr_encoder == theirs.lr_encoder
 
 
 def test_workers_keep_up_as_far_as_the_cores_go() -> None:

@@ -18,7 +18,7 @@ from trainfit.models.build import workload_from_metadata
 from trainfit.models.family import family_of
 from trainfit.models.rfdetr import data
 from trainfit.models.rfdetr.data import make_sample
-from trainfit.models.rfdetr.family import RfDetrKnobs
+from trainfit.models.rfdetr.family import RfDetrKnobs, RfDetrTraining
 from trainfit.models.rfdetr.workload import CONFIGS, RfDetr, legal_resolution
 from trainfit.models.workload import OptimizerSettings
 from trainfit.step.ema import ema_decay, update_ema
@@ -52,7 +52,7 @@ def nano() -> tuple[RfDetr, torch.nn.Module]:
 
 def test_parameter_groups_are_upstreams(nano: tuple[RfDetr, torch.nn.Module]) -> None:
     workload, model = nano
-    settings = OptimizerSettings(lr=1e-3, lr_encoder=2e-3, weight_decay=3e-2)
+    settings = OptimizerSettings(lr=1e-3, weight_decay=3e-2, training=RfDetrTraining(lr_encoder=2e-3))
     arguments = SimpleNamespace(
         lr=1e-3,
         lr_encoder=2e-3,

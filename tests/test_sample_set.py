@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 from trainfit.errors import TrainfitError
 from trainfit.tasks.detection.read import read_dataset
 from trainfit.tasks.detection.sample_set import SHAPES, write_sample_set
-from trainfit.tasks.detection.samples import Dataset
+from trainfit.tasks.detection.samples import DetectionDataset
 from trainfit.tasks.images import read_image
 
 
@@ -168,7 +168,7 @@ def test_round_trip(tmp_path: Path, convert: Any, format: str) -> None:  # noqa:
     assert_same_objects(first, second)
 
 
-def assert_same_objects(first: Dataset, second: Dataset) -> None:
+def assert_same_objects(first: DetectionDataset, second: DetectionDataset) -> None:
     assert set(first.splits) == set(second.splits) == {"train", "val"}
     for split, records in first.splits.items():
         for one, two in zip(records, second.splits[split], strict=True):

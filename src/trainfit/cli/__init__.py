@@ -123,7 +123,7 @@ def _command(arguments: Sequence[str], handlers: signals.Signals) -> int:
     if words[:1] == ["--version"]:
         print(f"trainfit {version('trainfit')}")
         return 0
-    words = with_config(words, _leaves)
+    words = with_config(words, _leaves, _note)
     for family in families().values():
         words = family.translate(words)
     words = todays_flags(words)
@@ -131,7 +131,7 @@ def _command(arguments: Sequence[str], handlers: signals.Signals) -> int:
     require_command(words[0], COMMANDS)
     if words[0] in leaves:
         flags = flags_of_leaves(leaves[words[0]])
-        words = with_own_flags(words, flags, lambda line: print(f"trainfit: {line}", file=sys.stderr))
+        words = with_own_flags(words, flags, _note)
         require_flags(words, flags)
     known = dict(commands(words))
     handlers.ready = True
@@ -144,6 +144,10 @@ def _command(arguments: Sequence[str], handlers: signals.Signals) -> int:
         lambda: tyro.extras.subcommand_cli_from_dict(known, prog="trainfit", description=about, args=words)
     )
     return command()
+
+
+def _note(text: str) -> None:
+    print(f"trainfit: {printable(text)}", file=sys.stderr)
 
 
 def _complain(text: str) -> None:

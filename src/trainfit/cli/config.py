@@ -3,7 +3,7 @@
 A key is a flag without its hyphens in front; what is given on the command line wins.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from textwrap import wrap
@@ -14,6 +14,7 @@ import yaml
 from trainfit.cli.flags import GROUPS, Leaf, flag_value
 from trainfit.errors import TrainfitError
 from trainfit.files import read_bytes
+from trainfit.models.family import families
 from trainfit.values import flag, require_known
 
 CONFIG = "--config"
@@ -22,12 +23,17 @@ _NAME = "model"
 MOST_BYTES = 2**20
 
 
-def with_config(words: Sequence[str], leaves: Callable[[Sequence[str]], Mapping[str, Sequence[Leaf]]]) -> list[str]:
+def with_config(
+    words: Sequence[str],
+    leaves: Callable[[Sequence[str]], Mapping[str, Sequence[Leaf]]],
+    note: Callable[[str], None] = lambda _: None,
+) -> list[str]:
     """A command line with the flags of its `--config FILE` in the place of that flag.
 
     Args:
         words: The command line.
         leaves: The flags of each command, for a command line that names the model.
+        note: Called with a line on a key that is left out, because files of version 0.1 had it for every model.
 
     Raises:
         TrainfitError: the file cannot be read, is not a mapping, or has a key or a value that the command does not take.
@@ -43,6 +49,9 @@ def with_config(words: Sequence[str], leaves: Callable[[Sequence[str]], Mapping[
     if known is None:
         raise TrainfitError(f"{CONFIG} {path}: name the command before it, for instance trainfit train {CONFIG} {path}")
     names = {leaf.name: leaf for leaf in known}
+    for name in _of_other_models(values, command, names):
+        del values[name]
+        note(f"{CONFIG} {path}: {flag(name)[2:]} says nothing to this model: left out")
     require_known(values, names, path)
     given = {_field(word) for word in arguments if word.startswith("--")}
     positional = [leaf.name for leaf in known if leaf.where.positional]
@@ -52,6 +61,17 @@ def with_config(words: Sequence[str], leaves: Callable[[Sequence[str]], Mapping[
         if name not in positional and name not in given and value is not None:
             flags += _words(names[name], value, path)
     return [command, *arguments[:free], *places, *flags, *arguments[free:]]
+
+
+def _of_other_models(keys: Iterable[str], command: str, names: Container[str]) -> list[str]:
+    """The keys of a training that the models of other families alone have."""
+    unknown = [key for key in keys if key not in names]
+    if not unknown or command != "train":
+        return []
+    from trainfit.training.recipe import training_fields
+
+    elsewhere = [name for family in families().values() for name in training_fields(family)]
+    return [key for key in unknown if key in elsewhere]
 
 
 def _taken(words: Sequence[str]) -> tuple[Path | None, list[str]]:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from trainfit.exactness.fitting import FIT, counted_again, fitted, norm_of, ratio_of
-from trainfit.exactness.loop import Cause, Finding
-from trainfit.exactness.record import Gradients, Run, Window
+from trainfit.exactness.loop import Cause, Deviation
+from trainfit.exactness.record import Gradients, LoopWindow, Run
 from trainfit.exactness.runs import How, Runner, parameter_errors, whole
 
 Windows = Sequence[Sequence[Sequence[Any]]]
@@ -16,13 +16,13 @@ IGNORED = (-100, -1, 255)
 """Labels that losses usually ignore: torch's losses, detection and segmentation."""
 
 
-def events(micro: Run, alone: Run, windows: Windows, *, accumulation: int) -> list[Finding]:
+def events(micro: Run, alone: Run, windows: Windows, *, accumulation: int) -> list[Deviation]:
     """Faults that can be seen without the gradient: steps, EMA, schedulers, scalers and exchanges at the wrong moment."""
-    findings: list[Finding] = []
+    findings: list[Deviation] = []
 
     def say(cause: Cause, explanation: str) -> None:
         if cause not in [each.cause for each in findings]:
-            findings.append(Finding(cause=cause, explanation=explanation))
+            findings.append(Deviation(cause=cause, explanation=explanation))
 
     batches = sum(len(window) for window in windows)
     if len(micro.windows) > len(alone.windows):
@@ -67,7 +67,7 @@ def _dropped(micro: Run, alone: Run, windows: Windows, batches: int) -> Iterator
         yield f"the last window, of {short} micro-batches, is left out: train on it too, divided by its own count"
 
 
-def _moments(window: Window) -> Iterator[tuple[Cause, str]]:
+def _moments(window: LoopWindow) -> Iterator[tuple[Cause, str]]:
     """Yield what happens more than once, or too late, within one window."""
     if window.backwards > 1:
         if len(window.averages) > 1:
@@ -109,16 +109,16 @@ def differences(
     micro: Run,
     alone: Run,
     windows: Windows,
-    findings: Sequence[Finding],
+    findings: Sequence[Deviation],
     *,
     accumulation: int,
     limit: float,
-) -> list[Finding]:
+) -> list[Deviation]:
     """Find out why the gradient of a window differs from that of the big batch; nothing if it does not."""
     known = [finding.cause for finding in findings]
     if any(cause in known for cause in ("step", "zero_grad", "clip")):
         return []  # they change the gradient themselves
-    result: list[Finding] = []
+    result: list[Deviation] = []
     if _error(micro.windows[0], alone.windows[0]) > limit:
         result = _of_first_window(runner, micro, alone, windows[0], accumulation=accumulation, limit=limit)
         result += _short_window(runner, micro, windows, steps_of(alone, windows), accumulation=accumulation)
@@ -130,13 +130,13 @@ def differences(
     return [finding for finding in result if finding.cause not in known or finding.cause == "short last window"]
 
 
-def _error(one: Window, other: Window) -> float:
+def _error(one: LoopWindow, other: LoopWindow) -> float:
     return max(parameter_errors(one.gradients, other.gradients).values(), default=0.0)
 
 
 def _of_later_window(
     runner: Runner, micro: Run, alone: Run, windows: Windows, number: int, *, accumulation: int, limit: float
-) -> list[Finding]:
+) -> list[Deviation]:
     """Explain a window that is not exact although the first one is, by the number or the contents of its micro-batches."""
     one = micro.windows[number]
     other = alone.windows[number]
@@ -145,7 +145,7 @@ def _of_later_window(
     size = len(rest[0])
     if size < accumulation and ratio is not None:
         return [
-            Finding(
+            Deviation(
                 cause="short last window",
                 explanation=f"its gradient is {ratio:.4g} of the big batch's: it has {size} micro-batches, and its losses "
                 f"are weighted as those of {accumulation}: divide by its own count (the normaliser)",
@@ -163,7 +163,7 @@ def _of_later_window(
     return [_unknown(_error(one, other), f"in window {number + 1}, which is exact on its own")]
 
 
-def _short_window(runner: Runner, micro: Run, windows: Windows, each: int, *, accumulation: int) -> Iterator[Finding]:
+def _short_window(runner: Runner, micro: Run, windows: Windows, each: int, *, accumulation: int) -> Iterator[Deviation]:
     """Whether a short last window has another weight than by itself, with its own count: whatever else is wrong too."""
     size = len(windows[-1])
     if size == accumulation or len(windows) == 1 or len(micro.windows) != each * len(windows):
@@ -175,7 +175,7 @@ def _short_window(runner: Runner, micro: Run, windows: Windows, each: int, *, ac
         return
     ratio = ratio_of(among[-each].gradients, by_itself[0].gradients)
     if ratio is not None and abs(ratio - 1) > FIT:
-        yield Finding(
+        yield Deviation(
             cause="short last window",
             explanation=f"its gradient is {ratio:.4g} of what it is by itself: it has {size} micro-batches, and its losses "
             f"are weighted as those of {accumulation}: divide by its own count (the normaliser)",
@@ -184,7 +184,7 @@ def _short_window(runner: Runner, micro: Run, windows: Windows, each: int, *, ac
 
 def _of_first_window(
     runner: Runner, micro: Run, alone: Run, window: Sequence[Sequence[Any]], *, accumulation: int, limit: float
-) -> list[Finding]:
+) -> list[Deviation]:
     """Remove all possible causes, then all but one: those that make a difference are causes. Then judge the weights."""
     error = _error(micro.windows[0], alone.windows[0])
     whole_window = whole([window])
@@ -204,7 +204,7 @@ def _of_first_window(
             runner.run(whole_window, accumulation=1, how=how),
         )
 
-    result: list[Finding] = []
+    result: list[Deviation] = []
     one, other = runs(clean)
     left = _error(one.windows[0], other.windows[0])
     for cause, knob in possible.items():
@@ -212,11 +212,11 @@ def _of_first_window(
         if _error(with_cause[0], with_cause[1]) > max(limit, 3 * left if left <= limit else 0) and _differs(
             with_cause, [one.windows[0], other.windows[0]], limit
         ):
-            result.append(Finding(cause=cause, explanation=_inherent(cause, micro, canvases)))
+            result.append(Deviation(cause=cause, explanation=_inherent(cause, micro, canvases)))
     if left > limit and micro.random & {"Python's random", "numpy.random"}:
         other_seed = runner.run(whole_window, accumulation=1, how=replace(clean, seed=1))
         if _error(other_seed.windows[0], other.windows[0]) > limit:
-            random_numbers = Finding(cause="RNG", explanation=_inherent("RNG", micro, canvases))
+            random_numbers = Deviation(cause="RNG", explanation=_inherent("RNG", micro, canvases))
             return [*(each for each in result if each.cause != "RNG"), random_numbers]
     if left > limit:
         result += _weights(runner, one, other, window, how=clean, limit=limit)
@@ -227,10 +227,10 @@ def _of_first_window(
     return result
 
 
-def _differs(with_cause: Sequence[Window], without: Sequence[Window], limit: float) -> bool:
+def _differs(with_cause: Sequence[LoopWindow], without: Sequence[LoopWindow], limit: float) -> bool:
     """Whether a cause changes the distance between micro-batches and big batch, beyond what remains without it."""
 
-    def gap(pair: Sequence[Window]) -> Gradients:
+    def gap(pair: Sequence[LoopWindow]) -> Gradients:
         mine = pair[0].gradients
         truth = pair[1].gradients
         return {name: mine.get(name, torch.zeros_like(value)) - value for name, value in truth.items()}
@@ -259,7 +259,7 @@ def _inherent(cause: Cause, micro: Run, canvases: set[tuple[Any, ...]]) -> str:
 
 def _weights(
     runner: Runner, micro: Run, alone: Run, window: Sequence[Sequence[Any]], *, how: How, limit: float
-) -> list[Finding]:
+) -> list[Deviation]:
     """Compare the weight that the loop gives each micro-batch with its weight in the big batch."""
     mine = micro.windows[0].gradients
     truth = alone.windows[0].gradients
@@ -272,11 +272,11 @@ def _weights(
             why = f"losses are divided by {parts} once too often"
         else:
             why = "every micro-batch has the same wrong weight"
-        return [Finding(cause="normaliser", explanation=f"the gradient is {ratio:.6g} x the big batch's: {why}")]
+        return [Deviation(cause="normaliser", explanation=f"the gradient is {ratio:.6g} x the big batch's: {why}")]
     scaled = counted_again(mine, truth, parts, limit)
     if scaled:
         return [
-            Finding(
+            Deviation(
                 cause="scale parameter",
                 explanation=f"{', '.join(scaled[:3])} is in the loss of every one of the {parts} backward passes, so its gradient "
                 f"is {parts} x the big batch's, while all others are right: keep its gradient of one pass, or divide it",
@@ -290,22 +290,22 @@ def _weights(
         ignored = _ignored(micro, weights) or _ignored_in_data(runner, window, weights)
         if ignored:
             return [
-                Finding(
+                Deviation(
                     cause="ignored labels", explanation=f"{text}: {ignored}; divide sums by the window's valid labels"
                 )
             ]
         sizes = [len(m) for m in window]
         if _same(weights, sizes):
-            return [Finding(cause="normaliser", explanation=f"{text}: they have {sizes} items; weight means by them")]
+            return [Deviation(cause="normaliser", explanation=f"{text}: they have {sizes} items; weight means by them")]
         return [
-            Finding(
+            Deviation(
                 cause="normaliser",
                 explanation=f"a mean of means: {text}; divide each sum by the count of the whole window",
             )
         ]
     if micro.pairs and any(len(m) in micro.pairs for m in window) and sum(len(m) for m in window) in alone.pairs:
         return [
-            Finding(
+            Deviation(
                 cause="coupled loss",
                 explanation="the loss compares every sample with every other of its batch (a square product of that side), so "
                 "micro-batches lack pairs: use cached features (trainfit.Contrastive)",
@@ -313,8 +313,8 @@ def _weights(
         ]
     text = "no weights of the micro-batches give the big batch's gradient: several loss terms with a count of their own each"
     if _label_shares(micro):
-        return [Finding(cause="ignored labels", explanation=f"{text}, one of which leaves labels out")]
-    return [Finding(cause="normaliser", explanation=f"{text} (mean of means), or a loss that couples samples")]
+        return [Deviation(cause="ignored labels", explanation=f"{text}, one of which leaves labels out")]
+    return [Deviation(cause="normaliser", explanation=f"{text} (mean of means), or a loss that couples samples")]
 
 
 def _ignored(micro: Run, weights: Sequence[float]) -> str:
@@ -356,8 +356,8 @@ def _numbers(weights: Sequence[float]) -> str:
     return ", ".join(f"{weight:.3g}" for weight in weights)
 
 
-def _unknown(error: float, where: str) -> Finding:
-    return Finding(
+def _unknown(error: float, where: str) -> Deviation:
+    return Deviation(
         cause="unknown",
         explanation=f"the gradient is {error:.2g} off the big batch's, {where}: none of the known causes explains it",
     )

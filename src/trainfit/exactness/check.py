@@ -6,7 +6,7 @@ from typing import Any, Literal
 from trainfit.errors import TrainfitError
 from trainfit.exactness import processes
 from trainfit.exactness.causes import differences, events
-from trainfit.exactness.loop import Exactness, Finding, GroupError, OwnLoop, resolve
+from trainfit.exactness.loop import Deviation, Exactness, GroupError, OwnLoop, resolve
 from trainfit.exactness.record import Run
 from trainfit.exactness.runs import Runner, parameter_errors, whole, windows_of
 
@@ -78,7 +78,7 @@ def check_exactness(
 
 def _here(
     runner: Runner, windows: Sequence[Any], accumulation: int, tolerance: float | None
-) -> tuple[Run, Run, list[Finding], float]:
+) -> tuple[Run, Run, list[Deviation], float]:
     """The run in one process, the reference, the findings, and the largest error that counts as rounding."""
     alone = _reference(runner, windows)
     micro = runner.run(windows, accumulation=accumulation)
@@ -94,7 +94,7 @@ def _here(
 
 def _on_ranks(
     loop: Any, runner: Runner, windows: Sequence[Any], ranks: int, accumulation: int, tolerance: float | None
-) -> tuple[Run, Run, list[Finding], float]:
+) -> tuple[Run, Run, list[Deviation], float]:
     """Return what `_here` does, for the first rank's run."""
     many = processes.run_ranks(loop, windows, ranks=ranks, accumulation=accumulation, double=runner.double)
     with processes.alone():

@@ -28,7 +28,7 @@ Cause = Literal[
     "coupled loss",
     "unknown",
 ]
-"""Why an accumulated window is not one big batch; `Finding.explanation` says each in a sentence."""
+"""Why an accumulated window is not one big batch; `Deviation.explanation` says each in a sentence."""
 
 
 class Batches(Sequence[Any]):
@@ -81,7 +81,7 @@ class OwnLoop:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class Deviation:
     """One cause for which the accumulated window is not the big batch."""
 
     cause: Cause
@@ -108,7 +108,7 @@ class GroupError:
 class Exactness:
     """What a check found. `exact` is whether there is no finding."""
 
-    findings: tuple[Finding, ...]
+    findings: tuple[Deviation, ...]
     """The causes, in the order in which they were found; none if the gradient is exact."""
     groups: tuple[GroupError, ...]
     """Errors of the optimizer's parameter groups."""

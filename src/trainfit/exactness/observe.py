@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.optim.swa_utils import AveragedModel
 
 from trainfit.exactness.operators import Operators
-from trainfit.exactness.record import Gradients, Run, Window
+from trainfit.exactness.record import Gradients, LoopWindow, Run
 
 
 class Watch:
@@ -31,8 +31,8 @@ class Watch:
         self.taken: Callable[[], int] = lambda: 0
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.parameters = dict(model.named_parameters())
-        self.window = Window()
-        self.windows: list[Window] = []
+        self.window = LoopWindow()
+        self.windows: list[LoopWindow] = []
         self.batch_norms: dict[str, None] = {}
         self.optimizers: list[torch.optim.Optimizer] = []
         self.operators = Operators(mute=mute, double=double, outside=lambda: self._inside == 0)
@@ -274,7 +274,7 @@ class Watch:
             last.groups += self.window.groups
             last.gradients |= {n: g for n, g in self._last.items() for _, names in self.window.groups if n in names}
             last.left_over = last.left_over or self.window.left_over
-        self.window = Window()
+        self.window = LoopWindow()
         self._captured = (0, {})
         self._before = {}
         self._scaled = self._unscaled = False

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from trainfit.errors import TrainfitError
-from trainfit.exactness.loop import Finding, OwnLoop, resolve
+from trainfit.exactness.loop import Deviation, OwnLoop, resolve
 from trainfit.exactness.record import Run
 from trainfit.exactness.runs import Runner, parameter_errors
 
@@ -166,7 +166,7 @@ def _run(
         dist.destroy_process_group()
 
 
-def synchronised(many: Sequence[Run], reference: Run, limit: float) -> list[Finding]:
+def synchronised(many: Sequence[Run], reference: Run, limit: float) -> list[Deviation]:
     """Whether all ranks stepped on the same gradient, and whether it is that of the whole window."""
     steps = min(len(run.windows) for run in many)
     for number in range(min(steps, len(reference.windows))):
@@ -174,7 +174,7 @@ def synchronised(many: Sequence[Run], reference: Run, limit: float) -> list[Find
         apart = max(max(parameter_errors(g, gradients[0]).values(), default=0.0) for g in gradients)
         if apart > limit:
             return [
-                Finding(
+                Deviation(
                     cause="not synchronised",
                     explanation=f"the ranks step on different gradients ({apart:.2g} apart): exchange them in the last "
                     "micro-batch of every window",
@@ -186,7 +186,7 @@ def synchronised(many: Sequence[Run], reference: Run, limit: float) -> list[Find
                 sum(float((t * t).sum()) for t in truth.values()), 1e-300
             )
             return [
-                Finding(
+                Deviation(
                     cause="normaliser",
                     explanation=f"all ranks agree, but on {ratio:.4g} x the gradient of the whole window: count over the "
                     f"window of all {len(many)} ranks; with ranks=1 the check looks closer",

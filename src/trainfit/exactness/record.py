@@ -8,7 +8,7 @@ Gradients = dict[str, torch.Tensor]
 
 
 @dataclass(kw_only=True, eq=False)
-class Window:
+class LoopWindow:
     """What happened up to one optimizer step, since the one before."""
 
     gradients: Gradients = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Window:
 class Run:
     """One run of the loop."""
 
-    windows: list[Window]
+    windows: list[LoopWindow]
     """The windows, in order."""
     trailing_backwards: int
     """Backward passes after the last step."""

@@ -180,5 +180,5 @@ def _by_module(trace: Columns, tensors: Integers, *, deep: bool) -> tuple[Module
     for module, category, nbytes in rows:
         name = _name(trace.names[module], CATEGORIES[category])
         sums[name if deep else name.partition(".")[0]] += nbytes
-    found = [ModuleRow(module=module, bytes=nbytes) for module, nbytes in sums.items() if nbytes]
-    return tuple(sorted(found, key=lambda row: (-row.bytes, row.module)))
+    modules = [ModuleRow(module=module, bytes=nbytes) for module, nbytes in sums.items() if nbytes]
+    return tuple(sorted(modules, key=lambda row: (-row.bytes, row.module)))

@@ -14,8 +14,7 @@ MEANS = (
 
 
 RATE = 1e-4
-RATE_ENCODER = 1.5e-4
-"""Default learning rates of a recipe (a test compares with `models.workload.OptimizerSettings`)."""
+"""Default learning rate of a recipe (a test compares with `models.workload.OptimizerSettings`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

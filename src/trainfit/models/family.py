@@ -108,6 +108,11 @@ class Family:
     """Recipe -> None; raises TrainfitError for values of the family's knobs that do not go together in a training."""
     needed_flags: Callable[[Any], Sequence[str]] = lambda _: ()
     """Setting -> flags that `trainfit train` needs for it besides its knobs, for a printed command."""
+    training: type | None = None
+    """A dataclass of values of training that its models alone have and that are no part of a setting: each is a flag of
+    `trainfit train` and a field of the recipe, declared as a knob is. None: there are none."""
+    rates: tuple[str, ...] = ()
+    """Fields of `training` that are learning rates: they follow the effective batch as `lr` does."""
     recipe: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Fields of `training.recipe.Recipe` -> the family's own defaults."""
     not_flags: tuple[str, ...] = ()
@@ -122,8 +127,8 @@ class Family:
     sample_bytes: Callable[[Any], int] = lambda _: 0
     """Setting -> bytes of one decoded sample in host memory."""
     loads: Callable[[Any], tuple[int, bool]] | None = None
-    """Setting -> pixels of the side that a loader process resizes an image to, and whether it draws masks: loading is timed
-    without torch. None: it is timed with the family's own decoder."""
+    """Setting -> side in pixels of the square that an image is resized to by a loader process, or of a square of as many
+    pixels, and whether masks are drawn: loading is timed without torch. None: it is timed with the family's own decoder."""
     group: Callable[[Any, Any], int] = lambda _setting, _record: 0
     """(setting, training record) -> the number of its group: the records of a window are of one group."""
     drawn_sizes: Callable[[Any], DrawnSizes | None] = lambda _: None

@@ -18,9 +18,11 @@ class OptimizerSettings:
     """What the parameter groups are made from."""
 
     lr: float = 1e-4
-    lr_encoder: float = 1.5e-4
-    """Of families whose encoder has a rate of its own."""
+    """Learning rate of the parameters that have none of their own."""
     weight_decay: float = 1e-4
+    """Decay of the parameters that are decayed."""
+    training: Any = None
+    """The values of training that the family alone has, an object of its `Family.training`; None: their defaults."""
 
 
 class Workload(Protocol):

@@ -5,12 +5,11 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from math import isqrt
 from pathlib import Path
 from typing import Any
 
 from trainfit.errors import TrainfitError
-from trainfit.models.setting import DetectionSetting, Setting
+from trainfit.models.setting import Setting
 from trainfit.tasks.class_filter import with_classes
 from trainfit.tasks.task import DEFAULT_TASK, Dataset, Task, task_of
 
@@ -67,27 +66,10 @@ def decode_seconds(setting: Setting, dataset: Dataset) -> float | None:
     if setting.family.task is None:
         return None
     records = dataset.splits["train"][:SAMPLED]
-    loads = _loads(setting)
+    loads = setting.family.loads
     if loads is not None:
-        return _resizing_seconds(records, *loads)
+        return _resizing_seconds(records, *loads(setting))
     return _decoder_seconds(setting, dataset, records)
-
-
-def _loads(setting: Setting) -> tuple[int, bool] | None:
-    """Side of what an image is resized to, and whether masks are drawn, as `Family.loads`.
-
-    Of a family of detectors that does not say it, from the bytes of a sample: three a pixel, and one a pixel and mask.
-    """
-    family = setting.family
-    if family.loads is not None:
-        return family.loads(setting)
-    if not isinstance(setting, DetectionSetting):
-        return None
-    few, more = (family.sample_bytes(replace(setting, objects_per_image=count)) for count in (1, 2))
-    if not few:
-        return None
-    mask_pixels = more - few
-    return isqrt((few - mask_pixels) // 3), mask_pixels > 0
 
 
 def _resizing_seconds(records: Sequence[Any], side: int, masks: bool) -> float | None:

@@ -6,9 +6,6 @@ from typing import Any
 from trainfit.models.setting import Setting
 from trainfit.training.recipe import recipe_type
 
-RATES = ("lr", "lr_encoder")
-"""Values of a recipe that follow the effective batch."""
-
 
 def scaled_rates(setting: Setting, effective_batch: int) -> dict[str, Any]:
     """The recipe's rates for an effective batch that they are not for, three digits each; nothing where they hold as they are."""
@@ -16,7 +13,7 @@ def scaled_rates(setting: Setting, effective_batch: int) -> dict[str, Any]:
     if factor is None or factor == 1:
         return {}
     kind = recipe_type(setting.family.setting)
-    defaults = {name: getattr(kind, name) for name in RATES if name not in setting.family.not_flags}
+    defaults = {name: getattr(kind, name) for name in ("lr", *setting.family.rates)}
     return {name: float(f"{rate * factor:.3g}") for name, rate in defaults.items()}
 
 

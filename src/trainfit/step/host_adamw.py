@@ -24,14 +24,14 @@ class _Part:
     def views(self, moments: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
         """Each parameter's moments in rows like those of `moments`, laid out in memory as the parameter is."""
         begin = 0
-        found: list[tuple[torch.Tensor, ...]] = []
+        views: list[tuple[torch.Tensor, ...]] = []
         for parameter in self.parameters:
             rows = (row[begin : begin + parameter.numel()] for row in moments)
-            found.append(
+            views.append(
                 tuple(row.as_strided(parameter.size(), parameter.stride(), row.storage_offset()) for row in rows)
             )
             begin += parameter.numel()
-        return found
+        return views
 
 
 class HostAdamW(torch.optim.AdamW):

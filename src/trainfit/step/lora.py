@@ -58,9 +58,9 @@ def is_adapter(name: str) -> bool:
 
 def merged(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights with each adapter added to its layer's: what a model without adapters loads for the same outputs."""
-    found = {name: value for name, value in weights.items() if not is_adapter(name)}
+    whole = {name: value for name, value in weights.items() if not is_adapter(name)}
     for name, up in weights.items():
         if is_adapter(name) and name.endswith(UP):
             layer = name.removesuffix(UP)
-            found[f"{layer}weight"] = found[f"{layer}weight"] + up @ weights[f"{layer}{DOWN}"]
-    return found
+            whole[f"{layer}weight"] = whole[f"{layer}weight"] + up @ weights[f"{layer}{DOWN}"]
+    return whole

@@ -95,12 +95,17 @@ class TrainingStep:
         """
         losses = self.gradient(window, micro_batch=micro_batch)
         gradient_norm = self.update(step)
-        parts = -(-len(window) // micro_batch)
+        return self.result(losses, gradient_norm, images=len(window), micro_batch=micro_batch)
+
+    def result(
+        self, losses: dict[str, torch.Tensor], gradient_norm: torch.Tensor, *, images: int, micro_batch: int
+    ) -> StepResult:
+        """The result of a window of `images`, from what `gradient` and `update` returned for it."""
         return StepResult(
             losses=losses,
             gradient_norm=gradient_norm,
-            images=len(window),
-            micro_batches=parts,
+            images=images,
+            micro_batches=-(-images // micro_batch),
             numbers=self.numbers,
         )
 

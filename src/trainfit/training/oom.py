@@ -168,14 +168,7 @@ class Survivor:
         gradient_norm = self._update(step, number)
         self._quiet += where == "window"
         self._remember(step, window)
-        parts = -(-len(window) // self.micro_batch)
-        return StepResult(
-            losses=losses,
-            gradient_norm=gradient_norm,
-            images=len(window),
-            micro_batches=parts,
-            numbers=step.numbers,
-        )
+        return step.result(losses, gradient_norm, images=len(window), micro_batch=self.micro_batch)
 
     def _agree(self, failure: str | None, images: int) -> dict[str, float]:
         """Agree after a failure: the number of ranks that need a smaller cut, their mean numbers, and the window's images."""

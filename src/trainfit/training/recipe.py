@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, cast, get_args, get_origin, ge
 
 from trainfit.errors import TrainfitError
 from trainfit.files import read_json
-from trainfit.models.family import Family, family_of, find
+from trainfit.models.family import Family, families, family_of, find
 from trainfit.models.setting import Setting
 from trainfit.tasks.augment import parse
 from trainfit.training.lines import counted
@@ -65,8 +65,6 @@ class Recipe(Setting):
     """Stop after this many optimizer steps."""
     lr: Annotated[float, Range(0, 1e3), In("schedule")] = 1e-4
     """Learning rate of the heads; it follows the effective batch, not the micro-batch."""
-    lr_encoder: Annotated[float, Range(0, 1e3), In("schedule")] = 1.5e-4
-    """Learning rate of the encoder's last layer, before component decay."""
     weight_decay: Annotated[float, Range(0), In("schedule")] = 1e-4
     """AdamW's decay."""
     schedule: Annotated[Literal["step", "cosine"], In("schedule")] = "step"
@@ -156,12 +154,13 @@ def recipe_type(kind: type[Setting]) -> type[Recipe]:
         return Recipe
     hints = get_type_hints(kind, include_extras=True) | get_type_hints(Recipe, include_extras=True)
     own: Mapping[str, Any] = kind.family.recipe
+    of_training = () if kind.family.training is None else (kind.family.training,)
     hidden = {*FROM_DATA, *kind.family.not_flags}
     defaults = {field.name: field.default for each in (kind, Recipe) for field in dataclasses.fields(each)} | dict(own)
     body: dict[str, Any] = {name: value for name, value in defaults.items() if name in hidden or name in own}
     body["__annotations__"] = {name: _no_flag(hints[name]) if name in hidden else hints[name] for name in body}
     body["__doc__"] = Recipe.__doc__
-    made = type(f"{kind.__name__.removesuffix('Setting')}Recipe", (Recipe, kind), body)
+    made = type(f"{kind.__name__.removesuffix('Setting')}Recipe", (*of_training, Recipe, kind), body)
     return keeps_given(dataclass(frozen=True, kw_only=True)(made))
 
 
@@ -322,14 +321,24 @@ FORMERLY = "formerly "
 
 
 def with_todays_names(values: Mapping[str, Any], kind: type[Setting]) -> dict[str, Any]:
-    """Knobs of a file of an earlier version by the names that they have today."""
+    """Knobs of a file of an earlier version by the names that they have today.
+
+    Values of training that other families alone have are left out: until version 0.1 a recipe had those of all.
+    """
     todays: dict[str, str] = {}
     for name, hint in get_type_hints(kind, include_extras=True).items():
         texts = (
             [extra for extra in get_args(hint)[1:] if isinstance(extra, str)] if get_origin(hint) is Annotated else []
         )
         todays |= {text.removeprefix(FORMERLY): name for text in texts if text.startswith(FORMERLY)}
-    return {todays.get(name, name): value for name, value in values.items()}
+    elsewhere = {name for other in families().values() for name in training_fields(other)}
+    elsewhere -= set(training_fields(kind.family))
+    return {todays.get(name, name): value for name, value in values.items() if name not in elsewhere}
+
+
+def training_fields(family: Family) -> tuple[str, ...]:
+    """Values of a recipe that the models of one family alone have: the fields of its `Family.training`."""
+    return () if family.training is None else tuple(each.name for each in dataclasses.fields(family.training))
 
 
 def _of_today(record: Mapping[str, Any], kind: type[Setting]) -> dict[str, Any]:

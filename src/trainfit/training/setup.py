@@ -161,7 +161,7 @@ def make_step(workload: TrainableWorkload, recipe: Recipe, device: torch.device,
         show.note(
             f"{len(blocks)} blocks by torch.compile: windows of a new size wait for it; plans price eager execution"
         )
-    settings = OptimizerSettings(lr=recipe.lr, lr_encoder=recipe.lr_encoder, weight_decay=recipe.weight_decay)
+    settings = OptimizerSettings(lr=recipe.lr, weight_decay=recipe.weight_decay, training=recipe)
     return build_training_step(workload, device, model=model, optimizer_settings=settings, clip_norm=recipe.clip_norm)
 
 

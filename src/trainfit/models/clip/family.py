@@ -156,7 +156,7 @@ def family() -> Family:
             "schedule": "cosine",
             "clip_norm": 0.0,
         },
-        not_flags=("lr_encoder", "warmup_epochs"),
+        not_flags=("warmup_epochs",),
         shapes_weights=("resolution", "loss"),
         sample_bytes=lambda setting: 3 * image_pixels(setting),
     )

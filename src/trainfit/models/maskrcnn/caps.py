@@ -43,13 +43,13 @@ def cap_detections(heads: RoIHeads) -> None:
 
     So as many masks are pasted, and as large, as there can be. For traces and memory measurements.
     """
-    found = heads.postprocess_detections
+    postprocess = heads.postprocess_detections
     limit = heads.detections_per_img
 
     def select(
         class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        boxes, scores, labels = found(class_logits, box_regression, proposals, image_shapes)
+        boxes, scores, labels = postprocess(class_logits, box_regression, proposals, image_shapes)
         for image, (height, width) in enumerate(image_shapes):
             whole = torch.tensor([[0.0, 0.0, width, height]], device=class_logits.device, dtype=boxes[image].dtype)
             boxes[image] = whole.repeat(limit, 1)

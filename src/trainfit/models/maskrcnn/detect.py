@@ -30,12 +30,12 @@ def detect(model: torch.nn.Module, samples: Sequence[Sample], is_class: torch.Te
     Portrait and landscape images run one after the other: padded to one canvas they need up to two thirds more memory.
     """
     portrait = [sample.image.shape[1] > sample.image.shape[2] for sample in samples]
-    found: list[ImageDetections | None] = [None] * len(samples)
+    by_row: dict[int, ImageDetections] = {}
     for wanted in sorted(set(portrait)):
         rows = [row for row, is_portrait in enumerate(portrait) if is_portrait == wanted]
         for row, detections in zip(rows, _detect(model, [samples[row] for row in rows], is_class), strict=True):
-            found[row] = detections
-    return [detections for detections in found if detections is not None]
+            by_row[row] = detections
+    return [by_row[row] for row in range(len(samples))]
 
 
 def _detect(model: torch.nn.Module, samples: Sequence[Sample], is_class: torch.Tensor) -> list[ImageDetections]:
@@ -45,10 +45,10 @@ def _detect(model: torch.nn.Module, samples: Sequence[Sample], is_class: torch.T
     features = rcnn.backbone(images.tensors)
     proposals, _ = rcnn.rpn(images, features)
     sizes = images.image_sizes
-    found, _ = rcnn.roi_heads(features, proposals, sizes)
+    objects, _ = rcnn.roi_heads(features, proposals, sizes)
     del images, features, proposals
     detections: list[ImageDetections] = []
-    for sample, size, own in zip(samples, sizes, found, strict=True):
+    for sample, size, own in zip(samples, sizes, objects, strict=True):
         boxes = resize_boxes(own["boxes"], list(size), list(sample.original_size))
         classes = own["labels"].cpu() - 1  # 0 is the background
         known = torch.where(is_class[classes])[0]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import floor
+from math import floor, isqrt
 from typing import Annotated, Any, Literal
 
 from trainfit.errors import TrainfitError
@@ -256,9 +256,18 @@ def drawn_sizes(setting: MaskRcnnSetting) -> DrawnSizes | None:
 
 def sample_bytes(setting: MaskRcnnSetting) -> int:
     """An image after the resize, and a mask of a byte a pixel for each object."""
-    short, longest = setting.sides
-    pixels = short * longest if setting.canvas is None else setting.canvas[0] * setting.canvas[1]
-    return pixels * (3 + (setting.objects_per_image if setting.has_masks else 0))
+    return _pixels(setting) * (3 + (setting.objects_per_image if setting.has_masks else 0))
+
+
+def loads(setting: MaskRcnnSetting) -> tuple[int, bool]:
+    """The side of a square of as many pixels as the largest image has, and whether masks are drawn."""
+    return isqrt(_pixels(setting)), setting.has_masks
+
+
+def _pixels(setting: MaskRcnnSetting) -> int:
+    """Pixels of the largest image after the resize."""
+    height, width = setting.canvas or setting.sides
+    return height * width
 
 
 def translate(arguments: Sequence[str]) -> list[str]:
@@ -283,7 +292,6 @@ def family() -> Family:
         checkpoint="trainfit.models.maskrcnn.workload:from_upstream",
         emit="trainfit.models.maskrcnn.emit",
         augments=frozenset({"flip"}),
-        not_flags=("lr_encoder",),
         task="detection",
         packages=("torchvision",),
         reference_batches=REFERENCE_BATCHES,
@@ -296,5 +304,6 @@ def family() -> Family:
         translate=translate,
         shapes_weights=("norm",),
         sample_bytes=sample_bytes,
+        loads=loads,
         drawn_sizes=drawn_sizes,
     )

@@ -39,7 +39,7 @@ PICKLE_OF_DETECTRON2 = (
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class WeightsFile:
+class TorchvisionFile:
     """Tensors, and what the file says of the model that they belong to."""
 
     path: Path
@@ -67,7 +67,7 @@ def load(model: torch.nn.Module, setting: MaskRcnnSetting, classes: Sequence[str
     return fill(model, setting, read_weights(find_weights(setting, weights)), classes)
 
 
-def read_weights(path: Path) -> WeightsFile:
+def read_weights(path: Path) -> TorchvisionFile:
     """A file of trainfit (.safetensors) or of torchvision (a state dictionary, or a checkpoint of its references).
 
     Raises:
@@ -82,13 +82,13 @@ def read_weights(path: Path) -> WeightsFile:
             made_for = metadata["model"]
         except (KeyError, TypeError, ValueError) as error:
             raise TrainfitError(f"{path}: not a weights file of trainfit (its metadata: {error!r})") from error
-        return WeightsFile(path=path, state=_require_rcnn(state, path), class_names=names, made_for=made_for)
+        return TorchvisionFile(path=path, state=_require_rcnn(state, path), class_names=names, made_for=made_for)
     content = read_checkpoint(path, lambda file: torch.load(file, map_location="cpu", weights_only=True))
     if isinstance(content, dict) and isinstance(cast(dict[Any, Any], content).get("model"), dict):
         content = cast(dict[Any, Any], content)["model"]
     state = _require_rcnn(content, path)
     names = _coco_names() if len(state[ROWS]) == len(_coco_names()) + 1 else ()
-    return WeightsFile(path=path, state=_with_epsilon(state, path), class_names=names)
+    return TorchvisionFile(path=path, state=_with_epsilon(state, path), class_names=names)
 
 
 def export(weights: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -154,7 +154,7 @@ def _with_epsilon(state: dict[str, torch.Tensor], path: Path) -> dict[str, torch
     return {name: value - epsilon if name.endswith("running_var") else value for name, value in state.items()}
 
 
-def fill(model: torch.nn.Module, setting: MaskRcnnSetting, file: WeightsFile, classes: Sequence[str]) -> list[str]:
+def fill(model: torch.nn.Module, setting: MaskRcnnSetting, file: TorchvisionFile, classes: Sequence[str]) -> list[str]:
     """Fill `model` from a file; returns remarks for the user.
 
     Raises:
@@ -184,7 +184,7 @@ def fill(model: torch.nn.Module, setting: MaskRcnnSetting, file: WeightsFile, cl
 
 
 def _fit_classes(
-    own: Mapping[str, torch.Tensor], state: dict[str, torch.Tensor], file: WeightsFile, classes: Sequence[str]
+    own: Mapping[str, torch.Tensor], state: dict[str, torch.Tensor], file: TorchvisionFile, classes: Sequence[str]
 ) -> list[str]:
     """Give each class the rows of its name in `state`, in place; returns a remark where that changed them."""
     if tuple(classes) == file.class_names:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from trainfit.errors import TrainfitError
-from trainfit.models.emit import RATE, RATE_ENCODER, Job, call, means, register, rounded
-from trainfit.models.rfdetr.family import RfDetrSetting
+from trainfit.models.emit import RATE, Job, call, means, register, rounded
+from trainfit.models.rfdetr.family import RfDetrSetting, RfDetrTraining
 from trainfit.models.setting import Setting
 
 ENCODER_BLOCKS = 12
@@ -51,7 +51,7 @@ def _rfdetr(job: Job) -> tuple[str, list[str]]:
         "num_workers": job.workers,
     }
     factor = job.rate_factor or 1.0
-    training |= {"lr": rounded(RATE * factor), "lr_encoder": rounded(RATE_ENCODER * factor)}
+    training |= {"lr": rounded(RATE * factor), "lr_encoder": rounded(RfDetrTraining.lr_encoder * factor)}
     training |= {"devices": gpus, "strategy": "ddp"} if gpus > 1 else {}
     optimizers: Mapping[str, dict[str, object]] = {
         "sgd": {"optimizer": "sgd", "optimizer_kwargs": {"momentum": 0.9}},

@@ -118,6 +118,14 @@ def require_parts(freeze: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RfDetrTraining:
+    """Values of a training of an RF-DETR that are no part of its setting."""
+
+    lr_encoder: Annotated[float, Range(0, 1e3), In("schedule")] = 1.5e-4
+    """Learning rate of the encoder's last layer, before component decay."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RfDetrSetting(RfDetrKnobs, DetectionSetting):
     """A setting of an RF-DETR."""
 
@@ -255,6 +263,8 @@ def family() -> Family:
     return Family(
         name="rfdetr",
         setting=RfDetrSetting,
+        training=RfDetrTraining,
+        rates=("lr_encoder",),
         models=tuple(PUBLISHED),
         match=match,
         workload="trainfit.models.rfdetr.workload",

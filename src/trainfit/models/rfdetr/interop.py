@@ -16,7 +16,7 @@ from rfdetr.models.weights import (
 from rfdetr.utilities.state_dict import validate_checkpoint_compatibility
 
 from trainfit.errors import TrainfitError
-from trainfit.models.rfdetr.weights_file import WeightsFile, read_weights
+from trainfit.models.rfdetr.weights_file import RfDetrFile, read_weights
 from trainfit.step.lora import has_adapters, is_adapter, merged
 from trainfit.tasks.detection.class_names import positions
 from trainfit.weights import load_weights as read_tensors
@@ -58,7 +58,7 @@ def find_weights(config: ModelConfig, weights: str) -> Path:
 
 
 def fill(
-    model: LWDETR, config: ModelConfig, file: WeightsFile, *, name: str, classes: tuple[str, ...] | None
+    model: LWDETR, config: ModelConfig, file: RfDetrFile, *, name: str, classes: tuple[str, ...] | None
 ) -> list[str]:
     """Fill `model`, of the configuration `config`, from a file; returns remarks for the user.
 
@@ -145,7 +145,7 @@ def _some(keys: Collection[str], most: int = 12) -> str:
     return ", ".join(sorted(keys)[:most]) + more
 
 
-def _require_made_for(config: ModelConfig, file: WeightsFile, name: str) -> None:
+def _require_made_for(config: ModelConfig, file: RfDetrFile, name: str) -> None:
     if file.made_for not in (None, name):
         raise TrainfitError(
             f"{file.path} holds weights of {file.made_for}, not {name}: train {file.made_for}, or pass other --weights"
@@ -157,7 +157,7 @@ def _require_made_for(config: ModelConfig, file: WeightsFile, name: str) -> None
 
 
 def _require_shapes(
-    model: LWDETR, state: Mapping[str, torch.Tensor], file: WeightsFile, name: str, *, ranks_only: bool = False
+    model: LWDETR, state: Mapping[str, torch.Tensor], file: RfDetrFile, name: str, *, ranks_only: bool = False
 ) -> None:
     """Raise where a tensor has another shape than the model's, or with `ranks_only` another number of dimensions."""
     own = model.state_dict()
@@ -173,7 +173,7 @@ def _require_shapes(
         )
 
 
-def _fit_queries(state: dict[str, torch.Tensor], config: ModelConfig, file: WeightsFile) -> None:
+def _fit_queries(state: dict[str, torch.Tensor], config: ModelConfig, file: RfDetrFile) -> None:
     """Take the model's queries and groups out of the file's, group by group.
 
     Where the file does not say how its queries are grouped the first rows are taken, as upstream does.
@@ -197,7 +197,7 @@ def _fit_queries(state: dict[str, torch.Tensor], config: ModelConfig, file: Weig
 
 
 def _incomplete(
-    missing: Sequence[str], unexpected: Sequence[str], config: ModelConfig, file: WeightsFile, name: str
+    missing: Sequence[str], unexpected: Sequence[str], config: ModelConfig, file: RfDetrFile, name: str
 ) -> list[str]:
     """A remark on tensors that only the file, or only the model, has; upstream's loader lets them pass with a warning.
 
@@ -225,7 +225,7 @@ def _of_left_out_group(key: str, groups: int) -> bool:
     return match is not None and int(match[1]) >= groups
 
 
-def _follow_class_names(model: LWDETR, file: WeightsFile, classes: tuple[str, ...]) -> list[str]:
+def _follow_class_names(model: LWDETR, file: RfDetrFile, classes: tuple[str, ...]) -> list[str]:
     """Give each class the head rows that its name has in the file; returns a remark where they moved.
 
     Where no name is the file's, the heads stay as upstream's loader leaves them: the file's rows in order, cut or

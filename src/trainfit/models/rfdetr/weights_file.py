@@ -19,7 +19,7 @@ COCO_ROWS = max(COCO_CLASSES) + 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class WeightsFile:
+class RfDetrFile:
     """Tensors, and what the file says of the model that they belong to."""
 
     path: Path
@@ -54,7 +54,7 @@ class WeightsFile:
         return (groups, queries) if groups * queries == rows else None
 
 
-def read_weights(path: Path) -> WeightsFile:
+def read_weights(path: Path) -> RfDetrFile:
     """A file of trainfit (.safetensors) or of upstream (.pth, .pt, .ckpt).
 
     Raises:
@@ -63,7 +63,7 @@ def read_weights(path: Path) -> WeightsFile:
     return _read_trainfit(path) if path.suffix == ".safetensors" else _read_upstream(path)
 
 
-def _read_trainfit(path: Path) -> WeightsFile:
+def _read_trainfit(path: Path) -> RfDetrFile:
     state, metadata = load_weights(path)
     try:
         name = metadata["model"]
@@ -76,10 +76,10 @@ def _read_trainfit(path: Path) -> WeightsFile:
     _require_model(state, path)
     config = {"num_queries": queries, "group_detr": knobs.get("groups"), "resolution": knobs.get("resolution")}
     names = _row_names(classes, state["class_embed.bias"].shape[0])
-    return WeightsFile(path=path, state=state, config=config, class_names=names, made_for=name)
+    return RfDetrFile(path=path, state=state, config=config, class_names=names, made_for=name)
 
 
-def _read_upstream(path: Path) -> WeightsFile:
+def _read_upstream(path: Path) -> RfDetrFile:
     checkpoint = read_checkpoint(path, _safe_torch_load)
     if not isinstance(checkpoint, dict):
         raise TrainfitError(f"{path}: not a checkpoint of RF-DETR (no dictionary)")
@@ -91,7 +91,7 @@ def _read_upstream(path: Path) -> WeightsFile:
     state = _require_model(tensors, path)
     config = _as_dict(content.get("args", content.get("hyper_parameters"))) | _as_dict(content.get("model_config"))
     names = _row_names(config.get("class_names"), state["class_embed.bias"].shape[0])
-    return WeightsFile(path=path, state=state, config=config, class_names=names)
+    return RfDetrFile(path=path, state=state, config=config, class_names=names)
 
 
 def _bare(key: Any) -> str:
@@ -126,7 +126,7 @@ def _count(value: Any) -> int | None:
 
 
 def _row_names(class_names: Any, rows: int) -> tuple[str, ...]:
-    """The class name of each row; see `WeightsFile.class_names`.
+    """The class name of each row; see `RfDetrFile.class_names`.
 
     A head of 91 rows without names of its own, or with COCO's 80 in order, has COCO's ids as rows, as upstream reads
     it too (rfdetr 1.11.2 detr.py `predict`).

@@ -21,7 +21,7 @@ from rfdetr.models.lwdetr import LWDETR
 from trainfit.errors import TrainfitError
 from trainfit.models.images import crowded_sample
 from trainfit.models.rfdetr.data import make_sample, to_batch
-from trainfit.models.rfdetr.family import RfDetrKnobs, RfDetrSetting
+from trainfit.models.rfdetr.family import RfDetrKnobs, RfDetrSetting, RfDetrTraining
 from trainfit.models.rfdetr.interop import (
     MASK_HEAD,
     attach_mask_head,
@@ -331,9 +331,10 @@ def _encoder_groups(
     """Parameter name -> (lr, weight decay) of the encoder, by upstream's own method."""
     from types import SimpleNamespace
 
+    training = settings.training if isinstance(settings.training, RfDetrTraining) else RfDetrTraining()
     arguments = SimpleNamespace(
         out_feature_indexes=config.out_feature_indexes,
-        lr_encoder=settings.lr_encoder,
+        lr_encoder=training.lr_encoder,
         lr_vit_layer_decay=LAYER_DECAY,
         lr_component_decay=COMPONENT_DECAY,
         weight_decay=settings.weight_decay,

@@ -1,8 +1,10 @@
 """What `trainfit check-data` says of images in folders by class: counts, and every defect."""
 
-from trainfit.errors import TrainfitError
+from dataclasses import replace
+
 from trainfit.tasks.classes.read import read
 from trainfit.tasks.classes.samples import ImageFolder
+from trainfit.tasks.decoding import decoded, threads_for
 from trainfit.tasks.findings import Finding
 from trainfit.tasks.images import read_image
 from trainfit.tasks.task import DataCheck, Progress, Table
@@ -17,29 +19,12 @@ def check(
     progress: Progress | None = None,
 ) -> DataCheck:
     """Images by split and class, and every image that cannot be used."""
-    dataset = read(data, file_format=file_format, allow_outside=allow_outside)
-    findings = [*dataset.findings]
-    splits = dict(dataset.splits)
+    kept = read(data, file_format=file_format, allow_outside=allow_outside)
     if decode:
-        done = 0
-        total = sum(map(len, splits.values()))
-        for split, records in dataset.splits.items():
-            bad: set[int] = set()
-            for record in records:
-                try:
-                    read_image(record)
-                except TrainfitError as error:
-                    bad.add(record.id)
-                    where = str(record.path.relative_to(dataset.root))
-                    findings.append(Finding(severity="skipped", kind="damaged image", where=where, message=str(error)))
-                done += 1
-                if progress is not None:
-                    progress(done, total)
-            splits[split] = tuple(record for record in records if record.id not in bad)
-    kept = ImageFolder(root=dataset.root, splits=splits, classes=dataset.classes, findings=tuple(findings))
+        kept = check_dataset(kept, progress=progress)
     counts = {
         split: [sum(record.label == row for record in records) for row in range(len(kept.classes))]
-        for split, records in splits.items()
+        for split, records in kept.splits.items()
     }
     by_class = tuple((name, *(counts[split][row] for split in counts)) for row, name in enumerate(kept.classes))
     images = ("images", *map(sum, counts.values()))
@@ -55,3 +40,21 @@ def check(
         },
         findings=kept.findings,
     )
+
+
+def check_dataset(dataset: ImageFolder, *, progress: Progress | None = None) -> ImageFolder:
+    """Decode every image and leave out those that fail, each with a `skipped` finding."""
+    records = [record for split in dataset.splits.values() for record in split]
+    damaged: set[int] = set()
+    findings: list[Finding] = []
+    for record, fault in decoded(records, read_image, threads=threads_for(records), progress=progress):
+        if fault is not None:
+            damaged.add(id(record))
+            where = str(record.path.relative_to(dataset.root))
+            message = fault.removeprefix(f"{record.path}: ")
+            findings.append(Finding(severity="skipped", kind="undecodable image", where=where, message=message))
+    splits = {split: tuple(r for r in read if id(r) not in damaged) for split, read in dataset.splits.items()}
+    if not splits["train"]:
+        what = "no image of train can be decoded; give a data set with images"
+        findings.append(Finding(severity="error", kind="no images", where="train", message=what))
+    return replace(dataset, splits=splits, findings=(*dataset.findings, *findings))

@@ -1,24 +1,18 @@
 """What `trainfit check-data` says of a data set for detection: counts and sizes, and every defect."""
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
-from trainfit.errors import TrainfitError
+from trainfit.tasks.decoding import decoded, threads_for
 from trainfit.tasks.detection.admit import relative
 from trainfit.tasks.detection.masks import mask_area
 from trainfit.tasks.detection.read import read_dataset
-from trainfit.tasks.detection.samples import Dataset, ImageRecord
+from trainfit.tasks.detection.samples import DetectionDataset, ImageRecord
 from trainfit.tasks.detection.statistics import sections_of, statistics
 from trainfit.tasks.findings import Finding
 from trainfit.tasks.images import read_image
 from trainfit.tasks.task import DataCheck, Progress
 
-DECODE_BYTES = 1 << 30
-"""Memory that all decoding threads together may hold."""
-_BYTES_PER_PIXEL = 8
-"""An image and its upright copy, as Pillow stores RGB."""
 _REFUSED = "models with masks refuse the data set"
 
 
@@ -35,7 +29,7 @@ def check(
     return check_of(check_dataset(dataset, progress=progress) if decode else dataset)
 
 
-def check_of(dataset: Dataset) -> DataCheck:
+def check_of(dataset: DetectionDataset) -> DataCheck:
     """A data set, its statistics and its findings, for a report."""
     by_split = {split: statistics(records) for split, records in dataset.splits.items()}
     everything = statistics([record for records in dataset.splits.values() for record in records])
@@ -54,46 +48,31 @@ def check_of(dataset: Dataset) -> DataCheck:
     )
 
 
-def check_dataset(dataset: Dataset, *, progress: Progress | None = None) -> Dataset:
+def check_dataset(dataset: DetectionDataset, *, progress: Progress | None = None) -> DetectionDataset:
     """Decodes every image and leaves out those that fail, each with a `skipped` finding; draws every mask.
 
     Everything else was checked by `read_dataset` already. A JPEG damaged in the middle may still decode, in grey:
-    that is not seen. `progress` is called with the images done and their number. Host memory: `DECODE_BYTES`.
+    that is not seen. `progress` is called with the images done and their number. Host memory: `tasks.decoding.DECODE_BYTES`.
     """
     records = [record for split in dataset.splits.values() for record in split]
-    faults: dict[int, str] = {}
+    damaged: set[int] = set()
     findings: list[Finding] = []
-    with ThreadPoolExecutor(_threads(records)) as pool:
-        for done, (record, fault) in enumerate(zip(records, pool.map(_fault, records), strict=True), 1):
-            if progress is not None:
-                progress(done, len(records))
-            where = relative(record.path, dataset.root)
-            if fault is None:
-                findings += _mask_findings(record, where)
-                continue
-            faults[id(record)] = fault
-            what = f"{fault}; its {len(record.classes)} objects are left out"
-            findings.append(Finding(severity="skipped", kind="undecodable image", where=where, message=what))
-    splits = {split: tuple(r for r in read if id(r) not in faults) for split, read in dataset.splits.items()}
+    for record, fault in decoded(records, read_image, threads=threads_for(records), progress=progress):
+        where = relative(record.path, dataset.root)
+        if fault is None:
+            findings += _mask_findings(record, where)
+            continue
+        damaged.add(id(record))
+        message = fault.removeprefix(f"{record.path}: ")
+        what = f"{message}; its {len(record.classes)} objects are left out"
+        findings.append(Finding(severity="skipped", kind="undecodable image", where=where, message=what))
+    splits = {split: tuple(r for r in read if id(r) not in damaged) for split, read in dataset.splits.items()}
     if not splits["train"]:
         what = "no image of train can be decoded; give a data set with images"
         findings.append(Finding(severity="error", kind="no images", where="train", message=what))
     for split, kept in splits.items():
         findings += _without_mask(kept, split, dataset)
     return replace(dataset, splits=splits, findings=(*dataset.findings, *findings))
-
-
-def _threads(records: Sequence[ImageRecord]) -> int:
-    largest = max((record.width * record.height for record in records), default=0)
-    return max(1, min(os.cpu_count() or 1, DECODE_BYTES // max(1, largest * _BYTES_PER_PIXEL)))
-
-
-def _fault(record: ImageRecord) -> str | None:
-    try:
-        read_image(record)
-    except TrainfitError as error:
-        return str(error).removeprefix(f"{record.path}: ")
-    return None
 
 
 def _mask_findings(record: ImageRecord, where: str) -> list[Finding]:
@@ -105,7 +84,7 @@ def _mask_findings(record: ImageRecord, where: str) -> list[Finding]:
     return findings
 
 
-def _without_mask(records: Sequence[ImageRecord], split: str, dataset: Dataset) -> list[Finding]:
+def _without_mask(records: Sequence[ImageRecord], split: str, dataset: DetectionDataset) -> list[Finding]:
     """A note where some objects have masks and others have none: models with masks refuse such a set."""
     shapes = [(r, s) for r in records for s, crowd in zip(r.segmentations, r.crowd, strict=True) if not crowd]
     bare = [record for record, segmentation in shapes if segmentation is None]

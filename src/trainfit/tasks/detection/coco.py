@@ -11,7 +11,7 @@ from typing import Any
 
 from trainfit.errors import TrainfitError
 from trainfit.tasks.detection.admit import LONGEST_PATH, RawImage, RawObject, admit, relative
-from trainfit.tasks.detection.samples import Dataset, ImageRecord
+from trainfit.tasks.detection.samples import DetectionDataset, ImageRecord
 from trainfit.tasks.findings import MOST_LISTED, Finding, Findings
 from trainfit.tasks.folder import (
     JSON_BYTES,
@@ -71,7 +71,7 @@ def find_coco(path: Path) -> dict[str, Path]:
     return _one_per_split(beside) or _by_name(path / "annotations") or _by_name(path)
 
 
-def read_coco(path: Path, *, allow_outside: bool = False) -> Dataset:
+def read_coco(path: Path, *, allow_outside: bool = False) -> DetectionDataset:
     """Reads a COCO data set; classes are in the order of their category ids, RLEs and polygons stay as written.
 
     The data set of a single JSON file is the folder of the file, or the one around it where that is `annotations`.
@@ -93,7 +93,7 @@ def read_coco(path: Path, *, allow_outside: bool = False) -> Dataset:
         raws, own = _raw_images(file, folder, root, split, index)
         splits[split], checked = admit(raws, root, split)
         findings += own + checked
-    return Dataset(
+    return DetectionDataset(
         root=root,
         format="coco",
         classes=tuple(names.values()),

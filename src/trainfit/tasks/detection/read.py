@@ -1,4 +1,4 @@
-"""Reads a data set of any format as a `Dataset` that training can use."""
+"""Reads a data set of any format as a `DetectionDataset` that training can use."""
 
 import os
 from collections import Counter
@@ -10,7 +10,7 @@ from trainfit.errors import TrainfitError
 from trainfit.files import cache_folder
 from trainfit.tasks.detection.coco import find_coco, read_coco
 from trainfit.tasks.detection.sample_set import SAMPLE_SET_VERSION, write_sample_set
-from trainfit.tasks.detection.samples import Dataset, ImageRecord
+from trainfit.tasks.detection.samples import DetectionDataset, ImageRecord
 from trainfit.tasks.detection.voc import find_voc, read_voc
 from trainfit.tasks.detection.yolo import find_yolo, read_yolo
 from trainfit.tasks.findings import Finding, require_none
@@ -28,7 +28,7 @@ def read_dataset(
     val_fraction: float = 0.1,
     seed: int = 0,
     allow_outside: bool = False,
-) -> Dataset:
+) -> DetectionDataset:
     """Reads a data set; `"sample"` is the built-in one (a folder of that name is `./sample`).
 
     The format is recognised by looking, unless it is given (`coco`, `yolo`, `voc`). Records are what training may
@@ -67,7 +67,7 @@ def recognises(data: str) -> bool:
         return True
 
 
-def require_no_errors(dataset: Dataset) -> None:
+def require_no_errors(dataset: DetectionDataset) -> None:
     """Raise TrainfitError with the first `error` finding and the number of further ones; training calls it first."""
     require_none(dataset.findings, f"trainfit check-data {dataset.root}")
 
@@ -96,7 +96,7 @@ def _sample_folder() -> Path:
         raise TrainfitError(f"{folder}: cannot be written ({error.strerror}); set XDG_CACHE_HOME") from error
 
 
-def _why_empty(dataset: Dataset, path: Path) -> str:
+def _why_empty(dataset: DetectionDataset, path: Path) -> str:
     if "train" not in dataset.splits:
         return f"{path}: no train split, only {', '.join(dataset.splits)}; name one train, or give its file"
     skipped = [finding for finding in dataset.findings if finding.severity in ("skipped", "error")]
@@ -106,7 +106,7 @@ def _why_empty(dataset: Dataset, path: Path) -> str:
     return f"{path}: the train split has no usable image: {kinds}; the first: {skipped[0].where}: {skipped[0].message}"
 
 
-def _held_out(dataset: Dataset, fraction: float, seed: int) -> Dataset:
+def _held_out(dataset: DetectionDataset, fraction: float, seed: int) -> DetectionDataset:
     def key(record: ImageRecord) -> bytes:
         return f"{record.path.name} {record.id}".encode(errors="surrogateescape")
 
@@ -130,7 +130,7 @@ def _between_splits(splits: Mapping[str, Sequence[ImageRecord]], root: Path) -> 
     return tuple(findings)
 
 
-def _without_truth(dataset: Dataset) -> tuple[Finding, ...]:
+def _without_truth(dataset: DetectionDataset) -> tuple[Finding, ...]:
     if any(len(record.classes) for record in dataset.splits["train"]):
         return ()
     what = "no image of train has an object; are the labels where the format wants them?"

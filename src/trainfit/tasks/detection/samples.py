@@ -34,7 +34,7 @@ class ImageRecord:
     boxes: NDArray[np.float64]
     """(n, 4): x0, y0, x1, y1 in pixels, positive size."""
     classes: NDArray[np.int64]
-    """(n,): index into `Dataset.classes`."""
+    """(n,): index into `DetectionDataset.classes`."""
     crowd: NDArray[np.bool_]
     """(n,): a region of many objects: ignored by training, "don't care" in evaluation."""
     areas: NDArray[np.float64]
@@ -58,7 +58,7 @@ def packed(segmentation: Segmentation | None) -> Polygons | dict[str, Any] | Non
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dataset:
+class DetectionDataset:
     """A data set as read: records by split, classes, and everything that was found wrong."""
 
     root: Path

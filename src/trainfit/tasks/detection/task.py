@@ -13,7 +13,7 @@ from trainfit.tasks.detection.masks import require_masks
 from trainfit.tasks.detection.metric import DetectionMetric
 from trainfit.tasks.detection.pictures import coco_annotation, drawn, file_record, row_text, rows
 from trainfit.tasks.detection.read import read_dataset, recognises, require_no_errors
-from trainfit.tasks.detection.samples import Dataset, ImageRecord, Sample
+from trainfit.tasks.detection.samples import DetectionDataset, ImageRecord, Sample
 from trainfit.tasks.detection.statistics import DatasetStatistics
 from trainfit.tasks.detection.statistics import statistics as statistics_of
 from trainfit.tasks.findings import note_lines
@@ -47,7 +47,7 @@ def read(
     val_fraction: float = 0.1,
     seed: int = 0,
     allow_outside: bool = False,
-) -> Dataset:
+) -> DetectionDataset:
     """The data set in a folder, a COCO JSON file or a YOLO data file, or the built-in `sample`.
 
     Raises:
@@ -58,7 +58,7 @@ def read(
     return dataset
 
 
-def only_classes(dataset: Dataset, rows: Sequence[int]) -> Dataset:
+def only_classes(dataset: DetectionDataset, rows: Sequence[int]) -> DetectionDataset:
     """Objects of other classes are left out; images without any of these stay as background."""
     place = np.full(len(dataset.classes), -1, np.int64)
     place[list(rows)] = np.arange(len(rows))
@@ -78,17 +78,17 @@ def only_classes(dataset: Dataset, rows: Sequence[int]) -> Dataset:
     )
 
 
-def summary(dataset: Dataset) -> str:
+def summary(dataset: DetectionDataset) -> str:
     """Images of each split, classes, and the format."""
     return f"data: {split_sizes(dataset.splits)}, {len(dataset.classes)} classes ({dataset.format})"
 
 
-def notes(dataset: Dataset) -> Sequence[str]:
+def notes(dataset: DetectionDataset) -> Sequence[str]:
     """What was left out, mended or held out, a line each."""
     return note_lines(dataset.findings)
 
 
-def require(dataset: Dataset, workload: Any) -> None:
+def require(dataset: DetectionDataset, workload: Any) -> None:
     """Refuse data without masks for a model that trains on masks.
 
     Raises:
@@ -98,7 +98,7 @@ def require(dataset: Dataset, workload: Any) -> None:
         require_masks([record for split in ("train", "val") for record in dataset.splits[split]])
 
 
-def compare(dataset: Dataset, workload: Any, *, data: str, weights: str) -> Sequence[str]:
+def compare(dataset: DetectionDataset, workload: Any, *, data: str, weights: str) -> Sequence[str]:
     """A remark on classes of the data set that the model does not have.
 
     Raises:
@@ -137,7 +137,7 @@ def metric(
     records: Sequence[ImageRecord],
     workload: Any,
     *,
-    dataset: Dataset | None = None,
+    dataset: DetectionDataset | None = None,
     max_detections: int | None = None,
 ) -> DetectionMetric:
     """AP of boxes, and of masks where the workload has them.

@@ -8,7 +8,7 @@ from xml.etree.ElementTree import Element
 from trainfit.errors import TrainfitError
 from trainfit.tasks.detection.admit import Box, RawImage, RawObject, admit, relative
 from trainfit.tasks.detection.coco import SPLIT_WORDS
-from trainfit.tasks.detection.samples import Dataset, ImageRecord
+from trainfit.tasks.detection.samples import DetectionDataset, ImageRecord
 from trainfit.tasks.findings import Finding, Findings
 from trainfit.tasks.folder import (
     OUTSIDE,
@@ -64,7 +64,7 @@ def find_voc(path: Path, data: DataFolder | None = None) -> dict[str, list[Path]
     return {split: [folder / f"{stem}.xml" for stem in stems] for split, stems in splits.items() if stems}
 
 
-def read_voc(path: Path, *, allow_outside: bool = False) -> Dataset:
+def read_voc(path: Path, *, allow_outside: bool = False) -> DetectionDataset:
     """Reads a Pascal VOC data set; images and objects have running ids.
 
     Coordinates are kept as written. The original standard counts pixels from 1 and includes the last one, but most
@@ -90,7 +90,7 @@ def read_voc(path: Path, *, allow_outside: bool = False) -> Dataset:
     if difficult:
         what = f"{difficult} objects are marked difficult: trained on and evaluated like all others"
         findings.append(Finding(severity="note", kind="difficult objects", where="Annotations", message=what))
-    return Dataset(
+    return DetectionDataset(
         root=path,
         format="voc",
         classes=classes,

@@ -7,7 +7,7 @@ from typing import Any
 
 from trainfit.errors import TrainfitError
 from trainfit.tasks.detection.admit import RawImage, RawObject, admit, relative
-from trainfit.tasks.detection.samples import Dataset, ImageRecord, Segmentation
+from trainfit.tasks.detection.samples import DetectionDataset, ImageRecord, Segmentation
 from trainfit.tasks.findings import Finding, Findings
 from trainfit.tasks.folder import (
     LABEL_BYTES,
@@ -49,7 +49,7 @@ def _has_names(file: Path) -> bool:
         return False
 
 
-def read_yolo(path: Path, *, allow_outside: bool = False) -> Dataset:
+def read_yolo(path: Path, *, allow_outside: bool = False) -> DetectionDataset:
     """Reads a YOLO data set; images have running ids in the order of their paths.
 
     A label line is `class cx cy w h` or, as a polygon of three points or more, `class x y x y ...`, as fractions of
@@ -75,7 +75,7 @@ def read_yolo(path: Path, *, allow_outside: bool = False) -> Dataset:
             raws = list(_raw_images(images, folder, len(names), findings))
             splits[split], own = admit(raws, folder.root, split)
             findings.extend(own)
-    return Dataset(
+    return DetectionDataset(
         root=folder.root,
         format="yolo",
         classes=names,

@@ -1,12 +1,10 @@
 """The check that costs time: every image decoded, every text tokenized."""
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from trainfit.errors import TrainfitError
+from trainfit.tasks.decoding import decoded
 from trainfit.tasks.findings import Finding, Findings
 from trainfit.tasks.folder import shown
 from trainfit.tasks.pairs.read import read_pixels
@@ -16,8 +14,6 @@ from trainfit.tasks.task import DataCheck, Progress
 
 CONTEXT = 77
 """Tokens that CLIP's text towers take; two of them mark the beginning and the end."""
-THREADS = 8
-"""Each holds one decoded image, of at most 0.7 GiB."""
 
 
 def check_dataset(dataset: PairDataset, *, progress: Progress | None = None) -> PairDataset:
@@ -27,24 +23,17 @@ def check_dataset(dataset: PairDataset, *, progress: Progress | None = None) -> 
     """
     findings = Findings("all splits")
     too_long = _token_counter(findings)
-    splits: dict[str, tuple[PairRecord, ...]] = {}
-    total = sum(map(len, dataset.splits.values()))
-    done = 0
-    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        for split, records in dataset.splits.items():
-            kept: list[PairRecord] = []
-            for record, fault in zip(records, pool.map(_fault, records), strict=True):
-                done += 1
-                if progress is not None:
-                    progress(done, total)
-                where = _place(record)
-                if fault is None:
-                    kept.append(record)
-                    findings.extend(_too_long(record, where, too_long))
-                else:
-                    what = f"{fault}; left out with its {len(record.texts)} texts"
-                    findings.append(Finding(severity="skipped", kind="undecodable image", where=where, message=what))
-            splits[split] = tuple(kept)
+    records = [record for split in dataset.splits.values() for record in split]
+    damaged: set[int] = set()
+    for record, fault in decoded(records, _decode, progress=progress):
+        where = _place(record)
+        if fault is None:
+            findings.extend(_too_long(record, where, too_long))
+            continue
+        damaged.add(id(record))
+        what = f"{fault.removeprefix(f'{record.file}: ')}; left out with its {len(record.texts)} texts"
+        findings.append(Finding(severity="skipped", kind="undecodable image", where=where, message=what))
+    splits = {split: tuple(r for r in read if id(r) not in damaged) for split, read in dataset.splits.items()}
     if dataset.format != "classes" and not splits["train"]:
         what = "no image of train can be decoded; give a data set with images"
         findings.append(Finding(severity="error", kind="no images", where="train", message=what))
@@ -67,14 +56,9 @@ def _place(record: PairRecord) -> str:
     return record.file if record.offset < 0 else f"{record.file} at byte {record.offset}"
 
 
-def _fault(record: PairRecord) -> str | None:
-    if record.text_only:
-        return None
-    try:
+def _decode(record: PairRecord) -> None:
+    if not record.text_only:
         read_pixels(record)
-    except TrainfitError as error:
-        return str(error).removeprefix(f"{record.file}: ")
-    return None
 
 
 def _token_counter(findings: Findings) -> Callable[[Sequence[str]], Sequence[int]] | None:

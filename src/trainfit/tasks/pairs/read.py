@@ -19,7 +19,7 @@ from trainfit.tasks.pairs.folder import class_folders, has_texts, read_classes, 
 from trainfit.tasks.pairs.grouped import Grouped
 from trainfit.tasks.pairs.samples import PairDataset, PairRecord
 from trainfit.tasks.pairs.shards import expand, read_shard
-from trainfit.tasks.pairs.tables import ANY, SUFFIXES, Columns, parse_columns, read_table
+from trainfit.tasks.pairs.tables import ANY, SUFFIXES, TableColumns, parse_columns, read_table
 
 READERS = {"folder": read_folder, "coco": read_captions, "webdataset": read_shard}
 TABLE = "table"
@@ -69,7 +69,7 @@ def read_dataset(
     return replace(dataset, findings=dataset.findings + _between_splits(dataset.splits))
 
 
-def _with_columns(file_format: str | None) -> tuple[str | None, Columns]:
+def _with_columns(file_format: str | None) -> tuple[str | None, TableColumns]:
     """`table:IMAGE,TEXT` as the format and its columns."""
     if file_format is None or not file_format.startswith(f"{TABLE}:"):
         return file_format, ANY

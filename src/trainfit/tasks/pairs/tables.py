@@ -22,7 +22,7 @@ SEPARATORS = ("\t", ",", ";", "|")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Columns:
+class TableColumns:
     """Which columns of a table hold images and texts, and what separates them; empty: found by looking."""
 
     image: str = ""
@@ -31,7 +31,7 @@ class Columns:
     """One character."""
 
 
-def parse_columns(given: str) -> Columns:
+def parse_columns(given: str) -> TableColumns:
     """`IMAGE,TEXT` or `IMAGE,TEXT,SEPARATOR`, for instance `url,alt,;` or `filepath,title,tab`.
 
     Raises:
@@ -42,14 +42,14 @@ def parse_columns(given: str) -> Columns:
     separator = "\t" if separator in ("tab", "\\t") else separator
     if not image or not text or len(separator) > 1:
         raise TrainfitError(f"--format table:{given}: write table:IMAGE,TEXT or table:IMAGE,TEXT,SEPARATOR")
-    return Columns(image=image, text=text, separator=separator)
+    return TableColumns(image=image, text=text, separator=separator)
 
 
-ANY = Columns()
+ANY = TableColumns()
 """The first known names that are there."""
 
 
-def read_table(path: Path, folder: DataFolder, grouped: Grouped, chosen: Columns = ANY) -> None:
+def read_table(path: Path, folder: DataFolder, grouped: Grouped, chosen: TableColumns = ANY) -> None:
     """Add every row of a table; image files are relative to the table's folder.
 
     Raises:
@@ -98,7 +98,7 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]
         yield number, cast("dict[str, Any]", row)
 
 
-def _columns(path: Path, row: Mapping[str, Any], chosen: Columns) -> tuple[str, str]:
+def _columns(path: Path, row: Mapping[str, Any], chosen: TableColumns) -> tuple[str, str]:
     names = [name for name in row if name]
     for_images = (chosen.image,) if chosen.image else IMAGE_COLUMNS
     for_texts = (chosen.text,) if chosen.text else TEXT_COLUMNS
