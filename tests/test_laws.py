@@ -14,6 +14,7 @@ import trace_cases
 from trainfit.gpus.catalogue import find_gpu
 from trainfit.memory import shipped
 from trainfit.memory.allocator import replay
+from trainfit.memory.archive import write_archive
 from trainfit.memory.laws import Laws, Variable, find_laws, missing, moved
 from trainfit.memory.packaged import packaged
 from trainfit.memory.priced import Pricer
@@ -170,7 +171,7 @@ def test_the_package_answers_for_other_data(
     settings = json.dumps(dict.fromkeys(entries, request.setting.to_json()))
     for alone in (False, True):
         entries[shipped.laws_name(request, alone=alone)] = json.dumps(laws.to_record())
-    shipped.write_archive(tmp_path / "rfdetr-nano.tar.xz", entries | {shipped.SETTINGS: settings})
+    write_archive(tmp_path / "rfdetr-nano.tar.xz", entries | {shipped.SETTINGS: settings})
     record = {"rfdetr-nano": made_with(request.setting).to_record()}
     (tmp_path / shipped.MADE_WITH).write_text(json.dumps(record))
     monkeypatch.setattr(shipped, "shipped_folder", lambda: tmp_path)

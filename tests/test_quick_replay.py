@@ -1,6 +1,5 @@
 """The quick replay against the allocator's: what it reserves, and at which capacities a trace survives, to the byte."""
 
-import json
 import random
 from dataclasses import replace
 from itertools import pairwise
@@ -10,11 +9,12 @@ from hypothesis import strategies as st
 
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.allocator import replay
+from trainfit.memory.archive import read_archive
 from trainfit.memory.columns import Columns
 from trainfit.memory.least import least_capacity_bytes
 from trainfit.memory.quick_replay import QuickReplay, history
 from trainfit.memory.scaling import ScaledTrace
-from trainfit.memory.shipped import archive_path, read_archive
+from trainfit.memory.shipped import archive_path
 from trainfit.tracing.events import TensorInfo, Trace
 
 MIB = 2**20
@@ -103,9 +103,9 @@ def test_one_replay_answers_for_temporaries_of_two_sizes(seed: int, shares: list
 
 def test_a_models_training_survives_where_the_allocator_does() -> None:
     """25,000 tensors, from the archive whatever its validity; capacities between what is asked for and what is reserved."""
-    entries = read_archive(archive_path("rfdetr-nano"))
-    text = next(text for name, text in entries.items() if "training" in name and "any" in name and "laws" not in name)
-    columns = ScaledTrace.from_record(json.loads(text)).at(3)
+    archive = read_archive(archive_path("rfdetr-nano"))
+    name = next(name for name in archive.names if "training" in name and "any" in name and "laws" not in name)
+    columns = ScaledTrace.from_record(archive.record(name)).at(3)
     trace = columns.trace()
     free, quick = replay(trace, capacity_bytes=None), QuickReplay(columns, AllocatorConfig())
     low, high = free.peak_requested_bytes, free.peak_reserved_bytes

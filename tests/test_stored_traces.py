@@ -12,6 +12,7 @@ import pytest
 from test_profile import make_trace
 from trainfit.gpus.catalogue import find_gpu
 from trainfit.memory import priced, shipped
+from trainfit.memory.archive import write_archive
 from trainfit.memory.priced import Pricer
 from trainfit.memory.scaling import ScaledTrace, scale
 from trainfit.models.classifier.family import ClassifierSetting
@@ -100,7 +101,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     assert scaled is not None
     name = shipped.entry_name(request)
     settings = json.dumps({name: request.setting.to_json()})
-    shipped.write_archive(tmp_path / "timm:resnet18.tar.xz", {name: scaled.to_json(), shipped.SETTINGS: settings})
+    write_archive(tmp_path / "timm:resnet18.tar.xz", {name: scaled.to_json(), shipped.SETTINGS: settings})
     record = {"timm:resnet18": trace_cache.made_with(request.setting).to_record()}
     (tmp_path / shipped.MADE_WITH).write_text(json.dumps(record))
     monkeypatch.setattr(shipped, "shipped_folder", lambda: tmp_path)

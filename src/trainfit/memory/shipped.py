@@ -1,8 +1,8 @@
 """Traces of the built-in models that come with the package, so that a plan or a prediction of them needs no tracing.
 
-`shipped/MODEL.tar.xz` has the traces of one model (`tar tf` lists them), the setting of each, and laws (`memory.laws`)
-that take them to the objects and classes of any data set; `made_with.json` says what the traces of each model were made
-with. `scripts/traces` makes all of these.
+`shipped/MODEL.tar.xz` has the traces of one model (`memory.archive` has the format), the setting of each, and laws
+(`memory.laws`) that take them to the objects and classes of any data set; `made_with.json` says what the traces of each
+model were made with. `scripts/traces` makes all of these.
 
 In an installed release the code is that which made the traces. In a checkout where it was edited since, or with another
 version of torch or of the model's package, a shipped trace could answer for a step that is no longer so: it is not
@@ -10,7 +10,6 @@ used, the step is traced here (`why_unused` says so in a line), and `scripts/tra
 with the shipped ones and makes them valid for the edited code where they are equal.
 """
 
-import io
 import json
 import lzma
 import tarfile
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trainfit.errors import TrainfitError
+from trainfit.memory.archive import Archive, read_archive
 from trainfit.memory.laws import Laws
 from trainfit.models.setting import Setting
 from trainfit.tracing.provenance import Provenance
@@ -71,7 +71,7 @@ def shipped(request: TraceRequest, parse: Callable[[Mapping[str, Any]], T], *, a
         return None
     path = archive_path(request.setting.model)
     try:
-        return parse(json.loads(_entries(path)[entry_name(request, alone=alone)]))
+        return parse(_archive(path).record(entry_name(request, alone=alone)))
     except DAMAGE as error:
         raise _damaged(path, error) from error
 
@@ -128,51 +128,36 @@ def why_unused(setting: Setting) -> str | None:
     return f"the traces of {setting.model} that come with trainfit were made with other versions of {which}{more}: not used"
 
 
-def write_archive(path: Path, entries: Mapping[str, str]) -> None:
-    """Write an archive with the same bytes for the same entries."""
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w") as archive:
-        for name in sorted(entries):
-            text = entries[name].encode()
-            info = tarfile.TarInfo(name)
-            info.size = len(text)
-            archive.addfile(info, io.BytesIO(text))
-    path.write_bytes(lzma.compress(data.getvalue(), preset=9 | lzma.PRESET_EXTREME))
-
-
-def read_archive(path: Path) -> dict[str, str]:
-    """Name -> text of an archive's entries.
+def texts(path: Path) -> dict[str, str]:
+    """Name -> JSON of an archive's records.
 
     Raises:
         TrainfitError: it is damaged.
     """
-    entries: dict[str, str] = {}
+    opened = _archive(path)
+    return {name: opened.text(name) for name in opened.names}
+
+
+@cache
+def _archive(path: Path) -> Archive:
     try:
-        with tarfile.open(fileobj=io.BytesIO(lzma.decompress(path.read_bytes()))) as archive:
-            for info in archive:
-                file = archive.extractfile(info)
-                assert file is not None, f"{info.name} is not a file"
-                entries[info.name] = file.read().decode()
+        return read_archive(path)
     except (OSError, lzma.LZMAError, tarfile.TarError, *DAMAGE) as error:
         raise _damaged(path, error) from error
-    return entries
-
-
-_entries = cache(read_archive)
 
 
 @cache
 def _laws(path: Path) -> dict[str, Laws]:
     try:
-        named = {name: json.loads(text) for name, text in _entries(path).items() if name.startswith("laws ")}
-        return {name: Laws.from_record(record) for name, record in named.items()}
+        opened = _archive(path)
+        return {name: Laws.from_record(opened.record(name)) for name in opened.names if name.startswith("laws ")}
     except DAMAGE as error:
         raise _damaged(path, error) from error
 
 
 def forget() -> None:
     """Read the files anew from now on."""
-    for cached in (_entries, _laws, _settings, _made_with):
+    for cached in (_archive, _laws, _settings, _made_with):
         cached.cache_clear()
 
 
@@ -188,7 +173,7 @@ def _made_with(path: Path) -> dict[str, Provenance]:
 @cache
 def _settings(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        return json.loads(_entries(path)[SETTINGS])
+        return _archive(path).record(SETTINGS)
     except DAMAGE as error:
         raise _damaged(path, error) from error
 
