@@ -8,6 +8,7 @@ so nothing is recomputed.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from trainfit.models.rfdetr.packed_masks import PackedMasks
 
 PIECE = 2**21
-"""Mask logits in one piece: 8 MiB in float32."""
+"""Mask logits in one piece for each image of the micro-batch: 8 MiB in float32. A micro-batch of any size has as many pieces."""
 OVERSAMPLING = 3
 """Upstream's candidates per point (`loss_masks`)."""
 UNCERTAIN = 0.75
@@ -34,26 +35,29 @@ Indices = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Matched pairs of one image, numbered over the micro-batch."""
+    """Some matched pairs, which are numbered over the micro-batch, image after image."""
 
-    image: int
     pairs: slice
+    images: Sequence[tuple[int, slice]]
+    """Each image that has some of them, and which: counted from the first pair of the piece."""
 
 
-def pieces_of(counts: Sequence[int], pixels: int) -> Iterator[list[Piece]]:
-    """Yield the pieces of each image that has matched pairs, of at most `PIECE` logits (but at least one mask) each.
+def pieces_of(counts: Sequence[int], pixels: int) -> Iterator[Piece]:
+    """Yield pieces that have at most `PIECE` logits (but at least one mask) for each image of the micro-batch.
 
     Args:
         counts: Number of matched pairs of each image.
         pixels: Logits of one mask.
     """
-    first = 0
-    most = max(1, PIECE // pixels)
-    for image, count in enumerate(counts):
-        starts = range(first, first + count, most)
-        first += count
-        if count:
-            yield [Piece(image=image, pairs=slice(start, min(start + most, first))) for start in starts]
+    ends = list(accumulate(counts))
+    most = len(counts) * max(1, PIECE // pixels)
+    for first in range(0, ends[-1], most):
+        last = min(first + most, ends[-1])
+        parts = [
+            (image, slice(max(end - count, first) - first, min(end, last) - first))
+            for image, (count, end) in enumerate(zip(counts, ends, strict=True))
+        ]
+        yield Piece(pairs=slice(first, last), images=[(image, part) for image, part in parts if part.start < part.stop])
 
 
 class LeanCriterion(SetCriterion):
@@ -73,10 +77,15 @@ class LeanCriterion(SetCriterion):
         device = spatial.device
         candidates = torch.rand(sum(counts), points * OVERSAMPLING, 2, device=device)
         others = torch.rand(sum(counts), points - int(UNCERTAIN * points), 2, device=device)
-        pairs = torch.stack([torch.cat(side) for side in zip(*indices, strict=True)]).to(device)
         masks = [target["masks"] for target in targets]
+        number = head["query_features"].shape[1]
+        sides = [
+            torch.cat([queries + image * number for image, (queries, _) in enumerate(indices)]),
+            torch.cat([own + part.first for part, (_, own) in zip(masks, indices, strict=True)]),
+        ]
+        pairs = torch.stack(sides).to(device)
         entropy, dice = PairLosses.apply(  # pyright: ignore[reportGeneralTypeIssues]
-            spatial, head["query_features"], head["bias"], pairs, candidates, others, masks, counts
+            spatial, head["query_features"], head["bias"], pairs, candidates, others, masks[0].all(), counts
         )
         return {"loss_mask_ce": entropy.sum() / num_boxes, "loss_mask_dice": dice.sum() / num_boxes}
 
@@ -123,7 +132,7 @@ class PairLosses(torch.autograd.Function):
         pairs: torch.Tensor,
         candidates: torch.Tensor,
         others: torch.Tensor,
-        masks: Sequence[PackedMasks],
+        masks: PackedMasks,
         counts: Sequence[int],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses of all pairs, image after image: cross-entropy (pairs,) and Dice (pairs,).
@@ -133,58 +142,103 @@ class PairLosses(torch.autograd.Function):
             spatial: (images, channels, height, width).
             queries: (images, queries, channels). A mask's logits are the products of its query with `spatial`, plus `bias`.
             bias: (1,).
-            pairs: (2, pairs): query and target of each, both counted within their image.
+            pairs: (2, pairs): query and target of each, both counted over the micro-batch.
             candidates: (pairs, 3 points, 2) in 0..1: the most uncertain of these are used.
             others: (pairs, points, 2): points that are always used.
-            masks: The targets of each image.
+            masks: The targets of all images.
             counts: Pairs of each image.
         """
         saved = SavedForBackward.empty(spatial, candidates, others)
-        for pieces in pieces_of(counts, spatial[0, 0].numel()):
-            for piece in pieces:
-                own = piece.pairs
-                chosen = pairs[:, own]
-                product = queries[piece.image][chosen[0]] @ spatial[piece.image].flatten(1)
-                ctx.product_dtype = product.dtype
-                logits = product.add_(bias) if product.dtype == bias.dtype else product + bias
-                del product
-                logits = logits.view(-1, 1, *spatial.shape[2:])
-                saved.points[own] = choose_points(logits, candidates[own], others[own])
-                saved.values[own] = at_points(logits, saved.points[own])
-                del logits
-                saved.labels[own] = masks[piece.image].at(chosen[1], saved.points[own])
-                saved.entropy[own], saved.dice[own] = losses_of(saved.values[own], saved.labels[own])
+        dtype = product_dtype(spatial, queries)
+        flat = spatial.flatten(2).to(dtype)
+        for piece in pieces_of(counts, flat.shape[2]):
+            own = piece.pairs
+            chosen = queries.flatten(0, 1)[pairs[0, own]].to(dtype)
+            product = flat.new_empty(len(chosen), flat.shape[2])
+            for image, part in piece.images:
+                torch.mm(chosen[part], flat[image], out=product[part])
+            logits = product.add_(bias) if dtype == bias.dtype else product + bias
+            del product
+            logits = logits.view(-1, 1, *spatial.shape[2:])
+            saved.points[own] = choose_points(logits, candidates[own], others[own])
+            saved.values[own] = at_points(logits, saved.points[own])
+            del logits
+            saved.labels[own] = masks.at(pairs[1, own], saved.points[own])
+            saved.entropy[own], saved.dice[own] = losses_of(saved.values[own], saved.labels[own])
         ctx.save_for_backward(spatial, queries, bias, pairs, saved.points, saved.values, saved.labels)
-        ctx.counts = counts
+        ctx.counts, ctx.dtype = counts, dtype
         return saved.entropy, saved.dice
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of `spatial`, `queries` and `bias`."""
         spatial, queries, bias, pairs, points, values, labels = ctx.saved_tensors
-        dtype = ctx.product_dtype
-        of_spatial = torch.zeros(spatial.shape, dtype=spatial.dtype, device=spatial.device)
+        flat = spatial.flatten(2).to(ctx.dtype)
+        of_spatial = SpatialGradient(spatial, values.dtype, ctx.counts)
         of_queries = torch.zeros_like(queries)
         of_bias = torch.zeros((), dtype=values.dtype, device=values.device)
-        for pieces in pieces_of(ctx.counts, spatial[0, 0].numel()):
-            image = pieces[0].image
-            flat = spatial[image].flatten(1).to(dtype)
-            total = of_spatial[image].flatten(1).to(values.dtype)  # sums of half-precision products are float32
-            for piece in pieces:
-                chosen = pairs[0, piece.pairs]
-                own = [gradient[piece.pairs] for gradient in gradients]
-                of_values = gradient_of_losses(values[piece.pairs], labels[piece.pairs], *own)
-                of_logits = spread(of_values, points[piece.pairs], spatial.shape[2:])
-                of_bias += of_logits.sum()
-                of_product = of_logits.to(dtype)
-                del of_logits
-                of_queries[image][chosen] = (of_product @ flat.T).to(queries.dtype)
-                if total.dtype == dtype:
-                    total.addmm_(queries[image][chosen].T, of_product)
-                else:
-                    total += queries[image][chosen].to(dtype).T @ of_product
-            of_spatial[image] = total.view(spatial.shape[1:])
-        return of_spatial, of_queries, of_bias.to(bias.dtype).view(bias.shape), None, None, None, None, None
+        for piece in pieces_of(ctx.counts, flat.shape[2]):
+            own = piece.pairs
+            chosen = queries.flatten(0, 1)[pairs[0, own]].to(ctx.dtype)
+            of_values = gradient_of_losses(values[own], labels[own], *(gradient[own] for gradient in gradients))
+            of_logits = spread(of_values, points[own], spatial.shape[2:])
+            of_bias += of_logits.sum()
+            of_product = of_logits.to(ctx.dtype)
+            del of_logits
+            of_chosen = torch.empty_like(chosen)
+            for image, part in piece.images:
+                torch.mm(of_product[part], flat[image].T, out=of_chosen[part])
+                of_spatial.add(image, chosen[part], of_product[part])
+            of_queries.flatten(0, 1)[pairs[0, own]] = of_chosen.to(queries.dtype)
+        return of_spatial.result(), of_queries, of_bias.to(bias.dtype).view(bias.shape), None, None, None, None, None
+
+
+def product_dtype(spatial: torch.Tensor, queries: torch.Tensor) -> torch.dtype:
+    """In what autocast, or torch, multiplies the two."""
+    kind = spatial.device.type
+    dtype = torch.promote_types(spatial.dtype, queries.dtype)
+    if dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return dtype
+
+
+class SpatialGradient:
+    """The gradient of the spatial features, whose images get their pairs one after another.
+
+    The products of an image that come in several pieces are added up in `dtype`, one image at a time.
+    """
+
+    def __init__(self, spatial: torch.Tensor, dtype: torch.dtype, counts: Sequence[int]) -> None:
+        self.gradient = torch.zeros(spatial.shape, dtype=spatial.dtype, device=spatial.device)
+        self.counts = counts
+        self.dtype = dtype
+        self.image = -1
+        self.total: torch.Tensor | None = None
+
+    def add(self, image: int, chosen: torch.Tensor, of_product: torch.Tensor) -> None:
+        """Add the products of some pairs' queries (pairs, channels) and logits' gradients (pairs, pixels)."""
+        own = self.gradient[image].flatten(1)
+        if len(chosen) == self.counts[image] and own.dtype == chosen.dtype:
+            torch.mm(chosen.T, of_product, out=own)
+            return
+        if image != self.image:
+            self._end()
+            self.image, self.total = image, own.to(self.dtype)
+        assert self.total is not None
+        if self.total.dtype == chosen.dtype:
+            self.total.addmm_(chosen.T, of_product)
+        else:
+            self.total += chosen.T @ of_product  # sums of half-precision products are float32
+
+    def _end(self) -> None:
+        if self.total is not None and self.total.dtype != self.gradient.dtype:
+            self.gradient[self.image] = self.total.view(self.gradient.shape[1:])
+        self.total = None
+
+    def result(self) -> torch.Tensor:
+        """The gradient."""
+        self._end()
+        return self.gradient
 
 
 def at_points(logits: torch.Tensor, points: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from rfdetr.models.heads.segmentation import point_sample
@@ -12,20 +13,30 @@ GATHER_BITS = 0x0102040810204080
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedMasks:
-    """Masks of one size on one device."""
+    """Masks of one size on one device; those of an image are a part of its micro-batch's."""
 
     bits: torch.Tensor
-    """uint8 (masks, bytes): pixel 8 b + j of a mask, counted row by row, is bit j of byte b."""
+    """uint8 (masks, bytes) of all masks: pixel 8 b + j of a mask, counted row by row, is bit j of byte b."""
     size: tuple[int, int]
     """(height, width) in pixels."""
+    first: int = 0
+    """Number of the first of these masks among all."""
+    count: int | None = None
+    """How many these are; None: all."""
 
     def __len__(self) -> int:
         """Number of masks."""
-        return len(self.bits)
+        return len(self.bits) if self.count is None else self.count
 
     def split(self, counts: Sequence[int]) -> list["PackedMasks"]:
-        """Consecutive masks, `counts[i]` in the i-th part: views."""
-        return [PackedMasks(bits=bits, size=self.size) for bits in self.bits.split(list(counts))]
+        """Consecutive masks, `counts[i]` in the i-th part."""
+        firsts = [0, *accumulate(counts)][:-1]
+        parts = zip(firsts, counts, strict=True)
+        return [PackedMasks(bits=self.bits, size=self.size, first=first, count=count) for first, count in parts]
+
+    def all(self) -> "PackedMasks":
+        """All masks that these are a part of."""
+        return PackedMasks(bits=self.bits, size=self.size)
 
     def at(self, masks: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
         """The pixels of the masks numbered `masks` (n,) nearest to `points` (n or 1, p, 2): bool (n, p).
@@ -37,7 +48,7 @@ class PackedMasks:
         columns = _nearest(points, width, axis=0)
         rows = _nearest(points, height, axis=1)
         pixels = rows.mul_(width).add_(columns)
-        values = self.bits[masks[:, None], pixels >> 3]
+        values = self.bits[self.first : self.first + len(self)][masks[:, None], pixels >> 3]
         return (values >> (pixels & 7).to(torch.uint8)).bitwise_and_(1).bool()
 
 
