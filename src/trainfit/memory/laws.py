@@ -127,13 +127,14 @@ def find_laws(
     """The laws that take the first trace of each pair, at the base of all variables, to the second, at their other values;
     for each pair, with its counts.
 
-    Of tensors that nothing distinguishes and that grow differently, the largest counts; a size that is no product of variables
-    stays. None: what the laws make of a first trace has not the peak of the second.
+    The first variable is what code makes more pieces for. Of tensors that nothing distinguishes and that grow differently,
+    the largest counts; a size that is no product of variables stays. None: what the laws make of a first trace has not the peak of the second.
     """
     likes: dict[Kind, int] = {}
-    for base, other in pairs:
-        growth = prod(each.base / each.other for each in variables)
-        for one, nbytes in zip(base.trace.tensors, _like(base, other, growth), strict=True):
+    growth = prod(each.base / each.other for each in variables)
+    like_of = [_like(base, other, growth) for base, other in pairs]
+    for (base, _), like in zip(pairs, like_of, strict=True):
+        for one, nbytes in zip(base.trace.tensors, like, strict=True):
             if nbytes is not None:
                 likes[kind_of(one)] = max(nbytes, likes.get(kind_of(one), 0))
     products: list[tuple[int, ...]] = []
@@ -145,8 +146,9 @@ def find_laws(
         if nbytes != kind[3] and (factors := _factors(kind[3], nbytes, variables, products)) is not None
     }
     all_laws: list[Laws] = []
-    for base, other in pairs:
-        laws = Laws(variables=tuple(variables), sizes=sizes, counts=_changes(base, other, sizes, len(variables)))
+    for (base, other), like in zip(pairs, like_of, strict=True):
+        pieces = [one for one, nbytes in zip(base.trace.tensors, like, strict=True) if nbytes is None]
+        laws = Laws(variables=tuple(variables), sizes=sizes, counts=_changes(base, other, sizes, variables, pieces))
         values = {each.knob: each.other for each in variables}
         predicted = moved(ScaledTrace.of_one(base, 1), laws, values).columns.peak_bytes()
         true = Columns.of(other.trace).peak_bytes()
@@ -187,25 +189,34 @@ def kind_of(tensor: TensorInfo) -> Kind:
 
 
 def _changes(
-    base: StoredTrace, other: StoredTrace, sizes: Mapping[Kind, tuple[int, ...]], variables: int
+    base: StoredTrace,
+    other: StoredTrace,
+    sizes: Mapping[Kind, tuple[int, ...]],
+    variables: Sequence[Variable],
+    pieces: Iterable[TensorInfo],
 ) -> dict[Row, tuple[Change, ...]]:
-    """Of the rows that differ; rows of one operator, phase and type are taken together. Where several variables change,
-    each has the share that it has of the bytes that the operator's tensors change by, or all tensors.
+    """Of the rows that differ; rows of one operator, phase and type are taken together. The number of kernels follows the first
+    variable. Of FLOPs and bytes each variable has the share that it has of the bytes that the operator's tensors change by,
+    or all tensors; `pieces`, which the other trace does not have, are the first variable's.
     """
-    weights: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0] * variables)
+    weights: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0] * len(variables))
+    shrunk = [1 - (each.other + each.plus) / (each.base + each.plus) for each in variables]
     for tensor in base.trace.tensors:
         for index in sizes.get(kind_of(tensor), ()):
             for key in ((tensor.op, tensor.phase), ("", "")):
-                weights[key][index] += tensor.nbytes
+                weights[key][index] += tensor.nbytes * shrunk[index]
+    for tensor in pieces:
+        for key in ((tensor.op, tensor.phase), ("", "")):
+            weights[key][0] += tensor.nbytes
     at_base = _sums(base.ops)
     at_other = _sums(other.ops)
     changes: dict[Row, tuple[Change, ...]] = {}
     for row, sums in at_base.items():
-        change = [b / a - 1 if a else 0.0 for a, b in zip(sums, at_other.get(row, sums), strict=True)]
-        if any(change):
+        kernels, flops, nbytes = (b / a - 1 if a else 0.0 for a, b in zip(sums, at_other.get(row, sums), strict=True))
+        if any((kernels, flops, nbytes)):
             of_row = weights.get((row[0], row[1])) or weights["", ""]
             total = sum(of_row) or 1
-            changes[row] = tuple((change[0] * w / total, change[1] * w / total, change[2] * w / total) for w in of_row)
+            changes[row] = tuple((kernels * (v == 0), flops * w / total, nbytes * w / total) for v, w in enumerate(of_row))
     return changes
 
 
