@@ -73,7 +73,8 @@ def trace(objects: int, classes: int, *, checkpointing: str = "none", pieces: bo
 def main() -> None:
     """Trace everything that the tests compare."""
     found = {f"{objects} {classes}": trace(objects, classes) for objects, classes in POINTS}
-    found |= {f"pieces {objects} {classes}": trace(objects, classes, pieces=True) for objects, classes in POINTS[:4]}
+    pieces = (*POINTS[:4], (7, 80))
+    found |= {f"pieces {objects} {classes}": trace(objects, classes, pieces=True) for objects, classes in pieces}
     found |= {
         f"again {objects} {classes}": trace(objects, classes, checkpointing="reentrant")
         for objects, classes in POINTS[::2]
@@ -143,6 +144,17 @@ def test_fewer_objects_make_fewer_pieces_and_the_same_peak(traced: dict[str, Sto
         assert (
             true * 0.997 <= made <= true * 1.1
         )  # of a piece that is kept for backward there are as many as at the base
+
+
+def test_the_kernels_and_bytes_of_pieces_follow_the_objects_and_not_the_classes(traced: dict[str, StoredTrace]) -> None:
+    base, few = traced["pieces 100 80"], traced["pieces 7 80"]
+    found = find_laws([(base, traced["pieces 37 6"])], VARIABLES)
+    assert found is not None
+    made = at(base, found[0], 7, 80).ops[1]
+    kernels, at_base, true = (sum(row.count for row in rows) for rows in (made, base.ops, few.ops))
+    assert abs(kernels - true) < 0.05 * (at_base - true)
+    traffic, at_base, true = (sum(row.bytes for row in rows) for rows in (made, base.ops, few.ops))
+    assert abs(traffic - true) < 0.05 * (at_base - true)
 
 
 def test_a_step_that_does_something_else_has_no_laws() -> None:

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from rfdetr.models.heads.segmentation import point_sample
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mask_cases
 from mask_cases import Case, float64_points, make_case, peak_bytes, relative
@@ -96,6 +98,30 @@ def test_a_hundred_objects_take_less_than_a_quarter_of_upstreams_memory() -> Non
     case = make_case(0, (100,), queries=100, groups=13, side=432, layers=1, channels=16)
     theirs, ours = (peak_bytes(case, lean=lean) for lean in (False, True))
     assert ours * 4 < theirs
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operators that are no views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not any(each.alias_info and not each.alias_info.is_write for each in func._schema.returns)
+        return func(*args, **(kwargs or {}))
+
+
+def kernels(images: int, *, lean: bool) -> int:
+    """Operators of losses and backward with ten objects in each image."""
+    case = make_case(3, (10,) * images)
+    with Kernels() as seen:
+        mask_cases.run(case, lean=lean)
+    return seen.count
+
+
+def test_few_objects_take_about_as_many_kernels_as_upstream_at_every_micro_batch() -> None:
+    two, four = (kernels(images, lean=True) for images in (2, 4))
+    assert four < 1.1 * kernels(4, lean=False)  # which on CUDA takes more: it reads the labels of each image by itself
+    assert four - two < 0.1 * two
 
 
 def test_lean_is_the_default_and_can_be_switched_off() -> None:

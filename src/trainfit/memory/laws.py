@@ -128,7 +128,8 @@ def find_laws(
     for each pair, with its counts.
 
     The first variable is what code makes more pieces for. Of tensors that nothing distinguishes and that grow differently,
-    the largest counts; a size that is no product of variables stays. None: what the laws make of a first trace has not the peak of the second.
+    the largest counts; a size that is no product of variables stays. None: what the laws make of a first trace has not the
+    peak of the second.
     """
     likes: dict[Kind, int] = {}
     growth = prod(each.base / each.other for each in variables)
@@ -216,7 +217,9 @@ def _changes(
         if any((kernels, flops, nbytes)):
             of_row = weights.get((row[0], row[1])) or weights["", ""]
             total = sum(of_row) or 1
-            changes[row] = tuple((kernels * (v == 0), flops * w / total, nbytes * w / total) for v, w in enumerate(of_row))
+            changes[row] = tuple(
+                (kernels * (v == 0), flops * w / total, nbytes * w / total) for v, w in enumerate(of_row)
+            )
     return changes
 
 
