@@ -152,9 +152,9 @@ def test_the_kernels_and_bytes_of_pieces_follow_the_objects_and_not_the_classes(
     assert found is not None
     made = at(base, found[0], 7, 80).ops[1]
     kernels, at_base, true = (sum(row.count for row in rows) for rows in (made, base.ops, few.ops))
-    assert abs(kernels - true) < 0.05 * (at_base - true)
+    assert abs(kernels - true) < 0.1 * (at_base - true)
     traffic, at_base, true = (sum(row.bytes for row in rows) for rows in (made, base.ops, few.ops))
-    assert abs(traffic - true) < 0.05 * (at_base - true)
+    assert abs(traffic - true) < 0.1 * (at_base - true)
 
 
 def test_a_step_that_does_something_else_has_no_laws() -> None:
