@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from trainfit.models.build import build_trainable
+from trainfit.models.setting import make_setting
 from trainfit.tasks.detection.sample_set import write_sample_set
 from trainfit.training import run_folder
+from videos import write_video
 
 FAST: list[object] = ["--resolution", 64, "--groups", 1, "--num-queries", 20, "--no-multi-scale", "--workers", 0]
 PLAN = ("plan", "rfdetr-nano", "--gpu", "T4", "--micro-batch", "2")
@@ -244,3 +247,49 @@ def test_ctrl_c_ends_explain_in_one_line() -> None:
         assert process.stderr is not None
         assert process.stderr.read() == b"trainfit: stopped\n"
         assert process.wait(timeout=30) == 130
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of the smallest detector."""
+    setting = make_setting("rfdetr-nano", resolution=64, groups=1, num_queries=20)
+    workload = build_trainable(setting, ("square", "circle"))
+    path = tmp_path_factory.mktemp("weights") / "best.safetensors"
+    run_folder.save_weights(path, workload.build().state_dict(), workload.metadata())
+    return path
+
+
+@pytest.mark.parametrize("piped", [False, True])
+def test_ctrl_c_ends_detect_in_one_line(piped: bool, weights: Path, tmp_path: Path) -> None:
+    """Of a file nothing half written is left; of a stream, whose end it may be, what was detected is."""
+    content = write_video(tmp_path / "clip.mkv", 500)
+    out = tmp_path / "a.json"
+    source = "-" if piped else tmp_path / "clip.mkv"
+    words = ["detect", weights, source, "--threshold", 0, "--out", out, "--device", "cpu"]
+    command = [sys.executable, "-m", "trainfit", *map(str, words)]
+    environ = os.environ | {"TMPDIR": str(tmp_path)}
+    with (tmp_path / "lines").open("wb") as lines:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=lines,
+            stderr=subprocess.PIPE,
+            env=environ | {"PYTHONUNBUFFERED": "1"},
+        )
+    with process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        if piped:
+            process.stdin.write(content[:60_000])  # a pipe holds as much, and it stays open
+            process.stdin.flush()
+        wait_for(process, tmp_path / ".a.json.partial")
+        process.send_signal(signal.SIGINT)
+        error = process.stderr.read().decode().splitlines()
+        assert process.wait(timeout=30) == 130
+    assert error[-1] == "trainfit: stopped"
+    left = sorted(path.name for path in tmp_path.iterdir())
+    if not piped:
+        assert left == ["clip.mkv", "lines"]
+        return
+    assert left == ["a.json", "clip.mkv", "lines"]
+    assert json.loads(out.read_text())["detections"][0]["frame"] == 0

@@ -133,22 +133,26 @@ def require_options(metric: Callable[..., Any], options: Mapping[str, Any], task
 
 def detect(
     source: str | Path,
-    images: Sequence[str | Path],
+    images: Sequence[str | Path | int],
     *,
     every: int = 1,
+    frames: int | None = None,
     model: str | None = None,
     device: Device = "auto",
     note: Callable[[str], None] = lambda _: None,
 ) -> "list[Any]":
-    """Detect objects in images and videos with a trained run: `trainfit detect`.
+    """Detect objects in images, videos and streams with a trained run: `trainfit detect`.
 
     Args:
         source: Run folder, or a weights file: of trainfit, of the upstream project, or "pretrained" (downloads it).
-        images: Images, videos, folders of them, or patterns (`shots/*.jpg`).
+        images: Images, videos, folders of them, or patterns (`shots/*.jpg`); the number of a camera; "-" for a video on standard
+            input.
         every: Of a video every so many frames are taken.
+        frames: Frames that are taken of each video at most; a camera needs it, because it has no end.
         model: Name of the model, for weights of the upstream project; a run names its own.
         device: Where to run.
-        note: Called with a line on weights that do not match, and on files of folders that cannot be read.
+        note: Called with a line on weights that do not match, on files of folders that cannot be read, and on a stream that
+            broke off.
 
     Returns:
         What the model gives for each image or frame, in order. Of detection: all boxes (n, 4) as x0, y0, x1, y1 in pixels, scores
@@ -163,10 +167,17 @@ def detect(
     from trainfit.training.distributed import choose_device
 
     media = find_media(images, note)
+    for medium in media:
+        if medium.stream is not None and medium.stream.is_camera and frames is None:
+            raise TrainfitError(f"{medium.path} is a camera, which has no end: say how many `frames` to take")
     loaded = inference.load_model(Path(source), choose_device(device, 0), model=model)
     for remark in loaded.remarks:
         note(remark)
-    return [detected.output for detected in detect_in(loaded, media, every=every)]
+    outputs = [detected.output for detected in detect_in(loaded, media, every=every, frames=frames)]
+    for medium in media:
+        if medium.stream is not None and medium.stream.fault:
+            note(f"{medium.path}: {medium.stream.fault}")
+    return outputs
 
 
 def check_data(

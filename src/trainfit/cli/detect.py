@@ -19,18 +19,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Detect:
-    """Objects that a trained run detects in images and videos."""
+    """Objects that a trained run detects in images, videos and streams."""
 
     run: Annotated[Path, In(positional=True)]
     """Run folder, or a weights file: of trainfit, of the upstream project, or `pretrained` (downloads it)."""
-    images: Annotated[tuple[Path, ...], In(positional=True)]
-    """Images, videos, folders of them, or patterns in quotes ('shots/**/*.jpg')."""
+    images: Annotated[tuple[str, ...], In(positional=True)]
+    """Images, videos, folders of them, or patterns in quotes ('shots/**/*.jpg'); 0, 1 ... or /dev/videoN for a camera; - for
+    a video on standard input."""
     model: str | None = None
     """Name of the model, for weights of the upstream project; a run names its own."""
     threshold: Annotated[float, Range(0, 1)] = 0.5
     """Smallest score that is shown."""
     every: Annotated[int, Range(1, 1_000_000)] = 1
     """Take every N-th frame of a video."""
+    frames: Annotated[int | None, Range(1)] = None
+    """Stop each video after so many frames that were taken; a camera goes on until Ctrl-C unless given."""
     draw: Annotated[Path | None, In("output")] = None
     """Folder for pictures with masks, boxes and labels drawn in; of a video an MP4 file."""
     out: Annotated[Path | None, In("output")] = None
@@ -46,7 +49,7 @@ class Detect:
 
 
 def detect(arguments: Detect, _given: AbstractSet[str]) -> int:
-    """Detect objects in images and videos with a trained run."""
+    """Detect objects in images, videos and streams with a trained run."""
     from trainfit.tasks.media import find_media
 
     require_valid(arguments)
@@ -55,15 +58,27 @@ def detect(arguments: Detect, _given: AbstractSet[str]) -> int:
     media = find_media(arguments.images, _note)
     require_writable((arguments.out, arguments.coco), force=arguments.force)
     require_folder(arguments.draw, "--draw")
+    streams = [medium.stream for medium in media if medium.stream is not None]
     shown = 0
+    stopped: KeyboardInterrupt | None = None
     with ExitStack() as files:
-        for text in _detected(arguments, media, files):
-            if not arguments.as_json:
-                print(text)
-            shown += 1
+        try:
+            for text in _detected(arguments, media, files):
+                if not arguments.as_json:
+                    print(text, flush=bool(streams))
+                shown += 1
+        except KeyboardInterrupt as interrupt:
+            if not streams:
+                raise
+            stopped = interrupt  # the way to end a camera: the files of what was detected so far are written
+    if stopped is not None:
+        raise stopped
     if not shown and not arguments.as_json:
         print(f"nothing with a score of {arguments.threshold} or more")
-    return 0
+    faults = [f"{stream.name}: {stream.fault}" for stream in streams if stream.fault]
+    for fault in faults:
+        _note(fault)
+    return int(bool(faults))
 
 
 def _detected(arguments: Detect, media: "list[Medium]", files: ExitStack) -> Iterator[str]:
@@ -88,7 +103,7 @@ def _detected(arguments: Detect, media: "list[Medium]", files: ExitStack) -> Ite
         rows_files.append(files.enter_context(JsonRows(arguments.out)))
     coco = files.enter_context(CocoFile(arguments.coco, name, classes)) if arguments.coco else None
     drawings = files.enter_context(Drawings(arguments.draw, task, classes, arguments.every)) if arguments.draw else None
-    for detection in detect_in(loaded, media, every=arguments.every):
+    for detection in detect_in(loaded, media, every=arguments.every, frames=arguments.frames):
         rows = task.rows(detection.medium.path, detection.output, classes, arguments.threshold)
         if drawings:  # from the image file, which of a video is not `file`
             drawings.add(detection, rows)

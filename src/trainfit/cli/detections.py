@@ -124,12 +124,12 @@ class Drawings:
         if self._video is not None and self._video[0] != medium:
             self._end_video()
         if not medium.is_video:
-            path = self._free(medium.path.stem, ".png")
+            path = self._free(medium.stem, ".png")
             picture.save(path)
             print(f"wrote {path}", file=sys.stderr)
             return
         if self._video is None:
-            path = self._free(medium.path.stem, ".mp4")
+            path = self._free(medium.stem, ".mp4")
             self._video = (medium, path, VideoWriter(path, medium, self._every))
         self._video[2].write(picture)
 

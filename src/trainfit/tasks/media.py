@@ -1,4 +1,4 @@
-"""Images and videos that a user names: files, folders and patterns, found and checked before a model is loaded."""
+"""Images and videos that a user names: files, folders, patterns and streams, found and checked before a model is loaded."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from trainfit.errors import TrainfitError
 from trainfit.tasks.images import IMAGE_SUFFIXES, MOST_PIXELS, ImageDefect, read_header
+from trainfit.tasks.streams import DEFAULT_RATE, Frame, VideoStream, is_stream, reason, stem_of
 
 if TYPE_CHECKING:
     from PIL import Image
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+VIDEO_SUFFIXES = (
+    *(".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"),
+    *(".ts", ".mts", ".m2ts", ".wmv", ".asf", ".flv", ".ogv", ".3gp", ".mjpeg", ".gif"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,33 +34,33 @@ class Medium:
     """Whether it is a video."""
     rate: Fraction = Fraction(0)
     """Frames a second of a video."""
+    stream: VideoStream | None = None
+    """What is read of a video that is no file: a camera, standard input or a named pipe."""
+
+    @property
+    def stem(self) -> str:
+        """What files that belong to it are named after."""
+        return self.path.stem if self.stream is None else stem_of(self.stream.name)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Frame:
-    """A picture of a video."""
+def find_media(names: Sequence[str | Path | int], note: Callable[[str], None]) -> list[Medium]:
+    """The images and videos that files, folders, patterns (`shots/*.jpg`) and streams (`streams.is_stream`) name, each once.
 
-    number: int
-    """Number of the frame, counted from 0."""
-    time_s: float
-    image: "Image.Image"
-    """The decoded frame."""
-
-
-def find_media(names: Sequence[str | Path], note: Callable[[str], None]) -> list[Medium]:
-    """The images and videos that files, folders and patterns (`shots/*.jpg`) name, in order, each once.
-
-    Of a folder those directly in it, by name. What cannot be read is an error where it was named itself, and is left out
-    and noted where a folder or a pattern named it.
+    They are in the order of the names. Of a folder those directly in it, by name. What cannot be read is an error where it was
+    named itself, and is left out and noted where a folder or a pattern named it.
 
     Raises:
         TrainfitError: there is no image or video, or one that was named cannot be read.
     """
     media: dict[Path, Medium] = {}
-    for name in names:
+    for name in map(str, names):
         path = Path(name)
-        several = path.is_dir() or (has_magic(str(name)) and not path.exists())
-        for each in _within(path, str(name)) if several else [path]:
+        if is_stream(name):
+            if path not in media:
+                media[path] = _stream(path)
+            continue
+        several = path.is_dir() or (has_magic(name) and not path.exists())
+        for each in _within(path, name) if several else [path]:
             medium = _opened(each)
             if isinstance(medium, Medium):
                 media.setdefault(each, medium)
@@ -90,6 +94,12 @@ def _opened(path: Path) -> Medium | str:
     return Medium(path=path, width=width, height=height)
 
 
+def _stream(path: Path) -> Medium:
+    stream = VideoStream(str(path))
+    size = {"width": stream.width, "height": stream.height}
+    return Medium(path=path, is_video=True, rate=stream.rate, stream=stream, **size)
+
+
 def _video(path: Path) -> Medium | str:
     import av  # here, because most runs of `detect` read images
 
@@ -100,36 +110,34 @@ def _video(path: Path) -> Medium | str:
             stream = container.streams.video[0]
             if stream.width * stream.height > MOST_PIXELS or stream.width < 1:
                 return f"{path}: its pictures are {stream.width} x {stream.height}"
-            rate = stream.average_rate or Fraction(25)
+            rate = stream.average_rate or DEFAULT_RATE
             return Medium(path=path, width=stream.width, height=stream.height, is_video=True, rate=rate)
     except (av.FFmpegError, OSError, ValueError) as error:
-        return f"{path}: unreadable video: {_reason(error)}"
+        return f"{path}: unreadable video: {reason(error)}"
 
 
 def read_frames(medium: Medium, every: int = 1) -> Iterator[Frame]:
-    """Every so many frames of a video, from the first.
+    """Every so many frames of a video, from the first; of a stream until it ends (`VideoStream.frames`).
 
     Raises:
         TrainfitError: it is damaged further on.
     """
     import av
 
+    if medium.stream is not None:
+        yield from medium.stream.frames(every)
+        return
     try:
         with av.open(str(medium.path)) as container:
             for number, frame in enumerate(container.decode(video=0)):
                 if number % every == 0:
                     yield Frame(number=number, time_s=float(frame.time or number / medium.rate), image=_image(frame))
     except av.FFmpegError as error:
-        raise TrainfitError(f"{medium.path}: unreadable video: {_reason(error)}") from error
+        raise TrainfitError(f"{medium.path}: unreadable video: {reason(error)}") from error
 
 
 def _image(frame: Any) -> "Image.Image":
     return cast("Image.Image", frame.to_image())
-
-
-def _reason(error: Exception) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return text.splitlines()[0][:200] if text else type(error).__name__
 
 
 class VideoWriter:
