@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+import trainfit
 from trainfit.errors import TrainfitError
-from trainfit.gpus.catalogue import GIB, find_gpu
+from trainfit.gpus import detect
+from trainfit.gpus.catalogue import GIB, Gpu, find_gpu
 from trainfit.gpus.detect import DetectedGpu
 from trainfit.models.setting import Setting
 from trainfit.planning import here, make, on_cpu
@@ -46,7 +48,8 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> list[DetectedGpu]:
     """Cards that the driver shows; the data set is as the stored traces of the built-in models are."""
     shown: list[DetectedGpu] = []
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(here, "detect_gpus", lambda: tuple(shown))
+    for module in (here, detect):
+        monkeypatch.setattr(module, "detect_gpus", lambda: tuple(shown))
     monkeypatch.setattr(here, "for_data", unchanged)
     return shown
 
@@ -79,6 +82,28 @@ def test_several_cards_are_planned_for_as_the_smallest_of_those_used(
     assert here.smallest_card(2).memory_bytes == 2 * GIB
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert here.smallest_card(1).memory_bytes == int(11.6 * GIB)
+
+
+def test_a_plan_for_this_machine_is_for_the_smallest_of_its_cards(
+    cards: list[DetectedGpu], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As training takes it: of the first N that CUDA shows, each with an equal share of the effective batch."""
+    cards += [card(0, 11.6), card(1, 4.0), card(2, 2.0)]
+    asked: list[tuple[int, int]] = []
+
+    def planned(_: Setting, gpu: Gpu, *, gpus: int, **__: object) -> None:
+        asked.append((gpu.memory_bytes, gpus))
+        raise TrainfitError("enough")
+
+    monkeypatch.setattr("trainfit.api.planning.make_plan", planned)
+    for gpus in (1, 2, 3):
+        with pytest.raises(TrainfitError, match="enough"):
+            trainfit.plan("rfdetr-nano", gpus=gpus)
+    assert asked == [(int(11.6 * GIB), 1), (4 * GIB, 2), (2 * GIB, 3)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert detect.gpu_here(print).memory_bytes == 4 * GIB
+    with pytest.raises(TrainfitError, match="--gpus 2: this machine has 1"):
+        trainfit.plan("rfdetr-nano", gpus=2)
 
 
 @pytest.mark.parametrize("own", [{"micro_batch": 2}, {"accumulation": 4}])

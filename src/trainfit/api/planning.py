@@ -44,9 +44,10 @@ def plan(
 
     Args:
         model: Name of a model, or a setting, whose micro-batch, accumulation and checkpointing do not count.
-        gpu: The card, by name or as a value; without it and `memory`, the first card of this machine.
+        gpu: The card, by name or as a value; without it and `memory`, the card of this machine, and of several the one with the
+            least free memory.
         memory: Memory of the card, for instance "8GiB": instead of `gpu`, or of what that card has.
-        gpus: Cards of this kind, one process each.
+        gpus: Cards that train together, one process and an equal share of the effective batch each.
         data: Data set; its classes, its fullest image, its largest image and its decoding time are used.
         allow_outside: Read files that the data set names but does not hold.
         only_classes: Names of the data set's classes that are trained on, with commas between; all unless given.
@@ -64,7 +65,7 @@ def plan(
     """
     wanted = setting_of(model, knobs)
     batch_of(wanted.family, effective_batch)  # refused before anything is read
-    card = card_of(gpu, memory, note)
+    card = card_of(gpu, memory, note, gpus=gpus)
     setting, dataset = setting_on_data(wanted, data, allow_outside=allow_outside, only_classes=only_classes)
     result = make_plan(
         setting,

@@ -23,11 +23,12 @@ class PlanFlags(Generic[AnySetting]):
     setting: AnySetting
     """The model, and its knobs as wanted. --micro-batch and --checkpointing, where given, are planned with alone."""
     gpu: Annotated[str | None, In("card")] = None
-    """Name of the card, for instance "RTX 3060"; without it and --memory, the first card of this machine."""
+    """Name of the card, for instance "RTX 3060"; without it and --memory, the card of this machine, and with
+    --gpus N the one with the least free memory of the first N."""
     memory: Annotated[str | None, In("card")] = None
     """Memory of the card, for instance 8GiB: instead of --gpu, or of what that card has."""
     gpus: Annotated[int, In("card")] = 1
-    """Cards of this kind."""
+    """Cards, each with an equal share of the effective batch."""
     data: Annotated[str | None, In("data")] = None
     """Data set: its classes, fullest image, canvas and decoding time are used."""
     allow_outside: Annotated[bool, In("data")] = False

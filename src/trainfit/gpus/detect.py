@@ -109,32 +109,43 @@ def detect_gpus(nvml: Nvml | None = None) -> tuple[DetectedGpu, ...]:
         nvml.nvmlShutdown()
 
 
-def card_of(gpu: str | Gpu | None, memory: str | None, note: Callable[[str], None]) -> Gpu:
-    """The card with a name, a memory size or both, or given as a value; the first card of this machine if none is given.
+def card_of(gpu: str | Gpu | None, memory: str | None, note: Callable[[str], None], *, gpus: int = 1) -> Gpu:
+    """The card with a name, a memory size or both, or given as a value; the card of this machine (`gpu_here`) if none is given.
 
     Raises:
-        TrainfitError: the name is unknown, or this machine has no NVIDIA GPU.
+        TrainfitError: the name is unknown, or this machine has no NVIDIA GPU, or fewer than `gpus`.
     """
     if isinstance(gpu, Gpu):
         return gpu
-    return gpu_here(note) if gpu is None and memory is None else chosen_gpu(gpu, memory)
+    return gpu_here(note, gpus) if gpu is None and memory is None else chosen_gpu(gpu, memory)
 
 
-def gpu_here(note: Callable[[str], None]) -> Gpu:
-    """The first card of this machine, with its free memory; `note` is called if other programs use memory of it.
+def gpu_here(note: Callable[[str], None], gpus: int = 1) -> Gpu:
+    """The card with the least free memory of the first `gpus` that this process can use, with its free memory.
+
+    All ranks train with equal shares, so the smallest card decides. `note` is called if other programs use memory of it.
 
     Raises:
-        TrainfitError: this machine has no NVIDIA GPU.
+        TrainfitError: this machine has no NVIDIA GPU, or fewer than `gpus`.
     """
-    detected = detect_gpus()
-    if not detected:
+    cards = visible(detect_gpus())
+    if not cards:
         raise TrainfitError("this machine has no GPU: name one with --gpu NAME, or give --memory 8GiB")
-    first = detected[0]
-    used_bytes = sum(process.used_bytes or 0 for process in first.processes)
+    if len(cards) < gpus:
+        raise TrainfitError(
+            f"--gpus {gpus}: this machine has {len(cards)}: name the card of another one with --gpu NAME"
+        )
+    least = least_free(cards[: max(1, gpus)])
+    used_bytes = sum(process.used_bytes or 0 for process in least.processes)
     if used_bytes:
-        names = ", ".join(f"{process.name or process.pid}" for process in first.processes)
-        note(f"{used_bytes / GIB:.1f} GiB of {first.gpu.name} are used by {names}")
-    return with_free_memory(first)
+        names = ", ".join(f"{process.name or process.pid}" for process in least.processes)
+        note(f"{used_bytes / GIB:.1f} GiB of {least.gpu.name} are used by {names}")
+    return with_free_memory(least)
+
+
+def least_free(cards: Sequence[DetectedGpu]) -> DetectedGpu:
+    """The card with the least free memory, which decides what ranks with equal shares can do."""
+    return min(cards, key=lambda card: card.free_bytes)
 
 
 def with_free_memory(detected: DetectedGpu) -> Gpu:

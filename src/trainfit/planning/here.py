@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import GIB, Gpu
-from trainfit.gpus.detect import detect_gpus, visible, with_free_memory
+from trainfit.gpus.detect import detect_gpus, least_free, visible, with_free_memory
 from trainfit.models.setting import Setting
 from trainfit.planning.dataset import for_data
 from trainfit.planning.make import make_plan
@@ -82,7 +82,7 @@ def smallest_card(gpus: int) -> Gpu:
     cards = visible(detect_gpus())
     if not cards:
         raise TrainfitError("the driver shows no GPU")
-    return with_free_memory(min(cards[:gpus], key=lambda each: each.free_bytes))
+    return with_free_memory(least_free(cards[:gpus]))
 
 
 def line(plan: Plan, chosen: Candidate) -> str:
