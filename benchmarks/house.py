@@ -2,10 +2,12 @@
 
     python benchmarks/house.py walk plan rfdetr-nano --gpu "RTX 3060"
     python benchmarks/house.py counts
+    python benchmarks/house.py undocumented
 
 `walk` runs a command with an empty cache and lists the files of the package whose functions are called from the command's
 function until the first replay of the allocator; a file counts once, and imports do not count. `counts` reads the source: lines,
-packed assignments (`a, b = x, y`), conditional expressions within others, and names that say nothing about their value.
+packed assignments (`a, b = x, y`), conditional expressions within others, fields without a docstring (`undocumented` lists
+them), and names that say nothing about their value.
 """
 
 import ast
@@ -15,6 +17,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -69,7 +72,37 @@ def counts() -> Iterator[tuple[str, int]]:
     yield "nested conditional expressions", sum(isinstance(node, ast.IfExp) and _is_nested(node) for node in nodes)
     names = [node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     names += [node.arg for node in nodes if isinstance(node, ast.arg)]
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef) and _is_record(node)]
+    fields = [_documented(node) for node in classes]
+    yield "fields of dataclasses", sum(map(len, fields))
+    yield "fields without a docstring", sum(not text for each in fields for text in each.values())
+    public = [each for node, each in zip(classes, fields, strict=True) if not node.name.startswith("_")]
+    yield "of these in classes with a public name", sum(not text for each in public for text in each.values())
     yield f"bindings of {', '.join(sorted(VAGUE))}", sum(name in VAGUE for name in names)
+
+
+def undocumented() -> Iterator[str]:
+    """File, class and field of each field of a dataclass that has no docstring."""
+    for path in sorted(SOURCE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and _is_record(node):
+                name = f"{path.relative_to(SOURCE)}: {node.name}"
+                yield from (f"{name}.{field}" for field, text in _documented(node).items() if not text)
+
+
+def _is_record(node: ast.ClassDef) -> bool:
+    """Whether a class is a dataclass, by its decorators."""
+    decorators = [each.func if isinstance(each, ast.Call) else each for each in node.decorator_list]
+    return any(isinstance(each, ast.Name) and each.id == "dataclass" for each in decorators)
+
+
+def _documented(node: ast.ClassDef) -> dict[str, bool]:
+    """Field of a dataclass -> whether a docstring follows it."""
+    fields: dict[str, bool] = {}
+    for statement, after in pairwise([*node.body, ast.Pass()]):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            fields[statement.target.id] = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+    return fields
 
 
 def _is_packed(node: ast.Assign) -> bool:
@@ -84,6 +117,8 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["walk"]:
         entered = walk(sys.argv[2:])
         print(*entered, f"{len(entered)} files", sep="\n")
+    elif sys.argv[1:2] == ["undocumented"]:
+        print(*undocumented(), sep="\n")
     else:
         for what, number in counts():
             print(f"{what:<55}{number:>7}")

@@ -23,7 +23,9 @@ class Range:
     """What a number may be; an annotation: `Annotated[int, Range(1)]`. Text and None pass."""
 
     low: float
+    """The least value."""
     high: float = math.inf
+    """The largest value."""
     inside: bool = False
     """Whether the limits themselves are refused."""
 

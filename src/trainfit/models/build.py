@@ -118,17 +118,22 @@ class FixedStep:
     """A training step with its most memory-intensive window, or the evaluation after it; a `tracing.trace.Step`."""
 
     training: TrainingStep
+    """The step of one rank."""
     window: Sequence[Any]
     """Samples on the CPU."""
     micro_batch: int
+    """Samples in one forward and backward."""
     blocks: int = 0
     """Blocks that activation checkpointing may recompute."""
     evaluate: Callable[[], object] | None = None
     """Called by every `run` except the first, instead of training. Optimizer state and EMA weights are then allocated, and the
     allocator is in the state that training left."""
     model: torch.nn.Module = field(init=False)
+    """That of the step."""
     optimizer: torch.optim.Optimizer = field(init=False)
+    """That of the step."""
     ema: torch.nn.Module | None = field(init=False)
+    """That of the step."""
 
     def __post_init__(self) -> None:
         """Set the attributes that a trace reads."""

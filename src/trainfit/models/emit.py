@@ -60,9 +60,11 @@ class Tool:
     families: tuple[str, ...]
     """Families whose models it trains; empty: any."""
     accumulates: bool
+    """Whether it trains with several micro-batches for each optimizer step."""
     checkpoints: Callable[[Setting], bool]
     """Whether it saves at least the memory that the setting's checkpointing saves."""
     write: Writer
+    """Writes a job as the tool reads it."""
 
 
 TOOLS: dict[str, Tool] = {}

@@ -73,6 +73,7 @@ class _Pass:
     """The passes of one tower over the window."""
 
     tower: Tower
+    """The tower."""
     parts: Sequence[Sequence[Any]]
     """Micro-batches of this tower."""
     keeps_last: bool = False

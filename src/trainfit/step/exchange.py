@@ -23,8 +23,11 @@ class Bucket:
     numbers: tuple[int, ...]
     """Positions in `GradientExchange.parameters`."""
     elements: int
+    """Elements of all its gradients together."""
     dtype: torch.dtype
+    """Their dtype."""
     device: torch.device
+    """Device that they are on."""
 
     def pieces(self) -> list[int]:
         """Elements of each collective: a parameter larger than a bucket travels in several."""

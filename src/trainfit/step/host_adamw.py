@@ -18,6 +18,7 @@ class _Part:
     """Parameters of one device and dtype that are updated together."""
 
     parameters: Sequence[torch.Tensor]
+    """The parameters, on their device."""
     moments: torch.Tensor
     """Both moments of all of them, one row each; page-locked where the parameters are on a GPU."""
 

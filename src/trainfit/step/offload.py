@@ -29,6 +29,7 @@ class _Stored:
     flat: torch.Tensor
     """The whole storage, in one dimension."""
     device: torch.device
+    """Device that the storage came from."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -36,9 +37,13 @@ class _View:
     """Replaces a saved tensor in autograd's graph."""
 
     stored: _Stored
+    """The storage that the tensor is a view of."""
     size: torch.Size
+    """Size of the tensor."""
     stride: tuple[int, ...]
+    """Its strides, in elements."""
     offset: int
+    """Its first element in the storage."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -46,6 +51,7 @@ class _Host:
     """Pack and unpack hooks (`torch.autograd.graph.saved_tensors_hooks`) of one forward."""
 
     device: torch.device
+    """Device whose tensors are kept in host memory."""
     stays: set[int]
     """Storages that stay on the device: parameters and buffers."""
     copies: dict[tuple[int, torch.dtype, int], tuple[weakref.ref[Any], weakref.ref[_Stored]]] = field(

@@ -10,7 +10,9 @@ class RandomState:
     """State of the random number generators of the CPU and the step's device."""
 
     cpu: torch.Tensor
+    """State of the CPU's generator."""
     gpu: torch.Tensor | None
+    """State of the GPU's generator; None for a step on the CPU."""
 
     @staticmethod
     def now(device: torch.device) -> "RandomState":

@@ -18,6 +18,7 @@ class LossTerm:
     total: torch.Tensor
     """Scalar: weight x the SUM over the micro-batch. For kind `mean`: the micro-batch's mean."""
     kind: CountKind
+    """What normalises it: the window's images, its targets, or what was sampled; mean: it is one already."""
     count: torch.Tensor | None = None
     """Scalar: the micro-batch's count, for kind `sampled` only; the others come from `Objective.counts`."""
     numbers: Mapping[str, float] = field(default_factory=dict[str, float])

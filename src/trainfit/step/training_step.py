@@ -31,6 +31,7 @@ class StepResult:
     images: int
     """Images of this rank's share."""
     micro_batches: int
+    """Micro-batches that this rank's share was cut into."""
     numbers: Mapping[str, float] = field(default_factory=dict[str, float])
     """This rank's sums of `LossTerm.numbers`."""
 
@@ -43,6 +44,7 @@ class _Scaled:
     """
 
     param_groups: list[dict[str, Any]]
+    """One group, with the parameters alone."""
 
 
 @dataclass(kw_only=True)
@@ -50,13 +52,19 @@ class TrainingStep:
     """One optimizer step of one rank: model, losses, optimizer and EMA weights."""
 
     model: torch.nn.Module
+    """The model, on the device."""
     objective: Objective | Contrastive
+    """Its losses."""
     optimizer: torch.optim.Optimizer
+    """Steps once a window, on the window's gradient."""
     device: torch.device
+    """Device of the model, and of each micro-batch while it runs."""
     precision: Precision = "fp32"
+    """What the forward computes in (autocast); fp16 comes with its loss scaler."""
     clip_norm: float = 0.1
     """Largest norm of the window's gradient; 0 turns clipping off."""
     ema: torch.nn.Module | None = None
+    """A copy of the model for the EMA weights; None: none are kept."""
     ema_settings: tuple[float, float] = (0.993, 100.0)
     """(decay, tau) of `ema_decay`."""
     after_micro_batch: Callable[[int], None] | None = None

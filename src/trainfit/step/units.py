@@ -18,6 +18,7 @@ class Unit:
     group: dict[str, Any]
     """The parameter group that they belong to."""
     parameters: list[torch.Tensor]
+    """The parameters."""
 
 
 @runtime_checkable

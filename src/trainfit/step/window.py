@@ -79,7 +79,9 @@ class _Part:
     """A micro-batch and the function that computes its loss terms."""
 
     micro_batch: Sequence[Any]
+    """Samples on the CPU."""
     terms: TermsFunction
+    """Computes the loss terms."""
     random_state: RandomState | None = None
     """Random state to restore before computing the terms; None: the current state."""
     computed: Mapping[str, LossTerm] | None = None

@@ -73,6 +73,7 @@ class ImageDefect:
     kind: str
     """"missing image", "unreadable image" or "truncated image"."""
     message: str
+    """What is wrong, without the file's name."""
 
 
 def read_header(path: Path) -> ImageHeader | ImageDefect:

@@ -139,7 +139,9 @@ def is_stream(name: str) -> bool:
 def stem_of(name: str) -> str:
     """What files that belong to a stream are named after."""
     camera = CAMERA.fullmatch(name)
-    return f"video{camera[1]}" if camera else "stdin" if name in STANDARD_INPUT else Path(name).stem
+    if camera:
+        return f"video{camera[1]}"
+    return "stdin" if name in STANDARD_INPUT else Path(name).stem
 
 
 def reason(error: Exception) -> str:

@@ -31,9 +31,13 @@ class Preprocessing:
     size: tuple[int, int]
     """(height, width)."""
     mean: tuple[float, float, float]
+    """Subtracted from the channels of an image in 0 to 1."""
     std: tuple[float, float, float]
+    """What the channels are divided by after that."""
     resize_mode: str = "shortest"
+    """Which side of an image gets the size, as open_clip names it."""
     interpolation: str = "bicubic"
+    """Interpolation of the resize, as open_clip names it."""
 
 
 def open_clip() -> Any:

@@ -38,6 +38,7 @@ class Pair:
     key: int = 0
     """63 bits of a hash of the text: equal texts have equal keys."""
     record_id: int = 0
+    """Number of the record that it was made of."""
 
 
 def stacked_images(model: torch.nn.Module, pairs: Sequence[Pair]) -> torch.Tensor:

@@ -170,11 +170,13 @@ class Choices:
     frozen: str = "none"
     """The tower that is not trained: "image" or "text"."""
     text_ratio: float | None = None
+    """Texts in a micro-batch of the text tower for each image in one of the image tower; None: both run together."""
     same_texts: bool = False
     """Whether equal texts are positives of each other."""
     teacher: Any = None
     """A `teacher.Teacher`, or None."""
     chunk_rows: int = CHUNK_ROWS
+    """Rows of the similarity matrix that are computed at one time."""
 
 
 def make_objective(choices: Choices) -> Contrastive:

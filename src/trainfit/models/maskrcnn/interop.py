@@ -43,7 +43,9 @@ class TorchvisionFile:
     """Tensors, and what the file says of the model that they belong to."""
 
     path: Path
+    """The file."""
     state: dict[str, torch.Tensor]
+    """Parameter name -> tensor, on the CPU."""
     class_names: tuple[str, ...]
     """The name of each class without the background, "" where a row is no class; empty where the file does not say."""
     made_for: str | None = None

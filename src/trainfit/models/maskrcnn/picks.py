@@ -22,7 +22,9 @@ class Forwarded:
     """Outputs of the backbone and the RPN's head for a micro-batch."""
 
     images: ImageList
+    """The images, padded to one canvas."""
     features: Mapping[str, torch.Tensor]
+    """Level of the feature pyramid -> its features."""
     levels: list[int]
     """Anchors of an image on each level."""
     objectness: torch.Tensor
@@ -45,6 +47,7 @@ class Picks:
     anchor_labels: torch.Tensor
     """1 or 0 for each of them."""
     positive_anchors: torch.Tensor
+    """Numbers of the sampled anchors that show an object."""
     target_deltas: torch.Tensor
     """(positive anchors, 4)."""
     proposed: int

@@ -27,7 +27,9 @@ class Published:
     block: int
     """Legal resolutions are its multiples."""
     queries: int
+    """Object queries."""
     decoder_layers: int
+    """Layers of the decoder."""
 
 
 def _published(resolution: int, block: int, queries: int, decoder_layers: int) -> Published:

@@ -38,6 +38,7 @@ class Piece:
     """Some matched pairs, which are numbered over the micro-batch, image after image."""
 
     pairs: slice
+    """The pairs."""
     images: Sequence[tuple[int, slice]]
     """Each image that has some of them, and which: counted from the first pair of the piece."""
 

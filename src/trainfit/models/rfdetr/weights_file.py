@@ -23,6 +23,7 @@ class RfDetrFile:
     """Tensors, and what the file says of the model that they belong to."""
 
     path: Path
+    """The file."""
     state: Mapping[str, torch.Tensor]
     """Parameter name -> tensor, on the CPU."""
     config: Mapping[str, Any]

@@ -28,9 +28,11 @@ class ImageRecord:
     id: int
     """Unique in its split; COCO's image id where there is one."""
     path: Path
+    """The image file."""
     width: int
     """Pixels, as annotated; `read_image` gives an array of this size."""
     height: int
+    """Pixels, as annotated."""
     boxes: NDArray[np.float64]
     """(n, 4): x0, y0, x1, y1 in pixels, positive size."""
     classes: NDArray[np.int64]
@@ -62,14 +64,17 @@ class DetectionDataset:
     """A data set as read: records by split, classes, and everything that was found wrong."""
 
     root: Path
+    """The folder that the files are named from."""
     format: str
     """`coco`, `yolo`, `voc` or `sample`."""
     classes: tuple[str, ...]
+    """Names of the classes."""
     category_ids: tuple[int, ...]
     """The file's own id of each class, in the order of `classes`."""
     splits: Mapping[str, tuple[ImageRecord, ...]]
     """Keys out of `train`, `val`, `test`; `train` is always there."""
     findings: tuple[Finding, ...]
+    """Every defect, and every choice that was made while reading."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,6 +90,7 @@ class Sample:
     masks: "torch.Tensor | None"
     """bool (n, height, width), or None where the workload needs none."""
     image_id: int
+    """`ImageRecord.id` of the image."""
     original_size: tuple[int, int]
     """(height, width) of the image on disk."""
 
@@ -94,6 +100,7 @@ class ImageDetections:
     """What a detector found in one image."""
 
     image_id: int
+    """`ImageRecord.id` of the image."""
     boxes: "torch.Tensor"
     """float32 (n, 4) on the CPU: x0, y0, x1, y1 in pixels of the original image."""
     scores: "torch.Tensor"

@@ -20,6 +20,7 @@ class Same:
     """A key whose value the model has by itself."""
 
     value: Any
+    """The value that the model has."""
     instead: str
     """What is done where the file has another value; empty: a file with another value is of another model."""
 

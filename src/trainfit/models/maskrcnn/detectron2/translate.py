@@ -37,10 +37,13 @@ class Translation:
     accumulation: int
     """Micro-batches per optimizer step."""
     carried: tuple[str, ...]
+    """Keys whose values became flags."""
     same: tuple[str, ...]
+    """Keys whose values the model has by itself."""
     instead: tuple[tuple[str, str], ...]
     """(key, what is done instead)."""
     unknown: tuple[str, ...]
+    """Keys that Detectron2 does not have."""
 
     def lines(self) -> Iterable[str]:
         """The report, key by key."""
