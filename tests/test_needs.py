@@ -10,7 +10,17 @@ from trainfit.gpus.catalogue import MIB, find_gpu
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.allocator import replay
 from trainfit.memory.columns import Columns
-from trainfit.memory.errors import DENSE, DEPTHWISE, HYBRID, MATRIX_PRODUCTS, NEEDS_ERROR, class_of
+from trainfit.memory.errors import (
+    DENSE,
+    DEPTHWISE,
+    FLOAT32_DEPTHWISE,
+    FLOAT32_HYBRID,
+    HYBRID,
+    MATRIX_PRODUCTS,
+    NEEDS_ERROR,
+    ErrorClass,
+    class_of,
+)
 from trainfit.memory.least import least_capacity_bytes
 from trainfit.memory.predict import assess, needed
 from trainfit.memory.quick_replay import QuickReplay
@@ -22,8 +32,8 @@ CONFIG = AllocatorConfig()
 GPU = find_gpu("RTX 3090")
 
 
-def count(op: str, flops: float) -> OpCount:
-    return OpCount(op=op, phase="forward", dtype="float32", count=1, flops=flops, bytes=1)
+def count(op: str, flops: float, dtype: str = "bfloat16") -> OpCount:
+    return OpCount(op=op, phase="forward", dtype=dtype, count=1, flops=flops, bytes=1)
 
 
 def stored(sizes_mib: list[int], events: tuple[int, ...]) -> StoredTrace:
@@ -76,7 +86,23 @@ def test_classes_follow_the_work() -> None:
     assert class_of((convolution, depthwise)) == DEPTHWISE
     assert class_of((count("aten.mm", 900), convolution, depthwise)) == MATRIX_PRODUCTS  # ConvNeXt
     assert class_of((count("aten.mm", 100), convolution)) == HYBRID
-    assert DENSE.spread > DEPTHWISE.spread > MATRIX_PRODUCTS.spread
+    assert DENSE.above > HYBRID.above > DEPTHWISE.above > MATRIX_PRODUCTS.above
+
+
+def test_float32_convolutions_may_ask_for_large_workspaces() -> None:
+    """More upwards than downwards; products in float32 ask for none."""
+    convolution, depthwise = count("aten.convolution", 90, "float32"), count("aten.convolution.grouped1", 5, "float32")
+    assert class_of((convolution, depthwise)) == FLOAT32_DEPTHWISE
+    assert class_of((count("aten.mm", 100, "float32"), convolution)) == FLOAT32_HYBRID
+    assert class_of((count("aten.mm", 900, "float32"), convolution)) == MATRIX_PRODUCTS
+    assert FLOAT32_DEPTHWISE.above > 3 * FLOAT32_DEPTHWISE.below
+
+
+def test_an_error_of_a_prediction_bounds_the_measurement() -> None:
+    """A prediction that is too low by 20 % of the measurement stands for 1.25 of it."""
+    kind = ErrorClass(name="any", too_high=0.25, too_low=0.2)
+    assert kind.below == 0.2
+    assert kind.above == 0.25
 
 
 def test_what_is_taken_is_never_more_than_there_is() -> None:

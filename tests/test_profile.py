@@ -178,7 +178,7 @@ def test_html_stands_alone(memory_mib: int) -> None:
 
 
 TEXT = """\
-rfdetr-nano, micro-batch 4, on RTX 3090: tight. It needs 1.23 to 1.39 GiB, an upper bound, of 1.37 GiB usable; where there is room it takes 1.23 to 1.42 GiB. The peak is in backward at body.conv, aten.convolution_backward; 60% of it is activations. A step takes about 0.095 s, 42.1 images/s, bound by tensor cores.
+rfdetr-nano, micro-batch 4, on RTX 3090: tight. It needs 1.23 to 1.39 GiB, an upper bound, of 1.37 GiB usable; where there is room it takes 1.23 to 1.40 GiB. The peak is in backward at body.conv, aten.convolution_backward; 60% of it is activations. A step takes about 0.095 s, 42.1 images/s, bound by tensor cores.
 
 At the peak of training
   activations                        600.0 MiB
@@ -204,7 +204,7 @@ Overheads outside the trace
   CUDA context          256.0 to   390.0 MiB  process   RTX 3090, torch 2.7, CUDA 12.8: 256 MiB bare (InvokeAI issue 9413); RTX 3060: at most 390
   cuBLAS workspaces      16.2 to    16.2 MiB  reserved  torch 2.15's default CUBLAS_WORKSPACE_CONFIG: one each for forward and backward
   kernel temporaries      0.0 to   500.0 MiB  reserved  bounds of the largest at one time, of convolution, convolution_backward
-  error of the model    -51.2 to    51.2 MiB  reserved  matrix products: 5.1%, 3.9 times the median error of such models on an A100
+  error of the model    -36.7 to    39.6 MiB  reserved  matrix products: -3.6% to +3.9%, from the errors of such models on an A100
 
 One window of training, GiB: █ allocated, ░ reserved
     0.99 ┤───────▇▇░░░░░ limit

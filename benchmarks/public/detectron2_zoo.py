@@ -3,13 +3,15 @@
 Memory is the most that torch allocated over a whole training, in steps of 0.1 GB. Detectron2 groups images by aspect
 ratio (DATALOADER.ASPECT_RATIO_GROUPING), so the largest batch is two images of 800 x 1333, not a mixed pair; its masks
 stay polygons on the CPU, so masks here have one pixel. Matching compares boxes with anchors, so the fullest image counts
-(`OBJECTS`). Stem and first stage are frozen, BatchNorm is frozen (FREEZE_AT 2). Eight GPUs: DistributedDataParallel holds
-buckets as large as the gradients. RetinaNet's classification loss is over all images at once, its targets made by a one-hot
-tensor of int64 (detectron2 modeling/meta_arch/retinanet.py), where torchvision goes image by image. Overlaps of boxes are as
-Detectron2 computed them in October 2019 (989f52d6, structures/boxes.py, pairwise_iou).
+(`OBJECTS`; the interval is from `FEWEST` to `MOST`). Stem and first stage are frozen, BatchNorm is frozen (FREEZE_AT 2).
+Eight GPUs: DistributedDataParallel holds buckets as large as the gradients. RetinaNet's classification loss is over all
+images at once, its targets made by a one-hot tensor of int64 (detectron2 modeling/meta_arch/retinanet.py), where
+torchvision goes image by image. Overlaps of boxes are as Detectron2 computed them in October 2019 (989f52d6,
+structures/boxes.py, pairwise_iou).
 """
 
 import hashlib
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -39,6 +41,9 @@ OF_PIXELS = 0.9
 """Share of the work that grows with the pixels: an assumption, the heads' regions do not."""
 OBJECTS = 90
 """An assumption about the fullest image of COCO's training set, made after 1 object was 20 % too low on these rows."""
+FEWEST, MOST = 10, 100
+"""What the interval spans, since no row says how many objects the images had that made its peak: the two numbers that `trainfit
+predict` shows where no count is given, as for rf-detr (`single_rows`)."""
 
 
 class Step:
@@ -141,6 +146,7 @@ def _row(record: dict[str, Any]) -> Row | None:
     if record["micro_batch"] != 2 or "GN" in record["note"].partition("norm ")[2][:8]:
         return None
     arguments = {"head": head, "backbone": backbone, "batch": 2, "objects_per_image": OBJECTS, "ranks": 8}
+    case = Case(source="detectron2_zoo", arguments=arguments, capability=CAPABILITY)
     return Row(
         source="detectron2_zoo",
         group=head,
@@ -148,7 +154,8 @@ def _row(record: dict[str, Any]) -> Row | None:
         card=CARD,
         quantity="allocated",
         measured_mib=record["value_mib"],
-        case=Case(source="detectron2_zoo", arguments=arguments, capability=CAPABILITY),
+        case=case,
+        bounds=tuple(replace(case, arguments={**arguments, "objects_per_image": count}) for count in (FEWEST, MOST)),
         batch=2,
         traced_batch=2,
         seconds=record["seconds_per_step"],

@@ -24,6 +24,8 @@ class Predicted:
     """Of the step."""
     needs_mib: tuple[float, float]
     """What the allocator needs to reserve, at least and at most: what a limit on it is compared with."""
+    cause: str
+    """Class of the step's errors (`memory.errors`), which is known before it runs."""
 
 
 def predict(row: Row) -> Predicted | None:
@@ -41,7 +43,7 @@ def predict(row: Row) -> Predicted | None:
     reserved = needed(stored, gpu, config)
     found = assess(stored, gpu, config, since=begin, reserved=reserved)
     size, likely_bytes = quantity_of(row, found, gpu)
-    made = _of(size, likely_bytes)
+    made = _of(size, likely_bytes, found.error.name)
     needs_mib = (reserved.low_bytes / MIB, reserved.high_bytes / MIB)
     seconds = step_seconds(stored.ops, gpu, drawn=row.drawn).seconds
     others = [predict(replace(row, case=case, bounds=())) for case in row.bounds]
@@ -64,9 +66,9 @@ def _by_name(case: Case) -> StoredTrace | None:
     return _stored[case.name]
 
 
-def _of(size: ByteRange, likely_bytes: int) -> Predicted:
+def _of(size: ByteRange, likely_bytes: int, cause: str) -> Predicted:
     low, likely, high = (nbytes / MIB for nbytes in (size.low_bytes, likely_bytes, size.high_bytes))
-    return Predicted(low_mib=low, likely_mib=likely, high_mib=high, seconds=0, needs_mib=(0, 0))
+    return Predicted(low_mib=low, likely_mib=likely, high_mib=high, seconds=0, needs_mib=(0, 0), cause=cause)
 
 
 def quantity_of(row: Row, found: MemoryPrediction, gpu: Gpu) -> tuple[ByteRange, int]:

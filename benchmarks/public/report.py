@@ -6,6 +6,7 @@ from itertools import groupby
 from pathlib import Path
 from statistics import fmean, median
 
+from benchmarks.public import left_out as by_cause
 from benchmarks.public import timm_rtx3090
 from benchmarks.public.judge import Pair, figures, ordered, others, verdicts
 from benchmarks.public.rows import Row
@@ -26,7 +27,16 @@ def text(pairs: Sequence[Pair], left_out: Sequence[Row]) -> str:
         if len(groups) > 1:
             lines.append(_line(source, quantity, "**all**", of_source))
     lines.append(_line("**all**", "", "", pairs))
-    lines += ["", *_other_predictors(pairs), "", *_verdict_lines(pairs), "", *_time_lines(pairs)]
+    lines += [
+        "",
+        *by_cause.lines(pairs),
+        "",
+        *_other_predictors(pairs),
+        "",
+        *_verdict_lines(pairs),
+        "",
+        *_time_lines(pairs),
+    ]
     sources = [row for row in left_out if row.case is None]
     if sources:
         lines += ["", f"Not judged, because `gpus/context.py` has them as its source: {len(sources)} contexts of a T4."]

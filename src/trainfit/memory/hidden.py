@@ -237,13 +237,13 @@ def reserved_rows(low: Completed, high: Completed, *, reserved_bytes: int, error
     """What the allocator gives besides tensors, and how far `reserved_bytes`, the peak of the replay of `low`, may be off."""
     workspaces = ByteRange(low_bytes=low.cublas_bytes, high_bytes=high.cublas_bytes)
     temporaries = ByteRange(low_bytes=low.largest_bytes, high_bytes=high.largest_bytes)
-    off = int(error.spread * reserved_bytes)
+    off = ByteRange(low_bytes=-int(error.below * reserved_bytes), high_bytes=int(error.above * reserved_bytes))
     default = "torch 2.15's default CUBLAS_WORKSPACE_CONFIG: one each for forward and backward"
     largest = f"bounds of the largest at one time, of {', '.join(high.kernels) or 'no operator'}"
     return (
         _row("cuBLAS workspaces", workspaces, "reserved", default),
         _row(KERNEL_TEMPORARIES, temporaries, "reserved", largest),
-        _row("error of the model", ByteRange(low_bytes=-off, high_bytes=off), "reserved", error.source),
+        _row("error of the model", off, "reserved", error.source),
     )
 
 

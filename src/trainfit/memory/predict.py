@@ -234,8 +234,8 @@ def assess(
         verdict = "does not fit"
     peak = likely.peak_reserved_bytes
     context = cuda_context_bytes(gpu)
-    least = max(likely.peak_allocated_bytes, int((1 - error.spread) * peak))
-    most = int((1 + error.spread) * peak)
+    least = max(likely.peak_allocated_bytes, int((1 - error.below) * peak))
+    most = max(int((1 + error.above) * peak), reserved.high_bytes)  # it takes no less than it needs
     if tried.oom is None:  # it cannot take more than there is
         most = max(peak, min(most, room.high_bytes))
     return MemoryPrediction(
