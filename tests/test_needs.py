@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from test_profile import make_trace
 from trainfit.gpus.catalogue import MIB, find_gpu
+from trainfit.gpus.context import ByteRange
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.allocator import replay
 from trainfit.memory.columns import Columns
@@ -22,7 +23,7 @@ from trainfit.memory.errors import (
     class_of,
 )
 from trainfit.memory.least import least_capacity_bytes
-from trainfit.memory.predict import assess, needed
+from trainfit.memory.predict import assess, is_likelier_to_fit, needed
 from trainfit.memory.quick_replay import QuickReplay
 from trainfit.timing.counts import OpCount
 from trainfit.tracing.events import Category
@@ -103,6 +104,19 @@ def test_an_error_of_a_prediction_bounds_the_measurement() -> None:
     kind = ErrorClass(name="any", too_high=0.25, too_low=0.2)
     assert kind.below == 0.2
     assert kind.above == 0.25
+
+
+def test_where_both_overlap_the_middles_say_which_is_likelier() -> None:
+    budget = ByteRange(low_bytes=90, high_bytes=110)
+    assert is_likelier_to_fit(ByteRange(low_bytes=80, high_bytes=100), budget)
+    assert not is_likelier_to_fit(ByteRange(low_bytes=100, high_bytes=120), budget)
+
+
+def test_what_is_taken_is_no_less_than_what_is_needed() -> None:
+    """A kernel that may hold twice its 1,000 MiB output: what is needed may be more than the error of what is taken allows for."""
+    rows: list[tuple[int, Category, str, str, str]] = [(1000, "temporary", "aten.sort", "", "forward")]
+    found = assess(StoredTrace(trace=make_trace(rows, (1, -1)), ops=()), GPU, CONFIG)
+    assert found.takes.high_bytes >= found.needs.high_bytes > 3000 * MIB
 
 
 def test_what_is_taken_is_never_more_than_there_is() -> None:

@@ -178,7 +178,7 @@ def test_html_stands_alone(memory_mib: int) -> None:
 
 
 TEXT = """\
-rfdetr-nano, micro-batch 4, on RTX 3090: tight. It needs 1.23 to 1.39 GiB, an upper bound, of 1.37 GiB usable; where there is room it takes 1.23 to 1.40 GiB. The peak is in backward at body.conv, aten.convolution_backward; 60% of it is activations. A step takes about 0.095 s, 42.1 images/s, bound by tensor cores.
+rfdetr-nano, micro-batch 4, on RTX 3090: tight, likelier to fit than not. It needs 1.23 to 1.39 GiB, an upper bound, of 1.37 GiB usable; where there is room it takes 1.23 to 1.40 GiB. The peak is in backward at body.conv, aten.convolution_backward; 60% of it is activations. A step takes about 0.095 s, 42.1 images/s, bound by tensor cores.
 
 At the peak of training
   activations                        600.0 MiB

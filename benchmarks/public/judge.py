@@ -71,13 +71,16 @@ class Verdicts:
     """Said to run, and ran out."""
     middle_right: int
     """Right where the middle of the need decides instead."""
+    best_right: int
+    """Right at most, whatever factor that middle is multiplied by: the rest is noise of the runs, or of single models."""
 
 
 def verdicts(pairs: Sequence[Pair]) -> Verdicts:
     """Judge the repetitions under a limit."""
-    fits, nots, tight, middle = [], [], 0, 0
+    fits, nots, tight = [], [], 0
+    from_middle: list[tuple[float, bool]] = []
     for cap, (low, high) in ((cap, p.needs_mib) for row, p in pairs for cap in row.caps):
-        middle += (cap.limit_mib >= (low + high) / 2) != cap.oom
+        from_middle.append((cap.limit_mib / ((low + high) / 2), cap.oom))
         if cap.limit_mib >= high:
             fits.append(cap.oom)
         elif cap.limit_mib < low:
@@ -91,8 +94,14 @@ def verdicts(pairs: Sequence[Pair]) -> Verdicts:
         tight=tight,
         false_nots=sum(nots),
         false_fits=sum(fits),
-        middle_right=middle,
+        middle_right=_right_from(1, from_middle),
+        best_right=max((_right_from(factor, from_middle) for factor, _ in from_middle), default=0),
     )
+
+
+def _right_from(factor: float, limits: Sequence[tuple[float, bool]]) -> int:
+    """Of (limit over need, whether it ran out): right if what has this factor, or more, is said to run."""
+    return sum((limit >= factor) != oom for limit, oom in limits)
 
 
 def ordered(predicted: Sequence[float], measured: Sequence[float]) -> tuple[int, float]:

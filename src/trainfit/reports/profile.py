@@ -8,7 +8,7 @@ from typing import Any
 from trainfit.gpus.catalogue import GIB, MIB
 from trainfit.gpus.context import ByteRange
 from trainfit.memory.hidden import HiddenRow
-from trainfit.memory.predict import MemoryPrediction, Prediction, has_reserve
+from trainfit.memory.predict import MemoryPrediction, Prediction, has_reserve, is_likelier_to_fit
 from trainfit.memory.profile import ModuleRow, Profile, ProfileSample
 from trainfit.timing.roofline import stated_error
 from trainfit.tracing.events import CATEGORIES
@@ -50,7 +50,12 @@ def sentence(prediction: Prediction) -> str:
     """Model, card, verdict, needs, and what dominates."""
     setting = prediction.setting
     training = prediction.training
-    spare = "" if prediction.verdict != "fits" or has_reserve(prediction.needs, prediction.budget) else ", no reserve"
+    spare = ""
+    if prediction.verdict == "fits" and not has_reserve(prediction.needs, prediction.budget):
+        spare = ", no reserve"
+    if prediction.verdict == "tight":
+        likelier = is_likelier_to_fit(prediction.needs, prediction.budget)
+        spare = ", likelier to fit than not" if likelier else ", likelier to run out than to fit"
     where = f"{setting.model}, micro-batch {setting.micro_batch}, on {prediction.gpu.name}"
     what = f"{where}: {prediction.verdict}{spare}."
     needs = prediction.needs
