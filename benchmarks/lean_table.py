@@ -187,7 +187,7 @@ def _by_card(setting: Setting) -> dict[str, Any]:
         seconds = {part[0]: pricer.seconds(_cut(setting, part), part).seconds for part in parts} if fitting else {}
         fastest = min(seconds, key=lambda m: seconds[m]) if seconds else None
         found[str(memory)] = {"most": most, "fastest": fastest, "seconds": fastest and seconds[fastest]}
-        if setting.lean == "on":
+        if getattr(setting, "lean", "off") == "on":
             free = bisect_left(sizes, True, key=lambda m: _need_without_loss(pricer, setting, m) > budget)
             found[str(memory)]["without_loss"] = sizes[free - 1] if free else 1
     return found
