@@ -96,6 +96,9 @@ class Formula:
         del setting
         return self.blocks_
 
+    def traces_each(self, setting: Setting) -> bool:
+        return setting.family.coupled(setting)
+
     def known(self, setting: Setting) -> bool:
         return setting.checkpointing != "offload"
 

@@ -1,13 +1,17 @@
 """Composed traces of coupled windows (`window_trace`): of a request, from the package, from the disk, or traced now."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from trainfit.memory.columns import ColumnTrace
 from trainfit.memory.shipped import is_shipped, shipped
 from trainfit.memory.window_alignment import align
-from trainfit.memory.window_trace import WindowTrace, traced_windows
+from trainfit.memory.window_ops import ops_at
+from trainfit.memory.window_trace import WindowTrace
+from trainfit.memory.windows import ANY_RATIO, Window, ratio_of, traced_windows
 from trainfit.models.setting import Setting
 from trainfit.tracing.trace_cache import (
     TraceRequest,
@@ -16,6 +20,7 @@ from trainfit.tracing.trace_cache import (
     get_traces,
     read_stored,
     store,
+    trace_both,
     with_provenance,
 )
 
@@ -28,63 +33,76 @@ def is_composed(setting: Setting) -> bool:
     return setting.family.coupled(setting) and setting.family.coupled_rows(setting) > 0
 
 
-def is_traced_alone(setting: Setting) -> bool:
-    """Whether a coupled window is traced by itself, because it cannot be composed."""
-    return setting.family.coupled(setting) and not is_composed(setting)
-
-
 def any_window(request: TraceRequest) -> TraceRequest:
     """The request without what a composed trace answers for all values of."""
-    setting = replace(request.setting, micro_batch=1, accumulation=1, eval_micro_batch=None)
+    ratio = {} if ratio_of(request.setting) is None else {str(request.setting.family.ratio_knob): ANY_RATIO}
+    setting = replace(request.setting, micro_batch=1, accumulation=1, eval_micro_batch=None, **ratio)
     return replace(request, setting=setting)
 
 
 def is_known(request: TraceRequest, *, cache: bool) -> bool:
-    """Whether `window_trace_of` answers without tracing."""
+    """Whether `window_traces_of` answers without tracing."""
     stores = cache and request.setting.family.cacheable
-    return is_shipped(request) or (stores and cache_path(request).with_suffix(".window.gz").exists())
+    return is_shipped(request) or (stores and _path(request).exists())
 
 
-def window_trace_of(request: TraceRequest, *, cache: bool, note: Callable[[str], None]) -> WindowTrace | None:
-    """The composed trace of a request of `any_window`; None where the step's windows cannot be aligned."""
+def window_traces_of(
+    request: TraceRequest, *, cache: bool, note: Callable[[str], None]
+) -> Mapping[TraceRequest, WindowTrace | None]:
+    """The composed trace of a request of `any_window`, and of the other part where that was made with it; None where the step's
+    windows cannot be aligned.
+    """
     packaged = shipped(request, WindowTrace.from_record)
     if packaged is not None:
-        return packaged
+        return {request: packaged}
     stores = cache and request.setting.family.cacheable
-    path = cache_path(request).with_suffix(".window.gz")
-    known = read_stored(path, partial(_stored, request)) if stores else None
+    known = read_stored(_path(request), partial(_stored, request)) if stores else None
     if known is not None:
-        return known[0]
-    note(f"tracing {request.part} of two windows, which no stored trace covers...")
-    made = make_window_trace(request, cache=cache)
-    if stores:
-        record = {"window": made.to_record() if made else None}
-        store(path, with_provenance(request, record, WINDOW_CODE))
+        return {request: known[0]}
+    note("tracing training and evaluation of two windows, which no stored trace covers...")
+    made = make_window_traces(request)
+    for each, window in made.items() if stores else ():
+        record = {"window": window.to_record() if window else None}
+        store(_path(each), with_provenance(each, record, WINDOW_CODE))
     return made
 
 
-def make_window_trace(request: TraceRequest, *, cache: bool) -> WindowTrace | None:
-    """Trace two windows and align them; None where that cannot be."""
-    windows = traced_windows(request.setting.family.coupled_rows(request.setting))
-    requests = [at(request, window.micro_batch, window.accumulation) for window in windows]
-    small, large = get_traces(requests, cache=cache)
-    return align(small, large, windows)
+def make_window_traces(request: TraceRequest) -> Mapping[TraceRequest, WindowTrace | None]:
+    """Trace two windows and align them; where a process can be forked, of training and of evaluation at once."""
+    setting = request.setting
+    windows = traced_windows(setting.family.coupled_rows(setting), has_ratio=ratio_of(setting) is not None)
+    if sys.platform != "linux":
+        small, large = get_traces([_at(request, window) for window in windows], cache=False)
+        return {request: align(small, large, windows)}
+    of_evaluation = replace(request, part="evaluation")
+    both = trace_both([_at(of_evaluation, window) for window in windows])
+    training, evaluation = zip(*both, strict=True)
+    return {
+        replace(request, part="training"): align(training[0], training[1], windows),
+        of_evaluation: align(evaluation[0], evaluation[1], windows),
+    }
 
 
-def at(request: TraceRequest, micro_batch: int, accumulation: int) -> TraceRequest:
+def _at(request: TraceRequest, window: Window) -> TraceRequest:
     """A request at one window."""
-    return replace(request, setting=replace(request.setting, micro_batch=micro_batch, accumulation=accumulation))
+    own = window.cuts[0]
+    setting = replace(request.setting, micro_batch=own.size, accumulation=own.parts)
+    return replace(request, setting=setting, samples=window.pairs)
 
 
-def trace_at(window: WindowTrace, setting: Setting, part: str) -> ColumnTrace:
-    """The trace of a setting's window, with what goes with it."""
-    evaluated = (setting.eval_micro_batch or setting.micro_batch) if part == "evaluation" else None
+def _path(request: TraceRequest) -> Path:
+    return cache_path(request).with_suffix(".window.gz")
+
+
+def trace_at(trace: WindowTrace, window: Window, eval_micro_batch: int | None = None) -> ColumnTrace:
+    """The trace of a window, or of an evaluation micro-batch after it, with what goes with it."""
+    evaluated = window if eval_micro_batch is None else window.evaluated(eval_micro_batch)
     return ColumnTrace(
-        columns=window.at(setting.micro_batch, setting.accumulation, eval_micro_batch=evaluated),
-        ops=window.ops_at(evaluated or setting.micro_batch, setting.accumulation),
-        made_up=window.made_up,
-        upper_bounds=window.upper_bounds,
-        blocks=window.blocks,
+        columns=trace.at(window, eval_micro_batch=eval_micro_batch),
+        ops=ops_at(trace, evaluated),
+        made_up=trace.made_up,
+        upper_bounds=trace.upper_bounds,
+        blocks=trace.blocks,
     )
 
 

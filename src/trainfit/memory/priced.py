@@ -15,7 +15,7 @@ from trainfit.gpus.context import ByteRange, cuda_context_bytes
 from trainfit.gpus.rated import rated
 from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.columns import Columns, ColumnTrace
-from trainfit.memory.composed import any_window, is_composed, is_known, trace_at, window_trace_of
+from trainfit.memory.composed import any_window, is_composed, is_known, trace_at, window_traces_of
 from trainfit.memory.coupled import between, coupled_ends
 from trainfit.memory.errors import NEEDS_ERROR
 from trainfit.memory.host_ema import ema_for_evaluation, without_ema
@@ -26,7 +26,9 @@ from trainfit.memory.predict import Prediction, needed, predict_traced, with_con
 from trainfit.memory.profile import last_window
 from trainfit.memory.scaling import ScaledTrace, scale
 from trainfit.memory.shipped import source
+from trainfit.memory.window_ops import ops_at
 from trainfit.memory.window_trace import WindowTrace
+from trainfit.memory.windows import Window, ratio_of, window_of
 from trainfit.models.setting import Setting
 from trainfit.timing.counts import TO_HOST, OpCount
 from trainfit.timing.roofline import (
@@ -60,9 +62,9 @@ PRICED_LIKE_TWO = "One micro-batch a window is priced like two, whose gradients 
 SCALING_CODE = "trainfit.memory.scaling"
 """The module that makes scaled traces of traces."""
 Part = Literal["training", "evaluation"]
-_Key = tuple[TraceRequest, tuple[int, int], bool, bool]
-"""What memory depends on: the traces, micro-batch and accumulation (0 where it does not count), and whether EMA weights and the
-optimizer's state are on the host."""
+_Key = tuple[TraceRequest, Window | tuple[int, int], bool, bool]
+"""What memory depends on: the traces, the cut of the window (of others micro-batch and accumulation, 0 where it does not count),
+and whether EMA weights and the optimizer's state are on the host."""
 
 
 def scalable(setting: Setting) -> bool:
@@ -82,6 +84,8 @@ class Pricer:
     cache: bool = True
     gpus: int = 1
     """Cards that train together, one process each."""
+    share: int | None = None
+    """Samples of a window on one GPU, where all settings cut the same window; the last micro-batch may be smaller."""
     note: Callable[[str], None] = field(default=lambda _: None, repr=False, compare=False)
     """Called with a line before anything is traced."""
     _scaled_of: dict[TraceRequest, ScaledTrace | None] = field(
@@ -103,7 +107,8 @@ class Pricer:
     def _key(self, setting: Setting) -> _Key:
         self._window(setting, "training")  # the request depends on whether there is one
         request = self.request(setting, "training")
-        cut = setting.micro_batch, 0 if scalable(setting) else setting.accumulation
+        accumulation = 0 if scalable(setting) else setting.accumulation
+        cut = self._cut(setting) if is_composed(setting) else (setting.micro_batch, accumulation)
         return request, cut, setting.ema_on_host, state_on_host(setting)
 
     def needs(self, setting: Setting) -> ByteRange:
@@ -130,8 +135,8 @@ class Pricer:
             return between(setting, ends, few, many)
         scaled = None if window is not None else self._scaled(setting, part)
         if window is not None:
-            micro_batch = setting.micro_batch if part == "training" else max(cuts)
-            estimate = step_seconds(window.ops_at(micro_batch, setting.accumulation), gpu)
+            cut = self._cut(setting)
+            estimate = step_seconds(ops_at(window, cut if part == "training" else cut.evaluated(max(cuts))), gpu)
         elif not scalable(setting) and scaled is not None:
             estimate = line_seconds(scaled.ops, scaled.micro_batches, setting.accumulation, gpu)
         elif not scalable(setting):
@@ -216,7 +221,7 @@ class Pricer:
         window = self._window(setting, "training")
         scaled = self._scaled(setting, "training") if window is None else None
         if window is not None:
-            copied = _copied_bytes(window.ops_at(setting.micro_batch, setting.accumulation)) / setting.accumulation
+            copied = _copied_bytes(ops_at(window, self._cut(setting))) / setting.accumulation
         elif scaled is None:
             copied = _copied_bytes(self.columns(setting, "training").ops)
         else:
@@ -251,7 +256,7 @@ class Pricer:
         capability = setting.family.kernels(kernel_class(self.gpu.capability))
         if is_composed(setting):
             of_any = any_window(TraceRequest(setting=setting, part=part, capability=capability))
-            if self._windows_of.get(of_any, of_any) is not None:
+            if self._windows_of.get(of_any, of_any) is not None and not self._is_alone(setting):
                 return of_any
         if part == "evaluation":
             setting = replace(setting, accumulation=min(TRACED_ACCUMULATION, setting.accumulation))
@@ -261,12 +266,28 @@ class Pricer:
 
     def _window(self, setting: Setting, part: Part) -> WindowTrace | None:
         """Of a coupled window; None of others, and where its traces cannot be composed."""
+        return None if self._is_alone(setting) else self._any_window(setting, part)
+
+    def _any_window(self, setting: Setting, part: Part) -> WindowTrace | None:
         if not is_composed(setting):
             return None
         request = any_window(self.request(setting, part))
         if request not in self._windows_of:
-            self._windows_of[request] = window_trace_of(request, cache=self.cache, note=self.note)
+            self._windows_of.update(window_traces_of(request, cache=self.cache, note=self.note))
         return self._windows_of[request]
+
+    def _cut(self, setting: Setting) -> Window:
+        """The window of a setting: of `share` where that takes as many micro-batches."""
+        is_share = self.share is not None and -(-self.share // setting.micro_batch) == setting.accumulation
+        return window_of(setting, self.share if is_share else None)
+
+    def _is_alone(self, setting: Setting) -> bool:
+        """Whether towers that run by themselves have one micro-batch each: then all keep their graphs, as in no other window."""
+        return is_composed(setting) and ratio_of(setting) is not None and self._cut(setting).is_plain
+
+    def traces_each(self, setting: Setting) -> bool:
+        """Whether every micro-batch of a setting takes a trace of its own: of a coupled window that cannot be composed."""
+        return not scalable(setting) and self._any_window(setting, "training") is None
 
     def _scaled(self, setting: Setting, part: Part) -> ScaledTrace | None:
         """Over micro-batches; of a contrastive window over accumulation, and None where that is small."""
@@ -287,7 +308,8 @@ class Pricer:
         """`trace` in columns, which takes less time."""
         window = self._window(setting, part)
         if window is not None:
-            composed = trace_at(window, setting, part)
+            evaluated = (setting.eval_micro_batch or setting.micro_batch) if part == "evaluation" else None
+            composed = trace_at(window, self._cut(setting), evaluated)
             return replace(composed, columns=self._on_host(composed.columns, setting, part))
         base, columns = self._unmoved(setting, part)
         return base.priced(self._on_host(columns, setting, part))

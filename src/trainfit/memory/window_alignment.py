@@ -1,21 +1,20 @@
 """Finds what repeats in a coupled window, and what sizes follow, from the traces of two windows (`window_trace`)."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from itertools import accumulate
 
 import numpy as np
 
 from trainfit.memory.columns import Columns
-from trainfit.memory.window_trace import LAST_LOGITS, LAST_ROWS, LOGITS, ROWS, Block, Window, WindowTrace
+from trainfit.memory.window_trace import OF_LOSS, Block, WindowTrace
+from trainfit.memory.windows import LOGITS, OF_CUTS, ROWS, Window, full
 from trainfit.tracing.events import Trace
 from trainfit.tracing.stored_trace import StoredTrace
 
 AGREEING = 100
-"""Events that must agree after an insertion."""
+"""Events after an insertion that are enough to know its end. Fewer follow where another insertion is near."""
 LONGEST_INSERTION = 100_000
 """Events of the longest insertion that is looked for."""
-OF_FULL = {LAST_ROWS: ROWS, LAST_LOGITS: LOGITS}
-"""What a tensor of a full chunk follows where that of the last chunk follows the key."""
 
 
 def align(small: StoredTrace, large: StoredTrace, windows: tuple[Window, Window]) -> WindowTrace | None:
@@ -35,7 +34,7 @@ def align(small: StoredTrace, large: StoredTrace, windows: tuple[Window, Window]
     for begin, end in inserted:
         laws = {follows[event - 1] for event in large.trace.events[begin:end] if event > 0}
         if laws:  # else they are the frees of what an inserted micro-batch keeps
-            repeats.append(Block(begin=begin, end=end, of_loss=not laws.isdisjoint((ROWS, LOGITS))))
+            repeats.append(Block(begin=begin, end=end, of=_repeated(laws)))
     aligned = WindowTrace(
         windows=windows,
         columns=Columns.of(large.trace),
@@ -46,10 +45,17 @@ def align(small: StoredTrace, large: StoredTrace, windows: tuple[Window, Window]
         upper_bounds=large.upper_bounds,
         blocks=large.blocks,
     )
-    composed = aligned.at(windows[0].micro_batch, windows[0].accumulation)
+    composed = aligned.at(windows[0])
     traced = Columns.of(small.trace)
     is_same = np.array_equal(composed.events, traced.events) and np.array_equal(composed.nbytes, traced.nbytes)
     return aligned if is_same else None
+
+
+def _repeated(laws: Set[int]) -> int:
+    """What a block with tensors of these laws is a repetition of, as `Block.of`."""
+    if not laws.isdisjoint((ROWS, LOGITS)):
+        return OF_LOSS
+    return next(((law - OF_CUTS) // 2 for law in sorted(laws) if law >= OF_CUTS), 0)
 
 
 def _moved_left(keys: Sequence[int], live: Sequence[int], begin: int, end: int) -> tuple[int, int]:
@@ -86,7 +92,7 @@ def _follows(
             event, twin = large.events[index], large.events[index + end - begin]
             if event > 0:
                 law = follows[twin - 1]
-                follows[event - 1] = OF_FULL.get(law, law) if law is not None else None
+                follows[event - 1] = full(law) if law is not None else None
     for begin, end in inserted:  # the first chunk, which is a full one in both traces, is like those that follow
         own = [event - 1 for event in large.events[begin:end] if event > 0]
         if any(follows[tensor] in (ROWS, LOGITS) for tensor in own):
@@ -124,9 +130,7 @@ def _insertions(keys: _Keys) -> list[tuple[int, int]] | None:
         if j < len(large) and small[i] == large[j]:
             i, j = i + 1, j + 1
             continue
-        expected = small[i : i + AGREEING]
-        ends = range(j + 1, min(j + LONGEST_INSERTION, len(large)))
-        end = next((end for end in ends if large[end : end + len(expected)] == expected), None)
+        end = _end_of_insertion(small[i : i + AGREEING], large, j)
         if end is None:
             return None
         insertions.append((j, end))
@@ -134,3 +138,20 @@ def _insertions(keys: _Keys) -> list[tuple[int, int]] | None:
     if j < len(large):
         insertions.append((j, len(large)))
     return insertions
+
+
+def _end_of_insertion(expected: Sequence[int], large: Sequence[int], begin: int) -> int | None:
+    """Where most of the expected events follow, of several such places the first; None where not even one does."""
+    best: int | None = None
+    most = 0
+    for end in range(begin + 1, min(begin + LONGEST_INSERTION, len(large))):
+        if large[end] != expected[0]:
+            continue
+        agreeing = next(
+            (n for n, event in enumerate(expected) if large[end + n : end + n + 1] != [event]), len(expected)
+        )
+        if agreeing > most:
+            best, most = end, agreeing
+        if most == len(expected):
+            break
+    return best

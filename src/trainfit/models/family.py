@@ -94,6 +94,9 @@ class Family:
     coupled_rows: Callable[[Any], int] = lambda _: 0
     """Setting -> rows of a coupled loss that are computed at one time, where all micro-batches of a window run in the same way;
     0: a window is predicted from traces of its own."""
+    ratio_knob: str | None = None
+    """The knob by which a tower runs by itself in a coupled window, on so many times the micro-batch; None as its value: all
+    towers run together."""
     kernels: Callable[[Capability], Capability] = lambda capability: capability
     """Compute capability -> one that stands for all on which the family's kernels are the same."""
     learns: tuple[str, ...] = ()

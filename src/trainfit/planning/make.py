@@ -79,6 +79,10 @@ class Calibrated:
         """Number of blocks that activation checkpointing may recompute."""
         return self.pricer.blocks(setting)
 
+    def traces_each(self, setting: Setting) -> bool:
+        """As the pricer."""
+        return self.pricer.traces_each(setting)
+
     def known(self, setting: Setting) -> bool:
         """Whether `needs` returns without tracing."""
         return self.pricer.known(setting)
@@ -122,7 +126,7 @@ def make_plan(
     _refuse_impossible(setting, effective_batch, gpus=gpus, micro_batch=micro_batch, allow=allow)
     config = config or AllocatorConfig()
     setting = replace(setting, precision=precision_for(setting, gpu))
-    pricer = Pricer(gpu=gpu, config=config, cache=cache, gpus=gpus, note=note)
+    pricer = Pricer(gpu=gpu, config=config, cache=cache, gpus=gpus, share=-(-effective_batch // gpus), note=note)
     calibration = load(gpu.name)
     prices = Calibrated(pricer=pricer, calibration=calibration)
     if reason := why_unused(setting):

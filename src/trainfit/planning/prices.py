@@ -34,6 +34,10 @@ class Prices(Protocol):
         """Number of blocks that activation checkpointing may recompute."""
         ...
 
+    def traces_each(self, setting: Setting) -> bool:
+        """Whether every micro-batch of a setting takes a trace of its own."""
+        ...
+
     def known(self, setting: Setting) -> bool:
         """Whether `needs` returns without tracing."""
         ...

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 
 from trainfit.gpus.context import ByteRange
-from trainfit.memory.composed import is_traced_alone
 from trainfit.memory.coupled import coupled_batches
 from trainfit.memory.predict import RESERVE, Prediction, has_reserve
 from trainfit.models.setting import Setting
@@ -105,7 +104,7 @@ class _Search:
     def batches(self) -> tuple[int, ...]:
         if self.request.micro_batch is not None:
             return (self.request.micro_batch,)
-        return (coupled_batches if is_traced_alone(self.request.setting) else batches)(self.request.share)
+        return (coupled_batches if self.prices.traces_each(self.request.setting) else batches)(self.request.share)
 
     def largest(self, base: Setting) -> int | None:
         """The largest micro-batch that fits, by bisection, which also tries the next larger one. If none fits, the smallest
@@ -280,7 +279,7 @@ class _Search:
         image fits.
         """
         requested = self.request.setting.eval_micro_batch
-        of_training = (chosen.setting.micro_batch,) if is_traced_alone(chosen.setting) else EVAL_MICRO_BATCHES
+        of_training = (chosen.setting.micro_batch,) if self.prices.traces_each(chosen.setting) else EVAL_MICRO_BATCHES
         sizes = of_training if requested is None else (requested,)
         time = {e: self.prices.seconds(chosen.setting, (e,), "evaluation").seconds / e for e in sizes}
         knee = next(e for e in sizes if time[e] <= (1 + KNEE) * min(time.values()))
@@ -297,7 +296,7 @@ class _Search:
 
         Contrastive windows that cannot be composed are left out, since each would need its own trace.
         """
-        if is_traced_alone(self.request.setting):
+        if self.prices.traces_each(self.request.setting):
             return
         for base in dict.fromkeys(replace(each, micro_batch=1, accumulation=1) for each in settings):
             for b in self.batches():

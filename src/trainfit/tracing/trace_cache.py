@@ -38,10 +38,7 @@ LARGEST_TEXT_BYTES = 1 << 30
 DAMAGE = (EOFError, ValueError, LookupError, TypeError, AttributeError, zlib.error, RecursionError, TrainfitError)
 """Exceptions of reading and parsing a damaged file, besides gzip's OSError without an errno."""
 T = TypeVar("T")
-_FACTORY = {
-    "training": "trainfit.models.build:build_step",
-    "evaluation": "trainfit.models.build:build_eval_step",
-}
+_FUNCTION = {"training": "build_step", "evaluation": "build_eval_step"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +53,8 @@ class TraceRequest:
     """CUDA compute capability of the card."""
     device: Literal["cuda", "cpu"] = "cuda"
     """cuda: fake tensors; cpu: the step really runs here, with the CPU's kernels: slow, and needs the memory."""
+    samples: int | None = None
+    """Samples of the window, where its last micro-batch is smaller; None: micro-batch times accumulation."""
 
     @property
     def name(self) -> str:
@@ -63,6 +62,8 @@ class TraceRequest:
         values: dict[str, Any] = {"capability": "{}.{}".format(*self.capability)}
         if self.device != "cuda":
             values["device"] = self.device
+        if self.samples is not None:
+            values["samples"] = self.samples
         for knob in fields(self.setting):
             value = getattr(self.setting, knob.name)
             if knob.name != "model" and value != knob.default:
@@ -71,9 +72,11 @@ class TraceRequest:
 
     def to_json(self) -> dict[str, Any]:
         """The request in the form that the tracing process reads (`tracing.client.run`)."""
+        module = "build" if self.samples is None else "coupled_step"
+        samples = {} if self.samples is None else {"samples": self.samples}
         return {
-            "factory": _FACTORY[self.part],
-            "kwargs": {"setting": self.setting.to_json()},
+            "factory": f"trainfit.models.{module}:{_FUNCTION[self.part]}",
+            "kwargs": {"setting": self.setting.to_json(), **samples},
             "target": {"capability": self.capability, "fused_attention": True},
             "device": self.device,
             "steps": 2,
@@ -111,6 +114,22 @@ def get_traces(requests: Iterable[TraceRequest], *, cache: bool = True) -> tuple
         except KeyboardInterrupt:  # the pool waits for its threads, and the threads wait for their processes
             end_running()
             raise
+
+
+def trace_both(requests: Iterable[TraceRequest]) -> tuple[tuple[StoredTrace, StoredTrace], ...]:
+    """Traces of training and of evaluation for each request of evaluation, made two requests at a time and not stored: the two
+    share the building of the model and the first window, which takes a fork.
+    """
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            texts = tuple(pool.map(partial(_traced, both=True), requests))
+        except KeyboardInterrupt:
+            end_running()
+            raise
+    records = map(json.loads, texts)
+    return tuple(
+        (StoredTrace.from_record(each["training"]), StoredTrace.from_record(each["evaluation"])) for each in records
+    )
 
 
 def is_stored(request: TraceRequest) -> bool:
@@ -176,12 +195,12 @@ def versions() -> dict[str, str]:
     return {**installed, "trainfit": digest}
 
 
-def _traced(request: TraceRequest) -> str:
-    """The text that `StoredTrace.to_json` wrote in a tracing process."""
+def _traced(request: TraceRequest, *, both: bool = False) -> str:
+    """The text that a tracing process wrote (`worker`)."""
     family, model = request.setting.family, request.setting.model
     if not family.cacheable and ":" in model:
         require_named(model)
-    own = {"prepare": family.prepare_trace, "families": registering_modules()}
+    own = {"prepare": family.prepare_trace, "families": registering_modules(), "both": both}
     modules = (family.workload,) if family.workload.startswith("trainfit.") else ()
     return client.run(request.to_json() | own, model, modules)
 

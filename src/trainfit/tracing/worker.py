@@ -3,6 +3,8 @@
 import importlib
 import json
 import sys
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ from trainfit.process import end_with_parent
 
 
 def main(request: Path, answer: Path) -> None:
-    """Trace what `request` names and write a StoredTrace, or {"error": message}, to `answer`."""
+    """Trace what `request` names and write a StoredTrace, both of training and evaluation, or {"error": message}, to `answer`."""
     record = json.loads(request.read_text())
     sys.path[:] = record["path"]
 
+    from trainfit.tracing.both import trace_both
     from trainfit.tracing.fake_cuda import Target
     from trainfit.tracing.selftest import selftest
     from trainfit.tracing.trace import trace_step
@@ -27,17 +30,20 @@ def main(request: Path, answer: Path) -> None:
             selftest(target)
             if record.get("prepare") is not None:
                 _imported(record["prepare"])(target.capability)
-        factory = _imported(record["factory"])
-        result = trace_step(
-            lambda device: factory(device=device, **record["kwargs"]),
-            target=target,
-            device=record["device"],
-            steps=record["steps"],
-        )
+        build = partial(_built, _imported(record["factory"]), record["kwargs"])
+        if record.get("both"):
+            training, evaluation = trace_both(build, target=target, file=answer.with_name("evaluation.json"))
+            text = json.dumps({"training": training.to_record(), "evaluation": evaluation.to_record()})
+        else:
+            text = trace_step(build, target=target, device=record["device"], steps=record["steps"]).to_json()
     except TrainfitError as error:
         answer.write_text(json.dumps({"error": str(error)}))
         return
-    answer.write_text(result.to_json())
+    answer.write_text(text)
+
+
+def _built(factory: Any, arguments: Mapping[str, Any], device: Any) -> Any:
+    return factory(device=device, **arguments)
 
 
 def _imported(name: str) -> Any:

@@ -143,7 +143,9 @@ def family() -> Family:
         asks_batch="every pair is contrasted with every other of it, so that it decides what is learned (CLIP and SigLIP were "
         "published with 32,768, open_clip's guide has 1,024 to 4,096)",
         coupled=lambda setting: setting.contrastive == "cached",
-        coupled_rows=lambda setting: 0 if setting.text_ratio or has_caption_config(setting.model) else CHUNK_ROWS,
+        coupled_rows=lambda _: CHUNK_ROWS,
+        ratio_knob="text_ratio",
+        prepare_trace="trainfit.models.clip.tracing:prepare",
         learns=("optimizer",),
         assumptions=assumptions,
         check_recipe=check_recipe,

@@ -19,8 +19,9 @@ LARGEST_SCALE = math.log(100)
 """open_clip 3.3 open_clip_train/train.py clamps the logarithm of the scale to [0, ln 100] after every step."""
 CAPTION_WEIGHT = 2.0
 """Weight of CoCa's caption loss; that of its contrastive loss is 1 (open_clip 3.3 open_clip_train/params.py)."""
-TOKENS_AT_ONCE = 1024
-"""Tokens whose logits over the vocabulary exist at one time: 194 MiB in float32 at 49,408 words."""
+POSITIONS_AT_ONCE = 4
+"""Positions of the texts of a micro-batch whose logits over the vocabulary exist at one time: 1,024 tokens at a micro-batch of 256,
+which are 194 MiB in float32 at 49,408 words."""
 
 
 def image_features(model: torch.nn.Module, pairs: Sequence[Pair]) -> Features:
@@ -124,7 +125,7 @@ def _same(keys: torch.Tensor, rows: slice) -> torch.Tensor:
 def with_caption(model: torch.nn.Module, pairs: Sequence[Pair]) -> tuple[Features, Mapping[str, LossTerm]]:
     """CoCa's features and its caption loss: the sum over all tokens except padding, each predicted from the preceding ones.
 
-    The logits over the vocabulary exist for `TOKENS_AT_ONCE` tokens at a time, in forward and again in backward.
+    The logits over the vocabulary exist for `POSITIONS_AT_ONCE` tokens of each text at a time, in forward and again in backward.
     Source: open_clip 3.3 coca_model.py `CoCa.forward`, loss.py `CoCaLoss`, transformer.py `MultimodalTransformer.forward`.
     """
     coca: Any = model
@@ -137,16 +138,18 @@ def with_caption(model: torch.nn.Module, pairs: Sequence[Pair]) -> tuple[Feature
     mask = decoder.attn_mask[: tokens.shape[1], : tokens.shape[1]]
     for block, cross_attention in zip(decoder.resblocks, decoder.cross_attn, strict=True):
         tokens = cross_attention(block(tokens, attn_mask=mask), k_x=image_tokens, v_x=image_tokens)
-    hidden = decoder.ln_final(tokens).flatten(0, 1)
+    hidden = decoder.ln_final(tokens)
     total = torch.zeros((), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
-    for some, targets in zip(hidden.split(TOKENS_AT_ONCE), labels.flatten().split(TOKENS_AT_ONCE), strict=True):
+    parts = (each.split(POSITIONS_AT_ONCE, dim=1) for each in (hidden, labels))
+    for some, targets in zip(*parts, strict=True):
         part = partial(_token_loss, coca.pad_id)
         total = total + checkpoint(part, some, decoder.text_projection, targets, use_reentrant=False)
     return (images, of_texts), {"caption": LossTerm(total=CAPTION_WEIGHT * total, kind="targets")}
 
 
 def _token_loss(pad_id: int, hidden: torch.Tensor, projection: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(hidden @ projection, targets, ignore_index=pad_id, reduction="sum")
+    logits = hidden.flatten(0, 1) @ projection
+    return functional.cross_entropy(logits, targets.flatten(), ignore_index=pad_id, reduction="sum")
 
 
 def caption_counts(pairs: Sequence[Pair], pad_id: int = 0) -> Mapping[str, float]:

@@ -1,7 +1,9 @@
 """CLIP, SigLIP and CoCa models of open_clip."""
 
+import importlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -37,6 +39,10 @@ from trainfit.step.checkpointing import repeated_blocks
 from trainfit.tasks.pairs.samples import PairFeatures
 
 __all__ = ["CACHED", "PLAIN", "Clip", "Pair", "build_model", "features", "from_upstream", "make_workload", "rows_loss"]
+
+
+with suppress(ImportError):  # here, so that a process that forks for several traces imports it once
+    importlib.import_module("open_clip")
 
 
 class Clip:

@@ -1,0 +1,65 @@
+"""Traces of training and of evaluation in one run: both begin with the building of the model and a training window."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainfit.tracing.fake_cuda import Target
+from trainfit.tracing.stored_trace import StoredTrace
+from trainfit.tracing.trace import trace_step
+
+
+class _Forked:
+    """A step whose second window is training in this process and evaluation in a fork of it.
+
+    Not the other way round: autograd does not run backward in a fork of a process that has run it.
+    """
+
+    def __init__(self, step: Any) -> None:
+        self.step = step
+        self.model = step.model
+        self.optimizer = step.optimizer
+        self.ema = step.ema
+        self.blocks = step.blocks
+        self.windows = 0
+        self.child = -1
+
+    def run(self) -> object:
+        """The first window; after a fork, the second."""
+        self.windows += 1
+        if self.windows == 2:
+            self.child = os.fork()
+            if self.child:
+                self.step.evaluate = None
+        return self.step.run()
+
+
+def trace_both(build: Callable[[torch.device], Any], *, target: Target, file: Path) -> tuple[StoredTrace, StoredTrace]:
+    """Trace training and evaluation; `file` is where the fork leaves the trace of evaluation, and does not exist afterwards.
+
+    `build` returns the step of an evaluation (`models.build.build_eval_step`).
+    """
+    steps: list[_Forked] = []
+
+    def forked(device: torch.device) -> _Forked:
+        steps.append(_Forked(build(device)))
+        return steps[0]
+
+    try:
+        training = trace_step(forked, target=target)
+    except BaseException:
+        if steps and steps[0].child == 0:  # the process that waits for it says what failed
+            os._exit(1)
+        raise
+    if steps[0].child == 0:
+        file.write_text(training.to_json())
+        os._exit(0)
+    _, status = os.waitpid(steps[0].child, 0)
+    if status != 0:
+        raise ChildProcessError(f"evaluation ended with status {os.waitstatus_to_exitcode(status)}")
+    evaluation = StoredTrace.from_json(file.read_text())
+    file.unlink()
+    return training, evaluation
