@@ -31,7 +31,17 @@ from trainfit.models.setting import Setting, make_setting
 from trainfit.tracing.events import TensorInfo
 from trainfit.tracing.trace_cache import get_trace
 
-CODE = "import sys; from trainfit.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+CODE = """
+import sys
+from trainfit.cli import main
+try:
+    main()
+except SystemExit as end:
+    sys.exit(100 if "torch" in sys.modules else end.code)
+"""
+"""What the command `trainfit` runs; `main` always ends by SystemExit."""
+WITH_TORCH = 100
+"""Exit status of `CODE` where torch was imported."""
 MEMORY = "8GiB"
 NONE = TensorInfo(id=-1, nbytes=-1)
 """Stands for a tensor that only one of two traces has."""
@@ -42,15 +52,16 @@ def models() -> list[str]:
     return sorted(path.name.removesuffix(".tar.xz") for path in shipped.shipped_folder().glob("*.tar.xz"))
 
 
-def run(*arguments: str) -> tuple[float, float, bool]:
-    """Wall and CPU seconds of a command in a process of its own, and whether it imported torch."""
+def run(*arguments: str) -> tuple[float, float, str]:
+    """Wall and CPU seconds of a command in a process of its own, and whether it imported torch, or failed."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", CODE, *arguments], capture_output=True, check=False, timeout=600)
     wall = time.perf_counter() - started
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return wall, cpu, done.returncode != 0
+    ends = {0: "no torch", WITH_TORCH: "torch imported"}
+    return wall, cpu, ends.get(done.returncode, f"FAILED with exit status {done.returncode}")
 
 
 def data(folders: list[str]) -> None:
@@ -58,10 +69,9 @@ def data(folders: list[str]) -> None:
     for model in models():
         for folder in folders:
             for command, own in (("predict", ("--gpu", "RTX 3060")), ("plan", ("--memory", MEMORY, "--no-cache"))):
-                wall, cpu, torch = run(command, model, "--data", folder, "--allow-outside", *own)
-                imported = "torch imported" if torch else "no torch"
+                wall, cpu, ended = run(command, model, "--data", folder, "--allow-outside", *own)
                 print(
-                    f"{model:20} {Path(folder).name:14} {command:8} {wall:6.1f} s, CPU {cpu:5.1f} s, {imported}",
+                    f"{model:20} {Path(folder).name:14} {command:8} {wall:6.1f} s, CPU {cpu:5.1f} s, {ended}",
                     flush=True,
                 )
 
