@@ -252,7 +252,7 @@ def test_reports_need_no_torch() -> None:
 
 
 TEXT = """\
-rfdetr-nano on RTX 3090: micro-batch 6+6+4, no checkpointing, bf16, adamw-fused: an effective batch of 16. With evaluation it needs 1.23 to 1.39 GiB of 3.50 to 3.70 GiB usable, 3% of the card kept free; where there is room it takes 1.23 to 1.42 GiB. It is 4% slower than the fastest setting, which does not fit.
+rfdetr-nano on RTX 3090: micro-batch 6+6+4, no checkpointing, bf16, adamw-fused: an effective batch of 16. With evaluation it needs 1.23 to 1.39 GiB of 3.50 to 3.70 GiB usable, 3% of the card kept free; where there is room it takes 1.23 to 1.40 GiB. It is 4% slower than the fastest setting, which does not fit.
 
 Settings tried (6 of 6 shown)
     micro-batch   checkpointed  needs GiB     speed  verdict       why

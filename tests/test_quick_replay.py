@@ -3,8 +3,10 @@
 import random
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import hypothesis
+import pytest
 from hypothesis import strategies as st
 
 from trainfit.memory.alloc_conf import AllocatorConfig
@@ -115,3 +117,20 @@ def test_a_models_training_survives_where_the_allocator_does() -> None:
         assert quick.survives(capacity) == (replay(trace, capacity_bytes=capacity).oom is None)
     least = least_capacity_bytes(quick, low_bytes=low, high_bytes=high)
     assert replay(trace, capacity_bytes=least).oom is None
+
+
+def test_capacities_that_no_segment_tells_apart_share_a_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four large tensors of 40 MiB, one after another: from 80 to 120 MiB, the third is the first that does not fit."""
+    tensors = tuple(TensorInfo(id=number, nbytes=40 * MIB) for number in range(4))
+    quick = QuickReplay(Columns.of(Trace(tensors=tensors, events=(1, 2, 3, 4))), AllocatorConfig())
+    replayed: list[int] = []
+    run = QuickReplay._run  # pyright: ignore[reportPrivateUsage]
+
+    def counted(self: QuickReplay, state: Any, begin: int, limit: int, *, keep: bool) -> bool:
+        replayed.append(limit)
+        return run(self, state, begin, limit, keep=keep)
+
+    monkeypatch.setattr(QuickReplay, "_run", counted)
+    capacities = [80, 119, 100, 160, 200, 81]
+    assert [quick.survives(each * MIB) for each in capacities] == [False, False, False, True, True, False]
+    assert len(replayed) == 2

@@ -16,6 +16,9 @@ T = TypeVar("T")
 _GIVEN = "_given"
 _FLAGS = {"as_json": "--json"}
 """Flags that are not spelt as their field."""
+_PLAIN = (bool, int, float, str, types.NoneType)
+_ALLOWED: set[tuple[type, str, type, Any]] = set()
+"""Class, field, and type and value of plain values that were allowed before: a plan copies its setting thousands of times."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,16 @@ def require_valid(values: object) -> None:
     Raises:
         TrainfitError: with the flag of the first such field, what it may be, and its value.
     """
-    hints = _hints(type(values))
+    make = type(values)
+    hints = _hints(make)
     for name, value in vars(values).items():
+        is_plain = isinstance(value, _PLAIN)
+        if is_plain and (make, name, type(value), value) in _ALLOWED:
+            continue
         if name in hints and (fault := _fault(hints[name], value)):
             raise TrainfitError(f"{flag(name)} {fault}, not {_short(value)}{_nearest(hints[name], value)}")
+        if is_plain:
+            _ALLOWED.add((make, name, type(value), value))
 
 
 def from_record(make: type[T], record: Any, source: Path | str) -> T:

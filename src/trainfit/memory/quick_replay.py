@@ -53,6 +53,10 @@ class _State:
     """Start -> end."""
     reserved: int = 0
     next_segment: int = _SEGMENT
+    accepted: int = 0
+    """The most that was reserved after a new segment."""
+    rejected: int = _UNLIMITED
+    """The least that would have been reserved after a segment for which the capacity was too small."""
     has_missed: bool = False
     """Whether a tensor would have found no free block at its most bytes."""
 
@@ -66,6 +70,8 @@ class _State:
             segments=self.segments.copy(),
             reserved=self.reserved,
             next_segment=self.next_segment,
+            accepted=self.accepted,
+            rejected=self.rejected,
             has_missed=self.has_missed,
         )
 
@@ -89,7 +95,26 @@ class _State:
         self.next_segment += length + 1
         self.segments[start] = start + length
         self.reserved += length
+        self.accepted = max(self.accepted, self.reserved)
         return start
+
+    def exceeds(self, limit: int, length: int) -> bool:
+        """Whether a new segment would go beyond a capacity."""
+        if self.reserved + length <= limit:
+            return False
+        self.rejected = min(self.rejected, self.reserved + length)
+        return True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Outcome:
+    """Of a replay. It is the same at every capacity that accepts and rejects the same segments."""
+
+    accepted: int
+    rejected: int
+    survives: bool
+    is_roomy: bool
+    """Whether each tensor with other most bytes finds a free block for them, too."""
 
 
 class QuickReplay:
@@ -111,7 +136,7 @@ class QuickReplay:
         self._states: list[tuple[int, int, _State]] = []
         self._exchanges: list[tuple[int, int]] = []
         self.retries = 0
-        self._roomy: set[int] = set()
+        self._outcomes: list[_Outcome] = []
         if self.is_fast:
             self._compile()
 
@@ -133,18 +158,7 @@ class QuickReplay:
         """Whether `replay` runs out of no memory at a capacity."""
         if not self.is_fast:
             return replay(self.trace, capacity_bytes=capacity_bytes, config=self.config).oom is None
-        capacity = capacity_bytes // BLOCK_BYTES
-        begin = 0
-        state = None
-        for reserved, event, kept in self._states:
-            if reserved <= capacity:
-                begin = event
-                state = kept
-        state = state.copy() if state else self._begin()
-        survives = self._run(state, begin, capacity, keep=False)
-        if survives and not state.has_missed:
-            self._roomy.add(capacity)
-        return survives
+        return self._outcome(capacity_bytes // BLOCK_BYTES).survives
 
     def survives_with_most(self, capacity_bytes: int) -> bool:
         """`survives` of the trace with `most_bytes`.
@@ -153,7 +167,31 @@ class QuickReplay:
         allocator in the same state: then the one replay answers for both.
         """
         assert self.most_bytes is not None
-        return capacity_bytes // BLOCK_BYTES in self._roomy or self.with_most.survives(capacity_bytes)
+        if self.is_fast and self._outcome(capacity_bytes // BLOCK_BYTES).is_roomy:
+            return True
+        return self.with_most.survives(capacity_bytes)
+
+    def _outcome(self, capacity: int) -> _Outcome:
+        """What a replay at a capacity ends in; those that are known need none."""
+        for outcome in self._outcomes:
+            if outcome.accepted <= capacity < outcome.rejected:
+                return outcome
+        begin = 0
+        state = None
+        for reserved, event, kept in self._states:
+            if reserved <= capacity:
+                begin = event
+                state = kept
+        state = state.copy() if state else self._begin()
+        survives = self._run(state, begin, capacity, keep=False)
+        outcome = _Outcome(
+            accepted=state.accepted,
+            rejected=state.rejected,
+            survives=survives,
+            is_roomy=survives and not state.has_missed,
+        )
+        self._outcomes.append(outcome)
+        return outcome
 
     @cached_property
     def with_most(self) -> "QuickReplay":
@@ -221,6 +259,8 @@ class QuickReplay:
 
     def _rounded(self, nbytes: Integers) -> Integers:
         """Sizes in blocks."""
+        if not self.config.roundup_power2_divisions:
+            return np.maximum(-(-nbytes // BLOCK_BYTES), 1)
         distinct, which = np.unique(nbytes, return_inverse=True)
         divisions = self.config.roundup_power2_divisions
         rounded = [round_size(each, divisions) // BLOCK_BYTES for each in distinct.tolist()]
@@ -266,14 +306,14 @@ class QuickReplay:
                     continue
                 else:
                     length = _segment(size)
-                    if state.reserved + length > limit:
-                        if keep:
+                    if keep:
+                        if state.reserved + length > limit:
                             limit = self._kept(state, index, length)
-                        else:
-                            self._retry(state, index)
-                            if state.reserved + length > limit:
-                                return False
-                            free = state.free[pools[tensor]]
+                    elif state.exceeds(limit, length):
+                        self._retry(state, index)
+                        if state.exceeds(limit, length):
+                            return False
+                        free = state.free[pools[tensor]]
                     start = state.new_segment(length)
                     self._exchanges.append((index, state.reserved))
                     end = start + length
