@@ -1,8 +1,8 @@
 """How soon `plan` and `predict` answer for a data set, and how near laws come to traces.
 
     python benchmarks/seconds.py data FOLDER...       # seconds of built-in models for data sets, and whether torch was imported
-    python benchmarks/seconds.py held-out NUMBER FILE # random points that no law was found from, against traces made now: a line
-                                                      # each in FILE, half a minute a point; started again it goes on; then reports
+    python benchmarks/seconds.py held-out NUMBER FILE # random points that no law was found from, against traces (kept in the
+                                                      # cache): a line each in FILE, half a minute a point; started again it goes on
     python benchmarks/seconds.py report FILE          # of the points in FILE: shares that are equal, and errors
     python benchmarks/seconds.py size                 # of what comes with the package
 
@@ -27,6 +27,7 @@ from trainfit.memory.columns import Columns
 from trainfit.memory.predict import needed
 from trainfit.memory.priced import Pricer
 from trainfit.memory.quick_replay import QuickReplay
+from trainfit.models.rfdetr.family import PUBLISHED
 from trainfit.models.setting import Setting, make_setting
 from trainfit.tracing.events import TensorInfo
 from trainfit.tracing.trace_cache import get_trace
@@ -77,15 +78,28 @@ def data(folders: list[str]) -> None:
 
 
 def point(number: int) -> Setting:
-    """The point of a number: a model, and what a data set or a user may choose. Mask R-CNN is covered at the defaults alone."""
+    """The point of a number: a model, and what a data set or a user may choose."""
     draw = random.Random(number)
     model = draw.choice(models())
     knobs: dict[str, Any] = {"checkpointing": draw.choice(("none", "all"))}
-    if model.startswith("rfdetr"):
-        knobs |= {"classes": draw.randint(1, 400), "objects_per_image": draw.randint(1, 250)}
+    knobs |= {"classes": draw.randint(1, 400), "objects_per_image": draw.randint(1, 250)}
     if "-seg-" in model and draw.random() < 0.3:
         knobs["stage"] = "masks"
+    if model in PUBLISHED:
+        knobs |= drawn_size(draw, model)
+    else:
+        knobs["canvas"] = (800, draw.randint(800, 1333))
     return make_setting(model, precision="bf16", accumulation=2, micro_batch=draw.choice((1, 2, 3, 5, 6, 8)), **knobs)
+
+
+def drawn_size(draw: random.Random, model: str) -> dict[str, Any]:
+    """Of half of the points a size of their own: with one size instead of several, or at another resolution, or both."""
+    published = PUBLISHED[model]
+    blocks = published.resolution // published.block
+    knobs: dict[str, Any] = {"multi_scale": draw.random() < 0.75}
+    if draw.random() < 0.35:
+        knobs["resolution"] = published.block * draw.randint(round(0.6 * blocks), round(1.3 * blocks))
+    return knobs
 
 
 def compared(number: int) -> dict[str, Any]:
@@ -95,7 +109,7 @@ def compared(number: int) -> dict[str, Any]:
     if not row["covered"]:
         return row
     made = pricer.trace(setting, "training")
-    true = get_trace(replace(pricer.request(setting, "training"), setting=setting), cache=False)
+    true = get_trace(replace(pricer.request(setting, "training"), setting=setting))
     low, high = (needed(each, pricer.gpu, pricer.config) for each in (made, true))
     alone, ours = (QuickReplay(Columns.of(each.trace), pricer.config) for each in (true, made))
     return row | {
