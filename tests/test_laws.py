@@ -97,7 +97,7 @@ def laws(traced: dict[str, StoredTrace]) -> Laws:
 
 
 def at(base: StoredTrace, laws: Laws, objects: int, classes: int) -> ScaledTrace:
-    return moved(ScaledTrace.of_one(base, 4), laws, {"objects_per_image": objects, "classes": classes})
+    return moved(ScaledTrace.of_one(base, 4), [laws], {"objects_per_image": objects, "classes": classes})
 
 
 def sizes(trace: Trace) -> list[int]:

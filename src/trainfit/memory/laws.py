@@ -1,4 +1,4 @@
-"""How a step's sizes follow what a data set brings: its objects and its classes. Imports no torch.
+"""How a step's sizes follow what a data set brings, its objects and its classes, and the image. Imports no torch.
 
 Two traces that differ in these knobs alone are aligned, and a size of the one is found in the other at its place. Sizes are
 products: bytes of a number, rows, and of a knob or of two (of classes plus one, where a class head has a row for none), so
@@ -8,11 +8,16 @@ each window, evaluation, and training that recomputes blocks.
 
 Code that works in pieces of bounded size makes more pieces for more objects: pieces are constant, and there are as many as
 in the trace that is taken to other values, which is that with the most.
+
+Of the image sizes follow numbers that the setting's family declares (`declared_sizes`). Their laws are others than those of
+the data (`memory.image_laws`): a size grows by both.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import combinations_with_replacement
 from math import prod
 from typing import Any
@@ -21,6 +26,7 @@ import numpy as np
 
 from trainfit.memory.columns import Columns, Integers
 from trainfit.memory.scaling import TOLERANCE, ScaledTrace, matched
+from trainfit.models.setting import Setting
 from trainfit.timing.counts import OpCount
 from trainfit.tracing.events import TensorInfo
 from trainfit.tracing.stored_trace import StoredTrace
@@ -39,14 +45,14 @@ Change = tuple[float, float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Variable:
-    """A knob that sizes follow, or the knob plus one."""
+    """A knob that sizes follow, or the knob plus one; or a number that the setting's family declares."""
 
     knob: str
-    """Field of a setting."""
+    """Field of a setting, or the name of the number."""
     base: int
     """Its value in the trace that the laws are applied to."""
     other: int
-    """Its smaller value in the trace that they were found with."""
+    """Its value in the trace that they were found with; of a knob a smaller one."""
     least: int
     most: int
     """Laws hold from here to here."""
@@ -55,9 +61,11 @@ class Variable:
     cell: int = 0
     """Of a knob that is (height, width) in pixels: the side of the cells that it counts in, since models pad to whole cells.
     Its base is the knob left out."""
+    declared: bool = False
+    """Whether it is one of `declared_sizes`, and no field."""
 
-    def value(self, setting: object) -> int:
-        """Its value in a setting."""
+    def value(self, setting: Setting) -> int:
+        """Its value in a setting, of a field."""
         value = getattr(setting, self.knob)
         if not self.cell:
             return value
@@ -77,14 +85,18 @@ class Laws:
     """Indices into `variables`, for each factor one."""
     counts: Mapping[Row, tuple[Change, ...]]
     """For each variable what the row changes by when it goes from its base to its other value; it changes along a line."""
+    behind: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Fields of a setting that the declared variables depend on -> their values at the base."""
 
-    def knobs(self) -> dict[str, int | None]:
+    def knobs(self) -> dict[str, Any]:
         """The knobs, and their values in the setting of the trace that the laws are applied to."""
-        return {each.knob: None if each.cell else each.base for each in self.variables}
+        own = [each for each in self.variables if not each.declared]
+        return {each.knob: None if each.cell else each.base for each in own} | dict(self.behind)
 
-    def values(self, setting: object) -> dict[str, int]:
+    def values(self, setting: Setting) -> dict[str, int]:
         """The values that the laws take of a setting."""
-        return {each.knob: each.value(setting) for each in self.variables}
+        declared = declared_sizes(setting) if self.behind else {}
+        return {each.knob: declared[each.knob] if each.declared else each.value(setting) for each in self.variables}
 
     def hold(self, values: Mapping[str, int]) -> bool:
         """Whether they tell of these values of the knobs."""
@@ -108,6 +120,7 @@ class Laws:
             "variables": [asdict(each) for each in self.variables],
             "sizes": [[*kind, factors] for kind, factors in sorted(self.sizes.items())],
             "counts": [[*row, changes] for row, changes in sorted(self.counts.items())],
+            "behind": dict(self.behind),
         }
 
     @classmethod
@@ -118,7 +131,18 @@ class Laws:
             (op, phase, dtype): tuple((n, flops, nbytes) for n, flops, nbytes in changes)
             for op, phase, dtype, changes in record["counts"]
         }
-        return cls(variables=tuple(Variable(**each) for each in record["variables"]), sizes=sizes, counts=counts)
+        variables = tuple(Variable(**each) for each in record["variables"])
+        return cls(variables=variables, sizes=sizes, counts=counts, behind=record.get("behind", {}))
+
+
+def declared_sizes(setting: Setting) -> Mapping[str, int]:
+    """Numbers by name that sizes of a setting's traces follow and that are no fields, for instance the cells of an image.
+
+    The function `traced_sizes` of the family's module of this name, beside its workload, has them; most families have none.
+    """
+    package = setting.family.workload.rpartition(".")[0]
+    name = f"{package}.traced_sizes"
+    return import_module(name).traced_sizes(setting) if package and find_spec(name) else {}
 
 
 def find_laws(
@@ -133,39 +157,57 @@ def find_laws(
     """
     likes: dict[Kind, int] = {}
     growth = prod(each.base / each.other for each in variables)
-    like_of = [_like(base, other, growth) for base, other in pairs]
+    like_of = [like_sizes(base, other, growth) for base, other in pairs]
     for (base, _), like in zip(pairs, like_of, strict=True):
         for one, nbytes in zip(base.trace.tensors, like, strict=True):
             if nbytes is not None:
                 likes[kind_of(one)] = max(nbytes, likes.get(kind_of(one), 0))
-    products: list[tuple[int, ...]] = []
-    for count in range(1, MOST_FACTORS + 1):
-        products += combinations_with_replacement(range(len(variables)), count)
-    sizes = {
-        kind: factors
-        for kind, nbytes in likes.items()
-        if nbytes != kind[3] and (factors := _factors(kind[3], nbytes, variables, products)) is not None
-    }
+    sizes = factors_of(likes, variables)
     all_laws: list[Laws] = []
     for (base, other), like in zip(pairs, like_of, strict=True):
         pieces = [one for one, nbytes in zip(base.trace.tensors, like, strict=True) if nbytes is None]
         laws = Laws(variables=tuple(variables), sizes=sizes, counts=_changes(base, other, sizes, variables, pieces))
         values = {each.knob: each.other for each in variables}
-        predicted = moved(ScaledTrace.of_one(base, 1), laws, values).columns.peak_bytes()
-        true = Columns.of(other.trace).peak_bytes()
-        if not (1 - TOLERANCE) * true <= predicted <= (1 + TOLERANCE_ABOVE) * true:
+        if not reach(laws, base, other, values):
             return None
         all_laws.append(laws)
     return tuple(all_laws)
 
 
-def _like(base: StoredTrace, other: StoredTrace, growth: float) -> list[int | None]:
-    """For each tensor of `base` the bytes of the matching tensor of `other`; None if there is none."""
+def reach(laws: Laws, base: StoredTrace, other: StoredTrace, values: Mapping[str, int]) -> bool:
+    """Whether laws take one trace to the peak of another."""
+    predicted = moved(ScaledTrace.of_one(base, 1), [laws], values).columns.peak_bytes()
+    true = Columns.of(other.trace).peak_bytes()
+    return (1 - TOLERANCE) * true <= predicted <= (1 + TOLERANCE_ABOVE) * true
+
+
+def like_sizes(base: StoredTrace, other: StoredTrace, growth: float) -> list[int | None]:
+    """For each tensor of `base` the bytes of the matching tensor of `other`, which is at most `growth` times smaller, or as many
+    times larger where it has the larger peak; None if there is none.
+    """
     old = base.trace.tensors
     new = other.trace.tensors
     if len(old) == len(new) and all(kind_of(a)[:3] == kind_of(b)[:3] for a, b in zip(old, new, strict=True)):
         return [tensor.nbytes for tensor in new]
-    return [None if match is None else new[match].nbytes for match in matched(new, old, growth=growth)]
+    if Columns.of(other.trace).peak_bytes() <= Columns.of(base.trace).peak_bytes():
+        return [None if match is None else new[match].nbytes for match in matched(new, old, growth=growth)]
+    sizes: list[int | None] = [None] * len(old)
+    for tensor, match in zip(new, matched(old, new, growth=growth), strict=True):
+        if match is not None:
+            sizes[match] = tensor.nbytes
+    return sizes
+
+
+def factors_of(likes: Mapping[Kind, int], variables: Sequence[Variable]) -> dict[Kind, tuple[int, ...]]:
+    """The laws of sizes, of which `likes` has the bytes at the other values; a size that is no product of variables has none."""
+    products: list[tuple[int, ...]] = []
+    for count in range(1, MOST_FACTORS + 1):
+        products += combinations_with_replacement(range(len(variables)), count)
+    return {
+        kind: factors
+        for kind, nbytes in likes.items()
+        if nbytes != kind[3] and (factors := _factors(kind[3], nbytes, variables, products)) is not None
+    }
 
 
 def _factors(
@@ -209,8 +251,8 @@ def _changes(
     for tensor in pieces:
         for key in ((tensor.op, tensor.phase), ("", "")):
             weights[key][0] += tensor.nbytes
-    at_base = _sums(base.ops)
-    at_other = _sums(other.ops)
+    at_base = sums_of(base.ops)
+    at_other = sums_of(other.ops)
     changes: dict[Row, tuple[Change, ...]] = {}
     for row, sums in at_base.items():
         kernels, flops, nbytes = (b / a - 1 if a else 0.0 for a, b in zip(sums, at_other.get(row, sums), strict=True))
@@ -223,7 +265,8 @@ def _changes(
     return changes
 
 
-def _sums(rows: Iterable[OpCount]) -> dict[Row, list[float]]:
+def sums_of(rows: Iterable[OpCount]) -> dict[Row, list[float]]:
+    """Kernels, FLOPs and bytes of the rows of each operator, phase and data type."""
     sums: dict[Row, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
     for row in rows:
         of_row = sums[row.op, row.phase, row.dtype]
@@ -232,20 +275,28 @@ def _sums(rows: Iterable[OpCount]) -> dict[Row, list[float]]:
     return sums
 
 
-def moved(scaled: ScaledTrace, laws: Laws, values: Mapping[str, int]) -> ScaledTrace:
-    """A scaled trace, at whose larger micro-batch the laws were found, at other values of the knobs.
+def moved(scaled: ScaledTrace, all_laws: Sequence[Laws], values: Mapping[str, int]) -> ScaledTrace:
+    """A scaled trace, at whose larger micro-batch laws were found, at other values of the knobs of all of them.
 
     At the smaller micro-batch a size follows them as at the larger.
     """
+    ratios: dict[Kind, tuple[int, int]] = {}
+    for laws in all_laws:
+        for kind, factors in laws.sizes.items():
+            over, under = _ratio(laws.variables, factors, values)
+            before = ratios.get(kind, (1, 1))
+            ratios[kind] = before[0] * over, before[1] * under
     columns = scaled.columns
     nbytes, small_bytes = columns.nbytes.copy(), scaled.small_bytes.copy()
-    for kind, tensors in _tensors_of(columns, laws.sizes):
-        ratio = _ratio(laws.variables, laws.sizes[kind], values)
+    for kind, tensors in _tensors_of(columns, ratios):
+        ratio = ratios[kind]
         nbytes[tensors] = _times(kind[3], ratio)
         small = small_bytes[tensors]
         for size in np.unique(small).tolist():
             small_bytes[tensors[small == size]] = _times(size, ratio)
-    few, many = (tuple(laws.counted(row, values) for row in rows) for rows in scaled.ops)
+    few, many = scaled.ops
+    for laws in all_laws:
+        few, many = (tuple(laws.counted(row, values) for row in rows) for rows in (few, many))
     return replace(scaled, columns=replace(columns, nbytes=nbytes), small_bytes=small_bytes, ops=(few, many))
 
 

@@ -1,4 +1,4 @@
-"""The package's traces, moved to a request's objects and classes."""
+"""The package's traces, moved to a request's objects, classes and size of the image."""
 
 from trainfit.memory.laws import moved
 from trainfit.memory.scaling import ScaledTrace
@@ -7,7 +7,9 @@ from trainfit.tracing.trace_cache import TraceRequest
 
 
 def packaged(request: TraceRequest, *, alone: bool = False) -> ScaledTrace | None:
-    """The package's trace of a request, for any micro-batch or for micro-batch 1 `alone`, moved to its objects and classes."""
+    """The package's trace of a request, for any micro-batch or for micro-batch 1 `alone`, moved to its objects, classes and size
+    of the image.
+    """
     origin = source(request, alone=alone)
     if origin is None:
         return None

@@ -1,8 +1,8 @@
 """Traces of the built-in models that come with the package, so that a plan or a prediction of them needs no tracing.
 
 `shipped/MODEL.tar.xz` has the traces of one model (`memory.archive` has the format), the setting of each, and laws
-(`memory.laws`) that take them to the objects and classes of any data set; `made_with.json` says what the traces of each
-model were made with. `scripts/traces` makes all of these.
+(`memory.laws`) that take them to the objects and classes of any data set, and of some models to other sizes of the image;
+`made_with.json` says what the traces of each model were made with. `scripts/traces` makes all of these.
 
 In an installed release the code is that which made the traces. In a checkout where it was edited since, or with another
 version of torch or of the model's package, a shipped trace could answer for a step that is no longer so: it is not
@@ -86,30 +86,54 @@ def laws_name(request: TraceRequest, *, alone: bool = False) -> str:
     return f"laws of {kind}, {'micro-batch 1' if alone else 'any micro-batch'}.json"
 
 
+def image_laws_name(part: str, *, alone: bool = False) -> str:
+    """Name in the archive of the laws that take all traces of a part to other sizes of the image."""
+    return f"image laws of {part}, {'micro-batch 1' if alone else 'any micro-batch'}.json"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """What the package answers a request from."""
 
     request: TraceRequest
     """Its trace is there."""
-    laws: Laws | None
-    """Take it to `values`; None: it is what was asked for."""
+    laws: tuple[Laws, ...]
+    """Take it to `values`; none: it is what was asked for."""
     values: Mapping[str, int]
 
 
 def source(request: TraceRequest, *, alone: bool = False) -> Source | None:
     """None: the package has no valid trace, or its laws do not reach so far."""
     if is_shipped(request, alone=alone):
-        return Source(request=request, laws=None, values={})
+        return Source(request=request, laws=(), values={})
     path = archive_path(request.setting.model)
     if not path.exists() or changes(request.setting.model):
         return None
     for name, laws in _laws(path).items():
-        base = replace(request, setting=replace(request.setting, **laws.knobs()))
-        values = laws.values(request.setting)
-        if name == laws_name(base, alone=alone) and laws.hold(values) and is_shipped(base, alone=alone):
-            return Source(request=base, laws=laws, values=values)
-    return None
+        found = _source(request, (name, laws), (), alone=alone)
+        if found is not None:
+            return found
+    image = _image_laws(path, image_laws_name(request.part, alone=alone))
+    if image is None:
+        return None
+    found = (_source(request, named, (image,), alone=alone) for named in _laws(path).items())
+    return next((each for each in found if each is not None), None)
+
+
+def _source(request: TraceRequest, named: tuple[str, Laws], further: tuple[Laws, ...], *, alone: bool) -> Source | None:
+    """The trace of a request with laws by their name in the archive, and `further` ones, where they reach it."""
+    name, laws = named
+    all_laws = (laws, *further)
+    knobs: dict[str, Any] = {}
+    values: dict[str, int] = {}
+    for each in all_laws:
+        knobs |= each.knobs()
+        values |= each.values(request.setting)
+    base = replace(request, setting=replace(request.setting, **knobs))
+    holds = all(each.hold(values) for each in all_laws)
+    if name != laws_name(base, alone=alone) or not holds or not is_shipped(base, alone=alone):
+        return None
+    return Source(request=base, laws=all_laws, values=values)
 
 
 def changes(model: str) -> tuple[str, ...]:
@@ -155,9 +179,18 @@ def _laws(path: Path) -> dict[str, Laws]:
         raise _damaged(path, error) from error
 
 
+@cache
+def _image_laws(path: Path, name: str) -> Laws | None:
+    try:
+        opened = _archive(path)
+        return Laws.from_record(opened.record(name)) if name in opened.names else None
+    except DAMAGE as error:
+        raise _damaged(path, error) from error
+
+
 def forget() -> None:
     """Read the files anew from now on."""
-    for cached in (_archive, _laws, _settings, _made_with):
+    for cached in (_archive, _laws, _image_laws, _settings, _made_with):
         cached.cache_clear()
 
 
