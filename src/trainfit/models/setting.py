@@ -22,7 +22,8 @@ class Setting:
     """The family whose setting it is; `models.family.register` sets it."""
 
     model: Annotated[str, In(positional=True)]
-    """The model: a name, for instance rfdetr-nano; clip:ARCH, timm:NAME, or module:function of your own."""
+    """The model: a name that ships (an unknown one is answered with the list), clip:ARCH, timm:NAME, or module:function of your
+    own."""
     micro_batch: Annotated[int, Range(1, 100_000), In("batch")] = 1
     """Images (or pairs) in one forward and backward on one GPU; changes memory and speed, not the result."""
     accumulation: Annotated[int, Range(1, 1_000_000), In("batch")] = 1
@@ -67,7 +68,7 @@ class DetectionSetting(Setting):
     """The knobs of families that detect objects."""
 
     objects_per_image: Annotated[int, Range(1, 100_000)] = 100
-    """Objects in the fullest image; the default is that of rf-detr's own memory probe."""
+    """Objects in the fullest image; --data sets it from the data set."""
 
 
 def make_setting(model: str, **knobs: Any) -> Setting:

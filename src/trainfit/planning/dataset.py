@@ -16,7 +16,7 @@ from trainfit.tasks.task import DEFAULT_TASK, Dataset, Task, task_of
 SAMPLED = 8
 """Number of images that are decoded to measure the time."""
 AUGMENTATION = 1.2
-"""A loader process's time for an image over reading and resizing it, and its time for a pixel of a mask: RF-DETR's decoder
+"""A loader process's time for an image over reading and resizing it, and its time for a pixel of a mask: a detector's decoder
 took 1.17 to 1.22 times as long at 736 px, and 2.7 and 3.4 ns more for a pixel of a polygon's mask at 552 px (one core of an
 AMD EPYC; two data sets each)."""
 MASK_PIXEL_S = 3e-9

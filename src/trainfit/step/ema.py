@@ -10,7 +10,7 @@ import torch
 def ema_decay(step: int, *, decay: float, tau: float) -> float:
     """Decay of update `step` (0 for the first): decay x (1 - exp(-(step + 1) / tau)).
 
-    Source: rfdetr 1.11.2 training/model_ema.py `ModelEma._get_decay` (`updates` starts at 1 there).
+    Source: `ModelEMA` of YOLOv5 (utils/torch_utils.py), where `updates` starts at 1.
     """
     return decay * (1 - math.exp(-(step + 1) / tau)) if tau else decay
 

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) of linear layers, added in place so that all names of weights stay.
 
 Of peft's the names change with the wrapped module, and the layers that recompute, freeze, load and export by name would have to
-know of it; what is needed of it here is these few lines. DoRA, which rfdetr's own adapters use, is not among them.
+know of it; what is needed of it here is these few lines. DoRA is not among them.
 """
 
 import math

@@ -61,8 +61,8 @@ PRESETS = {
     "aerial": _Preset(names=OWN, turns=True, colour=0.15, scale=(0.75, 1.33)),
     "medical": _Preset(colour=0.1, scale=(0.9, 1.1)),
 }
-"""light and aerial have the flips and strengths of rfdetr's AUG_CONSERVATIVE and AUG_AERIAL (rfdetr 1.11.2
-datasets/aug_configs.py). medical neither mirrors nor crops: sides of a body and whole organs keep their place."""
+"""Sources of the flips and strengths are in docs/augmentation.md. medical neither mirrors nor crops: sides of a
+body and whole organs keep their place."""
 _FUNCTION = re.compile(r"[\w.]+:\w+")
 
 

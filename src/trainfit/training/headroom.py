@@ -13,7 +13,7 @@ LOADER_BOUND = 0.10
 FEWEST_WINDOWS = 10
 """Windows without a verdict: until then the loader's head start decides what is measured."""
 WORKER_BYTES = 440 * 2**20
-"""Assumed host memory of one more loader process if none can be measured (RF-DETR Nano's, on the CPU, had 433 MiB)."""
+"""Assumed host memory of one more loader process if none can be measured (a small detector's, on the CPU, had 433 MiB)."""
 
 Bound = Literal["loader", "compute", "unknown"]
 Limit = Literal["", "cores", "host memory"]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, cast, get_args, get_origin, ge
 
 from trainfit.errors import TrainfitError
 from trainfit.files import read_json
-from trainfit.models.family import Family, families, family_of, find
+from trainfit.models.family import Family, families, family_of, find, model_names
 from trainfit.models.setting import Setting
 from trainfit.tasks.augment import parse
 from trainfit.training.lines import counted
@@ -36,7 +36,7 @@ class Recipe(Setting):
     """
 
     model: Annotated[str, In(positional=True)] = ""
-    """The model, for instance rfdetr-nano; with --resume, --plan or --weights RUN it may be left out."""
+    """The model, as `trainfit plan` takes it; with --resume, --plan or --weights RUN it may be left out."""
     data: Annotated[str, In("data")] = ""
     """Data set: a folder or file that the model's task reads, or `sample`."""
     format: Annotated[str, In("data")] = "auto"
@@ -120,7 +120,7 @@ class Recipe(Setting):
         if any(step < 1 for step in self.lr_steps):
             raise TrainfitError(f"--lr-steps must be at least 1, not {min(self.lr_steps)}")
         if self.resume is None and not self.model and self.earlier_run is None and self.plan is None:
-            raise TrainfitError("name a model, for instance: trainfit train rfdetr-nano --data DIR")
+            raise TrainfitError(f"name a model, for instance: trainfit train {model_names()[0]} --data DIR")
         if self.resume is None and not self.data:
             raise TrainfitError("--data is missing: a folder, a COCO JSON file, or `sample`")
         if type(self) is not Recipe:

@@ -11,7 +11,7 @@ from trainfit.training.recipe import Recipe
 def lr_factor(step: int, recipe: Recipe, *, steps_per_epoch: int, total_steps: int) -> float:
     """What every group's rate is multiplied by in optimizer step `step` (0 for the first).
 
-    Source: rfdetr 1.11.2 training/module_model.py `_build_managed_scheduler`'s `lr_lambda`.
+    A linear warm-up, then a cosine to a floor, or drops to a tenth. A family may have a schedule of its own (`Family.lr_factor`).
     """
     if type(recipe) is not Recipe and recipe.family.lr_factor is not None:
         return recipe.family.lr_factor(step, recipe, steps_per_epoch=steps_per_epoch, total_steps=total_steps)

@@ -94,10 +94,10 @@ class Evaluator:
     """COCO's figures over all `records`; an image without detections counts as one where nothing was detected.
 
     It compares one image after the other with its objects, and keeps what matched; masks are dropped at once. Host
-    memory: 40 flags and a score for each detection. `max_detections` is COCO's 100 by default (upstream RF-DETR
-    evaluates with 500). Equal to pycocotools' COCOeval for detections in the same order (tests compare); crowds are
-    "don't care" regions. It raises TrainfitError for `segm` where an object has no mask, ValueError for an image that is
-    unknown or comes twice and for a NaN score.
+    memory: 40 flags and a score for each detection. `max_detections` is COCO's 100 by default. Equal to
+    pycocotools' COCOeval for detections in the same order (tests compare); crowds are "don't care" regions. It raises
+    TrainfitError for `segm` where an object has no mask, ValueError for an image that is unknown or comes twice and for
+    a NaN score.
     """
 
     def __init__(
