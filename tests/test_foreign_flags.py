@@ -40,6 +40,10 @@ from trainfit.values import flag
         (("--epochs", "many"), "--epochs must be a whole number, not 'many'"),
         (("--lr", "fast"), "--lr must be a number, not 'fast'"),
         (("--epochs",), "--epochs: a value is missing behind it"),
+        (("--max-steps", "few"), "--max-steps must be a whole number, not 'few'"),
+        (("--drop-path", "some"), "--drop-path must be a number, not 'some'"),
+        (("--checkpointing", "some"), "--checkpointing must be a whole number or one of none,all,offload, not 'some'"),
+        (("--schedule", "cosin"), "--schedule must be one of 'step', 'cosine', not 'cosin'"),
         (("more", "words"), "too many words: more, words; which flag are they for?"),
     ],
 )

@@ -148,7 +148,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_tracing_process_ends_with_its_parent(number: signal.Signals) -> None:
     process = start("predict", "timm:resnet18", "--gpu", "T4", "--no-cache", OMP_NUM_THREADS="1")
     task = Path(f"/proc/{process.pid}/task")
@@ -167,8 +167,9 @@ def test_a_tracing_process_ends_with_its_parent(number: signal.Signals) -> None:
     while any(map(is_alive, found)):
         assert time.monotonic() - began < 5
         time.sleep(0.02)
-    if number == signal.SIGTERM:
-        assert process.returncode == 143
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number
+        assert time.monotonic() - began < 8  # no other process is started for what nobody waits for
         *progress, last = error.decode().splitlines()
         assert last == "trainfit: stopped"
         assert all("tracing" in line or "predicting" in line for line in progress)
@@ -289,7 +290,72 @@ def test_ctrl_c_ends_detect_in_one_line(piped: bool, weights: Path, tmp_path: Pa
     assert error[-1] == "trainfit: stopped"
     left = sorted(path.name for path in tmp_path.iterdir())
     if not piped:
+        assert error[-2] == f"{out} is not written, as it would not be whole"
         assert left == ["clip.mkv", "lines"]
         return
     assert left == ["a.json", "clip.mkv", "lines"]
     assert json.loads(out.read_text())["detections"][0]["frame"] == 0
+
+
+def test_ctrl_c_ends_detect_in_a_folder_in_one_line(weights: Path, sample_set: Path, tmp_path: Path) -> None:
+    """What was drawn stays, and is named; a file of rows that is not whole is not there, and a line says so."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    original = next(path for path in (sample_set / "train").iterdir() if path.suffix != ".json")
+    for number in range(300):
+        (pictures / f"{number}{original.suffix}").symlink_to(original)
+    out = tmp_path / "a.json"
+    words = [
+        "detect",
+        weights,
+        pictures,
+        "--threshold",
+        0.99,
+        "--out",
+        out,
+        "--draw",
+        tmp_path / "drawn",
+        "--device",
+        "cpu",
+    ]
+    process = start(*words)
+    while not list((tmp_path / "drawn").glob("*.png")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    *wrote, unfinished, last = error.decode().splitlines()
+    assert last == "trainfit: stopped"
+    assert unfinished == f"{out} is not written, as it would not be whole"
+    drawn = {f"wrote {path}" for path in (tmp_path / "drawn").iterdir()}
+    assert {line for line in wrote if line.startswith("wrote")} <= drawn
+    assert len(drawn) < 300
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["drawn", "pictures"]
+
+
+def test_ctrl_c_ends_check_data_in_one_line(sample_set: Path, tmp_path: Path) -> None:
+    """While records are decoded, which other processes may do."""
+    for split, label in (("train", "a"), ("train", "b"), ("val", "a"), ("val", "b")):
+        (tmp_path / split / label).mkdir(parents=True)
+    original = next(path for path in (sample_set / "train").iterdir() if path.suffix != ".json")
+    for number in range(8_000):
+        (tmp_path / "train" / "a" / f"{number}{original.suffix}").symlink_to(original)
+    for folder in ("train/b", "val/a", "val/b"):
+        (tmp_path / folder / f"0{original.suffix}").symlink_to(original)
+    process = start("check-data", tmp_path, "--allow-outside")
+    assert process.stderr is not None
+    first = process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert first.startswith(b"decoded ")
+    assert [line for line in error.splitlines() if not line.startswith(b"decoded ")] == [b"trainfit: stopped"]
+    assert not [pid for pid in of_session(os.getsid(0)) if is_alive(pid) and str(tmp_path) in command_of(pid)]
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:  # it ended
+        return ""

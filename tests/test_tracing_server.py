@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from trainfit import process
 from trainfit.errors import TrainfitError
 from trainfit.tracing import client, server
 
@@ -79,6 +80,38 @@ def test_nothing_goes_on_when_it_is_ended(tmp_path: Path) -> None:
     thread.join(timeout=60)
     assert not thread.is_alive()
     assert is_gone(int((tmp_path / "pid").read_text()))
+
+
+def test_ctrl_c_starts_no_process_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends the process while that still imports torch; a thread that waits for it must not ask another one."""
+    started: list[int] = []
+    start: Any = vars(server)["_Server"]
+
+    def note(surroundings: object) -> Any:
+        one = start(surroundings)
+        started.append(one.process.pid)
+        return one
+
+    server.end()
+    monkeypatch.setattr(server, "_Server", note)
+    errors: list[BaseException] = []
+
+    def trace() -> None:
+        try:
+            client.run({"factory": f"{__name__}:tells", "kwargs": {}, "device": "cpu", "steps": 2}, "a step")
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=trace)
+    thread.start()
+    while not started:
+        time.sleep(0.01)
+    process.end_running()
+    thread.join(timeout=60)
+    assert [type(error) for error in errors] == [KeyboardInterrupt]
+    assert all(map(is_gone, started))
+    monkeypatch.undo()
+    assert ask("tells").endswith("cpu")  # the next request is answered
 
 
 def test_it_ends_with_who_started_it() -> None:

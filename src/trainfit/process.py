@@ -15,6 +15,7 @@ from typing import Any
 PACKAGES = "site-packages"
 """A folder in the path of every installed package."""
 _running: set["subprocess.Popen[bytes]"] = set()
+_ends: list[None] = []
 
 
 def running(process: "subprocess.Popen[bytes]") -> None:
@@ -22,8 +23,14 @@ def running(process: "subprocess.Popen[bytes]") -> None:
     _running.add(process)
 
 
+def ends() -> int:
+    """How often `end_running` was called: a thread that sees another number than before starts no process again."""
+    return len(_ends)
+
+
 def end_running() -> None:
     """Kill the processes that `ask` is waiting for, in whichever thread."""
+    _ends.append(None)
     for process in tuple(_running):
         process.kill()
 

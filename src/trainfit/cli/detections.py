@@ -36,6 +36,7 @@ class _File:
             print(f"wrote {self.path}", file=sys.stderr)
         else:
             self.partial.unlink()
+            print(f"{self.path} is not written, as it would not be whole", file=sys.stderr)
 
 
 class JsonRows:
@@ -139,12 +140,12 @@ class Drawings:
         self._taken.add(name)
         return self._folder / name
 
-    def _end_video(self) -> None:
+    def _end_video(self, *, whole: bool = True) -> None:
         if self._video is not None:
             _, path, writer = self._video
             self._video = None
             writer.close()
-            print(f"wrote {path}", file=sys.stderr)
+            print(f"wrote {path}{'' if whole else ' up to there'}", file=sys.stderr)
 
     def __enter__(self) -> Self:
         """The drawings themselves."""
@@ -152,4 +153,4 @@ class Drawings:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """End the last video; one that was broken off holds the frames so far."""
-        self._end_video()
+        self._end_video(whole=kind is None)

@@ -20,6 +20,16 @@ PLAIN = (
     (r"Missing from (trainfit [\w-]+): (\S+) .*", "{1} is missing: {0} {1} ..., and {0} --help says what it is"),
     (r"Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)", "{0} must be a whole number, not {1}"),
     (r"Error parsing (\S+): could not convert string to float: (.*)", "{0} must be a number, not {1}"),
+    (
+        r"Error parsing (\S+): no type matching INT\|\{(.*?)\} .* from \[(.*?)\]\..*",
+        "{0} must be a whole number or one of {1}, not {2}",
+    ),
+    (
+        r"Error parsing (\S+): no type matching .* from \[(.*?)\]\..* for int\(\).*",
+        "{0} must be a whole number, not {1}",
+    ),
+    (r"Error parsing (\S+): no type matching .* from \[(.*?)\]\..* string to float.*", "{0} must be a number, not {1}"),
+    (r"invalid choice (.*) for argument '(\S+)'\. Expected one of \((.*?),?\)\.", "{1} must be one of {2}, not {0}"),
     (r"Unrecognized options: (.*)", "too many words: {0}; which flag are they for?"),
 )
 """What tyro says, and the same in our words."""

@@ -38,12 +38,15 @@ def planned_here(
         device: Where training runs.
         gpus: Cards that train together.
         note: Called with the plan in a line, and before anything that takes seconds.
+
+    Raises:
+        TrainfitError: the recipe has values that training refuses too.
     """
     if BY_HAND & given(recipe):
         return {}
+    setting = for_data(setting_of(recipe, len(dataset.classes)), dataset)
+    batch = batch_of(recipe.family, recipe.effective_batch)
     try:
-        setting = for_data(setting_of(recipe, len(dataset.classes)), dataset)
-        batch = batch_of(recipe.family, recipe.effective_batch)
         if device.type == "cuda":
             chosen, text = _for_cards(recipe, setting, batch, gpus, note)
         else:

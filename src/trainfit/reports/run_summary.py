@@ -38,9 +38,15 @@ def summary_text(summary: RunSummary) -> str:
         if summary.evaluation is None:  # of an earlier start, which printed it
             go_on = f"Go on:      trainfit train --resume {folder} --epochs N"
             return "\n".join([*lines, go_on, f"Next:       {_next(summary)}"])
+    if summary.evaluation and summary.best_step != summary.steps:
+        lines.append(
+            f"evaluation  of step {summary.steps}, the last; the best weights are those of step {summary.best_step}"
+        )
     lines += [table_text(table) for table in (summary.evaluation.tables if summary.evaluation else ())]
     if summary.skipped_images:
-        lines.append(f"left out    {len(summary.skipped_images)} images: {'; '.join(summary.skipped_images)}")
+        lines.append(
+            f"left out    {counted(len(summary.skipped_images), 'image')}: {'; '.join(summary.skipped_images)}"
+        )
     lines.append(f"batch       {summary.noise}")
     lines += _survived(summary)
     if (folder / PICTURES).is_dir():
@@ -68,4 +74,6 @@ def _survived(summary: RunSummary) -> list[str]:
     if len(events) > 6:
         events[3:-3] = [f"{len(events) - 6} more in {summary.folder / TELEMETRY}"]
     errors = sum(event.cause != "quiet" for event in summary.survived)
-    return [f"survived    {errors} out-of-memory errors", *(f"  {line}" for line in events)] if events else []
+    return (
+        [f"survived    {counted(errors, 'out-of-memory error')}", *(f"  {line}" for line in events)] if events else []
+    )

@@ -54,14 +54,20 @@ class _Server:
             self.process.stdin.write(f"{line}\n".encode())
             self.process.stdin.flush()
 
-    def ask(self, folder: Path, modules: Sequence[str]) -> int | None:
-        """The exit status of the fork for the request in a folder; None where the server ended before it began."""
+    def ask(self, folder: Path, modules: Sequence[str], ends: int) -> int | None:
+        """The exit status of the fork for the request in a folder; None where the server ended before it began.
+
+        Raises:
+            KeyboardInterrupt: another thread has ended all processes since there were `ends` such ends.
+        """
         try:
             self._send(json.dumps([str(folder), list(modules)]))
         except OSError:
             return None
         code = folder / "code"
         while not code.exists():
+            if process.ends() != ends:
+                raise KeyboardInterrupt
             if self.process.poll() is not None and not code.exists():
                 return -signal.SIGKILL if (folder / "begun").exists() else None
             time.sleep(POLL_S)
@@ -107,9 +113,10 @@ def answer(request: Mapping[str, Any], modules: Sequence[str]) -> tuple[str | No
         folder = Path(name)
         (folder / "request.json").write_text(json.dumps({**request, "path": sys.path}))
         code = None
+        ends = process.ends()
         try:
             while code is None:
-                code = _server().ask(folder, modules)
+                code = _server().ask(folder, modules, ends)
         except BaseException:  # also what Ctrl-C raises: nobody waits for the trace any more
             end()
             raise

@@ -313,7 +313,7 @@ class _Run:
         if patience is None or self.best.stale_epochs(self.done, self.steps_per_epoch) < patience:
             return False
         self.show.note(
-            f"stopped early: no better evaluation for {patience} epochs (the best is of step {self.best.step}); "
+            f"stopped early: no better evaluation for {counted(patience, 'epoch')} (the best is of step {self.best.step}); "
             "--resume RUN --early-stopping N goes on"
         )
         return True
