@@ -35,9 +35,11 @@ class Leaf:
     owner: str
     """`SETTING`, or "" for a field of the command's own dataclass."""
     name: str
+    """Name of the field."""
     hint: Any
     """Its type without annotations."""
     where: In
+    """Its group of the help, and how it is given."""
     default: Any
     """Default value, or `MISSING`."""
     text: str

@@ -28,7 +28,9 @@ class Growth:
     """How memory changed over a log."""
 
     verdict: Verdict
+    """What the figures show."""
     figures: int
+    """Number of figures in the log."""
     first_bytes: int
     """The first figure."""
     last_bytes: int

@@ -26,6 +26,7 @@ class Message:
     """One out-of-memory message."""
 
     text: str
+    """The message as it was printed."""
     kind: Kind
     """What ran out of memory."""
     request_bytes: int = 0

@@ -63,12 +63,15 @@ class Snapshot:
     device: int
     """Index of the device."""
     at: Literal["out of memory", "peak", "end"]
+    """The moment that the other fields describe; end: of a snapshot without a history."""
     events: int
     """Allocations and frees of the history; 0 for a snapshot without one."""
     request_bytes: int
     """Bytes of the request that failed; else 0."""
     request_place: str
+    """Place in the code that asked for it; else empty."""
     device_free_bytes: int
+    """Free memory of the device at the error; 0 if the snapshot does not say."""
     allocated_bytes: int
     """Bytes in tensors at that moment."""
     reserved_bytes: int

@@ -22,17 +22,23 @@ class Columns:
     """The tensors of a trace, one array for each field, and its events. Index i of every array is tensor i."""
 
     nbytes: Integers
+    """Bytes asked for."""
     stream: Integers
+    """CUDA stream that allocates it."""
     category: Integers
     """Index into `CATEGORIES`."""
     op: Integers
     """Index into `names`, as `module` and `phase` are."""
     module: Integers
+    """The module that ran."""
     phase: Integers
+    """The phase of the step."""
     names: tuple[str, ...]
+    """Operators, modules and phases, each once."""
     events: Integers
     """As `Trace.events`: i + 1 where tensor i is allocated, -(i + 1) where it is freed."""
     marks: tuple[tuple[int, str], ...]
+    """(index into `events`, name): the named phase begins at that event."""
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Columns":
@@ -116,10 +122,15 @@ class ColumnTrace:
     """`StoredTrace` with its trace in columns."""
 
     columns: Columns
+    """The trace."""
     ops: tuple[OpCount, ...]
+    """Operators of the last window."""
     made_up: tuple[str, ...] = ()
+    """Operators whose values the trace replaced by placeholders."""
     upper_bounds: tuple[str, ...] = ()
+    """Operators whose output is priced at its largest size."""
     blocks: int = 0
+    """Blocks of the model that activation checkpointing may recompute."""
 
     @classmethod
     def of(cls, traced: "StoredTrace | ColumnTrace") -> "ColumnTrace":

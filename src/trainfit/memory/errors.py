@@ -39,6 +39,7 @@ class ErrorClass:
     """Steps whose errors have the same causes."""
 
     name: str
+    """Name of the class, as tables show it."""
     too_high: float
     """Predicted over measured less 1, at most."""
     too_low: float

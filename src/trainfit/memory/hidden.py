@@ -33,11 +33,15 @@ class HiddenRow:
     """Memory that the traced operators do not show."""
 
     name: str
+    """Name of the row, as reports show it."""
     low_bytes: int
+    """The least that it may be."""
     high_bytes: int
+    """The most that it may be."""
     within: Within
     """reserved: a part of what the caching allocator reserves; process: beside that; card: not this process's."""
     source: str
+    """Where the bounds come from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +49,11 @@ class Temporary:
     """What one operator takes from the caching allocator while it runs, in bytes for each byte of an output."""
 
     low: float
+    """The least for each byte."""
     high: float
+    """The most for each byte."""
     source: str
+    """What it is, and where the bounds come from."""
 
 
 _SORT = Temporary(low=0, high=2, source="cub radix sort: second buffers of keys and indices, and their histograms")
@@ -93,6 +100,7 @@ class Completed:
     """A trace with the hidden part of what the caching allocator gives."""
 
     columns: Columns
+    """The trace, kernels at the most they may allocate."""
     least_bytes: Integers
     """Of each tensor, where kernels allocate as little as they may."""
     begins: Integers

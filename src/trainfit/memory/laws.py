@@ -54,6 +54,7 @@ class Variable:
     other: int
     """Its value in the trace that they were found with; of a knob a smaller one."""
     least: int
+    """The smallest value that laws hold for."""
     most: int
     """Laws hold from here to here."""
     plus: int = 0
@@ -81,6 +82,7 @@ class Laws:
     """What follows the knobs; every other size is constant."""
 
     variables: tuple[Variable, ...]
+    """What sizes follow."""
     sizes: Mapping[Kind, tuple[int, ...]]
     """Indices into `variables`, for each factor one."""
     counts: Mapping[Row, tuple[Change, ...]]

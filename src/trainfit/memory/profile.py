@@ -23,6 +23,7 @@ class ProfileSample:
     event: int
     """Index into the trace's events."""
     phase: str
+    """The phase of the step."""
     category_bytes: tuple[int, ...]
     """Bytes asked for, one number for each of `CATEGORIES`."""
     allocated_bytes: int
@@ -38,6 +39,7 @@ class ModuleRow:
     module: str
     """Qualified name without the leading "model."; in parentheses where no module ran: "(parameters)"."""
     bytes: int
+    """Bytes asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,9 @@ class ScaledTrace:
     ops: tuple[tuple[OpCount, ...], tuple[OpCount, ...]]
     """Operators of the last window at both micro-batches."""
     made_up: tuple[str, ...]
+    """Operators whose values the traces replaced by placeholders."""
     upper_bounds: tuple[str, ...]
+    """Operators whose output is priced at its largest size."""
     blocks: int
     """Blocks of the model that activation checkpointing may recompute."""
 

@@ -100,6 +100,7 @@ class Source:
     laws: tuple[Laws, ...]
     """Take it to `values`; none: it is what was asked for."""
     values: Mapping[str, int]
+    """Knob, or declared number -> the value that was asked for."""
 
 
 def source(request: TraceRequest, *, alone: bool = False) -> Source | None:

@@ -32,7 +32,9 @@ class Block:
     """A repetition: events that the smaller trace has once less. An equal block follows."""
 
     begin: int
+    """Index of its first event."""
     end: int
+    """Index behind its last event."""
     of: int
     """The cut whose micro-batch it is, by its index in `Window.cuts`; `OF_LOSS`: a chunk of the loss."""
 
@@ -52,7 +54,9 @@ class WindowTrace:
     ops: tuple[tuple[OpCount, ...], tuple[OpCount, ...]]
     """Operators of the last window of both."""
     made_up: tuple[str, ...]
+    """Operators whose values the traces replaced by placeholders."""
     upper_bounds: tuple[str, ...]
+    """Operators whose output is priced at its largest size."""
     blocks: int
     """Blocks of the model that activation checkpointing may recompute."""
 

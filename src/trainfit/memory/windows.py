@@ -27,7 +27,9 @@ class Cut:
     """The window in micro-batches: of the step, or of a tower that runs by itself on others."""
 
     size: int
+    """Pairs of each micro-batch but the last."""
     parts: int
+    """Number of micro-batches."""
     last: int
     """Pairs of the last micro-batch."""
 
@@ -45,6 +47,7 @@ class Window:
     cuts: tuple[Cut, ...]
     """The step's micro-batches; then those of a tower with a cut of its own."""
     chunk_rows: int
+    """Rows of the similarity matrix that are computed at one time."""
 
     @classmethod
     def of(cls, pairs: int, micro_batch: int, *, chunk_rows: int, ratio: float | None = None) -> "Window":

@@ -37,11 +37,17 @@ class _Search:
     """The state of a search: the candidates considered so far, each priced once."""
 
     request: SearchRequest
+    """What is asked."""
     prices: Prices
+    """Tells the memory of a setting."""
     note: Callable[[str], None]
+    """Called with what is done next."""
     seen: dict[Setting, Candidate] = field(default_factory=dict[Setting, Candidate])
+    """Setting -> its candidate."""
     times: dict[Setting, float] = field(default_factory=dict[Setting, float])
+    """Setting -> seconds of an optimizer step."""
     not_priced: list[str] = field(default_factory=list[str])
+    """Why settings were left out."""
 
     def price(self, base: Setting, micro_batch: int) -> Candidate:
         setting = self.at(base, micro_batch)

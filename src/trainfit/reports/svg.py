@@ -75,7 +75,9 @@ class Curve:
     """One line of a chart."""
 
     name: str
+    """Its name in the legend."""
     color: str
+    """Its CSS colour."""
     points: Sequence[tuple[float, float | None]]
     """(x, y), x rising; a y of None is a gap."""
     style: str = ""

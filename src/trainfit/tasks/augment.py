@@ -49,9 +49,13 @@ class _Preset:
     """What a preset draws; `flip` and `turns` only in families whose own augmentation flips."""
 
     names: frozenset[str] = frozenset()
+    """Switches that it turns on."""
     turns: bool = False
+    """Whether it turns images upside down and by quarters."""
     colour: float = 0.0
+    """The largest change of brightness and contrast, as a share."""
     scale: tuple[float, float] | None = None
+    """(least, most) factor of the size; None: the size stays."""
 
 
 PRESETS = {

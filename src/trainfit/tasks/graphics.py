@@ -35,11 +35,13 @@ class Plot:
     title: str
     """Title of the plot."""
     x: str
+    """What the x axis is."""
     y: str
     """What the axes are."""
     lines: tuple[tuple[str, tuple[tuple[float, float], ...]], ...]
     """(name, points (x, y)); the first line stands for all."""
     x_most: float = 1.0
+    """The right end of the x axis."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,7 +127,9 @@ class _Work:
     """The GPU's work in a part of a step."""
 
     parts_s: dict[Kind, float]
+    """Seconds by kind of work."""
     kernels: float
+    """Number of kernels."""
 
     def plus(self, other: "_Work", times: float = 1.0) -> "_Work":
         parts: dict[Kind, float] = {kind: self.parts_s[kind] + times * other.parts_s[kind] for kind in KINDS}

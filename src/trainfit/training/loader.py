@@ -133,9 +133,11 @@ class Part:
     """Some samples of a window."""
 
     keys: Sequence[SampleKey]
+    """What the samples are made from, one for each."""
     window: int = 0
     """Samples of the whole window."""
     ends_window: bool = True
+    """Whether the window's last sample is among them."""
 
 
 def _parts(window: Sequence[SampleKey]) -> Iterator[Part]:
@@ -156,7 +158,9 @@ class Making:
     """Makes the samples of a window. An image that cannot be decoded becomes `Unreadable`, not an exception."""
 
     decode: Decoder
+    """Reads the file of a record and makes its sample."""
     augment: Augmentation
+    """What is drawn at random."""
     folder: Path | None = None
     """Folder in which windows of more than `IN_MEMORY_BYTES` wait; None: they wait in memory, too."""
 

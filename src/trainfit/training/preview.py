@@ -39,7 +39,9 @@ class Preview:
     caption: str
     """Its texts; empty where it has none."""
     plain: Shown
+    """The sample without augmentation."""
     drawn: Sequence[Shown]
+    """The sample of each of the first epochs."""
 
 
 def previews(

@@ -68,6 +68,7 @@ class _Failure:
     """A failure in a worker."""
 
     reason: str
+    """What happened, in a sentence."""
     known: bool = False
     """Whether the reason says all, how it is repaired included."""
 

@@ -16,11 +16,15 @@ class ClassRecord:
     """An image file and its class."""
 
     id: int
+    """Unique in its split."""
     path: Path
+    """The image file."""
     width: int
     """Pixels, upright."""
     height: int
+    """Pixels, upright."""
     label: int
+    """Index of its class."""
 
     def without_truth(self) -> "ClassRecord":
         """The image alone."""
@@ -34,7 +38,9 @@ class LabelledImage:
     image: torch.Tensor
     """uint8 (3, height, width)."""
     label: int
+    """Index of its class."""
     record_id: int = 0
+    """`ClassRecord.id`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +48,7 @@ class Ranking:
     """What a model gives for an image."""
 
     record_id: int
+    """`ClassRecord.id`."""
     classes: tuple[int, ...]
     """The most likely, the first first; five at most."""
     scores: tuple[float, ...]
@@ -53,8 +60,12 @@ class ImageFolder:
     """A data set of folders by class."""
 
     root: Path
+    """The folder."""
     splits: dict[str, tuple[ClassRecord, ...]]
+    """Records by split: train, and val and test where there are some."""
     classes: tuple[str, ...]
     """Names of the folders, in alphabetical order, as torchvision's ImageFolder numbers them."""
     findings: tuple[Finding, ...]
+    """Everything that was wrong, and every choice made while reading."""
     format: str = "image folder"
+    """Name of the format, for reports."""

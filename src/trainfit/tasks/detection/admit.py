@@ -28,12 +28,19 @@ class RawObject:
     """One object as a reader found it; its class is known, its box is not checked."""
 
     where: str
+    """File and place in it, for messages."""
     id: int
+    """Unique in its split."""
     class_index: int
+    """Index of its class."""
     box: Box
+    """Its box in pixels, as annotated."""
     crowd: bool = False
+    """Whether it stands for several objects (COCO's iscrowd)."""
     area: float | None = None
+    """Its area in pixels as annotated; None if it is computed."""
     segmentation: Segmentation | None = None
+    """Its mask; None if it has none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,12 +48,17 @@ class RawImage:
     """One image as a reader found it."""
 
     where: str
+    """File and place in it, for messages."""
     id: int
+    """Unique in its split."""
     path: Path
+    """The image file."""
     header: ImageHeader | ImageDefect
+    """What the file's first bytes say, or why they say nothing."""
     size: tuple[int, int] | None
     """(width, height) as annotated; None if the format has no size."""
     objects: Sequence[RawObject]
+    """Its objects."""
 
 
 def admit(raws: Sequence[RawImage], root: Path, split: str) -> tuple[tuple[ImageRecord, ...], list[Finding]]:

@@ -24,6 +24,7 @@ class Detections:
     """What a model found in one image. Arrays have one row a detection; of equal scores the first wins."""
 
     image_id: int
+    """Id of the image's record."""
     boxes: NDArray[np.floating[Any]]
     """(n, 4): x0, y0, x1, y1 in pixels of the image on disk."""
     scores: NDArray[np.floating[Any]]
@@ -69,15 +70,21 @@ class ApResult:
     ap_small: float | None
     """Objects below 32**2 pixels; medium: below 96**2; large: the rest."""
     ap_medium: float | None
+    """AP of objects from 32**2 to 96**2 pixels."""
     ap_large: float | None
+    """AP of objects from 96**2 pixels on."""
     ar_1: float | None
     """Recall with one detection for each image and class, mean over IoUs and classes."""
     ar_10: float | None
+    """Recall with ten detections for each image and class."""
     ar_max: float | None
     """Recall at `max_detections`: COCO's AR100 by default. The sizes below are at `max_detections` too."""
     ar_small: float | None
+    """Recall of small objects."""
     ar_medium: float | None
+    """Recall of medium objects."""
     ar_large: float | None
+    """Recall of large objects."""
     per_class: tuple[ClassAp, ...]
     """AP of each class, in the order of the classes."""
     images: int

@@ -21,13 +21,17 @@ class DatasetStatistics:
     """Counts of a list of records. "Per image" counts what is trained on, so without crowds."""
 
     images: int
+    """Number of images."""
     empty_images: int
     """Images without any object, crowds included."""
     objects: int
     """All objects, crowds included."""
     crowds: int
+    """Number of crowds."""
     objects_per_image_max: int
+    """Objects of the fullest image."""
     objects_per_image_mean: float
+    """Mean over all images, empty ones included."""
     objects_per_image_percentiles: Mapping[int, float]
     """Percentile (50, 90, 95, 99) -> objects per image."""
     objects_per_image_histogram: tuple[tuple[int, int, int], ...]
@@ -37,6 +41,7 @@ class DatasetStatistics:
     width_max: int
     """Pixels."""
     height_max: int
+    """Pixels."""
     largest_canvas: tuple[int, int]
     """(width, height) of the image with the most pixels; (0, 0) without images."""
     canvas_sizes: tuple[tuple[tuple[int, int], int], ...]

@@ -32,8 +32,11 @@ class _Parsed:
     """One XML file, its values not yet checked."""
 
     where: str
+    """The file, for messages."""
     image: Path
+    """The image file."""
     size: tuple[int, int]
+    """(width, height) as annotated."""
     objects: tuple[tuple[str, Box, bool], ...]
     """Class, box, difficult."""
 

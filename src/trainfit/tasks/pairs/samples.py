@@ -18,6 +18,7 @@ class PairRecord:
     file: str
     """The image, or the shard that holds it; for texts alone the file that they come from."""
     texts: tuple[str, ...]
+    """Its texts."""
     offset: int = -1
     """Where the image begins in a shard, in bytes; -1: the file is the image."""
     length: int = 0
@@ -25,6 +26,7 @@ class PairRecord:
     label: int = -1
     """Class of the image, or of the texts, in a data set for zero-shot classification."""
     text_only: bool = False
+    """Whether it has no image."""
     for_evaluation: bool = False
     """Whether all texts are wanted, instead of one that is drawn."""
 
@@ -43,6 +45,7 @@ class PairFeatures:
     """What a model makes of a record: normalised features on the CPU."""
 
     record_id: int
+    """`PairRecord.id`."""
     image: torch.Tensor | None
     """float32 (d,)."""
     texts: torch.Tensor | None
@@ -54,10 +57,12 @@ class PairDataset:
     """A data set as read: records by split, and everything that was found wrong."""
 
     root: Path
+    """The file or folder."""
     format: str
     """`table`, `folder`, `coco`, `webdataset` or `classes`."""
     splits: Mapping[str, tuple[PairRecord, ...]]
     """Keys out of `train`, `val`, `test`."""
     findings: tuple[Finding, ...]
+    """Everything that was wrong, and every choice made while reading."""
     classes: tuple[str, ...] = ()
     """Names for zero-shot classification; empty for pairs."""

@@ -17,8 +17,11 @@ class PairStatistics:
     """Counts of a list of records."""
 
     images: int
+    """Number of images."""
     texts: int
+    """Number of texts."""
     texts_per_image_max: int
+    """Texts of the image that has most."""
     several_texts: int
     """Images with more than one text."""
     shared_texts: int

@@ -26,7 +26,9 @@ class TableColumns:
     """Which columns of a table hold images and texts, and what separates them; empty: found by looking."""
 
     image: str = ""
+    """Name of the column of images."""
     text: str = ""
+    """Name of the column of texts."""
     separator: str = ""
     """One character."""
 
