@@ -289,7 +289,8 @@ def moved(scaled: ScaledTrace, all_laws: Sequence[Laws], values: Mapping[str, in
             before = ratios.get(kind, (1, 1))
             ratios[kind] = before[0] * over, before[1] * under
     columns = scaled.columns
-    nbytes, small_bytes = columns.nbytes.copy(), scaled.small_bytes.copy()
+    nbytes = columns.nbytes.copy()
+    small_bytes = scaled.small_bytes.copy()
     for kind, tensors in _tensors_of(columns, ratios):
         ratio = ratios[kind]
         nbytes[tensors] = _times(kind[3], ratio)
@@ -307,7 +308,8 @@ def _tensors_of(columns: Columns, kinds: Iterable[Kind]) -> Iterator[tuple[Kind,
     count = len(columns.names)
     keys = (columns.op * count + columns.module) * count + columns.phase
     order = np.lexsort((columns.nbytes, keys))
-    keys, nbytes = keys[order], columns.nbytes[order]
+    keys = keys[order]
+    nbytes = columns.nbytes[order]
     starts = np.flatnonzero(np.append(True, (np.diff(keys) != 0) | (np.diff(nbytes) != 0))[: len(keys)])
     ends = np.append(starts[1:], len(keys))
     names = columns.names

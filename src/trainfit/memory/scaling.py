@@ -78,7 +78,8 @@ class ScaledTrace:
     def sizes(self, micro_batch: int) -> Integers:
         """Bytes of each tensor at a micro-batch."""
         small, large = self.micro_batches
-        before, after = self.small_bytes, self.columns.nbytes
+        before = self.small_bytes
+        after = self.columns.nbytes
         if small == large:
             return after
         grown = (after - before) * (micro_batch - small)

@@ -89,7 +89,8 @@ def _follows(
                 return None
     for begin, end in inserted:
         for index in range(begin, end):
-            event, twin = large.events[index], large.events[index + end - begin]
+            event = large.events[index]
+            twin = large.events[index + end - begin]
             if event > 0:
                 law = follows[twin - 1]
                 follows[event - 1] = full(law) if law is not None else None
@@ -123,12 +124,14 @@ def _keys(trace: Trace, numbers: dict[tuple[str, str], int]) -> list[int]:
 
 def _insertions(keys: _Keys) -> list[tuple[int, int]] | None:
     """(begin, end) of the larger trace's events that the smaller one does not have; None where it has others."""
-    small, large = keys.small, keys.large
+    small = keys.small
+    large = keys.large
     insertions: list[tuple[int, int]] = []
     i = j = 0
     while i < len(small):
         if j < len(large) and small[i] == large[j]:
-            i, j = i + 1, j + 1
+            i += 1
+            j += 1
             continue
         end = _end_of_insertion(small[i : i + AGREEING], large, j)
         if end is None:
@@ -151,7 +154,8 @@ def _end_of_insertion(expected: Sequence[int], large: Sequence[int], begin: int)
             (n for n, event in enumerate(expected) if large[end + n : end + n + 1] != [event]), len(expected)
         )
         if agreeing > most:
-            best, most = end, agreeing
+            best = end
+            most = agreeing
         if most == len(expected):
             break
     return best

@@ -328,7 +328,8 @@ class _Search:
         """What a setting frees of another: of the peaks of their tensors where these are known. The needs are found to 0.5 %,
         which may be as much as the difference.
         """
-        before, after = self.prices.least(base.setting), self.prices.least(setting)
+        before = self.prices.least(base.setting)
+        after = self.prices.least(setting)
         if not (before and after):
             before, after = (self.prices.needs(each).high_bytes for each in (base.setting, setting))
         seconds = self.speed(setting, setting.micro_batch) / self.speed(base.setting, base.setting.micro_batch)

@@ -197,7 +197,8 @@ def versions() -> dict[str, str]:
 
 def _traced(request: TraceRequest, *, both: bool = False) -> str:
     """The text that a tracing process wrote (`worker`)."""
-    family, model = request.setting.family, request.setting.model
+    family = request.setting.family
+    model = request.setting.model
     if not family.cacheable and ":" in model:
         require_named(model)
     own = {"prepare": family.prepare_trace, "families": registering_modules(), "both": both}

@@ -131,7 +131,8 @@ def _canvas(raw: RawImage, root: Path, findings: Findings) -> tuple[int, int] | 
         findings.append(_finding("note", "EXIF orientation", raw.where, what))
     if raw.size in (None, header.upright, header.size):
         return raw.size or header.upright
-    (width, height), (real_width, real_height) = raw.size, header.upright
+    width, height = raw.size
+    real_width, real_height = header.upright
     what = f"annotated {width} x {height}, but {file} is {real_width} x {real_height}"
     resized = min(width, height) > 0 and _same_shape(raw.size, header.upright)
     if resized or not all(_overhang(o.box, header.upright) <= 1 for o in raw.objects):
