@@ -16,7 +16,7 @@ COUNT_BYTES = 8
 
 def moments_bytes(trace: Columns) -> int:
     """What the moments hold, wherever they are."""
-    return int(trace.nbytes[_are_moments(trace)].sum())
+    return int(trace.nbytes[are_moments(trace)].sum())
 
 
 def with_state_on_host(trace: Columns) -> Columns:
@@ -25,7 +25,7 @@ def with_state_on_host(trace: Columns) -> Columns:
     While the optimizer runs, the GPU holds a copy of one part's parameters (`step.units`) and a buffer for its moments
     (`step.host_adamw`); a bound for all parts stands for each.
     """
-    moments = _are_moments(trace)
+    moments = are_moments(trace)
     # Each parameter has two; `UNIT_BYTES` bounds a part that has more than one.
     part_bytes = int(trace.nbytes[moments].max(initial=0))
     part_bytes = max(part_bytes, min(UNIT_BYTES, moments_bytes(trace) // 2))
@@ -42,7 +42,8 @@ def with_state_on_host(trace: Columns) -> Columns:
     return on_host.with_rows(rows).with_events(places, events)
 
 
-def _are_moments(trace: Columns) -> NDArray[np.bool_]:
+def are_moments(trace: Columns) -> NDArray[np.bool_]:
+    """For each tensor, whether it is a moment of the optimizer."""
     return trace.of_category("optimizer state") & (trace.nbytes > COUNT_BYTES)
 
 
@@ -51,8 +52,3 @@ def state_on_host(setting: Setting) -> bool:
     which stays where it is: such a setting is traced as it is.
     """
     return setting.optimizer == "adamw-host" and setting.family.cacheable
-
-
-def on_gpu(setting: Setting) -> Setting:
-    """The setting with the optimizer's state on the GPU, which is the one that is traced."""
-    return replace(setting, optimizer="adamw-fused") if state_on_host(setting) else setting

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from trainfit.gpus.capability import kernel_class
 from trainfit.gpus.catalogue import Gpu
@@ -17,9 +16,9 @@ from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.columns import Columns, ColumnTrace
 from trainfit.memory.composed import any_window, is_composed, is_known, trace_at, window_traces_of
 from trainfit.memory.coupled import between, coupled_ends
+from trainfit.memory.derived import Part, derived_columns, derived_ops, traced_as
 from trainfit.memory.errors import NEEDS_ERROR
-from trainfit.memory.host_ema import ema_for_evaluation, without_ema
-from trainfit.memory.host_state import moments_bytes, on_gpu, state_on_host, with_state_on_host
+from trainfit.memory.host_state import moments_bytes, state_on_host
 from trainfit.memory.overwritten import overwriting
 from trainfit.memory.packaged import packaged
 from trainfit.memory.predict import Prediction, needed, predict_traced, with_context
@@ -61,10 +60,9 @@ TRACED_ACCUMULATION = 2
 PRICED_LIKE_TWO = "One micro-batch a window is priced like two, whose gradients stay: a little too much."
 SCALING_CODE = "trainfit.memory.scaling"
 """The module that makes scaled traces of traces."""
-Part = Literal["training", "evaluation"]
-_Key = tuple[TraceRequest, Window | tuple[int, int], bool, bool]
+_Key = tuple[TraceRequest, Window | tuple[int, int], bool, bool, str]
 """What memory depends on: the traces, the cut of the window (of others micro-batch and accumulation, 0 where it does not count),
-and whether EMA weights and the optimizer's state are on the host."""
+whether there are EMA weights and whether they are on the host, and the optimizer."""
 
 
 def scalable(setting: Setting) -> bool:
@@ -109,7 +107,7 @@ class Pricer:
         request = self.request(setting, "training")
         accumulation = 0 if scalable(setting) else setting.accumulation
         cut = self._cut(setting) if is_composed(setting) else (setting.micro_batch, accumulation)
-        return request, cut, setting.ema_on_host, state_on_host(setting)
+        return request, cut, setting.keeps_ema, setting.ema_on_host, setting.optimizer
 
     def needs(self, setting: Setting) -> ByteRange:
         """The least that one process trains in, its CUDA context included."""
@@ -136,28 +134,31 @@ class Pricer:
         scaled = None if window is not None else self._scaled(setting, part)
         if window is not None:
             cut = self._cut(setting)
-            estimate = step_seconds(ops_at(window, cut if part == "training" else cut.evaluated(max(cuts))), gpu)
+            ops = ops_at(window, cut if part == "training" else cut.evaluated(max(cuts)))
+            estimate = step_seconds(derived_ops(ops, setting), gpu)
         elif not scalable(setting) and scaled is not None:
-            estimate = line_seconds(scaled.ops, scaled.micro_batches, setting.accumulation, gpu)
+            few_ops, many_ops = (derived_ops(ops, setting) for ops in scaled.ops)
+            estimate = line_seconds((few_ops, many_ops), scaled.micro_batches, setting.accumulation, gpu)
         elif not scalable(setting):
-            estimate = step_seconds(self.columns(setting, part).ops, gpu)
+            estimate = step_seconds(derived_ops(self.columns(setting, part).ops, setting), gpu)
         else:
             traced = TRACED_ACCUMULATION if part == "training" else 1
             most = max(cuts)
             if scaled is not None and (part == "evaluation" or most >= scaled.micro_batches[0]):
-                ops = scaled.ops
                 points = scaled.micro_batches
+                few_ops, many_ops = (derived_ops(ops, setting) for ops in scaled.ops)
             else:
                 knob = "micro_batch" if part == "training" else "eval_micro_batch"
-                alone = self.columns(replace(setting, **{knob: most}), part).ops
-                ops = (alone, alone)
+                few_ops = many_ops = derived_ops(self.columns(replace(setting, **{knob: most}), part).ops, setting)
                 points = (most, most + 1)
             drawn = setting.family.drawn_sizes(setting) if part == "training" else None
-            estimate = window_seconds(ops, points, gpu, cuts=cuts, traced_accumulation=traced, drawn=drawn)
+            estimate = window_seconds(
+                (few_ops, many_ops), points, gpu, cuts=cuts, traced_accumulation=traced, drawn=drawn
+            )
         if part == "training":
             waits = (setting.family.host_seconds(setting, images, self.gpu.capability) for images in cuts)
             estimate = with_host_work(estimate, sum(waits))
-        if setting.ema_on_host and part == "training":
+        if setting.ema_on_host and setting.keeps_ema and part == "training":
             base = scaled.columns if scaled else self.columns(replace(setting, ema_on_host=False), part).columns
             estimate = with_optimizer_work(estimate, _bytes_of(base, "EMA") / HOST_BYTES_PER_S)
         if state_on_host(setting) and part == "training":
@@ -207,7 +208,9 @@ class Pricer:
 
     def _moments_bytes(self, setting: Setting) -> int:
         source_trace = self._window(setting, "training") or self._scaled(setting, "training")
-        base = source_trace.columns if source_trace is not None else self.columns(on_gpu(setting), "training").columns
+        base = (
+            source_trace.columns if source_trace is not None else self.columns(traced_as(setting), "training").columns
+        )
         return moments_bytes(base)
 
     def offloaded_bytes(self, setting: Setting) -> int:
@@ -252,7 +255,7 @@ class Pricer:
 
     def request(self, setting: Setting, part: Part) -> TraceRequest:
         """The setting without what a scaled trace serves all values of."""
-        setting = on_gpu(replace(setting, ema_on_host=False))
+        setting = traced_as(setting)
         capability = setting.family.kernels(kernel_class(self.gpu.capability))
         if is_composed(setting):
             of_any = any_window(TraceRequest(setting=setting, part=part, capability=capability))
@@ -310,9 +313,9 @@ class Pricer:
         if window is not None:
             evaluated = (setting.eval_micro_batch or setting.micro_batch) if part == "evaluation" else None
             composed = trace_at(window, self._cut(setting), evaluated)
-            return replace(composed, columns=self._on_host(composed.columns, setting, part))
+            return replace(composed, columns=derived_columns(composed.columns, setting, part))
         base, columns = self._unmoved(setting, part)
-        return base.priced(self._on_host(columns, setting, part))
+        return base.priced(derived_columns(columns, setting, part))
 
     def _unmoved(self, setting: Setting, part: Part) -> tuple[ScaledTrace, Columns]:
         """The traces that the setting is priced from, and that of the setting with everything on the GPU."""
@@ -328,14 +331,6 @@ class Pricer:
             return alone, alone.columns
         since = last_window(scaled.columns) if part == "evaluation" else None
         return scaled, scaled.at(setting.micro_batch, eval_micro_batch=evaluated, evaluated_from=since)
-
-    def _on_host(self, trace: Columns, setting: Setting, part: Part) -> Columns:
-        """A trace with what the setting keeps in host memory there."""
-        if state_on_host(setting):
-            trace = with_state_on_host(trace)
-        if not setting.ema_on_host:
-            return trace
-        return without_ema(trace) if part == "training" else ema_for_evaluation(trace)
 
     def _alone(self, request: TraceRequest) -> ScaledTrace:
         """The request's own trace: the package has those of micro-batch 1."""

@@ -4,12 +4,15 @@ import importlib
 import json
 import sys
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from trainfit.errors import TrainfitError
 from trainfit.process import end_with_parent
+
+WITHOUT_SHAPES = ("_fused_sgd_", "_fused_sgd_.tensor_lr", "_fused_adagrad_", "_fused_adagrad_.tensor_lr")
+"""Operators of optimizers for which torch 2.15 has no shape function, as it has for those of Adam."""
 
 
 def main(request: Path, answer: Path) -> None:
@@ -28,6 +31,7 @@ def main(request: Path, answer: Path) -> None:
     try:
         if record["device"] == "cuda":
             selftest(target)
+            _register_shapes()
             if record.get("prepare") is not None:
                 _imported(record["prepare"])(target.capability)
         build = partial(_built, _imported(record["factory"]), record["kwargs"])
@@ -40,6 +44,18 @@ def main(request: Path, answer: Path) -> None:
         answer.write_text(json.dumps({"error": str(error)}))
         return
     answer.write_text(text)
+
+
+@cache
+def _register_shapes() -> None:
+    import torch
+
+    for name in WITHOUT_SHAPES:
+        torch.library.register_fake(f"aten::{name}", _changed_in_place)
+
+
+def _changed_in_place(*_args: Any, **_kwargs: Any) -> None:
+    """Shape function of an operator that returns nothing."""
 
 
 def _built(factory: Any, arguments: Mapping[str, Any], device: Any) -> Any:
