@@ -268,8 +268,8 @@ Frontier: nothing faster needs less
   0.78x  1.40 to 1.54 GiB  micro-batch 2 x 8, no checkpointing
   0.58x  1.00 to 1.10 GiB  micro-batch 2 x 8, all blocks checkpointed
 
-Loading: 3 loader processes per GPU, 2.00 GiB of host memory: 4 cores, 1 kept for the trainer
-Learning rate: The recipe's 1e-4 is for an effective batch of 16: it stays.
+Loading: 3 loader processes per GPU, 2.00 GiB of host memory (4 cores, 1 kept for the trainer)
+The recipe's 1e-4 is for an effective batch of 16: it stays.
 
 Assumptions
   Kernels start as fast as on a desktop of 2024.
@@ -298,8 +298,8 @@ Settings tried (4 of 4 shown)
   2 x 8        all           1.00 to 1.10  1.33x  does not fit  up to 0.40 GiB short
   1 x 16       all           0.80 to 0.88  1.00x  does not fit  up to 0.18 GiB short
 
-Loading: 3 loader processes per GPU, 2.00 GiB of host memory: 4 cores, 1 kept for the trainer
-Learning rate: The recipe's 1e-4 is for an effective batch of 16: it stays.
+Loading: 3 loader processes per GPU, 2.00 GiB of host memory (4 cores, 1 kept for the trainer)
+The recipe's 1e-4 is for an effective batch of 16: it stays.
 
 Assumptions
   Kernels start as fast as on a desktop of 2024.

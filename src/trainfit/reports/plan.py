@@ -12,10 +12,11 @@ from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.predict import RESERVE, has_reserve, process_budget
 from trainfit.models.family import family_of
 from trainfit.models.setting import Setting
-from trainfit.planning.plan import Candidate, Plan, Saving, knobs
+from trainfit.planning.plan import Candidate, Loading, Plan, Saving, knobs
 from trainfit.reports.profile import doubts, gib, interval
 from trainfit.step.names import Checkpointing, Precision
 from trainfit.tracing.events import CATEGORIES
+from trainfit.training.lines import counted
 from trainfit.training.recipe import DEFAULT_EFFECTIVE_BATCH, recipe_type
 
 SCHEMA = 1
@@ -39,15 +40,13 @@ def plan_text(plan: Plan) -> str:
 
     Where nothing fits: the smallest there is, the card that would hold it, and what each knob would free.
     """
-    loading = plan.loading
-    host = f"{loading.workers} loader processes per GPU, {gib(loading.host_bytes)} GiB of host memory: {loading.reason}"
     sections = [
         [sentence(plan)],
         *([_rescue(plan)] if plan.chosen is None else []),
         [f"Settings tried ({len(table_rows(plan))} of {len(plan.candidates)} shown)", *_table(plan)],
         *([["Frontier: nothing faster needs less", *_frontier(plan)]] if plan.frontier else []),
         *([["Would free memory, for time", *frees_lines(plan)]] if plan.chosen and plan.savings else []),
-        [f"Loading: {host}", f"Learning rate: {plan.learning_rate}"],
+        [f"Loading: {loading_text(plan.loading)}", plan.learning_rate],
         ["Assumptions", *(f"  {line}" for line in assumptions(plan))],
         *([["Train with it", f"  {train_command(plan)}"]] if plan.chosen else []),
     ]
@@ -97,6 +96,12 @@ def _how_fast(plan: Plan, chosen: Candidate) -> str:
     return (
         f"It makes about {chosen.images_per_s:.3g} images/s, {compared}." if plan.calibrated else f"It is {compared}."
     )
+
+
+def loading_text(loading: Loading) -> str:
+    """Loader processes and host memory of a plan, and where the numbers come from."""
+    processes = counted(loading.workers, "loader process")
+    return f"{processes} per GPU, {gib(loading.host_bytes)} GiB of host memory ({loading.reason})"
 
 
 def choice(candidate: Candidate) -> str:

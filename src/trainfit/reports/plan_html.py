@@ -13,6 +13,7 @@ from trainfit.reports.plan import (
     choice,
     frees_lines,
     frontier_cells,
+    loading_text,
     savings_lines,
     sentence,
     smallest_card,
@@ -40,7 +41,6 @@ def plan_html(plan: Plan) -> str:
     title = f"{plan.model}, effective batch {plan.effective_batch}, on {_cards(plan)}"
     verdict = ("fits", "fits") if plan.chosen else ("nothing fits", "not")
     rows = table_rows(plan)
-    loading = plan.loading
     parts = [
         f"<h1>{escape(title)} <span class='verdict {verdict[1]}'>{verdict[0]}</span></h1>",
         f"<p>{escape(sentence(plan))}</p>",
@@ -57,7 +57,7 @@ def plan_html(plan: Plan) -> str:
         "<h2>Loading and learning rate</h2>",
         bullets(
             [
-                f"{loading.workers} loader processes per GPU, {gib(loading.host_bytes)} GiB of host memory: {loading.reason}",
+                loading_text(plan.loading),
                 plan.learning_rate,
             ]
         ),
