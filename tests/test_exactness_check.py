@@ -1,22 +1,31 @@
 """A user's own loop is checked against itself with every window as one batch, and the cause of a difference is named."""
 
 import json
+import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grad
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack  # pyright: ignore[reportPrivateUsage]
 
 import exactness_cases as cases
 import trainfit
 from conftest import run
 from exactness_cases import CORRECT, FAULTS
+from trainfit.exactness.observe import Watch
 from trainfit.exactness.processes import run_ranks
-from trainfit.exactness.runs import Runner, whole, windows_of
+from trainfit.exactness.runs import Runner, numbers, whole, windows_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -112,6 +121,67 @@ def test_nothing_is_left_behind() -> None:
     assert before[1] == after[1]
     assert torch.equal(before[2], after[2])
     assert before[3] is after[3]
+
+
+def replaced_in_torch() -> dict[str, Any]:
+    """What a run of a loop may replace in torch or add to it, by name: values, and the numbers of global hooks."""
+    owners: tuple[Any, ...] = (
+        *(torch.autograd, torch.autocast, torch.nn.utils, clip_grad, torch.amp.GradScaler, AveragedModel),
+        *(torch.nn.parallel.DistributedDataParallel, *schedulers(LRScheduler)),
+    )
+    values = {f"{owner.__name__}.{name}": value for owner in owners for name, value in vars(owner).items()}
+    for place in map(import_module, ("torch.nn.modules.module", "torch.optim.optimizer")):
+        hooks = {name: value for name, value in vars(place).items() if name.startswith("_global_")}
+        values |= {name: len(value) for name, value in hooks.items() if isinstance(value, dict)}
+    values["modes"] = len(_get_current_dispatch_mode_stack())
+    return values | {"dtype": torch.get_default_dtype(), "random": random.getstate()[1]}
+
+
+def run_watched(watch: Watch, loop: Callable[[], None]) -> None:
+    with numbers(seed=0, double=True), watch.watching():
+        loop()
+
+
+def schedulers(kind: Any) -> list[Any]:
+    return [kind, *(each for below in kind.__subclasses__() for each in schedulers(below))]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit, ValueError, trainfit.TrainfitError])
+@pytest.mark.parametrize("where", ["forward", "backward", "step", "loop"])
+def test_torch_is_as_before_however_a_loop_ends(where: str, error: type[BaseException]) -> None:
+    """Also a BatchNorm whose statistics are frozen for the run, which the error leaves in the middle of its forward."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    before = replaced_in_torch()
+
+    def stop(*_arguments: Any) -> None:
+        raise error
+
+    watch = Watch(model, mute=True, freeze_norms=True)
+
+    def loop() -> None:
+        assert replaced_in_torch() != before
+        model.double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if where == "forward":
+            model[1].register_forward_hook(stop)
+        loss = model(torch.ones(4, 2, dtype=torch.float64)).sum()
+        if where == "backward":
+            loss.register_hook(stop)
+        loss.backward()
+        if where == "step":
+            optimizer.register_step_pre_hook(stop)
+        optimizer.step()
+        stop()
+
+    with pytest.raises(error):
+        run_watched(watch, loop)
+    after = replaced_in_torch()
+    assert [name for name, value in before.items() if after.get(name) is not value and after.get(name) != value] == []
+    assert [
+        name for name in after.keys() - before.keys() if not isinstance(after[name], ModuleType)
+    ] == []  # imported late
+    assert model[1].training
+    assert model[1].running_mean is not None
 
 
 def never_steps(model: torch.nn.Module, batches: Any, _accumulation: int) -> None:

@@ -138,9 +138,9 @@ def numbers(*, seed: int, double: bool) -> Generator[None]:
     states += [lambda: random.setstate(python), lambda: np.random.set_state(legacy)]
     states.append(lambda: torch.set_rng_state(torch_state))
     dtype = torch.get_default_dtype()
-    if double:
-        torch.set_default_dtype(torch.float64)
     try:
+        if double:
+            torch.set_default_dtype(torch.float64)
         seed_everything(seed)
         yield
     finally:
