@@ -137,3 +137,18 @@ def test_completion_is_a_script_for_bash(capsys: pytest.CaptureFixture[str]) -> 
         code = 'COMP_WORDS=(trainfit train --wei); COMP_CWORD=2; _tyro_trainfit; echo "${COMPREPLY[@]}"'
         shown = subprocess.run([bash, "-c", f"{script}\n{code}"], capture_output=True, text=True, check=False)
         assert shown.stdout.split() == ["--weight-decay", "--weights"], shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (("--tyro-print-completion", "fish"), "--tyro-print-completion: 'fish' is none of bash, zsh, tcsh"),
+        (("--gpu", "t4"), "trainfit has no flag --gpu before its command; trainfit --help lists the commands"),
+        (("plann",), "no command 'plann'. Perhaps you meant plan"),
+    ],
+)
+def test_what_stands_in_place_of_a_command(
+    words: tuple[str, ...], answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*words) == 2
+    assert capsys.readouterr().err == f"trainfit: error: {answer}\n"

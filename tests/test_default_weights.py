@@ -1,9 +1,12 @@
 """What training starts from where nothing is said; nothing is downloaded here."""
 
+import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from conftest import run
 from trainfit.models.family import family_of
@@ -59,3 +62,33 @@ def test_without_a_network_a_line_says_where_the_file_belongs(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("trainfit: error: could not download rf-detr-nano.pth (ConnectionError): put the file at /")
     assert last.endswith("rf-detr-nano.pth, name it with --weights FILE, or start from nothing with --weights random")
+
+
+def test_without_a_network_nothing_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hub's client would try each file five times, and say so each time."""
+    monkeypatch.delenv("TRAINFIT_WEIGHTS")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    for split in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "data" / split / "0.png")
+
+    def no_address(*_: object, **_named: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", no_address)
+    monkeypatch.setattr("trainfit.models.hub.getproxies", dict)
+    constants = import_module("huggingface_hub.constants")
+    before = constants.HF_HUB_OFFLINE
+    began = time.monotonic()
+    rest = ("--data", tmp_path / "data", "--device", "cpu", "--micro-batch", 1, "--out", tmp_path / "run")
+    assert run("train", "timm:resnet10t", *rest) == 2
+    (line,) = (each for each in capsys.readouterr().err.splitlines() if not each.startswith("starting"))
+    place = "https://huggingface.co/timm/resnet10t.c3_in1k"
+    assert line.startswith(f"trainfit: error: could not download model.safetensors from {place} (")
+    assert line.endswith(
+        "): get it on another machine and name it with --weights FILE, or start from nothing with --weights random"
+    )
+    assert time.monotonic() - began < 20
+    assert constants.HF_HUB_OFFLINE is before

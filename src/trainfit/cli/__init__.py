@@ -128,7 +128,7 @@ def _command(arguments: Sequence[str], handlers: signals.Signals) -> int:
         words = family.translate(words)
     words = todays_flags(words)
     leaves = _leaves(words)
-    require_command(words[0], COMMANDS)
+    require_command(words, COMMANDS)
     if words[0] in leaves:
         flags = flags_of_leaves(leaves[words[0]])
         words = with_own_flags(words, flags, _note)

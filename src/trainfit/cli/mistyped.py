@@ -14,6 +14,8 @@ from trainfit.values import flag, flag_words
 T = TypeVar("T")
 ALWAYS = ("--help", "--help-all", "--print-config", "--version")
 TYRO = "--tyro-"
+COMPLETION = f"{TYRO}print-completion"
+SHELLS = ("bash", "zsh", "tcsh")
 PLAIN = (
     (r"Missing value for argument 'flags\.(?:own|setting)-([\w-]+)'.*", "{0}: a value is missing"),
     (r"Missing value for argument '(--[\w-]+)'.*", "{0}: a value is missing behind it"),
@@ -47,15 +49,20 @@ def _spellings(leaf: Leaf) -> Iterator[str]:
         yield f"--no-{name[2:]}"
 
 
-def require_command(command: str, known: Iterable[str]) -> None:
-    """Refuse a command that does not exist.
+def require_command(words: Sequence[str], known: Iterable[str]) -> None:
+    """Refuse a command that does not exist, and in its place a flag that there is not.
 
     Raises:
         TrainfitError: with the nearest.
     """
     names = list(known)
-    if command.startswith("-") or command in names:
+    command, *values = words
+    if command == COMPLETION and values[:1] and values[0] not in SHELLS:
+        raise TrainfitError(f"{COMPLETION}: {values[0]!r} is none of {', '.join(SHELLS)}")
+    if command in (*names, *ALWAYS) or command.startswith(TYRO) or command == "-h":
         return
+    if command.startswith("-"):
+        raise TrainfitError(f"trainfit has no flag {command} before its command; trainfit --help lists the commands")
     near = get_close_matches(command, names, n=1, cutoff=0.5)
     hint = f"Perhaps you meant {near[0]}" if near else f"The commands are {', '.join(names)}"
     raise TrainfitError(f"no command {command!r}. {hint}")

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 from trainfit.errors import TrainfitError
 from trainfit.models.classifier.data import decode
 from trainfit.models.classifier.family import PREFIX, ClassifierSetting
+from trainfit.models.hub import not_downloaded, quiet_hub
 from trainfit.models.images import IMAGENET_MEAN, IMAGENET_STD, stack_images, to_device
 from trainfit.models.workload import OptimizerSettings, all_parameters
 from trainfit.step.checkpointing import repeated_blocks
@@ -185,14 +186,15 @@ def _published(name: str) -> dict[str, torch.Tensor]:
     """
     import timm
 
+    published: Any = timm.get_pretrained_cfg(name)
+    if published is None or not published.has_weights:
+        raise TrainfitError(f"timm has no published weights of {name}: give --weights FILE, or --weights random")
     try:
-        with without_warnings():
+        with without_warnings(), quiet_hub():
             return timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # the hub's client raises errors of its own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TrainfitError(
-            f"published weights of timm:{name} cannot be downloaded ({reason:.150}): give --weights FILE, or --weights random"
-        ) from error
+        place = f"https://huggingface.co/{published.hf_hub_id}" if published.hf_hub_id else published.url
+        raise TrainfitError(not_downloaded("model.safetensors", place, error)) from error
 
 
 def _only_heads_train(model: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 
 from trainfit.errors import TrainfitError
 from trainfit.models.clip.architecture import open_clip, quiet
+from trainfit.models.hub import not_downloaded, quiet_hub
 from trainfit.weights import first_line, read_checkpoint, require_sound
 
 COUNTER = "num_batches_tracked"
@@ -53,15 +54,14 @@ def _find(architecture: str, weights: str) -> tuple[Path, list[str]]:
         raise TrainfitError(
             f"--weights: no such file: {weights} (a .safetensors of trainfit, a file of open_clip{known})"
         )
+    published = package.get_pretrained_cfg(architecture, tag)
     try:
-        with quiet():
-            file = package.download_pretrained(package.get_pretrained_cfg(architecture, tag))
+        with quiet(), quiet_hub():
+            file = package.download_pretrained(published)
     except Exception as error:  # urllib's and huggingface_hub's
-        reason = first_line(error)
-        raise TrainfitError(
-            f"could not download {architecture} {tag} ({reason}): get the file elsewhere and pass --weights FILE, or "
-            "--weights random"
-        ) from error
+        hub = published.get("hf_hub")
+        place = f"https://huggingface.co/{hub.rstrip('/')}" if hub else published["url"]
+        raise TrainfitError(not_downloaded(f"{architecture} {tag}", place, error)) from error
     return Path(file), [f"weights: {architecture} {tag}"]
 
 
