@@ -215,6 +215,29 @@ def test_the_package_has_the_work_of_other_sides(side: int) -> None:
         assert own / 2 == pytest.approx(recorded, rel=error)  # a window of two micro-batches
 
 
+@pytest.mark.parametrize(
+    ("model", "other"), [("rfdetr-medium", "rfdetr-large"), ("rfdetr-seg-large", "rfdetr-seg-medium")]
+)
+@pytest.mark.parametrize(
+    ("knobs", "card"),
+    [({"checkpointing": "all"}, "A100"), ({"micro_batch": 1}, "H100"), ({"precision": "fp16"}, "T4")],
+    ids=["again", "single", "turing"],
+)
+def test_a_model_at_the_resolution_of_its_sibling_has_its_traces(
+    model: str, other: str, knobs: dict[str, Any], card: str
+) -> None:
+    """The two differ in nothing else; the laws were found with the sibling's trace for another card, and nothing recomputed."""
+    pricer = Pricer(gpu=find_gpu(card), cache=False)
+    common: dict[str, Any] = {"precision": "bf16", "micro_batch": 3, "accumulation": 2} | knobs
+    setting = make_setting(model, resolution=PUBLISHED[other].resolution, **common)
+    assert pricer.answers(setting)
+    for part in ("training", "evaluation"):
+        made, true = pricer.columns(setting, part), pricer.columns(make_setting(other, **common), part)
+        assert made.columns.peak_bytes() == pytest.approx(true.columns.peak_bytes(), rel=3e-4)
+        for made_work, true_work in zip(work(made.ops), work(true.ops), strict=True):
+            assert made_work == pytest.approx(true_work, rel=0.04)
+
+
 def test_the_package_does_not_answer_for_sides_without_laws() -> None:
     pricer = Pricer(gpu=find_gpu("A100"), cache=False)
     for resolution, covered in ((128, False), (224, True), (544, True), (1024, False)):

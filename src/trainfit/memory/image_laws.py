@@ -125,18 +125,22 @@ def of_one(scaled: ScaledTrace, sizes: Mapping[Kind, Factors]) -> tuple[dict[Kin
 def counts_of(
     changes: Mapping[Row, tuple[Change, ...]], known: Iterable[OpCount], rows: Iterable[OpCount]
 ) -> dict[Row, tuple[Change, ...]]:
-    """Changes of the rows of another case. A row that is not among those `known` changes as its operator does in another phase or
-    type, attention by another kernel as attention does; what is done once a window does not.
+    """Changes of the rows of another case. A row that is not among those `known` changes as its operator does in another type, or
+    in another phase, attention by another kernel as attention does; what is done once a window does not.
     """
-    by_op: dict[str, tuple[Change, ...]] = {}
-    for row in sorted(changes, key=lambda row: row[1] != "forward"):
-        by_op.setdefault(_name(row[0]), changes[row])
+    alike: dict[tuple[str, ...], tuple[Change, ...]] = {}
+    for op, phase, dtype in sorted(changes, key=lambda row: row[1] != "forward"):
+        for key in ((_name(op), phase), (_name(op),)):
+            alike.setdefault(key, changes[op, phase, dtype])
     phases = {phase for _, phase, _ in changes}
     there = {(each.op, each.phase, each.dtype) for each in known}
     found: dict[Row, tuple[Change, ...]] = {}
     for each in rows:
         row = each.op, each.phase, each.dtype
-        change = changes.get(row) if row in there or each.phase not in phases else by_op.get(_name(each.op))
+        if row in there or each.phase not in phases:
+            change = changes.get(row)
+        else:
+            change = alike.get((_name(each.op), each.phase)) or alike.get((_name(each.op),))
         if change is not None:
             found[row] = change
     return found
