@@ -1,12 +1,14 @@
 """The public names: importable without torch, and the same results as the commands."""
 
 import ast
+import inspect
 import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,56 @@ def test_predict_is_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("predict", "rfdetr-nano", "--gpu", "rtx 3060", "--micro-batch", 2, "--json") == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(profile_json(prediction)))
     assert trainfit.predict(prediction.setting, gpu=prediction.gpu) == prediction
+    assert isinstance(prediction, trainfit.Prediction)
+
+
+def test_calls_give_what_the_page_says() -> None:
+    """The results in the table of docs/api.md are the annotations of the functions, and public names themselves."""
+    page = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+    rows = re.findall(r"^\| `(\w+)\([^|]*\| [^|]* \| (?:tuple of )?`(\w+)`", page, re.MULTILINE)
+    assert {"plan", "predict", "measure", "train", "evaluate", "check_data", "explain", "report"} <= dict(rows).keys()
+    for call, result in rows:
+        assert result in trainfit.__all__
+        annotation = inspect.signature(getattr(trainfit, call)).return_annotation
+        assert re.search(
+            rf"\b{result}\b", annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+        )
+
+
+def test_every_call_is_documented_with_what_it_takes_and_raises() -> None:
+    for name in trainfit.__all__:
+        value = getattr(trainfit, name)
+        if not inspect.isfunction(value) or name in ("model_names", "register"):  # which take nothing, and a function
+            continue
+        text = inspect.getdoc(value) or ""
+        named = [each for each in inspect.signature(value).parameters if each not in text]
+        assert (name, named) in [(name, []), ("find_gpu", ["name"]), ("make_setting", ["model"])]
+        assert "Raises:" in text, name
+
+
+@pytest.mark.parametrize("name", [each for each in trainfit.__all__ if is_dataclass(getattr(trainfit, each))])
+def test_every_field_of_a_public_record_has_a_docstring(name: str) -> None:
+    """In the source of its class, and of the classes that it inherits from."""
+    for kind in getattr(trainfit, name).__mro__:
+        if not kind.__module__.startswith("trainfit"):
+            continue
+        (tree,) = ast.parse(inspect.cleandoc(inspect.getsource(kind))).body
+        assert isinstance(tree, ast.ClassDef)
+        for statement, after in pairwise([*tree.body, ast.Pass()]):
+            if isinstance(statement, ast.AnnAssign):
+                is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                assert is_text, f"{kind.__name__}: {ast.unparse(statement)}"
+
+
+def test_names_of_models_and_cards() -> None:
+    assert {"rfdetr-nano", "maskrcnn-r50-v2", "timm:NAME", "clip:ARCH", "module:function"} <= set(
+        trainfit.model_names()
+    )
+    assert isinstance(trainfit.find_gpu("rtx 3060"), trainfit.Gpu)
+    setting = trainfit.make_setting("rf-detr nano", groups=2)
+    assert isinstance(setting, trainfit.Setting)
+    assert isinstance(setting.family, trainfit.Family)
+    assert isinstance(trainfit.make_setting("timm:resnet10t").family, trainfit.Family)
 
 
 @dataclass(frozen=True)
@@ -156,8 +208,10 @@ def test_train_evaluate_detect(tmp_path: Path) -> None:
         workers=0,
         **sizes,
     )
+    assert isinstance(summary, trainfit.RunSummary)
     assert (summary.steps, summary.total_steps, summary.folder) == (1, 1, tmp_path / "run")
     evaluation = trainfit.evaluate(tmp_path / "run", data="sample", device="cpu")
+    assert isinstance(evaluation, trainfit.Evaluation)
     assert summary.evaluation is not None
     assert [table.rows for table in evaluation.tables] == [table.rows for table in summary.evaluation.tables]
     image = trainfit.check_data("sample", decode=False).splits["val"][0].path
@@ -195,10 +249,12 @@ def test_results_are_what_the_commands_print(tmp_path: Path, capsys: pytest.Capt
     """`report` and `check-data` here, whose commands take no time; `predict` is compared above."""
     (tmp_path / "recipe.json").write_text(json.dumps({"model": "rfdetr-nano"}))
     report = trainfit.report(tmp_path)
+    assert isinstance(report, trainfit.RunReport)
     assert run("report", tmp_path, "--html", tmp_path / "page.html") == 0
     assert capsys.readouterr().out == trainfit.as_text(report) + "\n"
     assert (tmp_path / "page.html").read_text() == trainfit.as_html(report)
     check = trainfit.check_data("sample", decode=False)
+    assert isinstance(check, trainfit.DataCheck)
     assert run("check-data", "sample", "--no-decode", "--json") == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(trainfit.as_json(check)))
     with pytest.raises(trainfit.TrainfitError, match="there is no html of a DataCheck, only of: Plan"):
@@ -211,7 +267,10 @@ def test_a_plan_is_written_emitted_and_measured(tmp_path: Path, monkeypatch: pyt
     plan = make_plan((4, "none"))
     assert plan.chosen is not None
     assert trainfit.as_text(plan).startswith("rfdetr-nano on")
-    assert trainfit.emit(plan, "rfdetr").tool == "rfdetr"
+    emitted = trainfit.emit(plan, "rfdetr")
+    assert isinstance(emitted, trainfit.Emitted)
+    assert emitted.tool == "rfdetr"
+    assert isinstance(plan, trainfit.Plan)
     file = trainfit.save_plan(plan, tmp_path / "plan.json")
     asked: list[Any] = []
 

@@ -298,7 +298,9 @@ def predicted(setting: Any, _gpu: Any) -> Any:
 
 
 def test_the_call_is_the_command() -> None:
-    assert trainfit.explain(TRACEBACK).messages[0].kind == "shortage"
+    explanation = trainfit.explain(TRACEBACK)
+    assert isinstance(explanation, trainfit.Explanation)
+    assert explanation.messages[0].kind == "shortage"
 
 
 def test_the_example_runs() -> None:

@@ -115,6 +115,7 @@ def test_terms_with_counts_of_their_own() -> None:
 def test_a_batch_of_the_loader_is_cut() -> None:
     model, (batch,) = make_model(), pictures([7])
     windows = trainfit.accumulate([batch], micro_batch=3, model=model, counts=valid)
+    assert isinstance(windows, trainfit.Accumulation)
     seen: list[int] = []
     for part in windows:
         seen.append(len(part[0]))
@@ -261,6 +262,7 @@ def survived(room: int, micro_batch: int) -> tuple[list[torch.Tensor], trainfit.
     step = trainfit.survive_oom(
         loss_of, model=model, optimizer=optimizer, micro_batch=micro_batch, counts=valid, clip_norm=0.5
     )
+    assert isinstance(step, trainfit.SurvivingStep)
     for batch in pictures([8, 8, 5]):
         step(batch)
     return [value.clone() for value in model.state_dict().values()], step
