@@ -7,7 +7,7 @@
 `walk` runs a command with an empty cache and lists the files of the package whose functions are called from the command's
 function until the first replay of the allocator; a file counts once, and imports do not count. `counts` reads the source: lines,
 packed assignments (`a, b = x, y`), conditional expressions within others, fields without a docstring (`undocumented` lists
-them), and names that say nothing about their value.
+them), names that say nothing about their value, and files outside of a family's folder that name it.
 """
 
 import ast
@@ -79,6 +79,11 @@ def counts() -> Iterator[tuple[str, int]]:
     public = [each for node, each in zip(classes, fields, strict=True) if not node.name.startswith("_")]
     yield "of these in classes with a public name", sum(not text for each in public for text in each.values())
     yield f"bindings of {', '.join(sorted(VAGUE))}", sum(name in VAGUE for name in names)
+    others = [path for path in SOURCE.rglob("*.py") if not path.is_relative_to(SOURCE / "models" / "rfdetr")]
+    yield (
+        "files naming rfdetr outside its folder",
+        sum("rfdetr" in path.read_text().lower().replace("-", "") for path in others),
+    )
 
 
 def undocumented() -> Iterator[str]:
