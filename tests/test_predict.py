@@ -19,7 +19,7 @@ from trainfit.memory.predict import allocator_room, assess, trace_requests
 from trainfit.models.setting import Setting, make_setting
 from trainfit.tracing import trace_cache
 from trainfit.tracing.stored_trace import StoredTrace
-from trainfit.tracing.trace_cache import TraceRequest, cache_path
+from trainfit.tracing.trace_cache import TraceRequest, cache_path, get_both, get_traces
 
 STORED = StoredTrace(trace=make_trace(), ops=())
 SMALL = ("predict", "timm:resnet10t", "--resolution", "64", "--micro-batch", "2", "--gpu", "RTX 3060")
@@ -112,6 +112,13 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, str, 
         cli.main(arguments)
     out, err = capsys.readouterr()
     return out, err, end.value.code
+
+
+def test_traces_of_training_and_evaluation_made_in_one_run_are_those_made_alone() -> None:
+    """Of a model with batch statistics, whose evaluation differs from training in more than its gradients."""
+    setting = make_setting("timm:resnet10t", resolution=64, micro_batch=2, accumulation=2)
+    requests = trace_requests(setting, find_gpu("RTX 3060"))
+    assert get_both(*requests, cache=False) == get_traces(requests, cache=False)
 
 
 @pytest.mark.usefixtures("no_tracing")

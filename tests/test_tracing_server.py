@@ -6,10 +6,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from trainfit import process
 from trainfit.errors import TrainfitError
@@ -34,11 +36,49 @@ def waits(device: object, note: str) -> None:
     time.sleep(600)
 
 
-def ask(factory: str, **kwargs: Any) -> str:
-    """The error that a factory of this file ends with."""
-    request = {"factory": f"{__name__}:{factory}", "kwargs": kwargs, "target": {"capability": (8, 0)}}
+class Evaluated:
+    """A step of one parameter, whose evaluation is what a test makes of it; `models.build.FixedStep` in small."""
+
+    ema = None
+    blocks = 0
+
+    def __init__(self, device: torch.device, evaluate: Callable[[], object]) -> None:
+        self.model = torch.nn.Linear(2, 1).to(device)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.device = device
+        self.evaluate: Callable[[], object] | None = evaluate
+        self.trained = False
+
+    def run(self) -> object:
+        if self.trained and self.evaluate is not None:
+            return self.evaluate()
+        self.trained = True
+        self.model(torch.zeros(4, 2, device=self.device)).sum().backward()
+        self.optimizer.step()
+        return None
+
+
+def evaluated(device: torch.device, ends: str, note: str = "") -> Evaluated:
+    """A factory of a step whose evaluation ends in one of several ways."""
+
+    def evaluate() -> None:
+        if ends == "named":
+            raise TrainfitError("no such evaluation")
+        if ends == "unnamed":
+            raise ZeroDivisionError("of pixels")
+        if ends == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        Path(note).write_text(str(os.getpid()))
+        time.sleep(600)
+
+    return Evaluated(device, evaluate)
+
+
+def ask(factory: str, *, both: bool = False, **kwargs: Any) -> str:
+    """The error that a factory of this file ends with; with `both`, on fake tensors."""
+    request = {"factory": f"{__name__}:{factory}", "kwargs": kwargs, "target": {"capability": (8, 0)}, "both": both}
     with pytest.raises(TrainfitError) as caught:
-        client.run({**request, "device": "cpu", "steps": 2}, "a step")
+        client.run({**request, "device": "cuda" if both else "cpu", "steps": 2}, "a step")
     return str(caught.value)
 
 
@@ -121,3 +161,35 @@ def test_it_ends_with_who_started_it() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert is_gone(int(done.stdout))
+
+
+def test_it_imports_while_nothing_is_asked_yet() -> None:
+    server.end()
+    client.prepare()
+    prepared = server._servers[0].process.pid  # pyright: ignore[reportPrivateUsage]
+    assert ask("tells").split()[0] == str(prepared)
+
+
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [
+        ("named", "no such evaluation"),
+        ("unnamed", "tracing a step: exit status 1: ZeroDivisionError: of pixels"),
+        ("killed", "tracing a step: killed: the machine's own memory may have run out"),
+    ],
+)
+def test_an_evaluation_that_fails_beside_training_says_why(ends: str, message: str) -> None:
+    assert ask("evaluated", both=True, ends=ends).startswith(message)
+
+
+def test_the_fork_that_evaluates_ends_with_the_process(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    asked = {"both": True, "ends": "waiting", "note": str(note)}
+    thread = threading.Thread(target=ask, args=("evaluated",), kwargs=asked)
+    thread.start()
+    while not note.exists() or not note.read_text():
+        time.sleep(0.05)
+    server.end()
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+    assert is_gone(int(note.read_text()))

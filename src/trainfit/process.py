@@ -1,5 +1,6 @@
 """Starting a Python process of one's own, and what became of it. Imports no torch."""
 
+import ctypes
 import json
 import os
 import re
@@ -12,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+PR_SET_PDEATHSIG = 1
+"""Of prctl(2)."""
 PACKAGES = "site-packages"
 """A folder in the path of every installed package."""
 _running: set["subprocess.Popen[bytes]"] = set()
@@ -33,6 +36,11 @@ def end_running() -> None:
     _ends.append(None)
     for process in tuple(_running):
         process.kill()
+
+
+def killed_with_parent() -> None:
+    """Have the system kill this process, a fork, when the process that forked it ends. Linux alone."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def end_with_parent() -> None:

@@ -25,6 +25,7 @@ from trainfit.planning.rates import learning_rate
 from trainfit.planning.search import search
 from trainfit.step.names import Checkpointing
 from trainfit.timing.roofline import TimeEstimate, with_optimizer_work
+from trainfit.tracing.trace_cache import prepare_tracing
 from trainfit.training.headroom import IN_MEMORY_BYTES
 from trainfit.training.recipe import batch_of
 
@@ -159,9 +160,14 @@ def _with_objects(result: SearchResult, pricer: Pricer) -> SearchResult:
 
 
 def _tell_provisional(request: SearchRequest, prices: Calibrated, note: Callable[[str], None]) -> None:
-    """Report the plan of the nearest setting that stored traces cover, if they do not cover this one."""
+    """Report the plan of the nearest setting that stored traces cover, if they do not cover this one. Meanwhile the process that
+    traces it starts.
+    """
     setting = replace(request.setting, micro_batch=2, checkpointing=request.checkpointing or "none")
-    near = None if prices.known(setting) else nearest(setting, prices.pricer)
+    if prices.known(setting):
+        return
+    prepare_tracing(setting)
+    near = nearest(setting, prices.pricer)
     if near is None:
         return
     other, flags = near

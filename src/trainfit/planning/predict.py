@@ -13,7 +13,7 @@ from trainfit.models.setting import Setting
 from trainfit.planning.make import precision_for
 from trainfit.planning.nearest import nearest, needs_text
 from trainfit.planning.objects import objects_lines
-from trainfit.tracing.trace_cache import get_traces, is_stored
+from trainfit.tracing.trace_cache import get_both, is_stored, prepare_tracing
 
 _DEFAULTS = AllocatorConfig()
 
@@ -42,7 +42,7 @@ def predict_with_trace(
     """The prediction of a setting, and the trace of training that it is made from.
 
     A setting that the package has traces for is answered from them, with the numbers that `make_plan` gives for it. Any
-    other is traced at its micro-batch and accumulation, by two processes, where that is not stored (seconds).
+    other is traced at its micro-batch and accumulation where that is not stored (seconds).
 
     Args:
         setting: What is predicted.
@@ -56,24 +56,25 @@ def predict_with_trace(
     Raises:
         TrainfitError: the step cannot be built or traced; the message says why.
     """
+    requests = trace_requests(setting, gpu, device=device)
+    is_traced = not (cache and all(map(is_stored, requests)))
     if cache and device == "cuda":
         resolved = replace(setting, precision=precision_for(setting, gpu))
         pricer = Pricer(gpu=gpu, config=config, gpus=gpus, note=note)
+        cuts = (setting.micro_batch,) * setting.accumulation
         if pricer.answers(resolved):
-            cuts = (setting.micro_batch,) * setting.accumulation
             prediction = pricer.predict(resolved, cuts)
             assumptions = (*prediction.assumptions, *objects_lines(pricer, resolved))
             return replace(prediction, setting=setting, assumptions=assumptions), pricer.columns(resolved, "training")
+        if is_traced:
+            prepare_tracing(setting)
         if reason := why_unused(setting):
             note(reason)
         if near := nearest(resolved, pricer):
-            needs = pricer.predict(near[0], (setting.micro_batch,) * setting.accumulation).needs
-            note(
-                f"provisional, from stored traces without {near[1]}: {needs_text(needs)}; the setting itself is being traced"
-            )
-    requests = trace_requests(setting, gpu, device=device)
-    if not (cache and all(map(is_stored, requests))):
+            needs = needs_text(pricer.predict(near[0], cuts).needs)
+            note(f"provisional, from stored traces without {near[1]}: {needs}; the setting itself is being traced")
+    if is_traced:
         note(f"tracing {setting.model}, about 10 s; the next time it is stored...")
-    training, evaluation = get_traces(requests, cache=cache)
+    training, evaluation = get_both(*requests, cache=cache)
     prediction = predict_traced(setting, gpu, training=training, evaluation=evaluation, config=config, gpus=gpus)
     return prediction, training

@@ -1,12 +1,16 @@
 """Traces of training and of evaluation in one run: both begin with the building of the model and a training window."""
 
+import json
 import os
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trainfit import process
+from trainfit.errors import TrainfitError
 from trainfit.tracing.fake_cuda import Target
 from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace import trace_step
@@ -34,6 +38,8 @@ class _Forked:
             self.child = os.fork()
             if self.child:
                 self.step.evaluate = None
+            else:
+                process.killed_with_parent()
         return self.step.run()
 
 
@@ -41,6 +47,10 @@ def trace_both(build: Callable[[torch.device], Any], *, target: Target, file: Pa
     """Trace training and evaluation; `file` is where the fork leaves the trace of evaluation, and does not exist afterwards.
 
     `build` returns the step of an evaluation (`models.build.build_eval_step`).
+
+    Raises:
+        TrainfitError: as `trace_step`.
+        SystemExit: evaluation failed in another way, which the fork printed.
     """
     steps: list[_Forked] = []
 
@@ -50,16 +60,24 @@ def trace_both(build: Callable[[torch.device], Any], *, target: Target, file: Pa
 
     try:
         training = trace_step(forked, target=target)
-    except BaseException:
-        if steps and steps[0].child == 0:  # the process that waits for it says what failed
+    except BaseException as error:
+        if not steps or steps[0].child != 0:
+            raise
+        if not isinstance(error, TrainfitError):
+            traceback.print_exc()
             os._exit(1)
-        raise
+        file.write_text(json.dumps({"error": str(error)}))
+        os._exit(0)
     if steps[0].child == 0:
         file.write_text(training.to_json())
         os._exit(0)
     _, status = os.waitpid(steps[0].child, 0)
+    if os.WIFSIGNALED(status):  # for want of memory: this process ends as the fork did
+        os.kill(os.getpid(), os.WTERMSIG(status))
     if status != 0:
-        raise ChildProcessError(f"evaluation ended with status {os.waitstatus_to_exitcode(status)}")
-    evaluation = StoredTrace.from_json(file.read_text())
+        raise SystemExit(1)
+    record = json.loads(file.read_text())
     file.unlink()
-    return training, evaluation
+    if "error" in record:
+        raise TrainfitError(record["error"])
+    return training, StoredTrace.from_record(record)

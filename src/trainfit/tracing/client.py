@@ -5,10 +5,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainfit.errors import TrainfitError
-from trainfit.tracing.server import answer
+from trainfit.tracing import server
 
 IMPORTS = ("trainfit.tracing.trace", "trainfit.tracing.selftest", "trainfit.models.build")
 """Modules that every trace needs."""
+
+
+def prepare(modules: Sequence[str] = ()) -> None:
+    """Start the tracing process and return at once: `run` will be called with these modules."""
+    server.prepare((*IMPORTS, *modules))
 
 
 def run(request: Mapping[str, Any], name: str, modules: Sequence[str] = ()) -> str:
@@ -20,7 +25,7 @@ def run(request: Mapping[str, Any], name: str, modules: Sequence[str] = ()) -> s
         TrainfitError: the step cannot be built or traced, or the process died; `name` is what was traced.
     """
     # One thread: a trace computes almost nothing, and spinning threads slow down a busy machine.
-    text, last_words = answer(request, (*IMPORTS, *modules))
+    text, last_words = server.answer(request, (*IMPORTS, *modules))
     if text is None:
         raise TrainfitError(f"tracing {name}: {last_words}")
     if text.startswith('{"error"'):

@@ -7,7 +7,7 @@ elsewhere a fork of a process that has imported torch is not safe, and each trac
 
 import atexit
 import contextlib
-import ctypes
+import gc
 import importlib
 import json
 import os
@@ -28,8 +28,6 @@ from trainfit import process
 IDLE_S = 60.0
 POLL_S = 0.01
 WORKER = "trainfit.tracing.worker"
-PR_SET_PDEATHSIG = 1
-"""Of prctl(2)."""
 
 
 class _Server:
@@ -53,6 +51,11 @@ class _Server:
         with self._lock:
             self.process.stdin.write(f"{line}\n".encode())
             self.process.stdin.flush()
+
+    def prepare(self, modules: Sequence[str]) -> None:
+        """Have it import modules now, for a request that comes later."""
+        with contextlib.suppress(OSError):  # it has ended: `ask` meets it again
+            self._send(json.dumps([None, list(modules)]))
 
     def ask(self, folder: Path, modules: Sequence[str], ends: int) -> int | None:
         """The exit status of the fork for the request in a folder; None where the server ended before it began.
@@ -105,6 +108,12 @@ def end() -> None:
             _servers.pop().end()
 
 
+def prepare(modules: Sequence[str]) -> None:
+    """Start the process, which imports modules while this one goes on: a trace will be asked for."""
+    if sys.platform == "linux":
+        _server().prepare(modules)
+
+
 def answer(request: Mapping[str, Any], modules: Sequence[str]) -> tuple[str | None, str]:
     """As `process.ask` of the worker: its text, or None and its last words. `modules` are imported once, before it forks."""
     if sys.platform != "linux":
@@ -125,7 +134,12 @@ def answer(request: Mapping[str, Any], modules: Sequence[str]) -> tuple[str | No
 
 
 def main() -> None:
-    """Take requests from stdin, a line each, until it is closed."""
+    """Take requests from stdin, a line each, until it is closed.
+
+    The modules that it imports make a million objects that stay: collecting garbage among them would take a tenth of the
+    time, here and in each fork, and would have a fork copy them.
+    """
+    gc.disable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     children: dict[int, Path] = {}
     waiting = b""
@@ -144,7 +158,11 @@ def main() -> None:
                     started = True
                 else:
                     folder, modules = line
-                    children[_begin(Path(folder), modules)] = Path(folder)
+                    if folder is not None:
+                        (Path(folder) / "begun").touch()
+                    _import(modules)
+                    if folder is not None:
+                        children[_begin(Path(folder))] = Path(folder)
         if children:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid:
@@ -154,21 +172,25 @@ def main() -> None:
                 idle = time.monotonic()
 
 
-def _begin(folder: Path, modules: Sequence[str]) -> int:
-    """Fork for the request in a folder; the process id."""
-    (folder / "begun").touch()
+def _import(modules: Sequence[str]) -> None:
     for name in modules:
         try:
             importlib.import_module(name)
         except Exception:  # the fork meets it again, and says so in its own way
             break
+    gc.freeze()
+
+
+def _begin(folder: Path) -> int:
+    """Fork for the request in a folder; the process id."""
     parent = os.getpid()
     child = os.fork()
     if child:
         return child
     code = 1
     try:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        process.killed_with_parent()
+        gc.enable()
         log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -132,6 +133,25 @@ def trace_both(requests: Iterable[TraceRequest]) -> tuple[tuple[StoredTrace, Sto
     )
 
 
+def get_both(
+    training: TraceRequest, evaluation: TraceRequest, *, cache: bool = True
+) -> tuple[StoredTrace, StoredTrace]:
+    """`get_trace` of the training and of the evaluation of one setting, made in one run where neither is stored."""
+    stores = cache and training.setting.family.cacheable
+    if sys.platform != "linux" or training.device != "cuda" or (stores and any(map(is_stored, (training, evaluation)))):
+        one, other = get_traces((training, evaluation), cache=cache)
+        return one, other
+    record = json.loads(_traced(evaluation, both=True))
+    for request in (training, evaluation) if stores else ():
+        store(cache_path(request), with_provenance(request, record[request.part]))
+    return StoredTrace.from_record(record["training"]), StoredTrace.from_record(record["evaluation"])
+
+
+def prepare_tracing(setting: Setting) -> None:
+    """Start the process that will trace the setting, and return at once."""
+    client.prepare(_own_modules(setting))
+
+
 def is_stored(request: TraceRequest) -> bool:
     """Whether the trace of a request is in the cache."""
     return cache_path(request).exists()
@@ -202,8 +222,13 @@ def _traced(request: TraceRequest, *, both: bool = False) -> str:
     if not family.cacheable and ":" in model:
         require_named(model)
     own = {"prepare": family.prepare_trace, "families": registering_modules(), "both": both}
-    modules = (family.workload,) if family.workload.startswith("trainfit.") else ()
-    return client.run(request.to_json() | own, model, modules)
+    return client.run(request.to_json() | own, model, _own_modules(request.setting))
+
+
+def _own_modules(setting: Setting) -> tuple[str, ...]:
+    """What the tracing process imports once for all traces of the setting's family: nothing of a user's."""
+    workload = setting.family.workload
+    return (workload,) if workload.startswith("trainfit.") else ()
 
 
 def packages_of(setting: Setting) -> dict[str, str]:
