@@ -93,6 +93,7 @@ def test_sample_is_drawn_once_into_the_cache(tmp_path: Path, monkeypatch: pytest
     assert list(dataset.root.parent.iterdir()) == [dataset.root]
     written = {file: file.stat().st_mtime_ns for file in dataset.root.rglob("*")}
     assert len(read_dataset("sample").splits["train"]) == 48
+    assert read_dataset("sample", format="coco").format == "sample"  # as it lies on the disk
     assert {file: file.stat().st_mtime_ns for file in dataset.root.rglob("*")} == written
 
 

@@ -105,6 +105,18 @@ def test_a_piped_video_is_as_the_file(
     assert len(list(read_frames(drawn))) == FRAMES // 2
 
 
+def test_a_piped_mp4_is_answered_with_the_formats_of_a_pipe(
+    tmp_path: Path, sizes: list[int], stdin: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stdin(write_video(tmp_path / "clip.mp4", 2600))  # more than FFmpeg reads to know what is in it
+    assert run("detect", "RUN", "-") == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(
+        "-: it broke off before its first picture; a pipe takes Matroska, MPEG-TS, WebM or Motion JPEG: "
+    )
+    assert sizes == []
+
+
 def test_a_stream_that_stalls_is_ended(
     tmp_path: Path,
     sizes: list[int],

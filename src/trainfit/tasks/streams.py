@@ -100,9 +100,11 @@ class VideoStream:
         import av
 
         last_s = time.monotonic()
+        is_decoded = False
         while True:
             try:
                 for frame in self._container.decode(video=0):
+                    is_decoded = True
                     yield frame
                     last_s = time.monotonic()
             except av.BlockingIOError:  # a camera without a new picture
@@ -114,7 +116,12 @@ class VideoStream:
             except _StalledError:
                 self.fault = f"it gave nothing for {STALL_S:g} seconds, and is taken as ended"
             except (av.FFmpegError, OSError) as error:
-                self.fault = f"it broke off: {reason(error)}"
+                hint = (
+                    ""
+                    if is_decoded
+                    else " before its first picture; a pipe takes Matroska, MPEG-TS, WebM or Motion JPEG"
+                )
+                self.fault = f"it broke off{hint}: {reason(error)}"
             return
 
 

@@ -41,7 +41,7 @@ def read_dataset(
     """
     if format not in (None, "sample", *FORMATS):
         raise TrainfitError(f"--format {format}: unknown; it is one of {', '.join(FORMATS)}")
-    if str(path) == "sample" and format in (None, "sample"):
+    if str(path) == "sample" and format in (None, "sample", "coco"):
         sample = read_coco(_sample_folder())
         return replace(sample, format="sample")
     if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises for long names
