@@ -197,8 +197,8 @@ def test_a_new_pricer_sees_the_code_of_a_model_of_the_users_own(tracings: list[T
 
 @pytest.fixture
 def no_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(request: TraceRequest) -> str:
-        raise AssertionError(f"traced {request.name}")
+    def refuse(request: TraceRequest, *, both: bool = False) -> str:
+        raise AssertionError(f"traced {request.name}, both: {both}")
 
     monkeypatch.setattr(trace_cache, "_traced", refuse)
 
@@ -225,7 +225,7 @@ def test_predict_gives_the_numbers_of_the_plan(card: str, knobs: dict[str, objec
 def test_predict_traces_what_the_package_has_not_and_without_the_cache() -> None:
     rfdetr: Callable[..., RfDetrSetting] = RfDetrSetting
     for setting, cache in (
-        (rfdetr(model="rfdetr-nano", multi_scale=False), True),
+        (rfdetr(model="rfdetr-nano", drop_path=0.1), True),
         (rfdetr(model="rfdetr-nano", micro_batch=4), False),
     ):
         with pytest.raises(AssertionError, match="traced"):

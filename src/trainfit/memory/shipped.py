@@ -138,9 +138,8 @@ def _source(request: TraceRequest, named: tuple[str, Laws], further: tuple[Laws,
 
 
 def changes(model: str) -> tuple[str, ...]:
-    """What has changed since a model's traces were made, in words; empty: they are valid."""
-    record = _made_with(shipped_folder() / MADE_WITH)
-    return tuple(record[model].changes()) if model in record else ("all",)
+    """What has changed since a model's traces were made, in words; empty: they are valid. Looked at once, until `forget`."""
+    return _changes(shipped_folder() / MADE_WITH, model)
 
 
 def why_unused(setting: Setting) -> str | None:
@@ -191,8 +190,14 @@ def _image_laws(path: Path, name: str) -> Laws | None:
 
 def forget() -> None:
     """Read the files anew from now on."""
-    for cached in (_archive, _laws, _image_laws, _settings, _made_with):
+    for cached in (_archive, _laws, _image_laws, _settings, _made_with, _changes):
         cached.cache_clear()
+
+
+@cache
+def _changes(path: Path, model: str) -> tuple[str, ...]:
+    record = _made_with(path)
+    return tuple(record[model].changes()) if model in record else ("all",)
 
 
 @cache
