@@ -1,6 +1,6 @@
 """Run every `trainfit train` command of README.md and docs/, one step each on small sizes, on the CPU.
 
-python benchmarks/doc_trainings.py [--seconds 900]
+python benchmarks/doc_trainings.py [--seconds 900] [--only timm]
 
 Commands that need what is not here (several GPUs, weights from a network, a Detectron2 file, a plan or a run of an earlier
 command) are listed with the reason. What a command says stays; sizes, data, weights and steps are added behind it.
@@ -68,7 +68,7 @@ LEFT_OUT = {
 
 def commands() -> list[str]:
     """Lines of the documents' code that train, without comments, each once."""
-    found: dict[str, None] = {}
+    lines: dict[str, None] = {}
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = page.read_text()
         blocks = re.findall(r"```(?:bash|sh)?\n(.*?)```", text, flags=re.DOTALL)
@@ -79,8 +79,8 @@ def commands() -> list[str]:
             for line in block.replace("\\\n", " ").splitlines():
                 line = line.partition("  #")[0].partition(" # ")[0].strip()
                 if re.match(r"(\w+=\S+ )*(torchrun .*-m )?trainfit train", line):
-                    found[line] = None
-    return list(found)
+                    lines[line] = None
+    return list(lines)
 
 
 def run(command: str, folder: Path, data: dict[str, Path], number: int) -> tuple[bool, str]:
@@ -103,7 +103,9 @@ def main() -> int:
     """Run them until the time is over; 1 where one failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=900)
-    end = time.monotonic() + parser.parse_args().seconds
+    parser.add_argument("--only", default="", help="a part of the commands to run; all unless given")
+    arguments = parser.parse_args()
+    end = time.monotonic() + arguments.seconds
     from PIL import Image
 
     from trainfit.tasks.detection.sample_set import write_sample_set
@@ -117,7 +119,7 @@ def main() -> int:
                 (folder / "classes" / split / label).mkdir(parents=True)
                 for n in range(2):
                     Image.new("RGB", (40, 40), (40 * n, 90, 160)).save(folder / "classes" / split / label / f"{n}.png")
-        for number, command in enumerate(commands()):
+        for number, command in enumerate(each for each in commands() if arguments.only in each):
             reason = next((why for mark, why in LEFT_OUT.items() if mark in command), None)
             if reason is None and time.monotonic() > end:
                 reason = "no time left"
