@@ -33,6 +33,7 @@ from trainfit.reports.plan import (
     train_command,
 )
 from trainfit.reports.plan_html import plan_html
+from trainfit.reports.words import rate
 from trainfit.step.names import Checkpointing
 from trainfit.training.recipe import BATCH, DEFAULT_EFFECTIVE_BATCH, recipe_type
 
@@ -304,3 +305,11 @@ The recipe's 1e-4 is for an effective batch of 16: it stays.
 Assumptions
   Kernels start as fast as on a desktop of 2024.
 """  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("per_s", "text"),
+    [(None, "-"), (0.3167, "0.317"), (12.5, "12.5"), (999.4, "999"), (2123.0, "2,120"), (12_345.0, "12,300")],
+)
+def test_a_rate_has_three_digits_and_no_exponent(per_s: float | None, text: str) -> None:
+    assert rate(per_s) == text

@@ -9,6 +9,7 @@ from trainfit.measuring.bench import Bench
 from trainfit.measuring.calibration import Calibration, made_by
 from trainfit.measuring.search import Measured, Predicted, knee, speeds
 from trainfit.reports.profile import gib
+from trainfit.reports.words import rate
 
 SCHEMA = 1
 _CPU_HEAD = ("micro-batch", "images/s", "slowest to fastest")
@@ -75,10 +76,10 @@ def sentence(bench: Bench, rows: Sequence[Measured]) -> str:
     if chosen is None:
         return f"{subject}: nothing ran."
     best = max(speed_of, key=lambda size: speed_of[size])
-    least = f"micro-batch {chosen} is the smallest within 3 % of the best speed, {speed_of[chosen]:.3g} images/s"
+    least = f"micro-batch {chosen} is the smallest within 3 % of the best speed, {rate(speed_of[chosen])} images/s"
     if len(speed_of) > 1 and chosen == max(speed_of):
         return f"{subject}: {least}; no larger one ran, and speed still grew."
-    return f"{subject}: {least}" + ("." if best == chosen else f" (the best: {speed_of[best]:.3g} at {best}).")
+    return f"{subject}: {least}" + ("." if best == chosen else f" (the best: {rate(speed_of[best])} at {best}).")
 
 
 def _cells(row: Measured) -> tuple[str, ...]:
@@ -86,9 +87,9 @@ def _cells(row: Measured) -> tuple[str, ...]:
     reserved, allocated, context = (_gib(n) for n in (row.reserved_bytes, row.allocated_bytes, row.context_bytes))
     return (
         str(row.micro_batch),
-        f"{row.images_per_s:.3g}",
-        f"{row.slowest:.3g} to {row.fastest:.3g}",
-        f"{predicted.images_per_s:.3g}" if predicted and predicted.images_per_s else "-",
+        rate(row.images_per_s),
+        f"{rate(row.slowest)} to {rate(row.fastest)}",
+        rate(predicted.images_per_s) if predicted and predicted.images_per_s else "-",
         reserved,
         _range(predicted),
         allocated,

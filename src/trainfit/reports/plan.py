@@ -14,6 +14,7 @@ from trainfit.models.family import family_of
 from trainfit.models.setting import Setting
 from trainfit.planning.plan import Candidate, Loading, Plan, Saving, knobs
 from trainfit.reports.profile import doubts, gib, interval
+from trainfit.reports.words import rate
 from trainfit.step.names import Checkpointing, Precision
 from trainfit.tracing.events import CATEGORIES
 from trainfit.training.lines import counted
@@ -94,7 +95,7 @@ def _how_fast(plan: Plan, chosen: Candidate) -> str:
     if slower >= 0.005 and fastest.verdict == "does not fit":
         compared += ", which does not fit"
     return (
-        f"It makes about {chosen.images_per_s:.3g} images/s, {compared}." if plan.calibrated else f"It is {compared}."
+        f"It makes about {rate(chosen.images_per_s)} images/s, {compared}." if plan.calibrated else f"It is {compared}."
     )
 
 
@@ -141,7 +142,7 @@ def speed_text(plan: Plan, candidate: Candidate) -> str:
     base = (plan.chosen or plan.smallest).images_per_s
     if candidate.images_per_s is None or not base:
         return "-"
-    return f"{candidate.images_per_s:.3g}" if plan.calibrated else f"{candidate.images_per_s / base:.2f}x"
+    return rate(candidate.images_per_s) if plan.calibrated else f"{candidate.images_per_s / base:.2f}x"
 
 
 def speed_head(plan: Plan) -> str:

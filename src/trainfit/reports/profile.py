@@ -10,6 +10,7 @@ from trainfit.gpus.context import ByteRange
 from trainfit.memory.hidden import HiddenRow
 from trainfit.memory.predict import MemoryPrediction, Prediction, has_reserve, is_likelier_to_fit
 from trainfit.memory.profile import ModuleRow, Profile, ProfileSample
+from trainfit.reports.words import rate
 from trainfit.timing.roofline import stated_error
 from trainfit.tracing.events import CATEGORIES
 
@@ -74,7 +75,7 @@ def _speed(prediction: Prediction) -> str:
     images = setting.micro_batch * setting.accumulation
     known = stated_error(prediction.gpu)
     within = "" if time.calibrated or known is None else f" ({known.median:.0%} off in the median of {known.rows} rows)"
-    return f" A step takes about {time.seconds:.2g} s, {images / time.seconds:.3g} images/s, bound by {time.bound}{within}."
+    return f" A step takes about {time.seconds:.2g} s, {rate(images / time.seconds)} images/s, bound by {time.bound}{within}."
 
 
 def _peak(memory: MemoryPrediction) -> str:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from trainfit.reports.words import duration, printable
+from trainfit.reports.words import duration, printable, rate
 from trainfit.training.telemetry import StepUpdate
 
 GIB = 2**30
@@ -61,6 +61,6 @@ def step_line(update: StepUpdate) -> str:
     """One line: step, loss, speed, remaining time, memory, and share of waiting for data."""
     return (
         f"epoch {update.epoch + 1}/{update.epochs}  step {update.step}/{update.total_steps}  "
-        f"loss {update.loss:.4g}  {update.images_per_s:.3g} images/s  {duration(update.remaining_s)} left  "
+        f"loss {update.loss:.4g}  {rate(update.images_per_s)} images/s  {duration(update.remaining_s)} left  "
         f"{update.memory_bytes / GIB:.2f} GiB  data wait {update.wait_share:.0%}"
     )

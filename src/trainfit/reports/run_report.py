@@ -12,7 +12,7 @@ from trainfit.errors import TrainfitError
 from trainfit.files import read_json
 from trainfit.gpus.catalogue import GIB
 from trainfit.reports.run_memory import growth_words
-from trainfit.reports.words import duration, printable
+from trainfit.reports.words import duration, printable, rate
 from trainfit.tasks.task import percent
 from trainfit.training.lines import counted
 from trainfit.training.noise_scale import NoiseSample, NoiseScale, noise_line, noise_scale
@@ -291,7 +291,7 @@ def speed_words(report: RunReport) -> str | None:
     if report.images_per_s is None:
         return None
     predicted = (report.predicted or {}).get("images_per_s") if (report.predicted or {}).get("calibrated") else None
-    return f"{report.images_per_s:.3g} images/s" + (f"; predicted {predicted:.3g}" if predicted else "")
+    return f"{rate(report.images_per_s)} images/s" + (f"; predicted {rate(predicted)}" if predicted else "")
 
 
 def time_shares(spent: TimeSpent) -> list[tuple[str, float]]:

@@ -3,7 +3,7 @@
 from trainfit.models.family import family_of
 from trainfit.reports.progress import GIB
 from trainfit.reports.tables import table_text
-from trainfit.reports.words import duration
+from trainfit.reports.words import duration, rate
 from trainfit.tasks.task import Inference, percent, task_of
 from trainfit.training.lines import counted
 from trainfit.training.run_files import PICTURES
@@ -30,7 +30,7 @@ def summary_text(summary: RunSummary) -> str:
     if summary.steps_here:
         lines = [
             f"Trained {summary.model} for {counted(summary.steps_here, 'step')} in {duration(summary.train_s)}: {best}.",
-            f"speed       {summary.images_per_s:.3g} images/s; {summary.loader}",
+            f"speed       {rate(summary.images_per_s)} images/s; {summary.loader}",
             f"memory      {summary.memory_bytes / GIB:.2f} GiB",
         ]
     else:

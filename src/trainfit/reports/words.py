@@ -13,3 +13,10 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def rate(per_s: float | None) -> str:
+    """A rate, three digits of it and no exponent: 0.32, 12.5, 2,120; "-" where it is not known."""
+    if per_s is None:
+        return "-"
+    return f"{float(f'{per_s:.3g}'):,.0f}" if per_s >= 1000 else f"{per_s:.3g}"
