@@ -182,3 +182,11 @@ def test_a_knob_is_declared_once(name: str) -> None:
 
 def test_commands_are_those_of_the_page() -> None:
     assert list(commands([""])) == [*WITH_MODEL[:1], "train", "predict", "measure", *OTHERS]
+
+
+def test_a_switch_that_is_on_shows_both_spellings(capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside `--no-decode` alone, the help of `--decode` would say the opposite."""
+    assert run("check-data", "--help") == 0
+    assert "--decode, --no-decode" in capsys.readouterr().out
+    assert run("predict", "rfdetr-nano", "--help-all") == 0
+    assert "--cache, --no-cache" in capsys.readouterr().out

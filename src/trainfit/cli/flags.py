@@ -153,7 +153,9 @@ def _member(leaf: Leaf) -> tuple[str, Any, Any]:
     )
     if leaf.where.positional:
         hint = tyro.conf.Positional[hint]
-    elif leaf.where.group in ("output", ""):
+    elif (
+        leaf.where.group in ("output", "") and default is not True
+    ):  # of a switch that is on the text would read as its opposite
         hint = tyro.conf.FlagCreatePairsOff[hint]
     return leaf.key, Annotated[hint, shown], _field(default)
 
