@@ -95,13 +95,16 @@ def spread(sizes: Mapping[Kind, Factors], known: Iterable[Kind], kinds: Iterable
     for kind in known:
         for place in _places(kind):
             of_place[place][sizes.get(kind, ())] += 1
-    found: dict[Kind, Factors | None] = {}
+    factors_of: dict[Kind, Factors | None] = {}
     for kind in kinds:
         places = [of_place[place] for place in _places(kind) if place in of_place]
         unanimous = next((place for place in places if len(place) == 1), None)
         counter = unanimous or (places[0] if places else None)
-        found[kind] = sizes.get(kind, ()) if kind in known else counter.most_common(1)[0][0] if counter else None
-    return found
+        if kind in known:
+            factors_of[kind] = sizes.get(kind, ())
+        else:
+            factors_of[kind] = counter.most_common(1)[0][0] if counter else None
+    return factors_of
 
 
 def _places(kind: Kind) -> tuple[tuple[object, ...], ...]:
@@ -112,14 +115,14 @@ def _places(kind: Kind) -> tuple[tuple[object, ...], ...]:
 
 def of_one(scaled: ScaledTrace, sizes: Mapping[Kind, Factors]) -> tuple[dict[Kind, Factors], set[Kind]]:
     """The laws at micro-batch 1, and all kinds there, of those of a scaled trace at its larger micro-batch."""
-    found: dict[Kind, Factors] = {}
+    factors_of: dict[Kind, Factors] = {}
     known: set[Kind] = set()
     for tensor, nbytes in zip(scaled.trace.tensors, scaled.sizes(1).tolist(), strict=True):
         kind = (tensor.op, tensor.module, tensor.phase, nbytes)
         known.add(kind)
         if factors := sizes.get(kind_of(tensor)):
-            found[kind] = factors
-    return found, known
+            factors_of[kind] = factors
+    return factors_of, known
 
 
 def counts_of(
@@ -134,7 +137,7 @@ def counts_of(
             alike.setdefault(key, changes[op, phase, dtype])
     phases = {phase for _, phase, _ in changes}
     there = {(each.op, each.phase, each.dtype) for each in known}
-    found: dict[Row, tuple[Change, ...]] = {}
+    of_row: dict[Row, tuple[Change, ...]] = {}
     for each in rows:
         row = each.op, each.phase, each.dtype
         if row in there or each.phase not in phases:
@@ -142,8 +145,8 @@ def counts_of(
         else:
             change = alike.get((_name(each.op), each.phase)) or alike.get((_name(each.op),))
         if change is not None:
-            found[row] = change
-    return found
+            of_row[row] = change
+    return of_row
 
 
 def _name(op: str) -> str:

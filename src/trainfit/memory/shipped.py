@@ -111,14 +111,14 @@ def source(request: TraceRequest, *, alone: bool = False) -> Source | None:
     if not path.exists() or changes(request.setting.model):
         return None
     for name, laws in _laws(path).items():
-        found = _source(request, (name, laws), (), alone=alone)
-        if found is not None:
-            return found
+        taken = _source(request, (name, laws), (), alone=alone)
+        if taken is not None:
+            return taken
     image = _image_laws(path, image_laws_name(request.part, alone=alone))
     if image is None:
         return None
-    found = (_source(request, named, (image,), alone=alone) for named in _laws(path).items())
-    return next((each for each in found if each is not None), None)
+    sources = (_source(request, named, (image,), alone=alone) for named in _laws(path).items())
+    return next((each for each in sources if each is not None), None)
 
 
 def _source(request: TraceRequest, named: tuple[str, Laws], further: tuple[Laws, ...], *, alone: bool) -> Source | None:
