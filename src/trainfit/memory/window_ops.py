@@ -6,6 +6,7 @@ trace: a micro-batch that a window has more repeats the allocations of its block
 """
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,18 +18,23 @@ from trainfit.timing.counts import OpCount
 
 LEAST_DIFFERENCE = 1e-6
 """Share of its allocations by which an operator's calls and pairs must differ to be told apart."""
+TRACES = 8
+"""Traces whose operators are kept: a plan prices its windows from training and evaluation, with and without recompute."""
 _Key = tuple[str, str]
 """Operator and phase."""
+_Rows = Mapping[tuple[str, str, str], tuple[float, float, float]]
+"""Operator, phase and type -> kernels, FLOPs and bytes."""
+_Measures = Mapping[_Key, tuple[float, float]]
+"""Operator and phase -> calls and pairs, both in bytes of the larger trace."""
 
 
 def ops_at(trace: WindowTrace, window: Window) -> tuple[OpCount, ...]:
     """Operators of a window: rows of one operator, phase and type together. Of the evaluation that a trace may end with:
     give `Window.evaluated`.
     """
-    few, many = (_sums(rows) for rows in trace.ops)
-    work = _Work(trace)
+    few, many, work, small, large = _traced(trace)
     windows = (*trace.windows, window)
-    small, large, own = map(work.of, windows)
+    own = work.of(window)
     rows: list[OpCount] = []
     for key, values in many.items():
         op, phase, dtype = key
@@ -43,6 +49,15 @@ def ops_at(trace: WindowTrace, window: Window) -> tuple[OpCount, ...]:
         count, flops, nbytes = (_predicted(low, high, measures) for low, high in pairs)
         rows.append(OpCount(op=op, phase=phase, dtype=dtype, count=max(1, round(count)), flops=flops, bytes=nbytes))
     return tuple(rows)
+
+
+@lru_cache(maxsize=TRACES)
+def _traced(trace: WindowTrace) -> "tuple[_Rows, _Rows, _Work, _Measures, _Measures]":
+    """The operators of both traced windows, and what they allocate, in all and in each of the windows."""
+    few, many = (_sums(rows) for rows in trace.ops)
+    work = _Work(trace)
+    small, large = map(work.of, trace.windows)
+    return few, many, work, small, large
 
 
 def _predicted(low: float, high: float, measures: Sequence[tuple[float, float]]) -> float:
@@ -100,8 +115,8 @@ class _Work:
         self.key = np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
         self.keys = list(numbers)
 
-    def of(self, window: Window) -> Mapping[_Key, tuple[float, float]]:
-        """By operator and phase: calls and pairs of a window, both in bytes of the larger trace."""
+    def of(self, window: Window) -> _Measures:
+        """Those of a window."""
         traced = self.trace.windows[1]
         more = [
             window.chunks - traced.chunks
@@ -130,7 +145,7 @@ def _governing(laws: Sequence[int], phases: Sequence[str]) -> NDArray[np.int64]:
     return np.array(governing, dtype=np.int64)
 
 
-def _sums(rows: Sequence[OpCount]) -> dict[tuple[str, str, str], tuple[float, float, float]]:
+def _sums(rows: Sequence[OpCount]) -> _Rows:
     """(kernels, FLOPs, bytes) of the rows of one operator, phase and type."""
     sums: dict[tuple[str, str, str], tuple[float, float, float]] = {}
     for row in rows:

@@ -10,7 +10,7 @@ A composed trace has every tensor at its exact size. Of many equal repetitions o
 replayed; the features that the others would keep are allocated all the same, so that the peak of the tensors is exact.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -25,6 +25,7 @@ from trainfit.timing.counts import OpCount
 REPLAYED = 1
 """Repetitions beyond those of the larger trace that are replayed in full."""
 OF_LOSS = -1
+NOT_MADE = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +123,15 @@ class WindowTrace:
         return frozenset(np.flatnonzero(kept).tolist())
 
     @cached_property
+    def kept(self) -> tuple[Integers, ...]:
+        """Of each of `repeats` the tensors that all repetitions keep beyond the next."""
+        begins, ends = self.lives
+        return tuple(
+            np.flatnonzero((begins >= block.begin) & (begins < block.end) & (ends >= 2 * block.end - block.begin))
+            for block in self.repeats
+        )
+
+    @cached_property
     def lives(self) -> tuple[Integers, Integers]:
         """The event that allocates each tensor, and that which frees it: the number of events where none does."""
         events = self.columns.events
@@ -134,40 +144,45 @@ class WindowTrace:
 
 
 class _Composition:
-    """The events of a window, made from those of the larger traced one."""
+    """The events of a window, made from those of the larger traced one, many at a time."""
 
     def __init__(self, source: WindowTrace, window: Window, replayed: int | None) -> None:
         self.source = source
         self.window = window
         self.replayed = replayed
-        self.old_events: list[int] = source.columns.events.tolist()
-        self.ends: list[int] = source.lives[1].tolist()
-        self.copied: list[int] = []
+        self.made = 0
+        """Tensors so far."""
+        self.copied: list[Integers] = []
         """The tensor of the source that each tensor is a copy of."""
-        self.events: list[int] = []
+        self.length = 0
+        """Events so far."""
+        self.events: list[Integers] = []
         self.marks: list[tuple[int, str]] = []
-        self.numbers: dict[int, list[int]] = {}
-        """Tensor of the source that is not freed yet -> its copies."""
-        self.omitted = source.kept_buffers if window.is_plain else frozenset[int]()
-        self.marks_at: dict[int, list[str]] = {}
-        for index, name in source.columns.marks:
-            self.marks_at.setdefault(index, []).append(name)
+        self.numbers = np.full(len(source.columns.nbytes), NOT_MADE)
+        """The copy of each tensor of the source."""
+        self.others: dict[int, list[Integers]] = {}
+        """Tensor of the source that is not freed yet -> its copies in repetitions."""
+        omitted = sorted(source.kept_buffers) if window.is_plain else []
+        self.is_omitted = np.zeros(len(self.numbers), dtype=bool)
+        self.is_omitted[omitted] = True
 
     def columns(self, sizes: Integers) -> Columns:
         """The window's trace; `sizes`: of each tensor of the source."""
         at = 0
-        for block in self.source.repeats:
+        for block, kept in zip(self.source.repeats, self.source.kept, strict=True):
             more = self._more(block)
             self._copy(at, block.begin if more < 0 else block.end)
             at = block.end
             if more < 0:
                 at += (block.end - block.begin) * (-more - 1)
                 self._leave_out(block.begin, at)
-            for number in range(more):
-                self._repeat(block, whole=self.replayed is None or number < self.replayed)
-        self._copy(at, len(self.old_events))
+            whole = more if self.replayed is None else min(more, self.replayed)
+            for _ in range(whole):
+                self._repeat(block, kept)
+            self._keep(kept, max(0, more - max(0, whole)))
+        self._copy(at, len(self.source.columns.events))
         old = self.source.columns
-        copied = np.array(self.copied, dtype=np.int64)
+        copied = np.concatenate(self.copied)
         return replace(
             old,
             nbytes=sizes[copied],
@@ -176,7 +191,7 @@ class _Composition:
             op=old.op[copied],
             module=old.module[copied],
             phase=old.phase[copied],
-            events=np.array(self.events, dtype=np.int64),
+            events=np.concatenate(self.events),
             marks=tuple(self.marks),
         )
 
@@ -188,66 +203,91 @@ class _Composition:
         return self.window.cuts[block.of].parts - traced.cuts[block.of].parts
 
     def _copy(self, begin: int, end: int) -> None:
-        for index in range(begin, end):
-            self._mark(index)
-            event = self.old_events[index]
-            if event < 0:
-                self.events += (-(number + 1) for number in reversed(self.numbers.pop(-event - 1, ())))
-            elif event - 1 not in self.omitted:
-                self.numbers[event - 1] = [self._allocate(event - 1)]
+        """The source's events from `begin` to `end`, with the frees of all copies where the source frees a tensor."""
+        events = self.source.columns.events[begin:end]
+        tensors = np.abs(events) - 1
+        allocates = events > 0
+        new = tensors[allocates]
+        new = new[~self.is_omitted[new]]
+        self.numbers[new] = self._allocate(new)
+        numbers = self.numbers[tensors]
+        there = numbers != NOT_MADE
+        copies = there.astype(np.int64)
+        places: list[int] = []
+        frees: list[Integers] = []
+        for tensor in [each for each in self.others if begin <= self.source.lives[1][each] < end]:
+            place = int(self.source.lives[1][tensor]) - begin
+            freed = -1 - np.concatenate(self.others.pop(tensor))[::-1]
+            places += [int(there[:place].sum())] * len(freed)
+            frees.append(freed)
+            copies[place] += len(freed)
+        own = np.where(allocates, numbers + 1, -numbers - 1)[there]
+        self._mark(begin, copies, self.source.columns.marks)
+        self._add(np.insert(own, places, np.concatenate(frees)) if frees else own)
 
     def _leave_out(self, begin: int, end: int) -> None:
         """Of events that are left out only what is freed of tensors before them remains. Of a value that each repetition
         replaces (the sum of each loss) the last one before them remains; such values are replaced in the order of their making.
         """
         op = self.source.columns.op
-        events = self.old_events[begin:end]
+        events = self.source.columns.events[begin:end]
+        allocated = events[events > 0] - 1
         left: dict[int, list[int]] = {}
-        for event in events:
-            if event > 0 and self.ends[event - 1] >= end:
-                left.setdefault(int(op[event - 1]), []).append(event - 1)
-        for event in events:
-            numbers = self.numbers.pop(-event - 1, None) if event < 0 else None
-            if numbers is None:
-                continue
-            replacing = left.get(int(op[-event - 1]))
+        for tensor in allocated[self.source.lives[1][allocated] >= end].tolist():
+            left.setdefault(int(op[tensor]), []).append(tensor)
+        freed = -events[events < 0] - 1
+        for tensor in freed[self.numbers[freed] != NOT_MADE].tolist():
+            number = self.numbers[tensor]
+            others = self.others.pop(tensor, [])
+            self.numbers[tensor] = NOT_MADE
+            replacing = left.get(int(op[tensor]))
             if replacing:
-                self.numbers[replacing.pop(0)] = numbers
+                instead = replacing.pop(0)
+                self.numbers[instead] = number
+                if others:
+                    self.others[instead] = others
             else:
-                self.events += (-(number + 1) for number in numbers)
+                self._add(-1 - np.concatenate([[number], *others])[::-1])
 
-    def _repeat(self, block: Block, *, whole: bool) -> None:
+    def _repeat(self, block: Block, kept: Integers) -> None:
         """A repetition of the block that was copied last. What the next one frees is freed at its end, what all keep with what
         the source has.
         """
-        own: dict[int, int] = {}
-        for index in range(block.begin, block.end):
-            event = self.old_events[index]
-            tensor = abs(event) - 1
-            if whole:
-                self._mark_again(index)
-            if event > 0 and (whole or self._is_kept(tensor, block)):
-                own[tensor] = self._allocate(tensor)
-            elif event < 0 and tensor in own:
-                self.events.append(-(own.pop(tensor) + 1))
-        for tensor, number in own.items():
-            if self._is_kept(tensor, block):
-                self.numbers[tensor].append(number)
-            else:
-                self.events.append(-(number + 1))
+        events = self.source.columns.events[block.begin : block.end]
+        tensors = np.abs(events) - 1
+        allocates = events > 0
+        new = tensors[allocates]
+        of_source = np.full(len(self.numbers), NOT_MADE)
+        of_source[new] = self._allocate(new)
+        numbers = of_source[tensors]
+        there = numbers != NOT_MADE
+        names = [(at, name) for at, name in self.source.columns.marks if name != "inputs" and name[:7] != "window "]
+        self._mark(block.begin, there.astype(np.int64), names)
+        self._add(np.where(allocates, numbers + 1, -numbers - 1)[there])
+        for tensor in kept.tolist():
+            self.others.setdefault(tensor, []).append(of_source[tensor : tensor + 1])
+        left = new[self.source.lives[1][new] >= block.end]
+        self._add(-1 - of_source[left[~np.isin(left, kept)]])
 
-    def _is_kept(self, tensor: int, block: Block) -> bool:
-        """Whether all repetitions keep it beyond the next."""
-        return self.ends[tensor] >= 2 * block.end - block.begin
+    def _keep(self, kept: Integers, times: int) -> None:
+        """What so many repetitions keep, and nothing else of them."""
+        if times and len(kept):
+            numbers = self._allocate(np.tile(kept, times))
+            self._add(numbers + 1)
+            for tensor, copies in zip(kept.tolist(), numbers.reshape(times, -1).T, strict=True):
+                self.others.setdefault(tensor, []).append(copies)
 
-    def _mark(self, index: int) -> None:
-        self.marks += ((len(self.events), name) for name in self.marks_at.get(index, ()))
+    def _mark(self, begin: int, copies: Integers, marks: Sequence[tuple[int, str]]) -> None:
+        """Marks of the source's events from `begin` on, of each of which `copies` says how many events are made."""
+        before = self.length + np.cumsum(copies) - copies
+        self.marks += [(int(before[at - begin]), name) for at, name in marks if begin <= at < begin + len(copies)]
 
-    def _mark_again(self, index: int) -> None:
-        names = (name for name in self.marks_at.get(index, ()) if name != "inputs" and not name.startswith("window "))
-        self.marks += ((len(self.events), name) for name in names)
+    def _allocate(self, tensors: Integers) -> Integers:
+        """Numbers of new copies of tensors of the source."""
+        self.copied.append(tensors)
+        self.made += len(tensors)
+        return np.arange(self.made - len(tensors), self.made)
 
-    def _allocate(self, tensor: int) -> int:
-        self.copied.append(tensor)
-        self.events.append(len(self.copied))
-        return len(self.copied) - 1
+    def _add(self, events: Integers) -> None:
+        self.events.append(events)
+        self.length += len(events)
