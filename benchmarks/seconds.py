@@ -3,6 +3,7 @@
     python benchmarks/seconds.py data FOLDER...       # seconds of built-in models for data sets, and whether torch was imported
     python benchmarks/seconds.py held-out NUMBER FILE # random points that no law was found from, against traces (kept in the
                                                       # cache): a line each in FILE, half a minute a point; started again it goes on
+    python benchmarks/seconds.py windows NUMBER FILE  # the same of CLIP's windows: any micro-batch, accumulation and recompute
     python benchmarks/seconds.py report FILE          # of the points in FILE: shares that are equal, and errors
     python benchmarks/seconds.py size                 # of what comes with the package
 
@@ -15,6 +16,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import zip_longest
@@ -27,6 +29,7 @@ from trainfit.memory.columns import Columns
 from trainfit.memory.predict import needed
 from trainfit.memory.priced import Pricer
 from trainfit.memory.quick_replay import QuickReplay
+from trainfit.models.family import family_of
 from trainfit.models.rfdetr.family import PUBLISHED
 from trainfit.models.setting import Setting, make_setting
 from trainfit.tracing.events import TensorInfo
@@ -48,9 +51,10 @@ NONE = TensorInfo(id=-1, nbytes=-1)
 """Stands for a tensor that only one of two traces has."""
 
 
-def models() -> list[str]:
-    """Those that the package answers for any data."""
-    return sorted(path.name.removesuffix(".tar.xz") for path in shipped.shipped_folder().glob("*.tar.xz"))
+def models(task: str = "detection") -> list[str]:
+    """Those of a task that the package has traces of."""
+    found = sorted(path.name.removesuffix(".tar.xz") for path in shipped.shipped_folder().glob("*.tar.xz"))
+    return [name for name in found if family_of(name)[0].task == task]
 
 
 def run(*arguments: str) -> tuple[float, float, str]:
@@ -102,9 +106,21 @@ def drawn_size(draw: random.Random, model: str) -> dict[str, Any]:
     return knobs
 
 
-def compared(number: int) -> dict[str, Any]:
-    """What the package answers at a point, and what a trace made now says."""
-    setting, pricer = point(number), Pricer(gpu=find_gpu("A100"), cache=False)
+def window_point(number: int) -> Setting:
+    """The point of a number: a model whose window is one loss, for either kind of card, and a cut of the window."""
+    draw = random.Random(number)
+    return make_setting(
+        draw.choice(models("pairs")),
+        precision=draw.choice(("bf16", "fp16")),
+        checkpointing=draw.choice(("none", "all")),
+        micro_batch=draw.choice((1, 2, 5, 16, 37, 64, 100, 160, 200, 256)),
+        accumulation=draw.choice((1, 2, 3, 4, 6)),
+    )
+
+
+def compared(setting: Setting, number: int) -> dict[str, Any]:
+    """What the package answers at the point of a number, and what a trace made now says."""
+    pricer = Pricer(gpu=find_gpu("T4" if setting.precision == "fp16" else "A100"), cache=False)
     row: dict[str, Any] = {"number": number, "setting": setting.to_json(), "covered": pricer.answers(setting)}
     if not row["covered"]:
         return row
@@ -123,11 +139,12 @@ def compared(number: int) -> dict[str, Any]:
     }
 
 
-def held_out(number: int, path: Path) -> None:
+def held_out(number: int, path: Path, point: Callable[[int], Setting]) -> None:
     """Points that are not yet in a file, two at a time."""
     done = {json.loads(line)["number"] for line in path.read_text().splitlines()} if path.exists() else set[int]()
     with path.open("a") as file, ThreadPoolExecutor(2) as pool:
-        for row in pool.map(compared, (each for each in range(number) if each not in done)):
+        numbers = [each for each in range(number) if each not in done]
+        for row in pool.map(compared, map(point, numbers), numbers):
             print(json.dumps(row), file=file, flush=True)
             print(f"{row['number']}: {row['setting']['model']}, {row.get('needs', 'not covered')}", flush=True)
     report(path)
@@ -158,7 +175,9 @@ if __name__ == "__main__":
     if command == "data":
         data(arguments)
     elif command == "held-out":
-        held_out(int(arguments[0]), Path(arguments[1]))
+        held_out(int(arguments[0]), Path(arguments[1]), point)
+    elif command == "windows":
+        held_out(int(arguments[0]), Path(arguments[1]), window_point)
     elif command == "report":
         report(Path(arguments[0]))
     elif command == "size":

@@ -101,7 +101,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     assert scaled is not None
     name = shipped.entry_name(request)
     settings = json.dumps({name: request.setting.to_json()})
-    write_archive(tmp_path / "timm:resnet18.tar.xz", {name: scaled.to_json(), shipped.SETTINGS: settings})
+    write_archive(tmp_path / "timm-resnet18.tar.xz", {name: scaled.to_json(), shipped.SETTINGS: settings})
     record = {"timm:resnet18": trace_cache.made_with(request.setting).to_record()}
     (tmp_path / shipped.MADE_WITH).write_text(json.dumps(record))
     monkeypatch.setattr(shipped, "shipped_folder", lambda: tmp_path)

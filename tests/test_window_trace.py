@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from clip_cases import COCA, SIGLIP, TEACHER, register
+from clip_cases import COCA, SIGLIP, TEACHER, TINY, register
 from trainfit.gpus.catalogue import find_gpu
-from trainfit.memory import composed
+from trainfit.memory import composed, shipped
 from trainfit.memory.allocator import AllocatorConfig
+from trainfit.memory.archive import write_archive
 from trainfit.memory.columns import Columns, ColumnTrace
 from trainfit.memory.predict import needed
 from trainfit.memory.priced import Pricer
@@ -31,7 +32,7 @@ from trainfit.timing.roofline import step_seconds
 from trainfit.tracing.fake_cuda import Target
 from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace import trace_step
-from trainfit.tracing.trace_cache import TraceRequest
+from trainfit.tracing.trace_cache import TraceRequest, packages_of
 
 GPU = find_gpu("A100")
 
@@ -230,6 +231,46 @@ def test_a_plan_knows_that_its_last_micro_batch_is_smaller(
         for share in (300, None)
     )
     assert of_share == traced < of_any
+
+
+def test_the_package_answers_for_any_window(
+    kinds: dict[str, Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = make(tmp_path, "training", KINDS["training"].window(300, 300))
+    pricer = Pricer(gpu=GPU, cache=False)
+    request = pricer.request(setting, "training")
+    name = shipped.entry_name(request)
+    entries = {name: json.dumps(kinds["training"].composed.to_record())}
+    archive = tmp_path / "model.tar.xz"
+    write_archive(archive, entries | {shipped.SETTINGS: json.dumps({name: request.setting.to_json()})})
+
+    def archive_path(_model: str) -> Path:
+        return archive
+
+    monkeypatch.setattr(shipped, "archive_path", archive_path)
+    shipped.forget()
+    monkeypatch.setattr(composed, "make_window_traces", None)  # nothing is traced
+    for pairs, micro_batch in ((300, 300), (485, 97)):
+        at = make(tmp_path, "training", KINDS["training"].window(pairs, micro_batch))
+        made = pricer.columns(at, "training").columns
+        assert made.peak_bytes() == Columns.of(kinds["training"].traced[pairs, micro_batch].trace).peak_bytes()
+    assert pricer.known(setting)
+    assert not pricer.known(make_setting(setting.model, precision="bf16", freeze="image"))
+    shipped.forget()
+
+
+def test_kernels_are_alike_where_the_heads_are_of_usual_sizes(tmp_path: Path) -> None:
+    odd = {"vision_cfg": TINY["vision_cfg"] | {"head_width": 20}}
+    text_tower = {"text_cfg": TINY["text_cfg"] | {"heads": 1, "width": 160}}
+    cases = {"even": {}, "odd": odd, "large": text_tower, "caption": COCA}
+    rtx_3060 = Pricer(gpu=find_gpu("RTX 3060"))
+    found = {
+        name: rtx_3060.request(make_setting(model=register(tmp_path, name, changes)), "training").capability
+        for name, changes in cases.items()
+    }
+    assert found == {"even": (8, 0), "odd": (8, 6), "large": (8, 6), "caption": (8, 6)}
+    assert packages_of(make_setting("clip:ViT-B-16-SigLIP")).keys() == {"torch", "open_clip_torch", "timm"}
+    assert packages_of(make_setting("clip:ViT-B-32")).keys() == {"torch", "open_clip_torch"}
 
 
 if __name__ == "__main__":

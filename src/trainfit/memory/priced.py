@@ -257,6 +257,7 @@ class Pricer:
         """The setting without what a scaled trace serves all values of."""
         setting = traced_as(setting)
         capability = setting.family.kernels(kernel_class(self.gpu.capability))
+        capability = setting.family.alike(setting).get(capability, capability)
         if is_composed(setting):
             of_any = any_window(TraceRequest(setting=setting, part=part, capability=capability))
             if self._windows_of.get(of_any, of_any) is not None and not self._is_alone(setting):

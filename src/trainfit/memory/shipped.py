@@ -43,8 +43,8 @@ def shipped_folder() -> Path:
 
 
 def archive_path(model: str) -> Path:
-    """The archive of a model's traces."""
-    return shipped_folder() / f"{model}.tar.xz"
+    """The archive of a model's traces: its name, with a hyphen for a colon, which not every file system takes."""
+    return shipped_folder() / f"{model.replace(':', '-')}.tar.xz"
 
 
 def entry_name(request: TraceRequest, *, alone: bool = False) -> str:

@@ -79,6 +79,8 @@ class Family:
     """The optional dependency of trainfit that it needs."""
     packages: tuple[str, ...] = ()
     """Distributions, besides torch, that its steps are made from: a stored trace is of their versions."""
+    packages_for: Callable[[Any], tuple[str, ...]] = lambda _: ()
+    """Setting -> distributions that this setting's step is made from, besides `packages`."""
     last: bool = False
     """Whether it is asked for a name after all others, because its names could be theirs."""
     cacheable: bool = True
@@ -99,6 +101,8 @@ class Family:
     towers run together."""
     kernels: Callable[[Capability], Capability] = lambda capability: capability
     """Compute capability -> one that stands for all on which the family's kernels are the same."""
+    alike: Callable[[Any], Mapping[Capability, Capability]] = lambda _: {}
+    """Setting -> for compute capabilities one on which this setting's kernels are the same, where not all of the family's are."""
     learns: tuple[str, ...] = ()
     """Knobs that free memory and change what is learned, the gentlest first; `--allow` names them."""
     turns: Callable[[Any, str], Iterator[tuple[str, Any]]] = _nothing_to_turn

@@ -237,7 +237,7 @@ def packages_of(setting: Setting) -> dict[str, str]:
 
 
 def _packages(setting: Setting) -> tuple[str, ...]:
-    return ("torch", *setting.family.packages)
+    return ("torch", *setting.family.packages, *setting.family.packages_for(setting))
 
 
 def read_stored(path: Path, parse: Callable[[str], T]) -> T | None:

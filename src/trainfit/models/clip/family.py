@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -13,7 +13,7 @@ from trainfit.errors import TrainfitError
 from trainfit.models.clip.names import PREFIX, match
 from trainfit.models.clip.schedule import lr_factor
 from trainfit.models.clip.upstream_flags import translate
-from trainfit.models.family import Family, register
+from trainfit.models.family import Capability, Family, register
 from trainfit.models.setting import Setting
 from trainfit.values import In, Range
 
@@ -29,6 +29,11 @@ REFUSED = {
     "genlap": "GenLAP has no contrastive loss",
 }
 """Part of a name -> why models with it are not trained here."""
+KERNELS_ALIKE: dict[Capability, Capability] = {(8, 6): (8, 0), (10, 0): (9, 0), (6, 1): (7, 5)}
+"""These differ in kernels for attention heads of more than 128 numbers, or not of a multiple of 8 (`tracing.fake_cuda`)."""
+LARGEST_HEAD, HEAD_MULTIPLE = 128, 8
+TIMM_VIT = "vit_"
+"""How timm names its vision transformers, whose heads have 32 to 128 numbers, multiples of 8 (timm 1.0 vision_transformer.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +78,44 @@ def image_pixels(setting: "ClipSetting") -> int:
 def has_caption_config(model: str) -> bool:
     """Whether a model is a CoCa, by its architecture's file."""
     return "multimodal_cfg" in _configuration(model)
+
+
+def packages_for(setting: "ClipSetting") -> tuple[str, ...]:
+    """Distributions, besides open_clip, that the towers come from."""
+    towers = [tower for tower in _configuration(setting.model).values() if isinstance(tower, dict)]
+    names = {"timm": "timm_model_name", "transformers": "hf_model_name"}
+    return tuple(name for name, key in names.items() if any(key in tower for tower in towers))
+
+
+def alike(setting: "ClipSetting") -> Mapping[Capability, Capability]:
+    """`KERNELS_ALIKE` where the attention heads of both towers are of sizes for which it holds; nothing where they may not be."""
+    configuration = _configuration(setting.model)
+    if setting.distill_model is not None or "multimodal_cfg" in configuration:
+        return {}
+    heads = (_image_head(configuration), _text_head(configuration))
+    fine = all(0 < head <= LARGEST_HEAD and head % HEAD_MULTIPLE == 0 for head in heads)
+    return KERNELS_ALIKE if fine else {}
+
+
+def _image_head(configuration: Mapping[str, Any]) -> int:
+    """Numbers of an attention head of the image tower, with open_clip's defaults; 0 where the configuration does not say."""
+    tower: Any = configuration.get("vision_cfg")
+    if not isinstance(tower, dict) or tower.get("attentional_pool"):
+        return 0
+    if "timm_model_name" in tower:
+        return 64 if str(tower["timm_model_name"]).startswith(TIMM_VIT) else 0
+    head = tower.get("head_width", 64)
+    return head if isinstance(head, int) else 0
+
+
+def _text_head(configuration: Mapping[str, Any]) -> int:
+    """Numbers of an attention head of the text tower, with open_clip's defaults; 0 where the configuration does not say."""
+    tower: Any = configuration.get("text_cfg")
+    if not isinstance(tower, dict) or "hf_model_name" in tower:
+        return 0
+    width, heads = tower.get("width", 512), tower.get("heads", 8)
+    is_said = isinstance(width, int) and isinstance(heads, int) and heads > 0 and width % heads == 0
+    return width // heads if is_said else 0
 
 
 @cache
@@ -140,6 +183,8 @@ def family() -> Family:
         augments=frozenset({"crop"}),
         extra="clip",
         packages=("open_clip_torch",),
+        packages_for=packages_for,
+        alike=alike,
         asks_batch="every pair is contrasted with every other of it, so that it decides what is learned (CLIP and SigLIP were "
         "published with 32,768, open_clip's guide has 1,024 to 4,096)",
         coupled=lambda setting: setting.contrastive == "cached",
