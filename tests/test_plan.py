@@ -298,6 +298,32 @@ def test_a_shipped_model_is_planned_without_torch(tmp_path: Path, gpu: str, micr
     assert not list(tmp_path.rglob("*.json.gz"))  # nothing was traced
 
 
+@pytest.mark.parametrize(
+    ("command", "own"),
+    [
+        ("plan", ("--memory", "8GiB", "--effective-batch", "300")),
+        ("predict", ("--gpu", "T4", "--micro-batch", "75", "--accumulation", "4")),
+    ],
+)
+def test_a_contrastive_window_is_answered_without_torch(tmp_path: Path, command: str, own: tuple[str, ...]) -> None:
+    """Of any cut, and under the name that people type."""
+    code = (
+        "import sys; from trainfit.cli import main; from trainfit.memory import shipped\n"
+        "shipped.changes = lambda _: ()\n"  # as in a release
+        f"try: main([{command!r}, 'clip-vit-b-32', *{own!r}, '--json'])\n"
+        "finally: print('torch' in sys.modules, file=sys.stderr)"
+    )
+    cache = {"XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | cache
+    )
+    assert done.stderr.strip().endswith("False")
+    answer = json.loads(done.stdout)
+    setting = (answer["chosen"] if command == "plan" else answer)["setting"]
+    assert setting["micro_batch"] * setting["accumulation"] == 300
+    assert not list(tmp_path.rglob("*.gz"))  # nothing was traced
+
+
 @pytest.mark.parametrize("model", ["maskrcnn-r50-v2", "rtdetr-seg-nano"])
 def test_a_data_set_is_planned_for_without_torch(tmp_path: Path, model: str) -> None:
     """Its classes, its fullest image and its canvas are not those that were traced."""
