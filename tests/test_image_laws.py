@@ -17,10 +17,12 @@ import trace_cases
 from test_drawn_sizes import TRACED
 from trainfit.gpus.catalogue import find_gpu
 from trainfit.memory import shipped
+from trainfit.memory.errors import RESIZED_ERROR
 from trainfit.memory.image_laws import counts_of, find_image_laws, of_one, spread
 from trainfit.memory.laws import Laws, Variable, declared_sizes, kind_of, moved
 from trainfit.memory.packaged import packaged
-from trainfit.memory.priced import Pricer
+from trainfit.memory.predict import needed
+from trainfit.memory.priced import RESIZED, Pricer
 from trainfit.memory.scaling import ScaledTrace, scale
 from trainfit.models.rfdetr.family import PUBLISHED, RfDetrSetting
 from trainfit.models.rfdetr.lean_losses import PIECE
@@ -249,3 +251,13 @@ def test_the_package_does_not_answer_for_sides_without_laws() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def test_a_need_from_a_trace_of_another_size_has_a_wider_interval() -> None:
+    pricer = Pricer(gpu=find_gpu("RTX 3060"), cache=False)
+    published = make_setting("rfdetr-nano", micro_batch=4, accumulation=2, precision="bf16")
+    for setting, share in ((published, 0.0), (replace(published, resolution=448), RESIZED_ERROR)):
+        alone = needed(pricer.columns(setting, "training"), pricer.gpu, pricer.config)
+        assert pricer.reserved(setting).low_bytes == int((1 - share) * alone.low_bytes)
+        assert pricer.reserved(setting).high_bytes == int((1 + share) * alone.high_bytes)
+        assert (RESIZED in pricer.predict(setting, (4, 4)).assumptions) == bool(share)

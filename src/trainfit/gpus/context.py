@@ -19,6 +19,11 @@ class ByteRange:
     """Largest value seen; the one to plan with."""
 
 
+def widened(size: ByteRange, share: float) -> ByteRange:
+    """The interval with a share more to both sides."""
+    return ByteRange(low_bytes=int((1 - share) * size.low_bytes), high_bytes=int((1 + share) * size.high_bytes))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ContextBytes(ByteRange):
     """Memory of the CUDA context of one process, with its source."""

@@ -10,21 +10,21 @@ from pathlib import Path
 
 from trainfit.gpus.capability import kernel_class
 from trainfit.gpus.catalogue import Gpu
-from trainfit.gpus.context import ByteRange, cuda_context_bytes
+from trainfit.gpus.context import ByteRange, cuda_context_bytes, widened
 from trainfit.gpus.rated import rated
 from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.columns import Columns, ColumnTrace
 from trainfit.memory.composed import any_window, is_composed, is_known, trace_at, window_traces_of
 from trainfit.memory.coupled import between, coupled_ends
 from trainfit.memory.derived import Part, derived_columns, derived_ops, traced_as
-from trainfit.memory.errors import NEEDS_ERROR
+from trainfit.memory.errors import NEEDS_ERROR, RESIZED_ERROR
 from trainfit.memory.host_state import moments_bytes, state_on_host
 from trainfit.memory.overwritten import overwriting
 from trainfit.memory.packaged import packaged
 from trainfit.memory.predict import Prediction, needed, predict_traced, with_context
 from trainfit.memory.profile import last_window
 from trainfit.memory.scaling import ScaledTrace, scale
-from trainfit.memory.shipped import source
+from trainfit.memory.shipped import is_resized, source
 from trainfit.memory.window_ops import ops_at
 from trainfit.memory.window_trace import WindowTrace
 from trainfit.memory.windows import Window, ratio_of, window_of
@@ -58,6 +58,7 @@ PAIRS = ((2, 4), (4, 8))
 """Micro-batches that are traced; the second pair where a step does other things at 2 than at 4."""
 TRACED_ACCUMULATION = 2
 PRICED_LIKE_TWO = "One micro-batch a window is priced like two, whose gradients stay: a little too much."
+RESIZED = "The stored trace is of another resolution: what the step needs is given 2 % more room, to both sides."
 SCALING_CODE = "trainfit.memory.scaling"
 """The module that makes scaled traces of traces."""
 _Key = tuple[TraceRequest, Window | tuple[int, int], bool, bool, str]
@@ -99,7 +100,8 @@ class Pricer:
         """What the allocator of one process needs to reserve for training; see `predict.needed`."""
         key = self._key(setting)
         if key not in self._reserved_of:
-            self._reserved_of[key] = needed(self.columns(setting, "training"), self.gpu, self.config)
+            found = needed(self.columns(setting, "training"), self.gpu, self.config)
+            self._reserved_of[key] = widened(found, RESIZED_ERROR) if is_resized(key[0]) else found
         return self._reserved_of[key]
 
     def _key(self, setting: Setting) -> _Key:
@@ -180,6 +182,8 @@ class Pricer:
         )
         if scalable(setting) and setting.accumulation < TRACED_ACCUMULATION:
             prediction = replace(prediction, assumptions=(*prediction.assumptions, PRICED_LIKE_TWO))
+        if is_resized(self.request(setting, "training")):
+            prediction = replace(prediction, assumptions=(*prediction.assumptions, RESIZED))
         return replace(prediction, training=replace(prediction.training, time=self.seconds(setting, cuts)))
 
     def answers(self, setting: Setting) -> bool:

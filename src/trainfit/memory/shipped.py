@@ -121,6 +121,12 @@ def source(request: TraceRequest, *, alone: bool = False) -> Source | None:
     return next((each for each in sources if each is not None), None)
 
 
+def is_resized(request: TraceRequest) -> bool:
+    """Whether the package answers a request from a trace of another size of the image."""
+    origin = source(request)
+    return origin is not None and any(each.behind for each in origin.laws)
+
+
 def _source(request: TraceRequest, named: tuple[str, Laws], further: tuple[Laws, ...], *, alone: bool) -> Source | None:
     """The trace of a request with laws by their name in the archive, and `further` ones, where they reach it."""
     name, laws = named
