@@ -114,10 +114,10 @@ def chosen(plan: Plan) -> str:
     if plan.chosen is None:
         return f"nothing fits; the least is {plan.smallest.needs.high_bytes / GIB:.1f} GiB"
     setting = plan.chosen.setting
-    again = "" if setting.checkpointing in ("none", 0) else f", {setting.checkpointing} blocks again"
+    recomputed = "" if setting.checkpointing in ("none", 0) else f", {setting.checkpointing} blocks recomputed"
     host = ", EMA on host" if setting.ema_on_host else ""
     return (
-        f"{setting.micro_batch} x {setting.accumulation}{again}{host}, {plan.chosen.needs.high_bytes / GIB:.1f} of "
+        f"{setting.micro_batch} x {setting.accumulation}{recomputed}{host}, {plan.chosen.needs.high_bytes / GIB:.1f} of "
         f"{plan.budget.low_bytes / GIB:.1f} GiB"
     )
 
