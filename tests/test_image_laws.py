@@ -1,7 +1,6 @@
 """Traces taken to images of other sizes by laws, against traces made there, and against what was recorded of RF-DETR."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -100,9 +99,7 @@ VARIABLES = [
 
 @pytest.fixture(scope="module")
 def traced() -> dict[str, StoredTrace]:
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {name: StoredTrace.from_json(text) for name, text in json.loads(done.stdout).items()}
+    return trace_cases.traces_of(__file__)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Traces taken to other numbers of objects and classes by laws, against traces made there."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -84,9 +83,7 @@ def main() -> None:
 
 @pytest.fixture(scope="module")
 def traced() -> dict[str, StoredTrace]:
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {name: StoredTrace.from_json(text) for name, text in json.loads(done.stdout).items()}
+    return trace_cases.traces_of(__file__)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ python tests/trace_cases.py    prints one JSON object: case -> what was traced, 
 """
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -109,6 +110,13 @@ class Step:
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update_parameters(self.model)
+
+
+def traces_of(script: str) -> dict[str, StoredTrace]:
+    """Name -> trace of what a script prints, which traces in a process of its own."""
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {name: StoredTrace.from_json(text) for name, text in json.loads(done.stdout).items()}
 
 
 def images(size: int, batch: int = 4, channels_last: bool = False) -> Callable[[nn.Module, torch.device], Tensor]:
