@@ -17,7 +17,7 @@ from trainfit.memory.windows import CONSTANT, OF_CUTS, Window, full
 from trainfit.timing.counts import OpCount
 
 LEAST_DIFFERENCE = 1e-6
-"""Share of its allocations by which an operator's calls and pairs must differ to be told apart."""
+"""Share of its allocations by which an operator's calls and pairs must differ to be distinguished."""
 TRACES = 8
 """Traces whose operators are kept: a plan prices its windows from training and evaluation, with and without recompute."""
 _Key = tuple[str, str]

@@ -101,7 +101,7 @@ class Window:
 
 def traced_windows(chunk_rows: int, *, has_ratio: bool = False) -> tuple[Window, Window]:
     """The two windows that are traced: of two and three micro-batches, with two and three chunks. The last micro-batches are
-    smaller, so that their tensors can be told from those of the others.
+    smaller, so that their tensors can be distinguished from those of the others.
     """
     half = chunk_rows // 2
     ratio = ANY_RATIO if has_ratio else None

@@ -16,13 +16,14 @@ from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace import trace_step
 
 
-class _Forked:
+class ForkedStep:
     """A step whose second window is training in this process and evaluation in a fork of it.
 
     Not the other way round: autograd does not run backward in a fork of a process that has run it.
     """
 
     def __init__(self, step: Any) -> None:
+        """Wrap a step of an evaluation (`models.build.build_eval_step`)."""
         self.step = step
         self.model = step.model
         self.optimizer = step.optimizer
@@ -52,10 +53,10 @@ def trace_both(build: Callable[[torch.device], Any], *, target: Target, file: Pa
         TrainfitError: as `trace_step`.
         SystemExit: evaluation failed in another way, which the fork printed.
     """
-    steps: list[_Forked] = []
+    steps: list[ForkedStep] = []
 
-    def forked(device: torch.device) -> _Forked:
-        steps.append(_Forked(build(device)))
+    def forked(device: torch.device) -> ForkedStep:
+        steps.append(ForkedStep(build(device)))
         return steps[0]
 
     try:
@@ -72,7 +73,7 @@ def trace_both(build: Callable[[torch.device], Any], *, target: Target, file: Pa
         file.write_text(training.to_json())
         os._exit(0)
     _, status = os.waitpid(steps[0].child, 0)
-    if os.WIFSIGNALED(status):  # for want of memory: this process ends as the fork did
+    if os.WIFSIGNALED(status):  # for instance out of memory: this process ends as the fork did
         os.kill(os.getpid(), os.WTERMSIG(status))
     if status != 0:
         raise SystemExit(1)

@@ -20,9 +20,9 @@ class ClassRecord:
     path: Path
     """The image file."""
     width: int
-    """Pixels, upright."""
+    """In pixels, after the EXIF rotation."""
     height: int
-    """Pixels, upright."""
+    """In pixels, after the EXIF rotation."""
     label: int
     """Index of its class."""
 
