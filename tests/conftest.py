@@ -13,6 +13,7 @@ from hypothesis import settings
 
 from trainfit.cli import main
 from trainfit.memory import shipped
+from trainfit.memory.native_loop import native_function
 from trainfit.training.run_folder import METRICS
 
 # Threads that wait for each other by spinning make a busy machine up to 30 times slower: one here and in subprocesses.
@@ -51,8 +52,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def _home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the user's cache out of the tests, but draw the sample set once."""
+    """Keep the user's cache out of the tests, but draw the sample set and compile the replay once; tests may forbid processes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    native_function()
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 

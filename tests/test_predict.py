@@ -164,7 +164,7 @@ def test_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 def test_stored_trace_needs_no_torch(stored: Path) -> None:
     code = (
         "import subprocess, sys, trainfit.cli.predict as p; from trainfit.models.setting import make_setting; "
-        "subprocess.Popen = None; "
+        "from trainfit.memory.native_loop import native_function; native_function(); subprocess.Popen = None; "
         "s = make_setting(model='timm:resnet10t', resolution=64, micro_batch=2); "
         "p.predict(p.PredictFlags(setting=s, gpu='RTX 3060'), set()); assert 'torch' not in sys.modules"
     )

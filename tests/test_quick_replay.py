@@ -1,9 +1,13 @@
-"""The quick replay against the allocator's: what it reserves, and at which capacities a trace survives, to the byte."""
+"""The quick replay, in C and in Python, against the allocator's: what it reserves, and at which capacities a trace survives, to
+the byte.
+"""
 
 import random
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -14,6 +18,8 @@ from trainfit.memory.allocator import replay
 from trainfit.memory.archive import read_archive
 from trainfit.memory.columns import Columns
 from trainfit.memory.least import least_capacity_bytes
+from trainfit.memory.native_loop import COMPILERS, NativeLoop, native_function
+from trainfit.memory.python_loop import Ended, PythonLoop
 from trainfit.memory.quick_replay import QuickReplay, history
 from trainfit.memory.scaling import ScaledTrace
 from trainfit.memory.shipped import archive_path
@@ -27,6 +33,20 @@ CONFIGS = [
     AllocatorConfig(large_segment_size_bytes=30 * MIB),
     AllocatorConfig(per_process_memory_fraction=0.7),
 ]
+
+
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="there is no C compiler")
+
+
+@pytest.fixture(autouse=True, scope="module", params=[pytest.param(NativeLoop, marks=needs_compiler), PythonLoop])
+def loop(request: pytest.FixtureRequest) -> Iterator[type[NativeLoop] | type[PythonLoop]]:
+    """What the replays of a test run in."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param is PythonLoop:
+            patch.setattr("trainfit.memory.quick_replay.native_function", lambda: None)
+        else:
+            assert native_function() is not None
+        yield request.param
 
 
 def random_trace(seed: int) -> Trace:
@@ -119,18 +139,51 @@ def test_a_models_training_survives_where_the_allocator_does() -> None:
     assert replay(trace, capacity_bytes=least).oom is None
 
 
-def test_capacities_that_no_segment_tells_apart_share_a_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capacities_that_no_segment_tells_apart_share_a_replay(
+    loop: type[NativeLoop] | type[PythonLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Four large tensors of 40 MiB, one after another: from 80 to 120 MiB, the third is the first that does not fit."""
     tensors = tuple(TensorInfo(id=number, nbytes=40 * MIB) for number in range(4))
     quick = QuickReplay(Columns.of(Trace(tensors=tensors, events=(1, 2, 3, 4))), AllocatorConfig())
     replayed: list[int] = []
-    run = QuickReplay._run  # pyright: ignore[reportPrivateUsage]
+    run = loop.run
 
-    def counted(self: QuickReplay, state: Any, begin: int, limit: int, *, keep: bool) -> bool:
+    def counted(self: NativeLoop | PythonLoop, limit: int) -> Ended:
         replayed.append(limit)
-        return run(self, state, begin, limit, keep=keep)
+        return run(self, limit)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(QuickReplay, "_run", counted)
+    monkeypatch.setattr(loop, "run", counted)
     capacities = [80, 119, 100, 160, 200, 81]
     assert [quick.survives(each * MIB) for each in capacities] == [False, False, False, True, True, False]
     assert len(replayed) == 2
+
+
+@pytest.mark.parametrize("compiler", ["missing", "failing", "writing no library"])
+def test_without_a_compiler_that_works_replays_run_in_python(
+    compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    if compiler != "missing":
+        program = programs / "cc"
+        program.write_text("#!/bin/sh\n" + ("exit 1" if compiler == "failing" else 'echo no library > "$5"') + "\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    native_function.cache_clear()
+    try:
+        assert native_function() is None
+    finally:
+        native_function.cache_clear()
+
+
+@needs_compiler
+def test_it_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native_function.cache_clear()
+    assert native_function() is not None
+    (library,) = (tmp_path / "trainfit" / "native").iterdir()
+    native_function.cache_clear()
+    monkeypatch.setenv("PATH", "")
+    assert native_function() is not None, f"{library} is loaded without a compiler"
+    native_function.cache_clear()

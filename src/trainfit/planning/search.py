@@ -230,27 +230,10 @@ class _Search:
         Time and memory are interpolated between none and all blocks before a candidate is priced.
         """
         blocks = self.prices.blocks(other.setting)
-        tries: list[tuple[float, int, int, Setting]] = []
-        for none in (base for base in self.bases() if base.checkpointing == "none"):
-            for b in self.batches():
-                if (1 + KNEE) * self.speed(none, b) > seconds_of(other):
-                    continue  # recomputing some blocks is not faster than recomputing none
-                every = replace(none, checkpointing="all")
-                if self.least_seconds(none, every, b) * (1 + KNEE) > seconds_of(other):
-                    continue
-                if self.does_fit(none, b) or not self.does_fit(every, b):
-                    continue
-                most = self.price(none, b)
-                least = self.price(every, b)
-                freed = most.needs.high_bytes - least.needs.high_bytes
-                over = most.needs.high_bytes - (1 - self.request.reserve) * self.request.budget_bytes
-                count = ceil(blocks * over / max(1, freed))
-                if 0 < count < blocks:
-                    seconds = seconds_of(most) + (seconds_of(least) - seconds_of(most)) * count / blocks
-                    tries.append((seconds, b, count, none))
-        if not tries:
+        found = self.interpolated(other, blocks)
+        if found is None:
             return None
-        seconds, b, count, base = min(tries, key=lambda each: each[:3])
+        seconds, b, count, base = found
         gain = seconds_of(other) / seconds - 1
         if gain < KNEE:
             return None
@@ -268,6 +251,39 @@ class _Search:
             if count >= blocks:
                 break
         return None
+
+    def interpolated(self, other: Candidate, blocks: int) -> tuple[float, int, int, Setting] | None:
+        """Of the fastest setting that recomputes some blocks: its seconds, micro-batch, number of blocks, and base.
+
+        Those that may be the fastest come first, and what cannot be faster than the best so far is not priced.
+        """
+        bounds = sorted(self.bounds(other), key=lambda each: each[:2])
+        best: tuple[float, int, int, Setting] | None = None
+        for bound, b, none in bounds:
+            if best is not None and bound > best[0]:
+                break
+            every = replace(none, checkpointing="all")
+            if self.does_fit(none, b) or not self.does_fit(every, b):
+                continue
+            most = self.price(none, b)
+            least = self.price(every, b)
+            freed = most.needs.high_bytes - least.needs.high_bytes
+            over = most.needs.high_bytes - (1 - self.request.reserve) * self.request.budget_bytes
+            count = ceil(blocks * over / max(1, freed))
+            if 0 < count < blocks:
+                seconds = seconds_of(most) + (seconds_of(least) - seconds_of(most)) * count / blocks
+                best = min(filter(None, (best, (seconds, b, count, none))), key=lambda each: each[:3])
+        return best
+
+    def bounds(self, other: Candidate) -> Iterator[tuple[float, int, Setting]]:
+        """Of each setting that may be faster than `other` with some blocks recomputed: the least seconds, micro-batch and base."""
+        for none in (base for base in self.bases() if base.checkpointing == "none"):
+            for b in self.batches():
+                if (1 + KNEE) * self.speed(none, b) > seconds_of(other):
+                    continue  # recomputing some blocks is not faster than recomputing none
+                seconds = self.least_seconds(none, replace(none, checkpointing="all"), b)
+                if (1 + KNEE) * seconds <= seconds_of(other):
+                    yield seconds, b, none
 
     def least_seconds(self, none: Setting, every: Setting, micro_batch: int) -> float:
         """A lower bound of the seconds of a window that recomputes as many blocks as it needs to fit, interpolated as in
