@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 
@@ -19,7 +20,7 @@ from trainfit.memory.archive import read_archive
 from trainfit.memory.columns import Columns
 from trainfit.memory.least import least_capacity_bytes
 from trainfit.memory.native_loop import COMPILERS, NativeLoop, native_function
-from trainfit.memory.python_loop import Ended, PythonLoop
+from trainfit.memory.python_loop import Ended, Events, PythonLoop
 from trainfit.memory.quick_replay import QuickReplay, history
 from trainfit.memory.scaling import ScaledTrace
 from trainfit.memory.shipped import archive_path
@@ -156,6 +157,16 @@ def test_capacities_that_no_segment_tells_apart_share_a_replay(
     capacities = [80, 119, 100, 160, 200, 81]
     assert [quick.survives(each * MIB) for each in capacities] == [False, False, False, True, True, False]
     assert len(replayed) == 2
+
+
+@needs_compiler
+@pytest.mark.parametrize("ops", [[~0], [0, ~0, ~0], [0, ~1]])
+def test_a_trace_that_frees_what_is_not_there_is_refused(ops: list[int]) -> None:
+    """In C, where it would read and write memory that is not the replay's."""
+    ones = np.ones(4, dtype=np.int64)
+    events = Events(ops=np.array(ops), tensors=2, sizes=ones, pools=0 * ones, pool_count=1, has_missed=False)
+    with pytest.raises(ValueError, match="not allocated"):
+        NativeLoop(events, native_function()).run(1000)
 
 
 @pytest.mark.parametrize("compiler", ["missing", "failing", "writing no library"])

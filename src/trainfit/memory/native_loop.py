@@ -31,7 +31,9 @@ class _Ended(ctypes.Structure):
 
 
 class NativeLoop:
-    """Replays of one trace; raises MemoryError where the host has too little memory for one."""
+    """Replays of one trace. They raise MemoryError where the host has too little memory for one, and ValueError where a tensor is
+    freed that is not allocated.
+    """
 
     def __init__(self, events: Events, function: Any) -> None:
         self.events = events
@@ -66,6 +68,8 @@ class NativeLoop:
             exchanges.ctypes.data,
             ctypes.byref(ended),
         )
+        if done < 0:
+            raise ValueError("the trace frees a tensor that is not allocated")
         if not done:
             raise MemoryError
         return Ended(

@@ -30,7 +30,7 @@ typedef struct {
     int64_t pool_count;
     int64_t reserved, next_segment, accepted, rejected;
     int64_t *exchanges, exchange_count;
-    int out_of_host_memory;
+    int out_of_host_memory, is_invalid;
 } State;
 
 /* What a replay ends in; the same fields as `Ended` in python_loop.py. */
@@ -194,7 +194,12 @@ static int run(State *state, Ended *ended, const int64_t *ops, int64_t op_count,
     for (int64_t index = 0; index < op_count && !state->out_of_host_memory; index++) {
         int64_t op = ops[index];
         if (op < 0) {
+            if (of[~op] < 0) {
+                state->is_invalid = 1;
+                return 0;
+            }
             release(state, &state->pools[pools[~op]], of[~op]);
+            of[~op] = -1;
             continue;
         }
         int64_t tensor = op < count ? op : op - count;
@@ -227,13 +232,14 @@ static int run(State *state, Ended *ended, const int64_t *ops, int64_t op_count,
     return 1;
 }
 
-/* Entry point. `lengths` (of each tensor's block) and `exchanges` (two numbers each) may be NULL. Returns 0 where the host has no
-memory. */
+/* Entry point. `lengths` (of each tensor's block) and `exchanges` (two numbers each) may be NULL. Returns 1, or 0 where the host has
+no memory, or -1 where a tensor is freed that is not allocated. */
 int trainfit_replay(const int64_t *ops, int64_t op_count, int64_t count, const int64_t *sizes, const int64_t *pools,
                     int64_t pool_count, int64_t limit, const int64_t *kinds, int64_t has_missed, int64_t *lengths,
                     int64_t *exchanges, Ended *ended) {
     State state = {.unused = -1, .pool_count = pool_count, .next_segment = kinds[1], .rejected = INT64_MAX};
-    int64_t *of = calloc((size_t)count + 1, sizeof(int64_t));
+    int64_t *of = malloc(((size_t)count + 1) * sizeof(int64_t));
+    for (int64_t tensor = 0; of != NULL && tensor < count; tensor++) of[tensor] = -1;
     state.pools = calloc((size_t)pool_count + 1, sizeof(Pool));
     state.exchanges = exchanges;
     *ended = (Ended){.has_missed = has_missed};
@@ -249,5 +255,6 @@ int trainfit_replay(const int64_t *ops, int64_t op_count, int64_t count, const i
     free(state.pools);
     free(state.blocks);
     free(of);
+    if (state.is_invalid) return -1;
     return !state.out_of_host_memory;
 }
