@@ -20,7 +20,7 @@ from trainfit.memory.archive import read_archive
 from trainfit.memory.columns import Columns
 from trainfit.memory.least import least_capacity_bytes
 from trainfit.memory.native_loop import COMPILERS, NativeLoop, native_function
-from trainfit.memory.python_loop import Ended, Events, PythonLoop
+from trainfit.memory.python_loop import UNLIMITED, Ended, Events, PythonLoop
 from trainfit.memory.quick_replay import QuickReplay, history
 from trainfit.memory.scaling import ScaledTrace
 from trainfit.memory.shipped import archive_path
@@ -166,7 +166,7 @@ def test_a_trace_that_frees_what_is_not_there_is_refused(ops: list[int]) -> None
     ones = np.ones(4, dtype=np.int64)
     events = Events(ops=np.array(ops), tensors=2, sizes=ones, pools=0 * ones, pool_count=1, has_missed=False)
     with pytest.raises(ValueError, match="not allocated"):
-        NativeLoop(events, native_function()).run(1000)
+        NativeLoop(events, native_function()).run(UNLIMITED)
 
 
 @pytest.mark.parametrize("compiler", ["missing", "failing", "writing no library"])
