@@ -17,7 +17,7 @@ from trainfit.step.names import Precision
 from trainfit.tracing.trace_cache import TraceRequest
 
 CLIP = ("clip:ViT-B-32", "clip:ViT-B-16", "clip:ViT-L-14", "clip:ViT-B-16-SigLIP")
-SHIPPED = [*families()["rfdetr"].models, "maskrcnn-r50-v1", "maskrcnn-r50-v2", *CLIP]
+SHIPPED = [*families()["rfdetr"].models, *families()["maskrcnn"].models, *CLIP]
 CARDS = {(8, 0): "A100", (7, 5): "T4", (9, 0): "H100"}
 """Those that most people have come first."""
 PRECISIONS: dict[tuple[int, int], Precision] = {(8, 0): "bf16", (9, 0): "bf16", (7, 5): "fp16"}

@@ -11,8 +11,9 @@ from trainfit.memory.windows import LOGITS, OF_CUTS, ROWS, Window, full
 from trainfit.tracing.events import Trace
 from trainfit.tracing.stored_trace import StoredTrace
 
-AGREEING = 100
-"""Events after an insertion that are enough to know its end. Fewer follow where another insertion is near."""
+AGREEING = 1000
+"""Events after an insertion that are enough to know its end. Fewer follow where another insertion is near; one recomputed block may
+run the same hundred events with and without saved activations."""
 LONGEST_INSERTION = 100_000
 """Events of the longest insertion that is looked for."""
 
