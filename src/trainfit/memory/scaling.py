@@ -7,10 +7,12 @@ ones: the additional images' tensors are found by aligning the two traces, and t
 """
 
 import json
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -211,6 +213,10 @@ def _align(small: Sequence[TensorInfo], large: Sequence[TensorInfo], *, growth: 
     names: dict[tuple[str, str, str], int] = {}
     a, b = ([(names.setdefault((t.op, t.module, t.phase), len(names)), t.nbytes) for t in ts] for ts in (small, large))
 
+    places_of: dict[int, list[int]] = defaultdict(list)
+    for place, (each, _) in enumerate(b):
+        places_of[each].append(place)
+
     def alike(i: int, j: int) -> bool:
         name, nbytes = a[i]
         other_name, other_bytes = b[j]
@@ -219,7 +225,7 @@ def _align(small: Sequence[TensorInfo], large: Sequence[TensorInfo], *, growth: 
         return nbytes <= other_bytes + ROUNDING_BYTES and other_bytes <= growth * nbytes + ROUNDING_BYTES
 
     def agree(i: int, j: int, count: int) -> bool:
-        return i < len(a) and all(alike(i + k, j + k) for k in range(min(count, len(a) - i, len(b) - j)))
+        return all(alike(i + k, j + k) for k in range(min(count, len(a) - i, len(b) - j)))
 
     def gap(i: int, j: int) -> tuple[int, int]:
         """Numbers of tensors that only the smaller and only the larger trace has here: if possible none of the smaller, and
@@ -227,11 +233,14 @@ def _align(small: Sequence[TensorInfo], large: Sequence[TensorInfo], *, growth: 
         """
         for omitted, counts in ((1, LOOKAHEAD[:-2]), (LONGEST_OMISSION, LOOKAHEAD[:-2]), (1, LOOKAHEAD[-2:])):
             for count in counts:
-                for only_small in range(omitted):
+                for only_small in range(min(omitted, len(a) - i)):
+                    name = a[i + only_small][0]
                     longest = LONGEST_OMISSION if only_small else LONGEST_INSERTION
-                    for only_large in range(min(longest, len(b) - j)):
-                        if agree(i + only_small, j + only_large, count):
-                            return only_small, only_large
+                    places = places_of[name]
+                    first, end = bisect_left(places, j), bisect_left(places, j + longest)
+                    for place in islice(places, first, end):
+                        if agree(i + only_small, place, count):
+                            return only_small, place - j
         return 1, 0
 
     matches: list[int | None] = []
