@@ -29,20 +29,20 @@ IMAGES = {
     "rfdetr-seg-nano": 288,
     "rfdetr-seg-small": 336,
     "rfdetr-seg-xlarge": 528,
+    "rfdetr-seg-2xlarge": 720,
     "rtdetr-seg-nano": 416,
     "rtdetr-seg-small": 448,
-    "rtdetr-seg-base": 448,
+    "rtdetr-seg-base": 616,
     "rtdetr-seg-medium": 640,
-    "rtdetr-seg-large": 448,
+    "rtdetr-seg-large": 616,
 }
-"""Resolution that laws of the image's size are found with: the choice of queries (`rfdetr.lean_selection`) has the same pieces
-there as at the published one."""
+"""Resolution that laws of the image's size are found with: the choice of queries (`rfdetr.lean_selection`) and the mask losses
+(`rfdetr.lean_losses`) have as many pieces there as at the published one. With others, traces are not aligned, after minutes."""
 SIBLINGS = {
     "rfdetr-medium": "rfdetr-large",
     "rfdetr-large": "rfdetr-medium",
     "rfdetr-seg-medium": "rfdetr-seg-large",
     "rfdetr-seg-large": "rfdetr-seg-medium",
-    "rfdetr-seg-2xlarge": "rfdetr-seg-xlarge",
 }
 """Models that differ in nothing but the resolution: the traces of one are those of the other at its resolution, and laws of the
 image's size need no trace."""
