@@ -20,14 +20,17 @@ from statistics import median
 from typing import Any
 
 from trainfit.gpus.catalogue import GIB, Gpu, find_gpu
+from trainfit.gpus.context import ByteRange
 from trainfit.memory.allocator import AllocatorConfig
-from trainfit.memory.predict import process_budget
+from trainfit.memory.columns import ColumnTrace
+from trainfit.memory.predict import assess, needed, process_budget, trace_requests, with_context
 from trainfit.memory.priced import Pricer
 from trainfit.models.setting import Setting, make_setting, setting_from_json
 from trainfit.planning.candidates import cuts
 from trainfit.planning.make import make_plan, precision_for
 from trainfit.planning.plan import Plan
 from trainfit.step.names import Checkpointing
+from trainfit.tracing.trace_cache import get_trace
 
 RESULTS = Path(__file__).parent / "results"
 HEURISTIC: Sequence[tuple[str, int, int, Checkpointing]] = (
@@ -64,6 +67,8 @@ USED: Sequence[tuple[str, int, int, float]] = (
     ("base", 1, 560, 9.5),
 )
 """(size, micro-batch, resolution, GB used): the second guide's figures for its GTX 1650 Ti."""
+RAN = (("nano", 1, 256), ("nano", 1, 320), ("nano", 1, 384), ("nano", 2, 384), ("nano", 1, 512))
+"""(size, micro-batch, resolution) of the runs among them that its text says worked, and of the two least that did not."""
 EFFECTS: Sequence[tuple[str, str, dict[str, Any]]] = (
     ("multi-scale training", "5 to 10 % more", {"multi_scale": True}),
     ("no mixed precision", "43 to 67 % more", {"precision": "fp32"}),
@@ -185,21 +190,57 @@ def effect(pricer: Pricer, base: Setting, other: Setting) -> str:
 def used_rows() -> Iterator[Sequence[str]]:
     """The second guide's memory figures beside those of all three stages."""
     pricer = Pricer(gpu=find_gpu("GTX 1650 Ti"))
-    budget = process_budget(pricer.gpu, AllocatorConfig()).low_bytes
     for size, micro_batch, resolution, used in USED:
-        cells: list[str] = []
-        for stage in ("detector", "masks", "single"):
-            base = make_setting(model=f"rtdetr-seg-{size}", stage=stage, multi_scale=False, precision="fp16")
-            needs = pricer.needs(replace(base, micro_batch=micro_batch, accumulation=2, resolution=resolution))
-            verdict = (
-                "fits" if needs.high_bytes <= budget else "runs out" if needs.low_bytes > budget else "may run out"
-            )
-            cells.append(f"{needs.low_bytes / GIB:.1f} to {needs.high_bytes / GIB:.1f}, {verdict}")
-        yield (
-            f"{size}, {micro_batch} at {resolution}",
-            f"{used * 1e9 / GIB:.1f}, {'fits' if used < 4 else 'runs out'}",
-            *cells,
-        )
+        stages = ("detector", "masks", "single")
+        cells = (need(pricer, used_setting(size, micro_batch, resolution, stage=stage)) for stage in stages)
+        yield f"{size}, {micro_batch} at {resolution}", guide_used(used), *cells
+
+
+def upstream_rows() -> Iterator[Sequence[str]]:
+    """What the second guide says that its card ran, and the two least that it did not, with upstream's losses in one stage."""
+    pricer = Pricer(gpu=find_gpu("GTX 1650 Ti"))
+    for size, micro_batch, resolution, used in USED:
+        if (size, micro_batch, resolution) not in RAN:
+            continue
+        setting = used_setting(size, micro_batch, resolution, lean="off")
+        traced, reserved = training(pricer, setting)
+        takes = assess(traced, pricer.gpu, pricer.config, reserved=reserved).takes
+        taken = f"{takes.low_bytes / GIB:.1f} to {takes.high_bytes / GIB:.1f}"
+        yield f"{size}, {micro_batch} at {resolution}", guide_used(used), need(pricer, setting), taken
+
+
+def used_setting(size: str, micro_batch: int, resolution: int, **knobs: Any) -> Setting:
+    """What the second guide's card ran."""
+    return make_setting(
+        model=f"rtdetr-seg-{size}",
+        precision="fp16",
+        micro_batch=micro_batch,
+        accumulation=2,
+        resolution=resolution,
+        multi_scale=False,
+        **knobs,
+    )
+
+
+def guide_used(gigabytes: float) -> str:
+    """The second guide's figure in GiB, with its verdict on 4 GB."""
+    return f"{gigabytes * 1e9 / GIB:.1f}, {'fits' if gigabytes < 4 else 'runs out'}"
+
+
+def need(pricer: Pricer, setting: Setting) -> str:
+    """What training needs, with the verdict on the pricer's card."""
+    needs = with_context(training(pricer, setting)[1], pricer.gpu)
+    budget = process_budget(pricer.gpu, AllocatorConfig()).low_bytes
+    verdict = "fits" if needs.high_bytes <= budget else "runs out" if needs.low_bytes > budget else "may run out"
+    return f"{needs.low_bytes / GIB:.1f} to {needs.high_bytes / GIB:.1f}, {verdict}"
+
+
+def training(pricer: Pricer, setting: Setting) -> tuple[ColumnTrace, ByteRange]:
+    """The trace of training with what it needs to reserve; where it has to be traced, at the setting's micro-batch alone."""
+    if pricer.known(setting):
+        return pricer.columns(setting, "training"), pricer.reserved(setting)
+    traced = ColumnTrace.of(get_trace(trace_requests(setting, pricer.gpu)[0]))
+    return traced, needed(traced, pricer.gpu, pricer.config)
 
 
 def effect_rows() -> Iterator[Sequence[str]]:
@@ -251,9 +292,10 @@ def sources() -> None:
     title("The RT-DETR-Seg guide's settings, effective batch 8")
     table(head, guide_rows(), path)
     title("The RT-DETR-Seg guide's memory on a GTX 1650 Ti, GiB")
-    table(
-        ("size, micro-batch at resolution", "guide", "detector stage", "masks stage", "single stage"), used_rows(), path
-    )
+    stages = ("detector stage", "masks stage", "single stage")
+    table(("size, micro-batch at resolution", "guide", *stages), used_rows(), path)
+    title("The same with upstream's losses, single stage, GiB")
+    table(("size, micro-batch at resolution", "guide", "needs", "takes where there is room"), upstream_rows(), path)
     title("What the guides say that a knob does")
     table(("knob", "guide", "predicted"), effect_rows(), path)
 

@@ -2,7 +2,9 @@
 
 The pull request gives no number of objects an image. 15 is about twice COCO's mean, and an
 assumption; the interval is from 1 to 100, the most that `trainfit predict` assumes where no count is given. What was
-measured is upstream's step, so these are traced with its own mask losses (`lean="off"`).
+measured is upstream's step, so these are traced with its own mask losses (`lean="off"`). Upstream trains through Lightning,
+which clears the gradients of the last step after the forward pass and not before it: they are at the peak there, and not in
+these traces (docs/prediction.md has two rows with them).
 """
 
 from benchmarks.public.rows import Case, Row
