@@ -25,14 +25,16 @@ from typing import Any
 import numpy as np
 
 from trainfit.gpus.catalogue import GIB, Gpu, gpu_with_memory
+from trainfit.gpus.context import widened
 from trainfit.memory.allocator import AllocatorConfig
 from trainfit.memory.columns import ColumnTrace
+from trainfit.memory.errors import RESIZED_ERROR
 from trainfit.memory.host_ema import ema_for_evaluation, without_ema
 from trainfit.memory.host_state import with_state_on_host
-from trainfit.memory.packaged import packaged
 from trainfit.memory.predict import assess, needed, process_budget, trace_requests, with_context
 from trainfit.memory.priced import Pricer
 from trainfit.memory.profile import last_window
+from trainfit.memory.shipped import is_resized
 from trainfit.models.setting import Setting, make_setting
 from trainfit.planning.candidates import batches, cuts
 from trainfit.planning.make import make_plan
@@ -106,24 +108,29 @@ def needs_of(setting: Setting) -> dict[str, Any]:
     allocated between the last backward and the next forward.
     """
     gpu = gpu_with_memory("4GiB")
-    of_package = (
-        packaged(Pricer(gpu=gpu).request(setting, "evaluation"), alone=True) if setting.micro_batch == 1 else None
-    )
-    traced = of_package.priced(of_package.columns) if of_package else get_trace(trace_requests(setting, gpu)[1])
-    stored = ColumnTrace.of(traced)
-    found = _assessed(stored, setting, gpu)
+    pricer = Pricer(gpu=gpu)
+    further = RESIZED_ERROR if is_resized(pricer.request(setting, "evaluation")) else 0
+    if pricer.known(setting):
+        stored = pricer.columns(setting, "evaluation")
+    else:
+        stored = ColumnTrace.of(get_trace(trace_requests(setting, gpu)[1]))
+    found = _assessed(stored, setting, gpu, further)
     on_host = replace(stored, columns=with_state_on_host(stored.columns))
-    return found | {"on_host": _assessed(on_host, setting, gpu)}
+    return found | {"on_host": _assessed(on_host, setting, gpu, further)}
 
 
-def _assessed(stored: ColumnTrace, setting: Setting, gpu: Gpu) -> dict[str, Any]:
+def _assessed(stored: ColumnTrace, setting: Setting, gpu: Gpu, further: float) -> dict[str, Any]:
+    """`further`: error of what is needed besides that of any trace."""
     config = AllocatorConfig()
     trace = stored.columns
     end = last_window(trace)
     trained = replace(trace, events=trace.events[:end], marks=tuple(mark for mark in trace.marks if mark[0] < end))
-    training = assess(replace(stored, columns=without_ema(trained)), gpu, config)
+    alone = replace(stored, columns=without_ema(trained))
+    training = assess(alone, gpu, config, reserved=widened(needed(alone, gpu, config), further))
     moved = ema_for_evaluation(trace) if setting.keeps_ema else trace
-    both = assess(replace(stored, columns=moved), gpu, config, since=last_window(moved))
+    whole = replace(stored, columns=moved)
+    reserved = widened(needed(whole, gpu, config), further)
+    both = assess(whole, gpu, config, since=last_window(moved), reserved=reserved)
     peak = training.profile
     update = [row.peak_allocated_bytes for row in peak.phases if row.phase in ("update", "optimizer")]
     return {
