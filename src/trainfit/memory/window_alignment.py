@@ -11,7 +11,7 @@ from trainfit.memory.windows import LOGITS, OF_CUTS, ROWS, Window, full
 from trainfit.tracing.events import Trace
 from trainfit.tracing.stored_trace import StoredTrace
 
-AGREEING = 1000
+AGREEING = 150
 """Events after an insertion that are enough to know its end. Fewer follow where another insertion is near; one recomputed block may
 run the same hundred events with and without saved activations."""
 LONGEST_INSERTION = 100_000
