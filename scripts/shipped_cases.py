@@ -6,9 +6,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from window_cases import WindowCase, is_window, window_cases
+from window_cases import WORK, WindowCase, is_window, window_cases
 
-from trainfit.files import cache_folder
 from trainfit.gpus.catalogue import find_gpu
 from trainfit.memory import priced
 from trainfit.models.family import families
@@ -52,8 +51,6 @@ CANVAS, OTHER_CANVAS = (800, 1333), (800, 1066)
 """Of Mask R-CNN: the largest, which is the default, and that of images of 4:3. Laws are of the number of cells, 25 x 42."""
 TWINS = {f"rtdetr-seg-{size}": f"rfdetr-{size}" for size in ("nano", "small", "medium")}
 """Models whose detector stage runs what another model runs: every tensor, event and operator of their traces was equal."""
-WORK = cache_folder() / "shipping"
-"""What was traced and is not yet packed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +108,7 @@ class Case:
     @property
     def has_laws(self) -> bool:
         """Whether laws are found with this case. Others have them from it: sizes that follow objects and classes are those of
-        heads and losses, whatever the kernels and whatever is computed again.
+        heads and losses, whatever the kernels and whatever is recomputed.
         """
         return (self.checkpointing, self.capability, self.stage) == ("none", (8, 0), "single")
 

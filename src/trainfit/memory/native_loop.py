@@ -43,13 +43,6 @@ class NativeLoop:
 
     def run(self, limit: int) -> Ended:
         """Replay with a capacity in blocks."""
-        return self._run(limit)
-
-    def run_free(self, keep_from: int) -> Ended:  # noqa: ARG002 - as PythonLoop's; no states are kept
-        """Replay without a capacity."""
-        return self._run(UNLIMITED)
-
-    def _run(self, limit: int) -> Ended:
         events = self.events
         lengths = np.zeros(events.tensors, dtype=np.int64)
         exchanges = np.empty((2 * len(events.ops), 2), dtype=np.int64)  # pages that nothing is written to cost nothing
@@ -82,6 +75,10 @@ class NativeLoop:
             exchanges=exchanges[: ended.exchange_count].copy(),
             lengths=lengths,
         )
+
+    def run_free(self, keep_from: int) -> Ended:  # noqa: ARG002 - as PythonLoop's; no states are kept
+        """Replay without a capacity."""
+        return self.run(UNLIMITED)
 
 
 @cache

@@ -102,25 +102,30 @@ static void remove_free(Pool *pool, int64_t at) {
     memmove(pool->items + at, pool->items + at + 1, (size_t)(pool->count - at) * sizeof(Free));
 }
 
+static int is_free(const State *state, int64_t number) { return number >= 0 && state->blocks[number].is_free; }
+
+/* Take a free block out of its pool; what it was. */
+static Block take(State *state, Pool *pool, int64_t number) {
+    Block block = state->blocks[number];
+    remove_free(pool, place(pool, block.end - block.start, block.start));
+    drop_block(state, number);
+    return block;
+}
+
 /* Free a block: it is joined with free neighbours. */
 static void release(State *state, Pool *pool, int64_t number) {
     Block *block = &state->blocks[number];
-    int64_t after = block->after, before = block->before;
-    if (after >= 0 && state->blocks[after].is_free) {
-        Block *next = &state->blocks[after];
-        remove_free(pool, place(pool, next->end - next->start, next->start));
-        block->end = next->end;
-        block->after = next->after;
-        if (next->after >= 0) state->blocks[next->after].before = number;
-        drop_block(state, after);
+    if (is_free(state, block->after)) {
+        Block next = take(state, pool, block->after);
+        block->end = next.end;
+        block->after = next.after;
+        if (next.after >= 0) state->blocks[next.after].before = number;
     }
-    if (before >= 0 && state->blocks[before].is_free) {
-        Block *previous = &state->blocks[before];
-        remove_free(pool, place(pool, previous->end - previous->start, previous->start));
-        block->start = previous->start;
-        block->before = previous->before;
-        if (previous->before >= 0) state->blocks[previous->before].after = number;
-        drop_block(state, before);
+    if (is_free(state, block->before)) {
+        Block previous = take(state, pool, block->before);
+        block->start = previous.start;
+        block->before = previous.before;
+        if (previous.before >= 0) state->blocks[previous.before].after = number;
     }
     insert_free(state, pool, number);
 }

@@ -272,7 +272,8 @@ class _Search:
             count = ceil(blocks * over / max(1, freed))
             if 0 < count < blocks:
                 seconds = seconds_of(most) + (seconds_of(least) - seconds_of(most)) * count / blocks
-                best = min(filter(None, (best, (seconds, b, count, none))), key=lambda each: each[:3])
+                if best is None or (seconds, b, count) < best[:3]:
+                    best = seconds, b, count, none
         return best
 
     def bounds(self, other: Candidate) -> Iterator[tuple[float, int, Setting]]:
