@@ -4,6 +4,7 @@
     python benchmarks/seconds.py held-out NUMBER FILE # random points that no law was found from, against traces (kept in the
                                                       # cache): a line each in FILE, half a minute a point; started again it goes on
     python benchmarks/seconds.py windows NUMBER FILE  # the same of CLIP's windows: any micro-batch, accumulation and recompute
+    python benchmarks/seconds.py again FILE           # the same points with the package as it is now, against the traces of then
     python benchmarks/seconds.py report FILE          # of the points in FILE: shares that are equal, and errors
     python benchmarks/seconds.py size                 # of what comes with the package
 
@@ -19,20 +20,19 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from trainfit.gpus.catalogue import find_gpu
 from trainfit.memory import shipped
-from trainfit.memory.columns import Columns
+from trainfit.memory.columns import ColumnTrace
 from trainfit.memory.predict import needed
 from trainfit.memory.priced import Pricer
 from trainfit.memory.quick_replay import QuickReplay
 from trainfit.models.family import family_of
 from trainfit.models.rfdetr.family import PUBLISHED
-from trainfit.models.setting import Setting, make_setting
-from trainfit.tracing.events import TensorInfo
+from trainfit.models.setting import Setting, make_setting, setting_from_json
+from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace_cache import get_trace
 
 CODE = """
@@ -47,8 +47,6 @@ except SystemExit as end:
 WITH_TORCH = 100
 """Exit status of `CODE` where torch was imported."""
 MEMORY = "8GiB"
-NONE = TensorInfo(id=-1, nbytes=-1)
-"""Stands for a tensor that only one of two traces has."""
 
 
 def models(task: str = "detection") -> list[str]:
@@ -120,23 +118,44 @@ def window_point(number: int) -> Setting:
 
 def compared(setting: Setting, number: int) -> dict[str, Any]:
     """What the package answers at the point of a number, and what a trace made now says."""
-    pricer = Pricer(gpu=find_gpu("T4" if setting.precision == "fp16" else "A100"), cache=False)
+    pricer = pricer_of(setting)
     row: dict[str, Any] = {"number": number, "setting": setting.to_json(), "covered": pricer.answers(setting)}
     if not row["covered"]:
         return row
-    made = pricer.trace(setting, "training")
     true = get_trace(replace(pricer.request(setting, "training"), setting=setting))
-    low, high = (needed(each, pricer.gpu, pricer.config) for each in (made, true))
-    alone, ours = (QuickReplay(Columns.of(each.trace), pricer.config) for each in (true, made))
-    return row | {
-        "sizes": len(true.trace.tensors),
-        "differ": sum(
-            a.nbytes != b.nbytes for a, b in zip_longest(made.trace.tensors, true.trace.tensors, fillvalue=NONE)
-        ),
-        "allocated": ours.peak_requested_bytes / alone.peak_requested_bytes - 1,
-        "reserved": ours.peak_reserved_bytes / alone.peak_reserved_bytes - 1,
-        "needs": low.high_bytes / high.high_bytes - 1,
+    return row | errors(pricer, setting, figures(pricer, true))
+
+
+def pricer_of(setting: Setting) -> Pricer:
+    """A pricer of a card that has the setting's precision."""
+    return Pricer(gpu=find_gpu("T4" if setting.precision == "fp16" else "A100"), cache=False)
+
+
+def figures(pricer: Pricer, traced: StoredTrace | ColumnTrace) -> dict[str, int]:
+    """Bytes: peak of the tensors, peak that the allocator reserves, and the top of what training needs."""
+    replay = QuickReplay(ColumnTrace.of(traced).columns, pricer.config)
+    return {
+        "allocated": replay.peak_requested_bytes,
+        "reserved": replay.peak_reserved_bytes,
+        "needs": needed(traced, pricer.gpu, pricer.config).high_bytes,
     }
+
+
+def errors(pricer: Pricer, setting: Setting, true: dict[str, int]) -> dict[str, Any]:
+    """Of what the package answers, as a share of what a trace says, and the latter."""
+    made = figures(pricer, pricer.columns(setting, "training"))
+    return {name: made[name] / true[name] - 1 for name in true} | {"true": true}
+
+
+def again(path: Path) -> None:
+    """What the package answers now at the points in a file, against the traces that were made then."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    with path.open("w") as file:
+        for row in rows:
+            setting = setting_from_json(row["setting"])
+            found = errors(pricer_of(setting), setting, row["true"]) if row["covered"] else {}
+            print(json.dumps(row | found), file=file, flush=True)
+    report(path)
 
 
 def held_out(number: int, path: Path, point: Callable[[int], Setting]) -> None:
@@ -154,7 +173,7 @@ def report(path: Path) -> None:
     """Shares and errors of the points in a file."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     covered = [row for row in rows if row["covered"]]
-    print(f"{len(rows)} points, {len(covered)} covered; every size equal: {sum(not row['differ'] for row in covered)}")
+    print(f"{len(rows)} points, {len(covered)} covered")
     for name in ("allocated", "reserved", "needs"):
         errors = sorted(row[name] for row in covered)
         low = sum(error < -0.005 for error in errors)
@@ -178,6 +197,8 @@ if __name__ == "__main__":
         held_out(int(arguments[0]), Path(arguments[1]), point)
     elif command == "windows":
         held_out(int(arguments[0]), Path(arguments[1]), window_point)
+    elif command == "again":
+        again(Path(arguments[0]))
     elif command == "report":
         report(Path(arguments[0]))
     elif command == "size":

@@ -60,28 +60,31 @@ def variables_of(case: Case) -> list[Variable]:
 def law_entries(model: str, texts: dict[str, str]) -> dict[str, str]:
     """Name -> text of the archive's laws, for every capability and stage those that a tensor of its traces has: `texts`.
 
-    Known limit: a size that follows objects for a capability alone would be missed; there is none (RF-DETR's matching on the
-    host, below 8.0, has one tensor less).
+    What other kernels or a recomputed block allocate follows what the same place allocates in the traces that laws were found
+    with (`for_all`).
     """
     laws: dict[str, str] = {}
     for case, alone in product(cases([model]), (False, True)):
-        names = [shipped.entry_name(request, alone=alone) for request in case.requests()]
         finder = case.finder
-        if case.checkpointing != "none" or names[0] not in texts or finder is None:
+        if case.checkpointing != "none" or finder is None:
             continue
-        found = laws_of(finder, 1 if alone else priced.PAIRS[0][1])
-        traced = [traces_of(texts[name], alone=alone) for name in names]
-        for request in case.requests():
-            if request.part in found:
-                own = found[request.part]
-                strange = missing(traced, own)
-                kept = {kind: factors for kind, factors in own.sizes.items() if kind not in strange}
-                laws[shipped.laws_name(request, alone=alone)] = json.dumps(replace(own, sizes=kept).to_record())
-                if strange:
-                    print(
-                        f"{model} {request.name}: {len(strange)} of {len(own.sizes)} laws are of no tensor", flush=True
-                    )
+        number = 1 if alone else priced.PAIRS[0][1]
+        recomputed = replace(case, checkpointing="all")
+        for request, other in zip(case.requests(), recomputed.requests(), strict=True):
+            names = {shipped.entry_name(each, alone=alone) for each in (request, other)}
+            traced = [traces_of(texts[name], alone=alone) for name in sorted(names) if name in texts]
+            own, base = laws_of(finder, number).get(request.part), load(finder, Point(micro_batch=number), request.part)
+            if traced and own is not None and base is not None:
+                print(f"{shipped.laws_name(request, alone=alone)}: ", end="")
+                found = for_all(own, {kind_of(tensor) for tensor in base.trace.tensors}, base, traced)
+                laws[shipped.laws_name(request, alone=alone)] = json.dumps(only(found, traced).to_record())
     return laws
+
+
+def only(laws: Laws, traced: list[ScaledTrace]) -> Laws:
+    """Those of sizes that a tensor of a trace has."""
+    strange = missing(traced, laws)
+    return replace(laws, sizes={kind: factors for kind, factors in laws.sizes.items() if kind not in strange})
 
 
 def image_variables(model: str) -> list[Variable]:
