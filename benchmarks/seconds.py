@@ -3,6 +3,7 @@
     python benchmarks/seconds.py data FOLDER...       # seconds of built-in models for data sets, and whether torch was imported
     python benchmarks/seconds.py held-out NUMBER FILE # random points that no law was found from, against traces (kept in the
                                                       # cache): a line each in FILE, half a minute a point; started again it goes on
+    python benchmarks/seconds.py older NUMBER FILE    # the same points in fp16 on a T4, which has other kernels
     python benchmarks/seconds.py windows NUMBER FILE  # the same of CLIP's windows: any micro-batch, accumulation and recompute
     python benchmarks/seconds.py again FILE           # the same points with the package as it is now, against the traces of then
     python benchmarks/seconds.py report FILE          # of the points in FILE: shares that are equal, and errors
@@ -94,6 +95,11 @@ def point(number: int) -> Setting:
     return make_setting(model, precision="bf16", accumulation=2, micro_batch=draw.choice((1, 2, 3, 5, 6, 8)), **knobs)
 
 
+def older_point(number: int) -> Setting:
+    """The point of a number for a card below capability 8.0."""
+    return replace(point(number), precision="fp16")
+
+
 def drawn_size(draw: random.Random, model: str) -> dict[str, Any]:
     """Of half of the points a size of their own: with one size instead of several, or at another resolution, or both."""
     published = PUBLISHED[model]
@@ -148,13 +154,19 @@ def errors(pricer: Pricer, setting: Setting, true: dict[str, int]) -> dict[str, 
 
 
 def again(path: Path) -> None:
-    """What the package answers now at the points in a file, against the traces that were made then."""
+    """What the package answers now at the points in a file, against the traces that were made then, or now where it did not
+    answer then.
+    """
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    with path.open("w") as file:
+    with path.with_suffix(".part").open("w") as file:
         for row in rows:
             setting = setting_from_json(row["setting"])
-            found = errors(pricer_of(setting), setting, row["true"]) if row["covered"] else {}
-            print(json.dumps(row | found), file=file, flush=True)
+            if "true" in row:
+                row |= errors(pricer_of(setting), setting, row["true"])
+            else:
+                row = compared(setting, row["number"])
+            print(json.dumps(row), file=file, flush=True)
+    path.with_suffix(".part").replace(path)
     report(path)
 
 
@@ -195,6 +207,8 @@ if __name__ == "__main__":
         data(arguments)
     elif command == "held-out":
         held_out(int(arguments[0]), Path(arguments[1]), point)
+    elif command == "older":
+        held_out(int(arguments[0]), Path(arguments[1]), older_point)
     elif command == "windows":
         held_out(int(arguments[0]), Path(arguments[1]), window_point)
     elif command == "again":

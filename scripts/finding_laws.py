@@ -1,6 +1,7 @@
 """Finds the laws of sizes that go with the traces of a model, for `scripts/traces`."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import chain, product
@@ -8,11 +9,35 @@ from math import prod
 from typing import Any
 
 from making_traces import load, traces_of
-from shipped_cases import CANVAS, CELL, IMAGES, OTHER_CANVAS, OTHERS, SIBLINGS, Case, Point, cases, is_rfdetr
+from shipped_cases import (
+    CANVAS,
+    CELL,
+    IMAGES,
+    MANY,
+    OTHER_CANVAS,
+    OTHERS,
+    SIBLINGS,
+    Case,
+    Point,
+    cases,
+    is_rfdetr,
+    queries_of,
+)
 
 from trainfit.memory import priced, shipped
 from trainfit.memory.image_laws import counts_of, find_image_laws, of_one, spread
-from trainfit.memory.laws import Kind, Laws, Variable, declared_sizes, find_laws, kind_of, missing
+from trainfit.memory.laws import (
+    Kind,
+    Laws,
+    Variable,
+    declared_sizes,
+    find_laws,
+    kind_of,
+    like_sizes,
+    missing,
+    reach,
+    size_at,
+)
 from trainfit.memory.scaling import ScaledTrace
 from trainfit.models.rfdetr.family import PUBLISHED
 from trainfit.models.setting import make_setting
@@ -35,7 +60,40 @@ def laws_of(case: Case, number: int) -> dict[str, Laws]:
     found = find_laws(pairs, variables_of(case)) if len(pairs) == len(parts) else None
     if found is None:
         print(f"{case.model} {case.capability} has no laws at micro-batch {number}", flush=True)
-    return dict(zip(parts, found or (), strict=False))
+        return {}
+    many = [load(case, Point(micro_batch=number, many=True), part) for part in parts]
+    further = [(base, more) for (base, _), more in zip(pairs, many, strict=True) if more]
+    return dict(zip(parts, of_many(found, further, queries_of(case.model)) if further else found, strict=True))
+
+
+def of_many(found: Sequence[Laws], pairs: Sequence[tuple[StoredTrace, StoredTrace]], queries: int) -> Sequence[Laws]:
+    """Laws that hold for more objects than queries as well: of a size that follows objects, the second trace of each pair, with
+    `MANY`, says whether it follows the matched ones, which are as many as there are queries at most. Unchanged where they would
+    not reach the peak of that trace.
+    """
+    likes: dict[Kind, int] = {}
+    for base, more in pairs:
+        for tensor, nbytes in zip(base.trace.tensors, like_sizes(base, more, MANY**2), strict=True):
+            if nbytes is not None:
+                likes[kind_of(tensor)] = max(nbytes, likes.get(kind_of(tensor), 0))
+    extended: list[Laws] = []
+    for laws in found:
+        objects = next(index for index, each in enumerate(laws.variables) if each.knob == "objects_per_image")
+        every = replace(laws.variables[objects], most=MOST_OBJECTS)
+        variables = (*laws.variables[:objects], every, *laws.variables[objects + 1 :], replace(every, cap=queries))
+        values = {each.knob: each.base for each in variables} | {"objects_per_image": MANY}
+        sizes = dict(laws.sizes)
+        for kind, factors in laws.sizes.items():
+            choices = product(*((each, len(laws.variables)) if each == objects else (each,) for each in factors))
+            sizes[kind] = next(
+                (each for each in choices if size_at(kind, variables, each, values) == likes.get(kind)), factors
+            )
+        no_change = (0.0, 0.0, 0.0)
+        counts = {row: (*changes, no_change) for row, changes in laws.counts.items()}
+        extended.append(replace(laws, variables=variables, sizes=sizes, counts=counts))
+    reached = [reach(laws, base, more, values) for laws, (base, more) in zip(extended, pairs, strict=True)]
+    print(f"more objects than queries: {'reached' if all(reached) else 'NOT reached'}", flush=True)
+    return extended if all(reached) else found
 
 
 def variables_of(case: Case) -> list[Variable]:

@@ -11,6 +11,7 @@ from window_cases import WORK, WindowCase, is_window, window_cases
 from trainfit.gpus.catalogue import find_gpu
 from trainfit.memory import priced
 from trainfit.models.family import families
+from trainfit.models.rfdetr.family import PUBLISHED
 from trainfit.models.setting import Setting, make_setting
 from trainfit.step.names import Precision
 from trainfit.tracing.trace_cache import TraceRequest
@@ -22,6 +23,8 @@ CARDS = {(8, 0): "A100", (7, 5): "T4", (9, 0): "H100"}
 PRECISIONS: dict[tuple[int, int], Precision] = {(8, 0): "bf16", (9, 0): "bf16", (7, 5): "fp16"}
 OTHERS = {"objects_per_image": 37, "classes": 6}
 """Values of knobs that laws are found with, beside the defaults: 37/100, 7/81 and 6/80 are no everyday ratios."""
+MANY = 300
+"""Objects of the trace that says how sizes grow with more objects than a group has queries."""
 IMAGES = {
     "rfdetr-nano": 416,
     "rfdetr-small": 448,
@@ -62,17 +65,21 @@ class Point:
     """Whether knobs are at their values of `OTHERS`."""
     image: bool = False
     """Whether the resolution is that of `IMAGES`."""
+    many: bool = False
+    """Whether there are `MANY` objects."""
 
     @property
     def name(self) -> str:
         """Of its file."""
-        return f"{self.micro_batch}{' other' if self.other else ''}{' image' if self.image else ''}"
+        said = {" other": self.other, " image": self.image, " many": self.many}
+        return "".join([str(self.micro_batch), *(name for name, is_so in said.items() if is_so)])
 
     def of(self, setting: Setting) -> Setting:
         """The setting at the point."""
         others: dict[str, Any] = OTHERS if is_rfdetr(setting.model) else OTHERS | {"canvas": OTHER_CANVAS}
         image = {"resolution": IMAGES[setting.model]} if self.image else {}
-        return replace(setting, micro_batch=self.micro_batch, **(others if self.other else {}), **image)
+        many = {"objects_per_image": MANY} if self.many else {}
+        return replace(setting, micro_batch=self.micro_batch, **(others if self.other else {}), **image, **many)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +110,8 @@ class Case:
         numbers = [Point(micro_batch=number) for number in (*priced.PAIRS[0], 1)]
         others = [Point(micro_batch=number, other=True) for number in (priced.PAIRS[0][1], 1)]
         images = [Point(micro_batch=priced.PAIRS[0][1], image=True)] if self.model in IMAGES else []
-        return numbers + ([*others, *images] if self.has_laws else [])
+        many = [replace(other, other=False, many=True) for other in others] if queries_of(self.model) < MANY else []
+        return numbers + ([*others, *images, *many] if self.has_laws else [])
 
     @property
     def has_laws(self) -> bool:
@@ -162,6 +170,11 @@ def stages_of(model: str) -> tuple[str, ...]:
     if model.startswith("rtdetr"):
         return "single", "masks", "detector"
     return ("single", "masks") if "-seg-" in model else ("single",)
+
+
+def queries_of(model: str) -> int:
+    """Queries of a group, which is how many objects a model can match; more than `MANY` where it does not match."""
+    return PUBLISHED[model].queries if is_rfdetr(model) else MANY + 1
 
 
 def is_rfdetr(model: str) -> bool:

@@ -59,6 +59,8 @@ class Variable:
     """Laws hold from here to here."""
     plus: int = 0
     """What is added to the knob."""
+    cap: int | None = None
+    """It follows the knob up to here: of objects, as many as there are queries are matched."""
     cell: int = 0
     """Of a knob that is (height, width) in pixels: the side of the cells that it counts in, since models pad to whole cells.
     Its base is the knob left out."""
@@ -74,7 +76,8 @@ class Variable:
 
     def ratio(self, value: int) -> tuple[int, int]:
         """(numerator, denominator) of the variable at a value of the knob over that at the base."""
-        return value + self.plus, self.base + self.plus
+        most = max(value, self.base) if self.cap is None else self.cap
+        return min(value, most) + self.plus, min(self.base, most) + self.plus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +224,11 @@ def _factors(
         if at_other * under == at_base * over:
             return factors
     return None
+
+
+def size_at(kind: Kind, variables: Sequence[Variable], factors: Sequence[int], values: Mapping[str, int]) -> int:
+    """Bytes of a kind's tensor at other values of the knobs."""
+    return _times(kind[3], _ratio(variables, factors, values))
 
 
 def _ratio(variables: Sequence[Variable], factors: Sequence[int], values: Mapping[str, int]) -> tuple[int, int]:

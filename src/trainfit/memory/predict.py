@@ -14,7 +14,7 @@ from trainfit.memory.least import least_capacity_bytes
 from trainfit.memory.profile import Profile, last_window, make_profile
 from trainfit.memory.quick_replay import QuickReplay, history
 from trainfit.models.setting import Setting
-from trainfit.timing.roofline import TimeEstimate, step_seconds, with_host_work
+from trainfit.timing.roofline import TimeEstimate, step_seconds, window_seconds, with_host_work
 from trainfit.tracing.events import Trace
 from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace_cache import TraceRequest
@@ -133,14 +133,34 @@ def predict_traced(
     config: AllocatorConfig,
     gpus: int = 1,
     reserved: ByteRange | None = None,
+    traced_accumulation: int | None = None,
 ) -> Prediction:
-    """Predict from the traces that `trace_requests` names; `reserved`: of training, if it is known (`needed`)."""
+    """Predict from the traces that `trace_requests` names.
+
+    Args:
+        setting: What is predicted.
+        gpu: The card.
+        training: Its trace.
+        evaluation: That of evaluation after it.
+        config: The allocator's.
+        gpus: Cards that train together, one process each.
+        reserved: What `needed` says of training, if that is known.
+        traced_accumulation: Micro-batches of a traced window, where it has fewer than the setting's.
+    """
     training = ColumnTrace.of(training)
     evaluation = ColumnTrace.of(evaluation)
     reserved = reserved or needed(training, gpu, config)
     trained = assess(training, gpu, config, gpus=gpus, reserved=reserved)
     if trained.time is not None:
-        mean = step_seconds(training.ops, gpu, drawn=setting.family.drawn_sizes(setting))
+        size = setting.micro_batch
+        mean = window_seconds(
+            (training.ops, training.ops),
+            (size, size + 1),
+            gpu,
+            cuts=(size,) * setting.accumulation,
+            traced_accumulation=traced_accumulation or setting.accumulation,
+            drawn=setting.family.drawn_sizes(setting),
+        )
         waits = setting.accumulation * setting.family.host_seconds(setting, setting.micro_batch, gpu.capability)
         trained = replace(trained, time=with_host_work(mean, waits))
     after = needed(evaluation, gpu, config, at_least=reserved)  # training came before it

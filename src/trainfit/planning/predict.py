@@ -7,7 +7,7 @@ from typing import Literal
 from trainfit.gpus.catalogue import Gpu
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.predict import Prediction, Traced, predict_traced, trace_requests
-from trainfit.memory.priced import Pricer
+from trainfit.memory.priced import TRACED_ACCUMULATION, Pricer, scalable
 from trainfit.memory.shipped import why_unused
 from trainfit.models.setting import Setting
 from trainfit.planning.make import precision_for
@@ -42,7 +42,8 @@ def predict_with_trace(
     """The prediction of a setting, and the trace of training that it is made from.
 
     A setting that the package has traces for is answered from them, with the numbers that `make_plan` gives for it. Any
-    other is traced at its micro-batch and accumulation where that is not stored (seconds).
+    other is traced at its micro-batch where that is not stored (seconds), with two micro-batches a window at most: the
+    later ones are like the second. Of a contrastive window, which is one loss, all are traced.
 
     Args:
         setting: What is predicted.
@@ -56,7 +57,8 @@ def predict_with_trace(
     Raises:
         TrainfitError: the step cannot be built or traced; the message says why.
     """
-    requests = trace_requests(setting, gpu, device=device)
+    most = min(setting.accumulation, TRACED_ACCUMULATION) if scalable(setting) else setting.accumulation
+    requests = trace_requests(replace(setting, accumulation=most), gpu, device=device)
     is_traced = not (cache and all(map(is_stored, requests)))
     if cache and device == "cuda":
         resolved = replace(setting, precision=precision_for(setting, gpu))
@@ -76,5 +78,13 @@ def predict_with_trace(
     if is_traced:
         note(f"tracing {setting.model}, about 10 s; the next time it is stored...")
     training, evaluation = get_both(*requests, cache=cache)
-    prediction = predict_traced(setting, gpu, training=training, evaluation=evaluation, config=config, gpus=gpus)
+    prediction = predict_traced(
+        setting,
+        gpu,
+        training=training,
+        evaluation=evaluation,
+        config=config,
+        gpus=gpus,
+        traced_accumulation=most,
+    )
     return prediction, training
