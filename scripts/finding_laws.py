@@ -1,7 +1,6 @@
 """Finds the laws of sizes that go with the traces of a model, for `scripts/traces`."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import chain, product
@@ -24,7 +23,7 @@ from shipped_cases import (
     queries_of,
 )
 
-from trainfit.memory import priced, shipped
+from trainfit.memory import shipped
 from trainfit.memory.image_laws import counts_of, find_image_laws, of_one, spread
 from trainfit.memory.laws import (
     Kind,
@@ -33,11 +32,10 @@ from trainfit.memory.laws import (
     declared_sizes,
     find_laws,
     kind_of,
-    like_sizes,
     missing,
-    reach,
-    size_at,
+    with_cap,
 )
+from trainfit.memory.scaled_traces import PAIRS
 from trainfit.memory.scaling import ScaledTrace
 from trainfit.models.rfdetr.family import PUBLISHED
 from trainfit.models.setting import make_setting
@@ -63,37 +61,11 @@ def laws_of(case: Case, number: int) -> dict[str, Laws]:
         return {}
     many = [load(case, Point(micro_batch=number, many=True), part) for part in parts]
     further = [(base, more) for (base, _), more in zip(pairs, many, strict=True) if more]
-    return dict(zip(parts, of_many(found, further, queries_of(case.model)) if further else found, strict=True))
-
-
-def of_many(found: Sequence[Laws], pairs: Sequence[tuple[StoredTrace, StoredTrace]], queries: int) -> Sequence[Laws]:
-    """Laws that hold for more objects than queries as well: of a size that follows objects, the second trace of each pair, with
-    `MANY`, says whether it follows the matched ones, which are as many as there are queries at most. Unchanged where they would
-    not reach the peak of that trace.
-    """
-    likes: dict[Kind, int] = {}
-    for base, more in pairs:
-        for tensor, nbytes in zip(base.trace.tensors, like_sizes(base, more, MANY**2), strict=True):
-            if nbytes is not None:
-                likes[kind_of(tensor)] = max(nbytes, likes.get(kind_of(tensor), 0))
-    extended: list[Laws] = []
-    for laws in found:
-        objects = next(index for index, each in enumerate(laws.variables) if each.knob == "objects_per_image")
-        every = replace(laws.variables[objects], most=MOST_OBJECTS)
-        variables = (*laws.variables[:objects], every, *laws.variables[objects + 1 :], replace(every, cap=queries))
-        values = {each.knob: each.base for each in variables} | {"objects_per_image": MANY}
-        sizes = dict(laws.sizes)
-        for kind, factors in laws.sizes.items():
-            choices = product(*((each, len(laws.variables)) if each == objects else (each,) for each in factors))
-            sizes[kind] = next(
-                (each for each in choices if size_at(kind, variables, each, values) == likes.get(kind)), factors
-            )
-        no_change = (0.0, 0.0, 0.0)
-        counts = {row: (*changes, no_change) for row, changes in laws.counts.items()}
-        extended.append(replace(laws, variables=variables, sizes=sizes, counts=counts))
-    reached = [reach(laws, base, more, values) for laws, (base, more) in zip(extended, pairs, strict=True)]
-    print(f"more objects than queries: {'reached' if all(reached) else 'NOT reached'}", flush=True)
-    return extended if all(reached) else found
+    if further:
+        extended = with_cap(found, further, cap=queries_of(case.model), many=MANY, most=MOST_OBJECTS)
+        print(f"{case.model} has {'' if extended else 'NO '}laws for more objects than queries", flush=True)
+        found = extended or found
+    return dict(zip(parts, found, strict=True))
 
 
 def variables_of(case: Case) -> list[Variable]:
@@ -126,7 +98,7 @@ def law_entries(model: str, texts: dict[str, str]) -> dict[str, str]:
         finder = case.finder
         if case.checkpointing != "none" or finder is None:
             continue
-        number = 1 if alone else priced.PAIRS[0][1]
+        number = 1 if alone else PAIRS[0][1]
         recomputed = replace(case, checkpointing="all")
         for request, other in zip(case.requests(), recomputed.requests(), strict=True):
             names = {shipped.entry_name(each, alone=alone) for each in (request, other)}
@@ -173,7 +145,7 @@ def image_law_entries(model: str, texts: dict[str, str]) -> dict[str, str]:
         scaled = traces_of(texts[shipped.entry_name(request)], alone=False)
         base = scaled.priced(scaled.columns).stored()
         other = at_other_size(finder, request)
-        if other is None or scaled.micro_batches != priced.PAIRS[0]:
+        if other is None or scaled.micro_batches != PAIRS[0]:
             continue
         laws = find_image_laws(base, other, image_variables(model), IMAGE_KNOBS, request.part)
         if laws is None:
@@ -198,11 +170,11 @@ def at_other_size(finder: Case, request: TraceRequest) -> StoredTrace | None:
     """The finder's trace of a part at another resolution; None if it was not traced."""
     sibling = SIBLINGS.get(finder.model)
     if sibling is None:
-        return load(finder, Point(micro_batch=priced.PAIRS[0][1], image=True), request.part)
+        return load(finder, Point(micro_batch=PAIRS[0][1], image=True), request.part)
     of_sibling = replace(request, setting=replace(request.setting, model=sibling))
     text = shipped.texts(shipped.archive_path(sibling)).get(shipped.entry_name(of_sibling))
     scaled = None if text is None else traces_of(text, alone=False)
-    same = scaled is not None and scaled.micro_batches == priced.PAIRS[0]
+    same = scaled is not None and scaled.micro_batches == PAIRS[0]
     return scaled.priced(scaled.columns).stored() if same else None
 
 

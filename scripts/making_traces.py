@@ -10,7 +10,8 @@ from typing import Any
 from shipped_cases import AnyCase, Case, Point
 from window_cases import WindowCase
 
-from trainfit.memory import priced, shipped
+from trainfit.memory import shipped
+from trainfit.memory.scaled_traces import PAIRS
 from trainfit.memory.scaling import ScaledTrace, scale
 from trainfit.models.build import build_eval_step
 from trainfit.models.setting import Setting
@@ -87,7 +88,7 @@ def import_everything() -> None:
 
 def scaled_of(case: Case, part: str) -> ScaledTrace | None:
     """A case's trace for any micro-batch; None where its traces cannot be scaled, or are not there."""
-    for pair in priced.PAIRS:
+    for pair in PAIRS:
         small, large = (load(case, Point(micro_batch=number), part) for number in pair)
         scaled = scale(small, large, pair) if small and large else None
         if scaled is not None:

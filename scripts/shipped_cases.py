@@ -9,7 +9,8 @@ from typing import Any
 from window_cases import WORK, WindowCase, is_window, window_cases
 
 from trainfit.gpus.catalogue import find_gpu
-from trainfit.memory import priced
+from trainfit.memory.priced import Pricer
+from trainfit.memory.scaled_traces import PAIRS
 from trainfit.models.family import families
 from trainfit.models.rfdetr.family import PUBLISHED
 from trainfit.models.setting import Setting, make_setting
@@ -93,9 +94,9 @@ class Case:
     """Of RF-DETR-Seg's training."""
 
     @property
-    def pricer(self) -> priced.Pricer:
+    def pricer(self) -> Pricer:
         """A pricer of the card."""
-        return priced.Pricer(gpu=find_gpu(CARDS[self.capability]), cache=False)
+        return Pricer(gpu=find_gpu(CARDS[self.capability]), cache=False)
 
     def requests(self) -> tuple[TraceRequest, TraceRequest]:
         """Of training and of evaluation."""
@@ -107,9 +108,9 @@ class Case:
     @property
     def points(self) -> list[Point]:
         """What is traced: micro-batches at the defaults and, for laws, two of them with other objects and classes."""
-        numbers = [Point(micro_batch=number) for number in (*priced.PAIRS[0], 1)]
-        others = [Point(micro_batch=number, other=True) for number in (priced.PAIRS[0][1], 1)]
-        images = [Point(micro_batch=priced.PAIRS[0][1], image=True)] if self.model in IMAGES else []
+        numbers = [Point(micro_batch=number) for number in (*PAIRS[0], 1)]
+        others = [Point(micro_batch=number, other=True) for number in (PAIRS[0][1], 1)]
+        images = [Point(micro_batch=PAIRS[0][1], image=True)] if self.model in IMAGES else []
         many = [replace(other, other=False, many=True) for other in others] if queries_of(self.model) < MANY else []
         return numbers + ([*others, *images, *many] if self.has_laws else [])
 

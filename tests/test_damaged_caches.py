@@ -9,7 +9,7 @@ import pytest
 
 from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import find_gpu
-from trainfit.memory import priced, shipped
+from trainfit.memory import scaled_traces, shipped
 from trainfit.memory.priced import Pricer
 from trainfit.models.setting import make_setting
 from trainfit.tracing import trace_cache
@@ -62,17 +62,18 @@ def test_an_empty_scaled_trace_does_not_read_as_one_that_cannot_be_scaled(
 ) -> None:
     made: list[TraceRequest] = []
 
-    def cannot_be_scaled(request: TraceRequest, *, cache: bool) -> None:
+    def cannot_be_scaled(request: TraceRequest, *, cache: bool) -> dict[TraceRequest, None]:
         assert cache
         made.append(request)
+        return {request: None}
 
-    monkeypatch.setattr(priced, "make_scaled", cannot_be_scaled)
-    path = priced._path(REQUEST, "scaled")  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(scaled_traces, "make_scaled", cannot_be_scaled)
+    path = scaled_traces.scaled_path(REQUEST)
     for content in (None, gzip.compress(b""), b""):
         if content is not None:
             path.write_bytes(content)
-        assert priced._load(REQUEST, cache=True, note=print) is None  # pyright: ignore[reportPrivateUsage]
-        assert priced._load(REQUEST, cache=True, note=print) is None  # pyright: ignore[reportPrivateUsage]
+        assert scaled_traces.scaled_traces_of(REQUEST, cache=True, note=print) == {REQUEST: None}
+        assert scaled_traces.scaled_traces_of(REQUEST, cache=True, note=print) == {REQUEST: None}
     assert len(made) == 3
     assert len(caplog.messages) == 2
     assert not tracings

@@ -14,7 +14,7 @@ from trainfit.gpus.catalogue import find_gpu
 from trainfit.memory import shipped
 from trainfit.memory.allocator import replay
 from trainfit.memory.archive import write_archive
-from trainfit.memory.laws import Laws, Variable, find_laws, missing, moved
+from trainfit.memory.laws import Laws, Variable, find_laws, missing, moved, with_cap
 from trainfit.memory.packaged import packaged
 from trainfit.memory.priced import Pricer
 from trainfit.memory.scaling import ScaledTrace, scale
@@ -48,7 +48,13 @@ class Detector(nn.Module):
         return self.head(found), self.boxes(found)
 
 
-def loss(model: nn.Module, device: torch.device, objects: int, *, pieces: bool) -> Tensor:
+MATCHED = [replace(each, base=50, other=19) if each.knob == "objects_per_image" else each for each in VARIABLES]
+MANY = 150
+MATCHED_POINTS = ((50, 80), (19, 6), (MANY, 80), (90, 19), (33, 3), (290, 200))
+"""Fewer and more than queries; laws are found with the first three."""
+
+
+def loss(model: nn.Module, device: torch.device, objects: int, *, pieces: bool, matched: bool) -> Tensor:
     logits, boxes = model(torch.ones(IMAGES, QUERIES, trace_cases.WIDTH, device=device))
     targets = torch.ones(IMAGES, objects, 4, device=device)
     labels = torch.zeros(IMAGES, objects, dtype=torch.int64, device=device)
@@ -57,13 +63,19 @@ def loss(model: nn.Module, device: torch.device, objects: int, *, pieces: bool) 
     if pieces:  # of bounded size, as RF-DETR's mask losses work
         for some in targets.flatten(0, 1).split(PIECE):
             total = total + (some[:, :1] * torch.ones(4096, device=device)).relu().sum() * boxes.sum()
+    if matched:  # each object has a query of its own, as long as there are queries
+        total = total + (torch.ones(IMAGES, min(objects, QUERIES), 7, device=device) * boxes.sum()).abs().sum()
     return total
 
 
-def trace(objects: int, classes: int, *, checkpointing: str = "none", pieces: bool = False) -> StoredTrace:
+def trace(
+    objects: int, classes: int, *, checkpointing: str = "none", pieces: bool = False, matched: bool = False
+) -> StoredTrace:
     def build(device: torch.device) -> trace_cases.Step:
         return trace_cases.Step(
-            device, lambda: Detector(classes, checkpointing), lambda m, d: loss(m, d, objects, pieces=pieces)
+            device,
+            lambda: Detector(classes, checkpointing),
+            lambda m, d: loss(m, d, objects, pieces=pieces, matched=matched),
         )
 
     return trace_step(build, target=trace_cases.TARGET)
@@ -77,6 +89,9 @@ def main() -> None:
     found |= {
         f"again {objects} {classes}": trace(objects, classes, checkpointing="reentrant")
         for objects, classes in POINTS[::2]
+    }
+    found |= {
+        f"matched {objects} {classes}": trace(objects, classes, matched=True) for objects, classes in MATCHED_POINTS
     }
     json.dump({name: each.to_json() for name, each in found.items()}, sys.stdout)
 
@@ -152,6 +167,30 @@ def test_the_kernels_and_bytes_of_pieces_follow_the_objects_and_not_the_classes(
     assert abs(kernels - true) < 0.1 * (at_base - true)
     traffic, at_base, true = (sum(row.bytes for row in rows) for rows in (made, base.ops, few.ops))
     assert abs(traffic - true) < 0.1 * (at_base - true)
+
+
+@pytest.mark.parametrize("point", MATCHED_POINTS)
+def test_sizes_of_matched_objects_grow_up_to_the_queries(
+    point: tuple[int, int], traced: dict[str, StoredTrace]
+) -> None:
+    base = traced["matched 50 80"]
+    found = find_laws([(base, traced["matched 19 6"])], MATCHED)
+    assert found is not None
+    capped = with_cap(found, [(base, traced[f"matched {MANY} 80"])], cap=QUERIES, many=MANY, most=300)
+    assert capped is not None
+    assert sizes(at(base, capped[0], *point).trace) == sizes(traced["matched {} {}".format(*point)].trace)
+    assert capped[0].hold({"objects_per_image": 300, "classes": 80})
+    assert not capped[0].hold({"objects_per_image": 301, "classes": 80})
+    assert Laws.from_record(json.loads(json.dumps(capped[0].to_record()))) == capped[0]
+
+
+def test_a_step_that_does_something_else_with_more_objects_has_no_laws_for_them(
+    traced: dict[str, StoredTrace],
+) -> None:
+    base = traced["matched 50 80"]
+    found = find_laws([(base, traced["matched 19 6"])], MATCHED)
+    assert found is not None
+    assert with_cap(found, [(base, traced["150 300"])], cap=QUERIES, many=MANY, most=300) is None
 
 
 def test_a_step_that_does_something_else_has_no_laws() -> None:

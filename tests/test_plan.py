@@ -16,6 +16,8 @@ from trainfit.errors import TrainfitError
 from trainfit.gpus.catalogue import GIB, find_gpu, gpu_with_memory
 from trainfit.measuring.calibration import Calibration
 from trainfit.memory import priced
+from trainfit.memory.allocator import AllocatorConfig
+from trainfit.memory.predict import needed, trace_requests, with_context
 from trainfit.memory.priced import Pricer
 from trainfit.memory.shipped import is_shipped
 from trainfit.models.rfdetr.family import PUBLISHED, RfDetrTraining
@@ -27,6 +29,8 @@ from trainfit.planning.plan import read_plan, with_plan
 from trainfit.planning.predict import predict
 from trainfit.planning.rates import learning_rate
 from trainfit.tasks.detection.sample_set import write_sample_set
+from trainfit.timing.roofline import step_seconds
+from trainfit.tracing.trace_cache import TraceRequest, get_trace
 from trainfit.training.recipe import Recipe
 
 SMALL = ("plan", "timm:resnet18", "--resolution", "64", "--gpu", "RTX 3060")
@@ -81,15 +85,19 @@ def test_a_window_takes_the_time_of_all_its_micro_batches(
     """
     if not scales:
 
-        def cannot(*_: Any, **__: Any) -> None:
-            return None
+        def cannot(request: TraceRequest, **_: Any) -> dict[TraceRequest, None]:
+            return {request: None}
 
-        monkeypatch.setattr(priced, "_load", cannot)
+        monkeypatch.setattr(priced, "scaled_traces_of", cannot)
     setting = replace(NETWORK, micro_batch=micro_batch, accumulation=5)
-    whole = predict(setting, GPU).training.time
-    found = Pricer(gpu=GPU).seconds(setting, (micro_batch,) * 5)
-    assert whole is not None
-    assert 0.88 * whole.seconds < found.seconds <= 1.01 * whole.seconds
+    traced = get_trace(trace_requests(setting, GPU)[0])
+    whole = step_seconds(traced.ops, GPU).seconds
+    assert 0.88 * whole < Pricer(gpu=GPU).seconds(setting, (micro_batch,) * 5).seconds <= 1.01 * whole
+    predicted = predict(setting, GPU).training
+    assert predicted.time is not None
+    assert 0.88 * whole < predicted.time.seconds <= 1.01 * whole
+    true = with_context(needed(traced, GPU, AllocatorConfig()), GPU)
+    assert predicted.needs.high_bytes == pytest.approx(true.high_bytes, rel=0.002)
 
 
 def test_uneven_cuts_take_the_time_of_their_parts() -> None:

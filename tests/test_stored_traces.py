@@ -47,9 +47,10 @@ def tracings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[TraceReque
     """The requests that a stand-in for the tracing process was given; the cache is empty."""
     asked: list[TraceRequest] = []
 
-    def traced(request: TraceRequest) -> str:
+    def traced(request: TraceRequest, *, both: bool = False) -> str:
         asked.append(request)
-        return replace(STORED, blocks=len(asked)).to_json()
+        made = replace(STORED, blocks=len(asked))
+        return json.dumps(dict.fromkeys(("training", "evaluation"), made.to_record())) if both else made.to_json()
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(trace_cache, "_traced", traced)

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, product
 from math import prod
 from typing import Any
 
@@ -179,6 +179,42 @@ def find_laws(
     return tuple(all_laws)
 
 
+def with_cap(
+    found: Sequence[Laws], pairs: Sequence[tuple[StoredTrace, StoredTrace]], *, cap: int, many: int, most: int
+) -> tuple[Laws, ...] | None:
+    """Laws of `find_laws` that hold beyond the largest value of the first variable's knob: of objects, only as many as there are
+    queries are matched. None where they would not reach the peak of a second trace.
+
+    Args:
+        found: Laws up to `cap`, one of each pair.
+        pairs: A trace at the base, and one that differs from it in the knob alone.
+        cap: The most that some sizes follow.
+        many: The knob's value in the second trace of each pair, above `cap`.
+        most: The laws hold up to here.
+    """
+    likes: dict[Kind, int] = {}
+    for base, more in pairs:
+        for tensor, nbytes in zip(base.trace.tensors, like_sizes(base, more, many**MOST_FACTORS), strict=True):
+            if nbytes is not None:
+                likes[kind_of(tensor)] = max(nbytes, likes.get(kind_of(tensor), 0))
+    extended: list[Laws] = []
+    for laws, (base, more) in zip(found, pairs, strict=True):
+        every = replace(laws.variables[0], most=most)
+        variables = (every, *laws.variables[1:], replace(every, cap=cap))
+        values = {each.knob: each.base for each in variables} | {every.knob: many}
+        sizes = dict(laws.sizes)
+        for kind, factors in laws.sizes.items():
+            for choice in product(*((0, len(laws.variables)) if each == 0 else (each,) for each in factors)):
+                if _times(kind[3], _ratio(variables, choice, values)) == likes.get(kind):
+                    sizes[kind] = choice
+                    break
+        counts = {row: (*changes, (0.0, 0.0, 0.0)) for row, changes in laws.counts.items()}
+        extended.append(replace(laws, variables=variables, sizes=sizes, counts=counts))
+        if not reach(extended[-1], base, more, values):
+            return None
+    return tuple(extended)
+
+
 def reach(laws: Laws, base: StoredTrace, other: StoredTrace, values: Mapping[str, int]) -> bool:
     """Whether laws take one trace to the peak of another."""
     predicted = moved(ScaledTrace.of_one(base, 1), [laws], values).columns.peak_bytes()
@@ -224,11 +260,6 @@ def _factors(
         if at_other * under == at_base * over:
             return factors
     return None
-
-
-def size_at(kind: Kind, variables: Sequence[Variable], factors: Sequence[int], values: Mapping[str, int]) -> int:
-    """Bytes of a kind's tensor at other values of the knobs."""
-    return _times(kind[3], _ratio(variables, factors, values))
 
 
 def _ratio(variables: Sequence[Variable], factors: Sequence[int], values: Mapping[str, int]) -> tuple[int, int]:

@@ -5,10 +5,8 @@ A window is traced with two micro-batches: the second finds the gradients of the
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
 
-from trainfit.gpus.capability import kernel_class
+from trainfit.gpus.capability import has_bf16, kernel_class
 from trainfit.gpus.catalogue import Gpu
 from trainfit.gpus.context import ByteRange, cuda_context_bytes, widened
 from trainfit.gpus.rated import rated
@@ -23,7 +21,8 @@ from trainfit.memory.overwritten import overwriting
 from trainfit.memory.packaged import packaged
 from trainfit.memory.predict import Prediction, needed, predict_traced, with_context
 from trainfit.memory.profile import last_window
-from trainfit.memory.scaling import ScaledTrace, scale
+from trainfit.memory.scaled_traces import PAIRS, at_number, scalable, scaled_path, scaled_traces_of
+from trainfit.memory.scaling import ScaledTrace
 from trainfit.memory.shipped import is_resized, source
 from trainfit.memory.window_ops import ops_at
 from trainfit.memory.window_trace import WindowTrace
@@ -44,31 +43,17 @@ from trainfit.tracing.events import Category
 from trainfit.tracing.stored_trace import StoredTrace
 from trainfit.tracing.trace_cache import (
     TraceRequest,
-    cache_path,
-    content_if_valid,
     get_trace,
-    get_traces,
     is_stored,
-    read_stored,
-    store,
-    with_provenance,
 )
 
-PAIRS = ((2, 4), (4, 8))
-"""Micro-batches that are traced; the second pair where a step does other things at 2 than at 4."""
 TRACED_ACCUMULATION = 2
 PRICED_LIKE_TWO = "One micro-batch a window is priced like two, whose gradients stay: a little too much."
 RESIZED = "The stored trace is of another resolution: what the step needs is given 2 % more room, to both sides."
-SCALING_CODE = "trainfit.memory.scaling"
-"""The module that makes scaled traces of traces."""
-_Key = tuple[TraceRequest, Window | tuple[int, int], bool, bool, str]
+HALVES = "The stored trace is in bf16; fp16 frees in another order: what the step needs is given 2 % more room, to both sides."
+_Key = tuple[TraceRequest, Window | tuple[int, int], bool, bool, str, str]
 """What memory depends on: the traces, the cut of the window (of others micro-batch and accumulation, 0 where it does not count),
-whether there are EMA weights and whether they are on the host, and the optimizer."""
-
-
-def scalable(setting: Setting) -> bool:
-    """Whether micro-batches of its window do not know of each other: a contrastive window is one loss."""
-    return not setting.family.coupled(setting)
+whether there are EMA weights and whether they are on the host, the optimizer, and the precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +86,21 @@ class Pricer:
         key = self._key(setting)
         if key not in self._reserved_of:
             found = needed(self.columns(setting, "training"), self.gpu, self.config)
-            self._reserved_of[key] = widened(found, RESIZED_ERROR) if is_resized(key[0]) else found
+            self._reserved_of[key] = widened(found, RESIZED_ERROR) if self._moved(setting) else found
         return self._reserved_of[key]
+
+    def _moved(self, setting: Setting) -> tuple[str, ...]:
+        """Why the trace of training is taken from another's, a line each; what is read from it is less exact."""
+        request = self.request(setting, "training")
+        resized = (RESIZED,) if is_resized(request) else ()
+        return resized if request.setting.precision == setting.precision else (*resized, HALVES)
 
     def _key(self, setting: Setting) -> _Key:
         self._window(setting, "training")  # the request depends on whether there is one
         request = self.request(setting, "training")
         accumulation = 0 if scalable(setting) else setting.accumulation
         cut = self._cut(setting) if is_composed(setting) else (setting.micro_batch, accumulation)
-        return request, cut, setting.keeps_ema, setting.ema_on_host, setting.optimizer
+        return request, cut, setting.keeps_ema, setting.ema_on_host, setting.optimizer, setting.precision
 
     def needs(self, setting: Setting) -> ByteRange:
         """The least that one process trains in, its CUDA context included."""
@@ -182,8 +173,7 @@ class Pricer:
         )
         if scalable(setting) and setting.accumulation < TRACED_ACCUMULATION:
             prediction = replace(prediction, assumptions=(*prediction.assumptions, PRICED_LIKE_TWO))
-        if is_resized(self.request(setting, "training")):
-            prediction = replace(prediction, assumptions=(*prediction.assumptions, RESIZED))
+        prediction = replace(prediction, assumptions=(*prediction.assumptions, *self._moved(setting)))
         return replace(prediction, training=replace(prediction.training, time=self.seconds(setting, cuts)))
 
     def answers(self, setting: Setting) -> bool:
@@ -248,7 +238,7 @@ class Pricer:
             return source(request, alone=True) is not None
         if self._scaled_of.get(request) is not None or source(request) is not None:
             return True
-        return self.cache and setting.family.cacheable and _path(request, "scaled").exists()
+        return self.cache and setting.family.cacheable and scaled_path(request).exists()
 
     def gradient_bytes(self, setting: Setting) -> int:
         """What the GPUs exchange once a window."""
@@ -262,6 +252,8 @@ class Pricer:
         setting = traced_as(setting)
         capability = setting.family.kernels(kernel_class(self.gpu.capability))
         capability = setting.family.alike(setting).get(capability, capability)
+        if setting.family.halves_alike and setting.precision == "fp16" and has_bf16(capability):
+            setting = replace(setting, precision="bf16")
         if is_composed(setting):
             of_any = any_window(TraceRequest(setting=setting, part=part, capability=capability))
             if self._windows_of.get(of_any, of_any) is not None and not self._is_alone(setting):
@@ -305,7 +297,8 @@ class Pricer:
                 return None
             request = replace(request, setting=replace(request.setting, accumulation=1))
         if request not in self._scaled_of:
-            self._scaled_of[request] = _load(request, cache=self.cache, note=self.note)
+            found = scaled_traces_of(request, cache=self.cache, note=self.note)
+            self._scaled_of.update({each: found[each] for each in found if each not in self._scaled_of})
         return self._scaled_of[request]
 
     def trace(self, setting: Setting, part: Part) -> StoredTrace:
@@ -330,7 +323,7 @@ class Pricer:
         if scaled is not None and not scalable(setting):
             return scaled, scaled.at(setting.accumulation)
         if scaled is None or min(setting.micro_batch, evaluated) < scaled.micro_batches[0]:
-            exact = request.setting if not scalable(setting) else _at(request, setting.micro_batch).setting
+            exact = request.setting if not scalable(setting) else at_number(request, setting.micro_batch).setting
             exact = replace(exact, eval_micro_batch=setting.eval_micro_batch if part == "evaluation" else None)
             alone = self._alone(replace(request, setting=exact))
             return alone, alone.columns
@@ -340,7 +333,7 @@ class Pricer:
     def _alone(self, request: TraceRequest) -> ScaledTrace:
         """The request's own trace: the package has those of micro-batch 1."""
         of_one = request.setting.micro_batch == 1 and request.setting.eval_micro_batch in (None, 1)
-        packaged_trace = packaged(_at(request, 1), alone=True) if of_one else None
+        packaged_trace = packaged(at_number(request, 1), alone=True) if of_one else None
         if packaged_trace is None and not (self.cache and is_stored(request)):
             self.note(
                 f"tracing {request.part} at micro-batch {request.setting.micro_batch}, which no stored trace covers..."
@@ -354,47 +347,3 @@ def _bytes_of(trace: Columns, category: Category) -> int:
 
 def _copied_bytes(ops: Sequence[OpCount]) -> float:
     return sum(row.bytes for row in ops if row.op.endswith(TO_HOST))
-
-
-def _at(request: TraceRequest, number: int) -> TraceRequest:
-    """The request at a micro-batch, or for a contrastive window at an accumulation."""
-    knob = "micro_batch" if scalable(request.setting) else "accumulation"
-    return replace(request, setting=replace(request.setting, **{knob: number}))
-
-
-def _load(request: TraceRequest, *, cache: bool, note: Callable[[str], None]) -> ScaledTrace | None:
-    """A scaled trace from the package, from the disk, or traced now; None if the step's traces cannot be scaled."""
-    packaged_trace = packaged(request)
-    if packaged_trace is not None:
-        return packaged_trace
-    known = read_stored(_path(request, "scaled"), partial(_optional_scaled, request)) if cache else None
-    if known is not None:
-        return known[0]
-    note(f"tracing {request.part} at two micro-batches, which no stored trace covers...")
-    made = make_scaled(request, cache=cache)
-    if cache and request.setting.family.cacheable:
-        record = {"scaled": made.to_record() if made else None}
-        store(_path(request, "scaled"), with_provenance(request, record, SCALING_CODE))
-    return made
-
-
-def _optional_scaled(request: TraceRequest, text: str) -> tuple[ScaledTrace | None] | None:
-    """The stored scaled trace; (None,) where it is known that the step's traces cannot be scaled; None: not valid."""
-    record = content_if_valid(request, text)
-    if record is None:
-        return None
-    return (None if record["scaled"] is None else ScaledTrace.from_record(record["scaled"]),)
-
-
-def make_scaled(request: TraceRequest, *, cache: bool) -> ScaledTrace | None:
-    """Trace a request at two micro-batches and align; None where that cannot be."""
-    for pair in PAIRS:
-        small, large = get_traces([_at(request, b) for b in pair], cache=cache)
-        made = scale(small, large, pair)
-        if made is not None:
-            return made
-    return None
-
-
-def _path(request: TraceRequest, kind: str) -> Path:
-    return cache_path(request).with_suffix(f".{kind}.gz")

@@ -103,6 +103,8 @@ class Family:
     """Compute capability -> one that stands for all on which the family's kernels are the same."""
     alike: Callable[[Any], Mapping[Capability, Capability]] = lambda _: {}
     """Setting -> for compute capabilities one on which this setting's kernels are the same, where not all of the family's are."""
+    halves_alike: bool = False
+    """Whether a step in fp16 allocates what one in bf16 does, on cards that compute in both."""
     learns: tuple[str, ...] = ()
     """Knobs that free memory and change what is learned, the gentlest first; `--allow` names them."""
     turns: Callable[[Any, str], Iterator[tuple[str, Any]]] = _nothing_to_turn

@@ -7,7 +7,8 @@ from typing import Literal
 from trainfit.gpus.catalogue import Gpu
 from trainfit.memory.alloc_conf import AllocatorConfig
 from trainfit.memory.predict import Prediction, Traced, predict_traced, trace_requests
-from trainfit.memory.priced import TRACED_ACCUMULATION, Pricer, scalable
+from trainfit.memory.priced import TRACED_ACCUMULATION, Pricer
+from trainfit.memory.scaled_traces import scalable
 from trainfit.memory.shipped import why_unused
 from trainfit.models.setting import Setting
 from trainfit.planning.make import precision_for

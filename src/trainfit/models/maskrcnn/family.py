@@ -296,6 +296,7 @@ def family() -> Family:
         packages=("torchvision",),
         reference_batches=REFERENCE_BATCHES,
         kernels=kernels,
+        halves_alike=True,
         learns=("rois", "resolution", "stages", "optimizer"),
         turns=turns,
         assumptions=assumptions,

@@ -280,6 +280,7 @@ def family() -> Family:
         ema=True,
         reference_batches=REFERENCE_BATCHES,
         kernels=kernels,
+        halves_alike=True,
         learns=("multi-scale", "groups", "queries", "resolution", "encoder", "optimizer"),
         turns=turns,
         assumptions=assumptions,
