@@ -148,9 +148,14 @@ def figures(pricer: Pricer, traced: StoredTrace | ColumnTrace) -> dict[str, int]
 
 
 def errors(pricer: Pricer, setting: Setting, true: dict[str, int]) -> dict[str, Any]:
-    """Of what the package answers, as a share of what a trace says, and the latter."""
+    """Of what the package answers, as a share of what a trace says, and the latter. "answer" is the top of the need as a plan takes
+    it, with the room for a trace that is "moved" to another size of the image.
+    """
     made = figures(pricer, pricer.columns(setting, "training"))
-    return {name: made[name] / true[name] - 1 for name in true} | {"true": true}
+    shares = {name: made[name] / true[name] - 1 for name in true}
+    answer = pricer.reserved(setting).high_bytes / true["needs"] - 1
+    moved = shipped.is_resized(pricer.request(setting, "training"))
+    return shares | {"answer": answer, "moved": moved, "true": true}
 
 
 def again(path: Path) -> None:
@@ -182,15 +187,18 @@ def held_out(number: int, path: Path, point: Callable[[int], Setting]) -> None:
 
 
 def report(path: Path) -> None:
-    """Shares and errors of the points in a file."""
+    """Shares and errors of the points in a file, at the size of the image that was traced and at others."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     covered = [row for row in rows if row["covered"]]
     print(f"{len(rows)} points, {len(covered)} covered")
-    for name in ("allocated", "reserved", "needs"):
-        errors = sorted(row[name] for row in covered)
-        low = sum(error < -0.005 for error in errors)
-        equal = sum(error == 0 for error in errors)
-        print(f"{name}: {equal} equal, from {errors[0]:+.3%} to {errors[-1]:+.3%}, {low} too low by more than 0.5 %")
+    for title, moved in (("at the traced size of the image", False), ("at another", True)):
+        there = [row for row in covered if row["moved"] == moved]
+        print(f"{len(there)} {title}")
+        for name in ("allocated", "reserved", "needs", "answer") if there else ():
+            shares = sorted(row[name] for row in there)
+            low = sum(share < -0.005 for share in shares)
+            equal = sum(share == 0 for share in shares)
+            print(f"  {name}: {equal} equal, {shares[0]:+.3%} to {shares[-1]:+.3%}, {low} too low by more than 0.5 %")
 
 
 def size() -> None:

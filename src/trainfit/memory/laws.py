@@ -107,6 +107,10 @@ class Laws:
         """Whether they tell of these values of the knobs."""
         return all(each.least <= values[each.knob] <= each.most for each in self.variables)
 
+    def move_image(self, values: Mapping[str, int]) -> bool:
+        """Whether these values of the knobs are of another size of the image than that at the base."""
+        return bool(self.behind) or any(each.cell and values[each.knob] != each.base for each in self.variables)
+
     def counted(self, row: OpCount, values: Mapping[str, int]) -> OpCount:
         """A row of counts at other values."""
         changes = self.counts.get((row.op, row.phase, row.dtype))

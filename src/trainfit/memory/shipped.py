@@ -124,7 +124,7 @@ def source(request: TraceRequest, *, alone: bool = False) -> Source | None:
 def is_resized(request: TraceRequest) -> bool:
     """Whether the package answers a request from a trace of another size of the image."""
     origin = source(request)
-    return origin is not None and any(each.behind for each in origin.laws)
+    return origin is not None and any(laws.move_image(origin.values) for laws in origin.laws)
 
 
 def _source(request: TraceRequest, named: tuple[str, Laws], further: tuple[Laws, ...], *, alone: bool) -> Source | None:
