@@ -190,9 +190,9 @@ class Pricer:
         if source(request) is None:
             return False
         scaled = self._scaled(setting, part)
-        evaluated = setting.eval_micro_batch or setting.micro_batch
-        if scaled is not None and min(setting.micro_batch, evaluated) >= scaled.micro_batches[0]:
+        if scaled is not None and _serves(scaled, setting, part):
             return True
+        evaluated = 1 if part == "training" else setting.eval_micro_batch or 1
         return setting.micro_batch == evaluated == 1 and source(request, alone=True) is not None
 
     def blocks(self, setting: Setting) -> int:
@@ -322,7 +322,7 @@ class Pricer:
         evaluated = setting.eval_micro_batch or setting.micro_batch
         if scaled is not None and not scalable(setting):
             return scaled, scaled.at(setting.accumulation)
-        if scaled is None or min(setting.micro_batch, evaluated) < scaled.micro_batches[0]:
+        if scaled is None or not _serves(scaled, setting, part):
             exact = request.setting if not scalable(setting) else at_number(request, setting.micro_batch).setting
             exact = replace(exact, eval_micro_batch=setting.eval_micro_batch if part == "evaluation" else None)
             alone = self._alone(replace(request, setting=exact))
@@ -339,6 +339,17 @@ class Pricer:
                 f"tracing {request.part} at micro-batch {request.setting.micro_batch}, which no stored trace covers..."
             )
         return packaged_trace or ScaledTrace.of_one(get_trace(request, cache=self.cache), request.setting.micro_batch)
+
+
+def _serves(scaled: ScaledTrace, setting: Setting, part: Part) -> bool:
+    """Whether a scaled trace tells of a setting: of one image not, whose step may do other things, but of evaluation with more
+    images after training with one, or the reverse.
+    """
+    least = scaled.micro_batches[0]
+    if part == "training":
+        return setting.micro_batch >= least
+    sizes = (setting.micro_batch, setting.eval_micro_batch or setting.micro_batch)
+    return min(sizes) >= least or (max(sizes) >= least == PAIRS[0][0])
 
 
 def _bytes_of(trace: Columns, category: Category) -> int:
