@@ -24,7 +24,7 @@ CARDS = {(8, 0): "A100", (7, 5): "T4", (9, 0): "H100"}
 PRECISIONS: dict[tuple[int, int], Precision] = {(8, 0): "bf16", (9, 0): "bf16", (7, 5): "fp16"}
 OTHERS = {"objects_per_image": 37, "classes": 6}
 """Values of knobs that laws are found with, beside the defaults: 37/100, 7/81 and 6/80 are no everyday ratios."""
-MANY = 300
+MANY = 500
 """Objects of the trace that says how sizes grow with more objects than a group has queries."""
 IMAGES = {
     "rfdetr-nano": 416,

@@ -76,8 +76,9 @@ class Variable:
 
     def ratio(self, value: int) -> tuple[int, int]:
         """(numerator, denominator) of the variable at a value of the knob over that at the base."""
-        most = max(value, self.base) if self.cap is None else self.cap
-        return min(value, most) + self.plus, min(self.base, most) + self.plus
+        if self.cap is not None:
+            return min(value, self.cap) + self.plus, min(self.base, self.cap) + self.plus
+        return value + self.plus, self.base + self.plus
 
 
 @dataclass(frozen=True, kw_only=True)
