@@ -68,7 +68,7 @@ def test_an_empty_scaled_trace_does_not_read_as_one_that_cannot_be_scaled(
         return {request: None}
 
     monkeypatch.setattr(scaled_traces, "make_scaled", cannot_be_scaled)
-    path = scaled_traces.scaled_path(REQUEST)
+    path = scaled_traces.KEPT.path(REQUEST)
     for content in (None, gzip.compress(b""), b""):
         if content is not None:
             path.write_bytes(content)

@@ -3,9 +3,8 @@
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
+from trainfit.memory.aligned_cache import AlignedCache
 from trainfit.memory.columns import ColumnTrace
 from trainfit.memory.shipped import is_shipped, shipped
 from trainfit.memory.window_alignment import align
@@ -13,19 +12,9 @@ from trainfit.memory.window_ops import ops_at
 from trainfit.memory.window_trace import WindowTrace
 from trainfit.memory.windows import ANY_RATIO, Window, ratio_of, traced_windows
 from trainfit.models.setting import Setting
-from trainfit.tracing.trace_cache import (
-    TraceRequest,
-    cache_path,
-    content_if_valid,
-    get_traces,
-    read_stored,
-    store,
-    trace_both,
-    with_provenance,
-)
+from trainfit.tracing.trace_cache import TraceRequest, get_traces, trace_both
 
-WINDOW_CODE = "trainfit.memory.window_alignment"
-"""What makes traces of any window from those of two."""
+KEPT = AlignedCache(name="window", code="trainfit.memory.window_alignment", from_record=WindowTrace.from_record)
 
 
 def is_composed(setting: Setting) -> bool:
@@ -43,7 +32,7 @@ def any_window(request: TraceRequest) -> TraceRequest:
 def is_known(request: TraceRequest, *, cache: bool) -> bool:
     """Whether `window_traces_of` answers without tracing."""
     stores = cache and request.setting.family.cacheable
-    return is_shipped(request) or (stores and _path(request).exists())
+    return is_shipped(request) or (stores and KEPT.path(request).exists())
 
 
 def window_traces_of(
@@ -56,14 +45,13 @@ def window_traces_of(
     if packaged is not None:
         return {request: packaged}
     stores = cache and request.setting.family.cacheable
-    known = read_stored(_path(request), partial(_stored, request)) if stores else None
+    known = KEPT.read(request) if stores else None
     if known is not None:
         return {request: known[0]}
     note("tracing training and evaluation of two windows, which no stored trace covers...")
     made = make_window_traces(request)
-    for each, window in made.items() if stores else ():
-        record = {"window": window.to_record() if window else None}
-        store(_path(each), with_provenance(each, record, WINDOW_CODE))
+    if stores:
+        KEPT.store(made)
     return made
 
 
@@ -90,10 +78,6 @@ def _at(request: TraceRequest, window: Window) -> TraceRequest:
     return replace(request, setting=setting, samples=window.pairs)
 
 
-def _path(request: TraceRequest) -> Path:
-    return cache_path(request).with_suffix(".window.gz")
-
-
 def trace_at(trace: WindowTrace, window: Window, eval_micro_batch: int | None = None) -> ColumnTrace:
     """The trace of a window, or of an evaluation micro-batch after it, with what goes with it."""
     evaluated = window if eval_micro_batch is None else window.evaluated(eval_micro_batch)
@@ -104,11 +88,3 @@ def trace_at(trace: WindowTrace, window: Window, eval_micro_batch: int | None = 
         upper_bounds=trace.upper_bounds,
         blocks=trace.blocks,
     )
-
-
-def _stored(request: TraceRequest, text: str) -> tuple[WindowTrace | None] | None:
-    """(None,) where it is known that the windows cannot be aligned; None: not valid."""
-    record = content_if_valid(request, text)
-    if record is None:
-        return None
-    return (None if record["window"] is None else WindowTrace.from_record(record["window"]),)

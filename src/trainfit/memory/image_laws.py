@@ -23,6 +23,7 @@ from trainfit.memory.laws import (
     Variable,
     factors_of,
     kind_of,
+    largest_likes,
     like_sizes,
     reach,
     sums_of,
@@ -50,10 +51,7 @@ def find_image_laws(
     """
     ratios = sorted(max(each.base / each.other, each.other / each.base) for each in variables)
     growth = float(np.prod(ratios[-MOST_FACTORS:]))
-    likes: dict[Kind, int] = {}
-    for tensor, nbytes in zip(base.trace.tensors, like_sizes(base, other, growth), strict=True):
-        if nbytes is not None:
-            likes[kind_of(tensor)] = max(nbytes, likes.get(kind_of(tensor), 0))
+    likes = largest_likes([base], [like_sizes(base, other, growth)])
     laws = Laws(
         variables=tuple(variables),
         sizes=factors_of(likes, variables),

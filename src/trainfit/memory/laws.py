@@ -165,14 +165,9 @@ def find_laws(
     the largest counts; a size that is no product of variables stays. None: what the laws make of a first trace has not the
     peak of the second.
     """
-    likes: dict[Kind, int] = {}
     growth = prod(each.base / each.other for each in variables)
     like_of = [like_sizes(base, other, growth) for base, other in pairs]
-    for (base, _), like in zip(pairs, like_of, strict=True):
-        for one, nbytes in zip(base.trace.tensors, like, strict=True):
-            if nbytes is not None:
-                likes[kind_of(one)] = max(nbytes, likes.get(kind_of(one), 0))
-    sizes = factors_of(likes, variables)
+    sizes = factors_of(largest_likes([base for base, _ in pairs], like_of), variables)
     all_laws: list[Laws] = []
     for (base, other), like in zip(pairs, like_of, strict=True):
         pieces = [one for one, nbytes in zip(base.trace.tensors, like, strict=True) if nbytes is None]
@@ -197,11 +192,8 @@ def with_cap(
         many: The knob's value in the second trace of each pair, above `cap`.
         most: The laws hold up to here.
     """
-    likes: dict[Kind, int] = {}
-    for base, more in pairs:
-        for tensor, nbytes in zip(base.trace.tensors, like_sizes(base, more, many**MOST_FACTORS), strict=True):
-            if nbytes is not None:
-                likes[kind_of(tensor)] = max(nbytes, likes.get(kind_of(tensor), 0))
+    like_of = [like_sizes(base, more, many**MOST_FACTORS) for base, more in pairs]
+    likes = largest_likes([base for base, _ in pairs], like_of)
     extended: list[Laws] = []
     for laws, (base, more) in zip(found, pairs, strict=True):
         every = replace(laws.variables[0], most=most)
@@ -242,6 +234,16 @@ def like_sizes(base: StoredTrace, other: StoredTrace, growth: float) -> list[int
         if match is not None:
             sizes[match] = tensor.nbytes
     return sizes
+
+
+def largest_likes(bases: Sequence[StoredTrace], like_of: Sequence[Sequence[int | None]]) -> dict[Kind, int]:
+    """Of each kind of tensor of some traces the most bytes that `like_sizes` found for one; what has no match is left out."""
+    likes: dict[Kind, int] = {}
+    for base, like in zip(bases, like_of, strict=True):
+        for tensor, nbytes in zip(base.trace.tensors, like, strict=True):
+            if nbytes is not None:
+                likes[kind_of(tensor)] = max(nbytes, likes.get(kind_of(tensor), 0))
+    return likes
 
 
 def factors_of(likes: Mapping[Kind, int], variables: Sequence[Variable]) -> dict[Kind, tuple[int, ...]]:

@@ -21,7 +21,7 @@ from trainfit.memory.overwritten import overwriting
 from trainfit.memory.packaged import packaged
 from trainfit.memory.predict import Prediction, needed, predict_traced, with_context
 from trainfit.memory.profile import last_window
-from trainfit.memory.scaled_traces import PAIRS, at_number, scalable, scaled_path, scaled_traces_of
+from trainfit.memory.scaled_traces import KEPT, PAIRS, at_number, scalable, scaled_traces_of
 from trainfit.memory.scaling import ScaledTrace
 from trainfit.memory.shipped import is_resized, source
 from trainfit.memory.window_ops import ops_at
@@ -238,7 +238,7 @@ class Pricer:
             return source(request, alone=True) is not None
         if self._scaled_of.get(request) is not None or source(request) is not None:
             return True
-        return self.cache and setting.family.cacheable and scaled_path(request).exists()
+        return self.cache and setting.family.cacheable and KEPT.path(request).exists()
 
     def gradient_bytes(self, setting: Setting) -> int:
         """What the GPUs exchange once a window."""

@@ -3,29 +3,18 @@
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
+from trainfit.memory.aligned_cache import AlignedCache
 from trainfit.memory.packaged import packaged
 from trainfit.memory.scaling import ScaledTrace, scale
 from trainfit.memory.shipped import source
 from trainfit.models.setting import Setting
 from trainfit.tracing.stored_trace import StoredTrace
-from trainfit.tracing.trace_cache import (
-    TraceRequest,
-    cache_path,
-    content_if_valid,
-    get_traces,
-    read_stored,
-    store,
-    trace_both,
-    with_provenance,
-)
+from trainfit.tracing.trace_cache import TraceRequest, get_traces, trace_both
 
 PAIRS = ((2, 4), (4, 8))
 """Micro-batches that are traced; the second pair where a step does other things at 2 than at 4."""
-SCALING_CODE = "trainfit.memory.scaling"
-"""The module that makes scaled traces of traces."""
+KEPT = AlignedCache(name="scaled", code="trainfit.memory.scaling", from_record=ScaledTrace.from_record)
 PARTS = ("training", "evaluation")
 
 
@@ -41,23 +30,15 @@ def scaled_traces_of(
     packaged_trace = packaged(request)
     if packaged_trace is not None:
         return {request: packaged_trace}
-    known = read_stored(scaled_path(request), partial(_stored, request)) if cache else None
+    stores = cache and request.setting.family.cacheable
+    known = KEPT.read(request) if stores else None
     if known is not None:
         return {request: known[0]}
     note(f"tracing {request.part} at two micro-batches, which no stored trace covers...")
     made = make_scaled(request, cache=cache)
-    for each, scaled in made.items() if cache and request.setting.family.cacheable else ():
-        record = {"scaled": scaled.to_record() if scaled else None}
-        store(scaled_path(each), with_provenance(each, record, SCALING_CODE))
+    if stores:
+        KEPT.store(made)
     return made
-
-
-def _stored(request: TraceRequest, text: str) -> tuple[ScaledTrace | None] | None:
-    """(None,) where it is known that the step's traces cannot be scaled; None: not valid."""
-    record = content_if_valid(request, text)
-    if record is None:
-        return None
-    return (None if record["scaled"] is None else ScaledTrace.from_record(record["scaled"]),)
 
 
 def make_scaled(request: TraceRequest, *, cache: bool) -> Mapping[TraceRequest, ScaledTrace | None]:
@@ -67,7 +48,7 @@ def make_scaled(request: TraceRequest, *, cache: bool) -> Mapping[TraceRequest, 
     others = [replace(request, part=part) for part in PARTS if part != request.part]
     shares = sys.platform == "linux" and scalable(request.setting)
     made: dict[TraceRequest, ScaledTrace | None] = {request: None}
-    if shares and not any(source(each) or (cache and scaled_path(each).exists()) for each in others):
+    if shares and not any(source(each) or (cache and KEPT.path(each).exists()) for each in others):
         made |= dict.fromkeys(others)
     for pair in PAIRS:
         missing = [each for each, scaled in made.items() if scaled is None]
@@ -96,8 +77,3 @@ def at_number(request: TraceRequest, number: int) -> TraceRequest:
     """The request at a micro-batch, or for a contrastive window at an accumulation."""
     knob = "micro_batch" if scalable(request.setting) else "accumulation"
     return replace(request, setting=replace(request.setting, **{knob: number}))
-
-
-def scaled_path(request: TraceRequest) -> Path:
-    """Where the scaled trace of a request is stored."""
-    return cache_path(request).with_suffix(".scaled.gz")
